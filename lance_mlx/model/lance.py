@@ -1,0 +1,97 @@
+"""The Lance model without its VAE: latent embeddings around the language model."""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from lance_mlx.config import LATENT_CHANNELS, LanceConfig
+from lance_mlx.model.layers import Linear, SiLU
+from lance_mlx.model.mot import LanguageModel
+from lance_mlx.numerics import Numerics
+
+_TIMESTEP_FEATURES = 256
+_MAX_PERIOD = 10000
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features of t, then a two-layer MLP (bytedance/Lance modeling/lance/modeling_utils.py)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = [Linear(_TIMESTEP_FEATURES, hidden_size), SiLU(), Linear(hidden_size, hidden_size)]
+
+    def __call__(self, timesteps: np.ndarray) -> mx.array:
+        """t in [0, 1], float32 [n] -> [n, hidden]; cosines come before sines."""
+        half = _TIMESTEP_FEATURES // 2
+        exponents = -math.log(_MAX_PERIOD) * np.arange(half) / half
+        angles = timesteps.astype(np.float32)[:, None] * np.exp(exponents).astype(np.float32)
+        x = mx.array(np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32))
+        for layer in self.mlp:
+            x = layer(x)
+        return x
+
+
+class LatentPositionEmbedding(nn.Module):
+    """Fixed 3-D sine-cosine embedding of latent cells; computed, never read from the checkpoint."""
+
+    def __init__(self, hidden_size: int, numerics: Numerics) -> None:
+        super().__init__()
+        self._hidden_size = hidden_size
+        self._dtype = numerics.dtype
+
+    def __call__(self, grid: tuple[int, int, int]) -> mx.array:
+        """(t, h, w) cells -> [t*h*w, hidden]: a third of the channels each for t and h, rounded down to even, the
+        rest for w."""
+        third = self._hidden_size // 3 // 2 * 2
+        widths = (third, third, self._hidden_size - 2 * third)
+        parts = []
+        for axis, (size, width) in enumerate(zip(grid, widths, strict=True)):
+            frequencies = 1.0 / 10000 ** (np.arange(width // 2) / (width / 2))
+            angles = np.arange(size)[:, None] * frequencies
+            table = mx.array(np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32))
+            shape = [1, 1, 1, width]
+            shape[axis] = size
+            parts.append(mx.broadcast_to(table.astype(self._dtype).reshape(shape), (*grid, width)))
+        return mx.concatenate(parts, axis=-1).reshape(-1, self._hidden_size)
+
+
+class Lance(nn.Module):
+    """Language model and latent projections, with the checkpoint's parameter names.
+
+    Attributes:
+        config, numerics: what it was built with.
+    """
+
+    def __init__(self, config: LanceConfig, numerics: Numerics) -> None:
+        super().__init__()
+        self._config, self._numerics = config, numerics
+        self.language_model = LanguageModel(config)
+        self.vae2llm = Linear(LATENT_CHANNELS, config.hidden_size)
+        self.llm2vae = Linear(config.hidden_size, LATENT_CHANNELS)
+        self.time_embedder = TimestepEmbedder(config.hidden_size)
+        self.latent_pos_embed = LatentPositionEmbedding(config.hidden_size, numerics)
+
+    @property
+    def config(self) -> LanceConfig:
+        return self._config
+
+    @property
+    def numerics(self) -> Numerics:
+        return self._numerics
+
+    def embed_latents(self, latents: mx.array, timesteps: np.ndarray, positions: mx.array) -> mx.array:
+        """Input embeddings of latent tokens, [n, hidden].
+
+        Args:
+            latents: [n, 48].
+            timesteps: t of each token, float32 [n]; 0 for a clean condition.
+            positions: [n, hidden], from `latent_pos_embed`.
+        """
+        # Few distinct times: embed each once.
+        times, index = np.unique(timesteps, return_inverse=True)
+        embedded = self.time_embedder(times)
+        if len(times) > 1:
+            embedded = embedded[mx.array(index)]
+        return self.vae2llm(latents) + embedded + positions

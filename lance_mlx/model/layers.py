@@ -1,0 +1,101 @@
+"""Building blocks shared by the transformer, the embeddings and the VAE."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from lance_mlx.numerics import runs_on_cpu
+
+_SCORE_BUDGET = 1 << 26
+"""Attention scores held at once where the backend materialises them: 256 MiB of float32."""
+
+
+class Linear(nn.Linear):
+    """y = x @ weight.T + bias in the dtype of `weight`, rounded once at the end."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        dtype = self.weight.dtype
+        if dtype != mx.float32 and runs_on_cpu():
+            # The CPU backend multiplies half precision outside BLAS; float32 gives the same bits sooner.
+            x, weight = x.astype(dtype).astype(mx.float32), self.weight.astype(mx.float32)
+            y = mx.addmm(self.bias.astype(mx.float32), x, weight.T) if "bias" in self else x @ weight.T
+            return y.astype(dtype)
+        return super().__call__(x.astype(dtype))
+
+
+class SiLU(nn.Module):
+    """x * sigmoid(x), computed in float32 and rounded once."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return silu(x)
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x), computed in float32 and rounded once; same shape and dtype."""
+    wide = x.astype(mx.float32)
+    return (wide * mx.sigmoid(wide)).astype(x.dtype)
+
+
+def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Compile an elementwise function where MLX has a GPU; its CPU compiler would need a C++ toolchain at run time."""
+    compiled = mx.compile(function, shapeless=True)
+
+    def call(*arrays: mx.array) -> mx.array:
+        return function(*arrays) if runs_on_cpu() else compiled(*arrays)
+
+    return call
+
+
+def attention(queries: mx.array, keys: mx.array, values: mx.array, causal: bool) -> mx.array:
+    """Scaled dot-product attention; keys and values of grouped heads are not repeated.
+
+    Args:
+        queries: [batch, heads, n, head_dim].
+        keys, values: [batch, kv_heads, m, head_dim], m >= n.
+        causal: the queries are the last n of the m positions and see none after their own.
+
+    Returns:
+        [batch, heads, n, head_dim] in the dtype of `queries`.
+    """
+    scale = queries.shape[-1] ** -0.5
+    if not runs_on_cpu():
+        mask = "causal" if causal else None
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    batch, heads, n, _ = queries.shape
+    m = keys.shape[2]
+    rows = max(1, _SCORE_BUDGET // (batch * heads * m))
+    attend = _attend if queries.dtype == mx.float32 else _attend_half
+    pieces = []
+    for start in range(0, n, rows):
+        stop = min(start + rows, n)
+        # A causal chunk leaves out the keys that none of its queries sees.
+        seen = m - n + stop if causal else m
+        piece = attend(queries[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], scale, causal)
+        if rows < n:
+            mx.eval(piece)
+        pieces.append(piece)
+    return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
+
+
+def _attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> mx.array:
+    mask = "causal" if causal else None
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def _attend_half(queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> mx.array:
+    """Half-precision attention with flash attention's one rounding inside: of the weights before they meet the
+    values."""
+    dtype = queries.dtype
+    batch, heads, n, head_dim = queries.shape
+    kv_heads, m = keys.shape[1:3]
+    queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
+    queries = queries.reshape(batch, kv_heads, heads // kv_heads, n, head_dim)
+    scores = (queries @ keys[:, :, None].swapaxes(-1, -2)) * scale
+    if causal:
+        hidden = mx.arange(m) > mx.arange(m - n, m)[:, None]
+        scores = mx.where(hidden, -mx.inf, scores)
+    weights = mx.exp(scores - scores.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1, keepdims=True)
+    attended = weights.astype(dtype).astype(mx.float32) @ values[:, :, None]
+    return (attended / total).astype(dtype).reshape(batch, heads, n, head_dim)

@@ -1,0 +1,193 @@
+"""The mixture-of-transformers language model: two experts, one attention.
+
+Shapes: n tokens of a pass, of which `und` rows belong to the understanding expert and `gen` rows to the generation
+expert; m keys, those of the cached prefix included. A pass is one segment, so its latents are one contiguous run.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from lance_mlx.config import LanceConfig
+from lance_mlx.model.layers import Linear, attention, fused, silu
+from lance_mlx.model.rope import Rotary, RotaryTable
+
+
+class ExpertRows(NamedTuple):
+    """Rows of a pass, parted by expert: each expert computes its own rows and no others.
+
+    Attributes:
+        und: [und, ...]; all tokens of a text segment, or the two brackets around a latent block.
+        gen: [gen, ...], the latents of the block, or None.
+    """
+
+    und: mx.array
+    gen: mx.array | None
+
+    def merged(self) -> mx.array:
+        """The rows in sequence order, [n, ...]."""
+        if self.gen is None:
+            return self.und
+        return mx.concatenate([self.und[:1], self.gen, self.und[1:]], axis=0)
+
+    def parted(self, merged: mx.array) -> "ExpertRows":
+        """Rows in sequence order, parted as these are."""
+        if self.gen is None:
+            return ExpertRows(merged, None)
+        return ExpertRows(mx.concatenate([merged[:1], merged[-1:]], axis=0), merged[1:-1])
+
+    def __add__(self, other: "ExpertRows") -> "ExpertRows":
+        return ExpertRows(self.und + other.und, None if self.gen is None else self.gen + other.gen)
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of the tokens seen so far in one layer, [m, kv_heads, head_dim] each."""
+
+    keys: mx.array
+    values: mx.array
+
+
+KVCache = tuple[KeyValues, ...]
+"""One KeyValues a layer; the empty tuple before the first pass. Passes return a new cache and never change the given
+one."""
+
+
+class ScaledDotProductAttention(nn.Module):
+    """Attention of a pass over the cached prefix and itself."""
+
+    def __call__(self, queries: mx.array, kv: KeyValues, causal: bool) -> mx.array:
+        """queries [n, heads, head_dim] -> [n, heads, head_dim]."""
+        q, k, v = (x.transpose(1, 0, 2)[None] for x in (queries, kv.keys, kv.values))
+        return attention(q, k, v, causal)[0].transpose(1, 0, 2)
+
+
+class SelfAttention(nn.Module):
+    """Attention whose projections and query/key norms exist once per expert."""
+
+    def __init__(self, config: LanceConfig) -> None:
+        super().__init__()
+        hidden, head_dim = config.hidden_size, config.head_dim
+        self.head_dim = head_dim
+        heads, kv_heads = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        for suffix in ("", "_moe_gen"):
+            self[f"q_proj{suffix}"] = Linear(hidden, heads)
+            self[f"k_proj{suffix}"] = Linear(hidden, kv_heads)
+            self[f"v_proj{suffix}"] = Linear(hidden, kv_heads)
+            self[f"o_proj{suffix}"] = Linear(heads, hidden, bias=False)
+            self[f"q_norm{suffix}"] = nn.RMSNorm(head_dim, config.rms_norm_eps)
+            self[f"k_norm{suffix}"] = nn.RMSNorm(head_dim, config.rms_norm_eps)
+        self.q_rope = Rotary()
+        self.k_rope = Rotary()
+        self.sdpa = ScaledDotProductAttention()
+
+    def __call__(
+        self, x: ExpertRows, rotary: RotaryTable, past: KeyValues | None, causal: bool, qk_float32: bool
+    ) -> tuple[ExpertRows, KeyValues]:
+        """Attend; returns the output rows and the keys and values of the prefix and this pass.
+
+        Args:
+            qk_float32: norm and rotate queries and keys in float32 and round them only before attention.
+        """
+        dtype = x.und.dtype
+        queries = self._normed(x, "q", qk_float32)
+        keys = self._normed(x, "k", qk_float32)
+        values = self._heads(x, "v").merged()
+        queries = self.q_rope(queries, rotary).astype(dtype)
+        keys = self.k_rope(keys, rotary).astype(dtype)
+        if past is not None:
+            keys = mx.concatenate([past.keys, keys], axis=0)
+            values = mx.concatenate([past.values, values], axis=0)
+        kv = KeyValues(keys, values)
+        attended = x.parted(self.sdpa(queries, kv, causal))
+        und = self.o_proj(attended.und.flatten(1))
+        gen = None if attended.gen is None else self.o_proj_moe_gen(attended.gen.flatten(1))
+        return ExpertRows(und, gen), kv
+
+    def _heads(self, x: ExpertRows, kind: str) -> ExpertRows:
+        def project(rows: mx.array, suffix: str) -> mx.array:
+            return self[f"{kind}_proj{suffix}"](rows).reshape(len(rows), -1, self.head_dim)
+
+        return ExpertRows(project(x.und, ""), None if x.gen is None else project(x.gen, "_moe_gen"))
+
+    def _normed(self, x: ExpertRows, kind: str, wide: bool) -> mx.array:
+        heads = self._heads(x, kind)
+        if wide:
+            heads = ExpertRows(heads.und.astype(mx.float32), heads.gen.astype(mx.float32))
+        und = self[f"{kind}_norm"](heads.und)
+        gen = None if heads.gen is None else self[f"{kind}_norm_moe_gen"](heads.gen)
+        return ExpertRows(und, gen).merged()
+
+
+@fused
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return silu(gate) * up
+
+
+class MLP(nn.Module):
+    """Gated SiLU feed-forward of one expert."""
+
+    def __init__(self, config: LanceConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[rows, hidden] -> [rows, hidden]."""
+        return self.down_proj(_swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class MoTDecoderLayer(nn.Module):
+    """Pre-norm transformer layer with both experts."""
+
+    def __init__(self, config: LanceConfig) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config)
+        for suffix in ("", "_moe_gen"):
+            self[f"mlp{suffix}"] = MLP(config)
+            self[f"input_layernorm{suffix}"] = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self[f"post_attention_layernorm{suffix}"] = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(
+        self, x: ExpertRows, rotary: RotaryTable, past: KeyValues | None, causal: bool, qk_float32: bool
+    ) -> tuple[ExpertRows, KeyValues]:
+        """Residual stream in and out, with the layer's keys and values."""
+        attended, kv = self.self_attn(_by_expert(self, "input_layernorm", x), rotary, past, causal, qk_float32)
+        x = x + attended
+        return x + _by_expert(self, "mlp", _by_expert(self, "post_attention_layernorm", x)), kv
+
+
+class MoTModel(nn.Module):
+    """Token embeddings, decoder layers and the two final norms (bytedance/Lance modeling/lance/qwen2_navit.py)."""
+
+    def __init__(self, config: LanceConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [MoTDecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_moe_gen = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(
+        self, inputs_embeds: ExpertRows, rotary: RotaryTable, cache: KVCache, causal: bool, qk_float32: bool
+    ) -> tuple[ExpertRows, KVCache]:
+        """One pass over a segment: its final hidden states [rows, hidden] and the cache with this pass in it."""
+        x, seen = inputs_embeds, []
+        for index, layer in enumerate(self.layers):
+            x, kv = layer(x, rotary, cache[index] if cache else None, causal, qk_float32)
+            seen.append(kv)
+        return _by_expert(self, "norm", x), tuple(seen)
+
+
+class LanguageModel(nn.Module):
+    """The transformer and its untied output head."""
+
+    def __init__(self, config: LanceConfig) -> None:
+        super().__init__()
+        self.model = MoTModel(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+def _by_expert(module: nn.Module, name: str, x: ExpertRows) -> ExpertRows:
+    """Apply the child `name` to the understanding rows and its `_moe_gen` twin to the generation rows."""
+    return ExpertRows(module[name](x.und), None if x.gen is None else module[f"{name}_moe_gen"](x.gen))

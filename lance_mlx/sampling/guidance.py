@@ -1,0 +1,32 @@
+"""Classifier-free guidance."""
+
+import mlx.core as mx
+import numpy as np
+
+from lance_mlx.numerics import scaled
+from lance_mlx.request import Renorm, Request
+
+
+def is_guided(t: float, request: Request) -> bool:
+    """Whether guidance acts at time t: its scale is above 1 and lo < t <= hi, compared in float32 as upstream does."""
+    low, high = (np.float32(bound) for bound in request.guidance_interval)
+    return request.guidance_scale > 1.0 and bool(low < np.float32(t) <= high)
+
+
+def guided_velocity(cond: mx.array, uncond: mx.array, request: Request) -> mx.array:
+    """uncond + scale * (cond - uncond), scaled back towards the length of `cond`; [n, 48] in, same shape and dtype out.
+
+    The factor is clamp(|cond| / (|guided| + 1e-8), min, 1), over the whole tensor or per token
+    (bytedance/Lance modeling/lance/lance.py:validation_gen_KVcache).
+    """
+    guided = uncond + scaled(cond - uncond, request.guidance_scale)
+    if request.guidance_renorm is Renorm.NONE:
+        return guided
+    axis = -1 if request.guidance_renorm is Renorm.CHANNEL else None
+    ratio = _norm(cond, axis) / (_norm(guided, axis) + 1e-8)
+    return guided * mx.clip(ratio, request.guidance_renorm_min, 1.0)
+
+
+def _norm(x: mx.array, axis: int | None) -> mx.array:
+    wide = x.astype(mx.float32)
+    return mx.sqrt(mx.sum(wide * wide, axis=axis, keepdims=axis is not None)).astype(x.dtype)

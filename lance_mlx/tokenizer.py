@@ -1,0 +1,69 @@
+"""Qwen2.5-VL's byte-level BPE tokenizer, built from the files of an official checkpoint."""
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from lance_mlx.config import LanceConfig
+from lance_mlx.errors import LanceError
+from lance_mlx.prompt_data import PROMPT_DATA
+
+
+class LanceTokenizer:
+    """Text to token ids, as upstream's Qwen2Tokenizer with `add_special_tokens=False`.
+
+    Control tokens written out in the text become their ids. Text is normalised to NFC.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read vocab.json, merges.txt and tokenizer_config.json; raises LanceError naming an unusable file."""
+        vocab, merges = folder / "vocab.json", folder / "merges.txt"
+        for path in (vocab, merges, folder / "tokenizer_config.json"):
+            if not path.is_file():
+                raise LanceError(f"{path} is missing: the tokenizer files belong beside model.safetensors")
+        try:
+            bpe = models.BPE.from_file(str(vocab), str(merges))
+            added = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
+            specials = [(int(index), entry["content"], entry["special"]) for index, entry in added.items()]
+        except Exception as error:  # the tokenizers library raises bare Exception for malformed files
+            raise LanceError(f"tokenizer files in {folder} are not usable ({error})") from None
+        self._tokenizer = Tokenizer(bpe)
+        self._tokenizer.normalizer = normalizers.NFC()
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PROMPT_DATA["pretokenizer"]), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        self._tokenizer.decoder = decoders.ByteLevel()
+        for index, content, special in sorted(specials):
+            token = AddedToken(content, special=special, normalized=False)
+            (self._tokenizer.add_special_tokens if special else self._tokenizer.add_tokens)([token])
+            if self._tokenizer.token_to_id(content) != index:
+                raise LanceError(f"{folder / 'tokenizer_config.json'}: '{content}' cannot have id {index}")
+
+    def __len__(self) -> int:
+        """Number of ids, added tokens included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, with nothing added around them."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def check(self, config: LanceConfig) -> None:
+        """Raise LanceError where the ids contradict llm_config.json, which would look up foreign embeddings."""
+        if len(self) > config.vocab_size:
+            raise LanceError(
+                f"the tokenizer has {len(self)} ids, but llm_config.json has vocab_size {config.vocab_size}"
+            )
+        for token, index in config.special_tokens.items():
+            if self.token_id(token) != index:
+                raise LanceError(f"{token} is {self.token_id(token)} in the tokenizer, but {index} in llm_config.json")
+
+    def token_id(self, token: str) -> int:
+        """Id of one control token; raises LanceError when the tokenizer lacks it."""
+        index = self._tokenizer.token_to_id(token)
+        if index is None:
+            raise LanceError(f"the tokenizer has no '{token}': it is not a Qwen2.5-VL tokenizer")
+        return index

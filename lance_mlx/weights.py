@@ -1,0 +1,155 @@
+"""Loading the official checkpoint layout, strictly: every tensor is accounted for by name and shape."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from lance_mlx.config import LATENT_CHANNELS, LanceConfig
+from lance_mlx.convert import read_pth
+from lance_mlx.errors import LanceError
+from lance_mlx.model.lance import Lance
+from lance_mlx.model.vae import VAE, DecoderShape, UpBlockShape
+from lance_mlx.numerics import Numerics
+from lance_mlx.request import Task
+
+Tracker = Callable[[list], Iterable]
+_VAE_FILES = ("Wan2.2_VAE.safetensors", "Wan2.2_VAE.pth")
+_NOT_USED = re.compile(r"latent_pos_embed\.pos_embed$|vit_model\.")
+"""The position table is recomputed whatever its stored size; the ViT plays no part in the tasks that exist."""
+_VAE_NOT_USED = re.compile(r"encoder\.|conv1\.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the parts of an official checkpoint lie."""
+
+    folder: Path
+    weights: Path
+    vae: Path
+
+
+def find_checkpoint(path: Path, task: Task) -> Checkpoint:
+    """Locate the files for a task.
+
+    Args:
+        path: the folder that holds Lance_3B, Lance_3B_Video and the VAE, or one of the first two.
+
+    Raises:
+        LanceError: a file is missing.
+    """
+    if not path.is_dir():
+        raise LanceError(f"model folder {path} does not exist: give the folder of an official Lance checkpoint")
+    folder = path if (path / "llm_config.json").exists() else path / task.variant
+    if not (folder / "llm_config.json").is_file():
+        raise LanceError(f"{path} holds neither llm_config.json nor {task.variant}/llm_config.json")
+    weights = next((p for p in (folder / "model.safetensors", folder / "ema.safetensors") if p.is_file()), None)
+    if weights is None:
+        raise LanceError(f"{folder / 'model.safetensors'} is missing")
+    candidates = [place / name for place in (folder, folder.parent) for name in _VAE_FILES]
+    vae = next((p for p in candidates if p.is_file()), None)
+    if vae is None:
+        raise LanceError(f"no {' or '.join(_VAE_FILES)} in {folder} or {folder.parent}: the VAE belongs there")
+    return Checkpoint(folder, weights, vae)
+
+
+def load_lance(checkpoint: Checkpoint, numerics: Numerics, track: Tracker = iter) -> Lance:
+    """The model without its VAE, cast to the policy's dtype; raises LanceError naming a wrong tensor.
+
+    `track` wraps the list of tensors while they are read, as tqdm does.
+    """
+    model = Lance(LanceConfig.from_file(checkpoint.folder / "llm_config.json"), numerics)
+    arrays = _read_safetensors(checkpoint.weights)
+    arrays = {name: array for name, array in arrays.items() if not _NOT_USED.match(name)}
+    _load(model, arrays, checkpoint.weights, numerics)
+    # The output head writes text only; left unevaluated, it is never read from disk by a task that draws.
+    used = [array for name, array in tree_flatten(model.parameters()) if not name.startswith("language_model.lm_head")]
+    try:
+        for array in track(used):
+            mx.eval(array)
+    except RuntimeError as error:
+        raise LanceError(f"{checkpoint.weights} cannot be read to its end ({error}): fetch it again") from None
+    return model
+
+
+def load_vae(checkpoint: Checkpoint, numerics: Numerics) -> VAE:
+    """The VAE's decoder, cast to the policy's dtype; its widths come from the tensors' shapes."""
+    path = checkpoint.vae
+    arrays = read_pth(path) if path.suffix == ".pth" else _read_safetensors(path)
+    arrays = {name: array for name, array in arrays.items() if not _VAE_NOT_USED.match(name)}
+    model = VAE(_decoder_shape(arrays, path), numerics)
+    _load(model, {name: _channels_last(name, array) for name, array in arrays.items()}, path, numerics)
+    mx.eval(model.parameters())
+    return model
+
+
+def _read_safetensors(path: Path) -> dict[str, mx.array]:
+    try:
+        arrays = mx.load(str(path), format="safetensors")
+    except (RuntimeError, ValueError, OSError) as error:
+        raise LanceError(f"{path} is not a readable safetensors file ({str(error).strip()}): fetch it again") from None
+    for name, array in arrays.items():
+        if array.dtype not in (mx.float32, mx.bfloat16, mx.float16):
+            raise LanceError(f"{path}: tensor '{name}' is {array.dtype}; float32, bfloat16 or float16 is expected")
+    return arrays
+
+
+def _load(model: nn.Module, arrays: dict[str, mx.array], path: Path, numerics: Numerics) -> None:
+    """Fill every parameter of `model`, or raise naming the first missing, extra or misshapen tensor."""
+    expected = {name: parameter.shape for name, parameter in tree_flatten(model.parameters())}
+    missing = sorted(set(expected) - set(arrays))
+    if missing:
+        raise LanceError(f"{path}: tensor '{missing[0]}' is missing ({len(missing)} in all): fetch the file again")
+    extra = sorted(set(arrays) - set(expected))
+    if extra:
+        raise LanceError(f"{path}: unexpected tensor '{extra[0]}' ({len(extra)} in all): it is not a Lance checkpoint")
+    for name, shape in expected.items():
+        if arrays[name].shape != shape:
+            raise LanceError(f"{path}: tensor '{name}' has shape {list(arrays[name].shape)}, expected {list(shape)}")
+    model.load_weights([(name, array.astype(numerics.dtype)) for name, array in arrays.items()])
+
+
+def _channels_last(name: str, array: mx.array) -> mx.array:
+    """PyTorch's (o, i, t, h, w) and (o, i, h, w) kernels as (o, ..., i); a norm's gamma as a vector."""
+    if name.endswith(".gamma"):
+        return array.reshape(-1)
+    return mx.moveaxis(array, 1, -1) if array.ndim > 1 else array
+
+
+def _decoder_shape(arrays: dict[str, mx.array], path: Path) -> DecoderShape:
+    """Read the decoder's structure off its tensors."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in arrays:
+            raise LanceError(f"{path}: tensor '{name}' is missing: it is not Wan 2.2's VAE")
+        return arrays[name].shape
+
+    first = shape("decoder.conv1.weight")
+    if len(first) != 5 or first[1] != LATENT_CHANNELS:
+        raise LanceError(
+            f"{path}: 'decoder.conv1.weight' has shape {list(first)}, not that of a {LATENT_CHANNELS}-channel VAE"
+        )
+    stages = {int(match[1]) for name in arrays if (match := re.match(r"decoder\.upsamples\.(\d+)\.", name))}
+    blocks = []
+    for stage in range(max(stages, default=-1) + 1):
+        prefix = f"decoder.upsamples.{stage}.upsamples"
+        count = 0
+        while f"{prefix}.{count}.residual.2.weight" in arrays:
+            count += 1
+        kernel = shape(f"{prefix}.0.residual.2.weight")
+        blocks.append(
+            UpBlockShape(
+                in_channels=kernel[1],
+                out_channels=kernel[0],
+                num_residual_blocks=count,
+                upsamples_space=f"{prefix}.{count}.resample.1.weight" in arrays,
+                upsamples_time=f"{prefix}.{count}.time_conv.weight" in arrays,
+            )
+        )
+    if not blocks:
+        raise LanceError(f"{path}: there are no decoder.upsamples: it is not Wan 2.2's VAE")
+    return DecoderShape(first[0], tuple(blocks))

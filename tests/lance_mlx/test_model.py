@@ -1,0 +1,111 @@
+"""The transformer: caching, chunked attention, and who sees whom."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lance_mlx import BFLOAT16, FLOAT32, Request, Task
+from lance_mlx.model import layers
+from lance_mlx.model.mot import ExpertRows
+from lance_mlx.model.rope import inverse_frequencies, rotary_table
+
+
+def relative(a: mx.array, b: mx.array) -> float:
+    return (mx.linalg.norm(a - b) / mx.linalg.norm(b)).item()
+
+
+def run(model, embeds: mx.array, cuts: list[int]) -> mx.array:
+    """Pass text embeddings through the model split at `cuts`, one cached pass a piece."""
+    cache, outputs = (), []
+    for start, stop in zip([0, *cuts], [*cuts, len(embeds)], strict=True):
+        rotary = rotary_table(np.tile(np.arange(start, stop, dtype=np.int32), (3, 1)), model.config, model.numerics)
+        hidden, cache = model.language_model.model(
+            ExpertRows(embeds[start:stop], None), rotary, cache, causal=True, qk_float32=False
+        )
+        outputs.append(hidden.und)
+    return mx.concatenate(outputs)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(2, 40), st.data())
+def test_a_text_prefix_is_the_same_however_it_is_cut(pipeline, n, data):
+    cuts = sorted(data.draw(st.sets(st.integers(1, n - 1), max_size=4)))
+    embeds = mx.random.normal((n, pipeline.model.config.hidden_size), key=mx.random.key(n))
+    assert relative(run(pipeline.model, embeds, cuts), run(pipeline.model, embeds, [])) < 5e-6
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 24), st.integers(0, 24), st.booleans(), st.integers(1, 400))
+def test_query_chunks_change_nothing(n, past, causal, budget):
+    key = mx.random.key(n * 31 + past)
+    q = mx.random.normal((1, 4, n, 8), key=key)
+    k, v = mx.random.normal((2, 1, 2, n + past, 8), key=key)
+    whole = layers.attention(q, k, v, causal)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "_SCORE_BUDGET", budget)
+        chunked = layers.attention(q, k, v, causal)
+    assert relative(chunked, whole) < 1e-6
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 24), st.integers(0, 24), st.booleans())
+def test_half_precision_attention_is_the_same_attention(n, past, causal):
+    key = mx.random.key(n * 31 + past)
+    q = mx.random.normal((1, 4, n, 8), key=key).astype(mx.bfloat16)
+    k, v = mx.random.normal((2, 1, 2, n + past, 8), key=key).astype(mx.bfloat16)
+    exact = layers.attention(*(x.astype(mx.float32) for x in (q, k, v)), causal)
+    # Two roundings to 8 bits, of the weights and of the result.
+    assert relative(layers.attention(q, k, v, causal).astype(mx.float32), exact) < 2 * 2**-8
+
+
+def test_every_latent_sees_both_brackets_and_they_see_every_latent(pipeline):
+    model = pipeline.model.language_model.model
+    hidden = pipeline.model.config.hidden_size
+    positions = np.tile(np.arange(8, dtype=np.int32), (3, 1))
+    rotary = rotary_table(positions, pipeline.model.config, FLOAT32)
+    embeds = mx.random.normal((8, hidden), key=mx.random.key(1))
+
+    def output(embeds: mx.array) -> mx.array:
+        rows = ExpertRows(mx.concatenate([embeds[:1], embeds[-1:]]), embeds[1:-1])
+        return model(rows, rotary, (), causal=False, qk_float32=False)[0].merged()
+
+    plain = output(embeds)
+    for changed in range(8):
+        moved = mx.abs(output(embeds + (mx.arange(8) == changed)[:, None]) - plain).sum(axis=1)
+        assert (moved > 1e-4).all().item(), f"row {changed} is not seen by {mx.where(moved > 1e-4, 0, 1)}"
+
+
+def test_experts_compute_their_own_rows_only(pipeline, monkeypatch):
+    rows = {}
+    for name in ("mlp", "mlp_moe_gen"):
+        module = pipeline.model.language_model.model.layers[0][name]
+        rows[id(module)] = (name, [])
+    original = layers.Linear.__call__
+    projections = {
+        id(pipeline.model.language_model.model.layers[0][name].gate_proj): name for name in ("mlp", "mlp_moe_gen")
+    }
+    seen = {"mlp": [], "mlp_moe_gen": []}
+
+    def watch(module, x):
+        if id(module) in projections:
+            seen[projections[id(module)]].append(len(x))
+        return original(module, x)
+
+    monkeypatch.setattr(layers.Linear, "__call__", watch)
+    request = Request(Task.T2V, "a bird", 32, 48, 5, num_steps=2, guidance_scale=1.0)
+    steps = list(pipeline.denoise(request))
+    assert len(steps) == 2
+    # The prefix once, then the two brackets a step; the twelve latents a step and nowhere else.
+    assert seen["mlp"][-2:] == [2, 2]
+    assert seen["mlp_moe_gen"] == [12, 12]
+    assert len(seen["mlp"]) == 3 + 2
+
+
+def test_bfloat16_rounds_the_rope_frequencies_and_float32_does_not(pipeline):
+    exact = inverse_frequencies(pipeline.model.config, FLOAT32)
+    rounded = inverse_frequencies(pipeline.model.config, BFLOAT16)
+    assert not np.array_equal(exact, rounded)
+    assert (rounded.view(np.uint32) & 0xFFFF == 0).all()
+    assert np.abs(rounded / exact - 1).max() <= 2**-8
