@@ -1,0 +1,158 @@
+"""The `lance-mlx` command, as a user runs it."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from lance_mlx.media import read_metadata, to_uint8
+
+COMMAND = Path(sys.executable).parent / "lance-mlx"
+SMALL = ["--width", "96", "--height", "64", "--steps", "4", "--numerics", "float32"]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+def refused(*arguments: object) -> str:
+    """The one line with which bad input is refused."""
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("lance-mlx: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_replayed_noise_gives_upstreams_image(tmp_path, checkpoint, oracles):
+    taps = oracles / "t2i-fp32-kv" / "taps.safetensors"
+    prompt = "a small red bird sits on a wooden fence"
+    output = tmp_path / "bird.png"
+    done = run("generate", "t2i", "--model", checkpoint, "--prompt", prompt, "--noise", taps, "-o", output, *SMALL)
+    assert done.returncode == 0, done.stderr
+    expected = to_uint8(load_file(taps)["pixels"][:, 0].permute(1, 2, 0).numpy())
+    difference = np.abs(np.asarray(Image.open(output)).astype(int) - expected)
+    # A pixel may lie on the edge between two of the 256 values.
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+    assert "96x64, 1 frame, float32" in done.stdout
+    assert "s a step" in done.stdout
+    assert "peak memory" in done.stdout
+    assert "step" in done.stderr
+    written = read_metadata(output)
+    assert written["request"]["prompt"] == prompt
+    assert written["request"]["height"] == 64
+    assert written["numerics"] == "float32"
+    assert written["noise"] == str(taps)
+
+
+def test_a_video_has_its_frames_its_rate_and_its_request(tmp_path, checkpoint):
+    output = tmp_path / "bird.mp4"
+    arguments = ["--num-frames", 9, "--fps", 6, "--steps", 2, "--width", 64, "--height", 48, "-q"]
+    done = run("generate", "t2v", "--model", checkpoint, "--prompt", "a bird", "-o", output, *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    with av.open(str(output)) as video:
+        stream = video.streams.video[0]
+        assert stream.average_rate == 6
+        assert [frame.to_ndarray(format="rgb24").shape for frame in video.decode(stream)] == [(48, 64, 3)] * 9
+    written = read_metadata(output)
+    assert written["request"]["num_frames"] == 9
+    assert written["numerics"] == "bfloat16"
+
+
+def test_the_same_seed_gives_the_same_file_and_another_seed_does_not(tmp_path, checkpoint):
+    pictures = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        path = tmp_path / f"{name}.png"
+        assert (
+            run("generate", "t2i", "--model", checkpoint, "--prompt", "", "--seed", seed, "-o", path, *SMALL).returncode
+            == 0
+        )
+        pictures.append(np.asarray(Image.open(path)))
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
+def test_three_thousand_tokens_and_an_empty_prompt_both_draw(tmp_path, checkpoint):
+    for prompt in (" bird" * 3000, ""):
+        path = tmp_path / "bird.png"
+        done = run("generate", "t2i", "--model", checkpoint, "--prompt", prompt, "-o", path, *SMALL)
+        assert done.returncode == 0, done.stderr
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--height", "100"], "height 100 must be a multiple of 16"),
+        (["--num-frames", "0"], "num_frames 0 must be between 1 and 121"),
+        (["--steps", "0"], "num_steps 0 must be at least 1"),
+        (["--model", "nowhere"], "model folder nowhere does not exist"),
+        (["--numerics", "float8"], "unknown numerics 'float8'"),
+        (["--noise", "nowhere.npy"], "noise file nowhere.npy does not exist"),
+        (["--output", "bird.gif"], "bird.gif"),
+        (["--output", "nowhere/bird.mp4"], "nowhere"),
+        (["--prompt", "a <|video_pad|>"], "control token <|video_pad|>"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, checkpoint, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    given = ["--model", checkpoint, "--prompt", "a bird", "--output", "bird.mp4", "--width", "32", "--height", "32"]
+    assert line in refused("generate", "t2v", *given, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_noise_of_another_size_is_refused_before_the_model_is_read(tmp_path, oracles):
+    taps = oracles / "t2i-fp32-kv" / "taps.safetensors"
+    line = refused("generate", "t2i", "--model", tmp_path, "--prompt", "", "--noise", taps, "-o", tmp_path / "a.png")
+    assert "the noise has shape [24, 48]" in line
+
+
+def test_an_unknown_task_and_a_missing_option_end_with_usage(checkpoint):
+    for arguments in (["paint", "--model", checkpoint, "--prompt", "a"], ["t2i", "--prompt", "a"]):
+        done = run("generate", *arguments)
+        assert done.returncode == 2
+        assert "Error:" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path, checkpoint):
+    arguments = ["--width", "512", "--height", "512", "--num-frames", "49", "--steps", "1000"]
+    command = [COMMAND, "generate", "t2v", "--model", checkpoint, "--prompt", "a", "-o", tmp_path / "a.mp4", *arguments]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    time.sleep(4)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "interrupted, nothing written" in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_vae_converts_once(tmp_path, checkpoint):
+    output = tmp_path / "Wan2.2_VAE.safetensors"
+    done = run("convert-vae", checkpoint / "Wan2.2_VAE.pth", output)
+    assert done.returncode == 0, done.stderr
+    original = torch.load(checkpoint / "Wan2.2_VAE.pth", weights_only=True)
+    converted = load_file(output)
+    assert original.keys() == converted.keys()
+    assert all(torch.equal(original[name], converted[name]) for name in original)
+    assert "is missing" in refused("convert-vae", tmp_path / "nowhere.pth", output)
+    assert "must end in .safetensors" in refused("convert-vae", checkpoint / "Wan2.2_VAE.pth", tmp_path / "vae.bin")
+
+
+def test_help_names_every_option():
+    text = run("generate", "--help").stdout
+    options = "model prompt output seed steps guidance width height num-frames fps noise numerics entry quiet".split()
+    assert all(f"--{option}" in text for option in options)
+    assert "Exit status" in text
