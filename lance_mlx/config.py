@@ -119,6 +119,8 @@ class LanceConfig:
         vision = values.get("vision_config", {})
         if not isinstance(vision, dict) or vision.get("spatial_merge_size", 2) != 2:
             raise LanceError("vision_config.spatial_merge_size must be 2")
+        if vision.get("out_hidden_size", sizes["hidden_size"]) != sizes["hidden_size"]:
+            raise LanceError(f"vision_config.out_hidden_size {vision['out_hidden_size']} is not hidden_size")
         return cls(
             **sizes,
             head_dim=head_dim,

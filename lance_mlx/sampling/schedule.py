@@ -11,5 +11,5 @@ def timesteps(num_steps: int, shift: float) -> np.ndarray:
     """
     step = np.float64(np.float32(-1) / np.float32(num_steps))
     index = np.arange(num_steps + 1)
-    u = np.where(index < (num_steps + 1) // 2, 1 + step * index, step * (index - num_steps)).astype(np.float32)
+    u = np.where(index < (num_steps + 1) // 2, 1 + step * index, 0 - step * (num_steps - index)).astype(np.float32)
     return np.float32(shift) * u / (np.float32(1) + np.float32(shift - 1) * u)

@@ -1,0 +1,1 @@
+"""Parity of lance_mlx and reference with tensors captured from bytedance/Lance."""

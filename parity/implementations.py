@@ -1,0 +1,146 @@
+"""The implementations that can be compared, behind one interface."""
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from parity.bundle import Bundle
+from parity.errors import ParityError
+from parity.recording import Recording
+
+Progress = Callable[[str], None]
+
+# What a layout calls the positions of the two arms of the full-sequence entry, whose oracles hold no position_ids.
+POSITION_LAYOUTS = ("position_ids.cond", "position_ids.uncond")
+
+
+class Implementation(Protocol):
+    """Something that can replay a bundle and lay out a request."""
+
+    name: str
+
+    def record(self, bundle: Bundle, progress: Progress | None = None) -> Recording:
+        """Replay a bundle's request from its noise under its numerics policy, and return everything it computes.
+
+        Beside the oracle's taps a recording holds the integers of the sequence under their names in inputs.safetensors,
+        and may hold `sampler.velocity{k}`, the velocity after guidance. Raises ParityError when it cannot run.
+        """
+
+    def layout(self, request: dict, tokenizer: Path) -> dict[str, np.ndarray]:
+        """Lay out a request with the tokenizer in a folder: the arrays of a layout's .npz, under the same names."""
+
+    def versions(self) -> dict[str, str]:
+        """Return the names and versions of what computes."""
+
+
+class Reference:
+    """The PyTorch reference, through parity/capture_torch.py."""
+
+    name = "reference"
+
+    def record(self, bundle: Bundle, progress: Progress | None = None) -> Recording:
+        """Replay with one rounding a product; see Implementation.record."""
+        return self.record_with(bundle, bundle.dtype, progress=progress)
+
+    def record_with(
+        self,
+        bundle: Bundle,
+        dtype: str,
+        attention: str = "sdpa",
+        linear: str = "float32",
+        progress: Progress | None = None,
+    ) -> Recording:
+        """Replay in any dtype and order of rounding; see reference.numerics.Numerics."""
+        with one_line(f"reference cannot run bundle {bundle.name}"):
+            from parity.capture_torch import record_reference
+            from reference.numerics import Numerics
+
+            return record_reference(
+                bundle.checkpoint,
+                bundle.variant,
+                bundle.request,
+                bundle.entry,
+                bundle.taps["sampler.noise"].array,
+                Numerics(dtype, attention, linear),
+                wanted(bundle),
+                progress,
+            )
+
+    def layout(self, request: dict, tokenizer: Path) -> dict[str, np.ndarray]:
+        """See Implementation.layout."""
+        with one_line("reference cannot lay out the request"):
+            from parity.capture_torch import layout_reference
+
+            return layout_reference(request, tokenizer)
+
+    def versions(self) -> dict[str, str]:
+        """See Implementation.versions."""
+        return versions("torch")
+
+
+class Mlx:
+    """The MLX port, through parity/capture_mlx.py."""
+
+    name = "mlx"
+
+    def record(self, bundle: Bundle, progress: Progress | None = None) -> Recording:
+        """See Implementation.record."""
+        with one_line(f"mlx cannot run bundle {bundle.name}"):
+            from parity.capture_mlx import record_mlx
+
+            return record_mlx(
+                bundle.checkpoint,
+                bundle.variant,
+                bundle.request,
+                bundle.entry,
+                bundle.taps["sampler.noise"].array,
+                bundle.dtype,
+                wanted(bundle),
+                progress,
+            )
+
+    def layout(self, request: dict, tokenizer: Path) -> dict[str, np.ndarray]:
+        """See Implementation.layout."""
+        with one_line("mlx cannot lay out the request"):
+            from parity.capture_mlx import layout_mlx
+
+            return layout_mlx(request, tokenizer)
+
+    def versions(self) -> dict[str, str]:
+        """See Implementation.versions."""
+        return versions("mlx")
+
+
+IMPLEMENTATIONS: dict[str, Callable[[], Implementation]] = {"mlx": Mlx, "reference": Reference}
+
+
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Turn whatever an implementation raises into a ParityError of one line; the cause stays attached."""
+    try:
+        yield
+    except Exception as error:
+        # The implementations' own errors are a sentence already; of any other the kind says as much as the text.
+        known = type(error).__module__.partition(".")[0] in ("lance_mlx", "reference", "parity")
+        text = " ".join(str(error).split())
+        raise ParityError(f"{what}: {text if known else f'{type(error).__name__}: {text}'}") from error
+
+
+def wanted(bundle: Bundle) -> set[str]:
+    """Return the names to record: the oracle's, its integer inputs, and what parity.diagnosis needs beside them."""
+    steps = range(len(bundle.timesteps))
+    names = {*bundle.taps, *bundle.inputs, *(f"sampler.velocity{step}" for step in steps)}
+    if bundle.entry == "full_sequence":
+        names |= {f"velocity_call{call}" for call in range(2 * len(steps))} | set(POSITION_LAYOUTS)
+    return names
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of Python, NumPy and the named packages."""
+    found = {"python": platform.python_version(), "numpy": np.__version__}
+    return found | {package: importlib.metadata.version(package) for package in packages}

@@ -1,0 +1,113 @@
+"""The HTML report of a run: a table of all comparisons and a page for each."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from parity.check import Result
+from parity.errors import ParityError
+from parity.plot import error_plot
+from parity.verdict import AGREE, DIVERGE, FIRST_STEP, LATER, ORDER_FACTOR, UNUSABLE, UPSTREAM_FACTOR
+
+UNSUPPORTED = "unsupported"
+SYMBOLS = {AGREE: "✓", DIVERGE: "✗", UNUSABLE: "!", UNSUPPORTED: "–"}
+
+POLICIES = {
+    "float32": f"Everything in float32. A tap agrees within {FIRST_STEP:g} up to and including the first step, within "
+    f"{LATER:g} later.",
+    "bfloat16": "As upstream's launcher runs it: bfloat16 weights, activations and states, RoPE frequencies rounded to "
+    f"bfloat16, norms in float32. A tap agrees within {UPSTREAM_FACTOR:g} times upstream's own rounding error and "
+    f"{ORDER_FACTOR:g} times the spread between equivalent orders of rounding, both measured for this bundle; the "
+    "median tap within upstream's own rounding error.",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a comparison, or why there is none; `page` is the name of its page."""
+
+    bundle: str
+    impl: str
+    verdict: str
+    dtype: str = ""
+    result: Result | None = None
+    message: str = ""
+    page: str = ""
+
+    @property
+    def symbol(self) -> str:
+        """A sign for the verdict, beside its colour."""
+        return SYMBOLS[self.verdict]
+
+
+def row_of(result: Result, taken: set[str]) -> Row:
+    """Return the row of a result, with a page name that is not yet in `taken`, and take that name."""
+    stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{result.bundle}-{result.impl}")
+    names = (f"{stem}.html" if number == 1 else f"{stem}-{number}.html" for number in range(1, len(taken) + 2))
+    page = next(name for name in names if name not in taken)
+    taken.add(page)
+    return Row(result.bundle, result.impl, result.verdict, result.dtype, result, first_line(result), page)
+
+
+def first_line(result: Result) -> str:
+    """Return in words where a result diverges or what it lacks; empty when it agrees."""
+    if result.first_divergence:
+        return f"first divergence: {result.first_divergence['component']} in {result.first_divergence['call']}"
+    if result.missing:
+        return f"missing: {result.missing[0]}" + (f" and {more} more" if (more := len(result.missing) - 1) else "")
+    return "" if result.verdict == AGREE else "nothing was compared"
+
+
+def write_report(folder: Path, rows: Sequence[Row], sources: Sequence[str]) -> Path:
+    """Write the pages beside `folder` and swap them in; return the index page. Raises ParityError.
+
+    `sources` are the folders that were named on the command line.
+    """
+    environment = Environment(
+        loader=PackageLoader("parity"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"sig": significant, "mib": lambda n: "unknown" if n is None else f"{n / 2**20:.0f} MiB"}
+    created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in SYMBOLS}
+    page = environment.get_template("index.html")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            html = page.render(rows=rows, counts=counts, created=created, sources=sources, policies=POLICIES)
+            (beside / "index.html").write_text(html, encoding="utf-8")
+            for row in rows:
+                if row.result is not None:
+                    (beside / row.page).write_text(_comparison(environment, row, created), encoding="utf-8")
+            beside.chmod(0o755)
+            _swap(beside, folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        raise ParityError(f"the report {folder} cannot be written: {error.strerror}") from error
+    return folder / "index.html"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """Return a number with a few significant digits, or a dash where there is none."""
+    return "–" if value is None else "0" if value == 0 else f"{value:.{digits}g}"
+
+
+def _comparison(environment: Environment, row: Row, created: str) -> str:
+    return environment.get_template("comparison.html").render(
+        row=row, result=row.result, created=created, plot=error_plot(row.result), policy=POLICIES[row.result.dtype]
+    )
+
+
+def _swap(new: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,96 @@
+"""How far a tap may be from the oracle's: fixed bounds for float32, measured floors for bfloat16.
+
+float32. Changing every weight by half a unit in its last place moves upstream's own taps by about 1e-6, relative L2.
+FIRST_STEP (2e-5) therefore leaves room for rounding alone, and LATER (1e-4) for what guidance amplifies from step to
+step and the VAE adds. Nothing structural is that small.
+
+bfloat16. The bound of a tap is the smaller of two floors measured for the bundle at hand with the PyTorch reference:
+U, how far upstream's own bfloat16 is from float32 (no tap may be UPSTREAM_FACTOR times as far, the median tap no
+farther at all); and R, how far apart equivalent orders of rounding of the same bfloat16 run are (ORDER_FACTOR times).
+U alone would pass a RoPE whose frequencies are not rounded: that moves the queries about as far as all of upstream's
+rounding does. R does not pass it, because before the first attention all orders of rounding agree in nearly every bit.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from parity.bundle import Bundle
+from parity.metrics import Difference, compare
+from parity.recording import Recording, Tap
+from parity.registry import within_first_step
+
+FIRST_STEP = 2e-5
+LATER = 1e-4
+UPSTREAM_FACTOR = 2.0
+UPSTREAM_MEDIAN = 1.0
+ORDER_FACTOR = 4.0
+# The relative size of one unit in the last place of bfloat16 is 2**-8 to 2**-7.
+BFLOAT16_ULP = 2.0**-8
+# Whatever the size of a tap, one element in 200 may be off by it.
+FLIPPED_SHARE = 1 / 200
+
+AGREE, DIVERGE, UNUSABLE = "agree", "diverge", "unusable"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The largest relative L2 error with which a tap agrees, and the floors it comes from (None for float32)."""
+
+    error: float
+    upstream: float | None = None
+    order: float | None = None
+
+
+def float32_limits(bundle: Bundle) -> dict[str, Limit]:
+    """Return the fixed bound of every tap of a float32 bundle; integers have none."""
+    return {name: Limit(_fixed(bundle, name, tap)) for name, tap in bundle.taps.items()}
+
+
+def bfloat16_limits(bundle: Bundle, exact: Recording, orders: Sequence[Recording]) -> dict[str, Limit]:
+    """Return the measured bound of every tap of a bfloat16 bundle.
+
+    `exact` is the reference's float32 run of the bundle, `orders` its bfloat16 runs under different orders of rounding.
+    """
+    limits = {}
+    for name, tap in bundle.taps.items():
+        upstream = _distance(tap, exact[name]) if name in exact else 0.0
+        known = [run[name] for run in orders if name in run]
+        order = max((_distance(a, b) for i, a in enumerate(known) for b in known[:i]), default=0.0)
+        if tap.dtype == "int32" or upstream < FIRST_STEP:
+            # Upstream rounds nothing here: bfloat16 or not, the bound is that of float32.
+            limits[name] = Limit(_fixed(bundle, name, tap), upstream, order)
+            continue
+        flips = flipped_bits(tap.array.size)
+        error = max(flips, min(UPSTREAM_FACTOR * upstream, ORDER_FACTOR * order))
+        limits[name] = Limit(error, upstream, order)
+    return limits
+
+
+def flipped_bits(size: int) -> float:
+    """Return the relative L2 error of a tap of which sqrt(size) elements, or FLIPPED_SHARE, are off by one last bit."""
+    share = max(FLIPPED_SHARE, max(size, 1) ** -0.5)
+    return BFLOAT16_ULP * share**0.5
+
+
+def upstream_median(differences: Mapping[str, Difference], limits: Mapping[str, Limit]) -> float | None:
+    """Return the median over the taps of error / U, None where no tap has a U (float32)."""
+    ratios = []
+    for name, difference in differences.items():
+        upstream = limits[name].upstream
+        if upstream is not None and upstream >= FIRST_STEP and difference.rel_l2 is not None:
+            ratios.append(difference.rel_l2 / upstream)
+    return median(ratios) if ratios else None
+
+
+def _fixed(bundle: Bundle, name: str, tap: Tap) -> float:
+    if tap.dtype == "int32":
+        return 0.0
+    return FIRST_STEP if within_first_step(bundle.locate(name)) else LATER
+
+
+def _distance(a: Tap, b: Tap) -> float:
+    error = compare(a, b).rel_l2
+    return error if error is not None and np.isfinite(error) else 0.0

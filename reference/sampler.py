@@ -1,0 +1,80 @@
+"""Rectified flow: the time grid, guidance and the Euler steps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from reference.request import Renorm, Request
+
+
+class Arm(Protocol):
+    """One of the two conditionings of a generation, "cond" or "uncond"."""
+
+    name: str
+    prefixes: int
+
+    def prefill(self, index: int) -> None:
+        """Run the arm's prefix split number `index` into its cache."""
+
+    def velocity(self, step: int, x_t: Tensor, timestep: Tensor) -> Tensor:
+        """Velocity [latents, 48] of the state x_t [latents, 48] at timestep float32 [latents]."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step: states and velocities [latents, 48], timestep float32 [latents], t in (0, 1]."""
+
+    index: int
+    t: float
+    timestep: Tensor
+    x_t: Tensor
+    velocity_cond: Tensor
+    velocity_uncond: Tensor | None
+    velocity: Tensor
+    x_next: Tensor
+
+
+def time_grid(num_steps: int, shift: float) -> Tensor:
+    """Times from 1 to 0, float32 [num_steps + 1], dense near 1 for shift > 1: t = s u / (1 + (s - 1) u)."""
+    u = torch.linspace(1, 0, num_steps + 1)
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def guide(cond: Tensor, uncond: Tensor, request: Request) -> Tensor:
+    """Guided velocity, scaled back towards the conditional one's norm (lance.py:validation_gen_KVcache).
+
+    Every operation rounds to the states' dtype, the norms included.
+    """
+    guided = uncond + request.cfg_text_scale * (cond - uncond)
+    if request.cfg_renorm_type is Renorm.NONE:
+        return guided
+    if request.cfg_renorm_type is Renorm.GLOBAL:
+        norms = torch.norm(cond), torch.norm(guided)
+    else:
+        norms = tuple(torch.norm(v, dim=-1, keepdim=True) for v in (cond, guided))
+    return guided * (norms[0] / (norms[1] + 1e-8)).clamp(min=request.cfg_renorm_min, max=1.0)
+
+
+def denoise(cond: Arm, uncond: Arm | None, noise: Tensor, request: Request) -> Iterator[Step]:
+    """Walk noise [latents, 48] from t = 1 to t = 0, one yielded Step at a time; prefixes are run first."""
+    for arm in (cond, uncond):
+        for index in range(arm.prefixes if arm else 0):
+            arm.prefill(index)
+    times = time_grid(request.num_steps, request.timestep_shift).to(noise.device)
+    lo, hi = request.cfg_interval
+    x_t = noise
+    for index in range(request.num_steps):
+        t = times[index]
+        timestep = t.expand(noise.shape[0]).clone()
+        velocity = velocity_cond = cond.velocity(index, x_t, timestep)
+        velocity_uncond = None
+        if uncond is not None and t > lo and t <= hi:
+            velocity_uncond = uncond.velocity(index, x_t, timestep)
+            velocity = guide(velocity_cond, velocity_uncond, request)
+        # The step is a 0-dim float32 tensor: it does not widen a bfloat16 velocity.
+        x_next = x_t - velocity * (t - times[index + 1])
+        yield Step(index, float(t), timestep, x_t, velocity_cond, velocity_uncond, velocity, x_next)
+        x_t = x_next

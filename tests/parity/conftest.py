@@ -1,0 +1,100 @@
+"""Bundles to damage, and an implementation that answers with the oracle's own taps."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from parity.bundle import Bundle
+from parity.recording import Recording, Tap
+from parity.requests import SUPPORTED_TASKS
+
+ROOT = Path(__file__).parents[2]
+ORACLES = ROOT / "oracles"
+SHARED = ROOT.parent / "shared" / "oracles"
+
+# The bundles are small: with more threads the processes of a parallel run only wait for each other.
+torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes `oracle` for every bundle there is: the embedded ones, and the shared ones beside them.
+
+    With `supported_oracle` the bundles of tasks that do not exist yet are left out.
+    """
+    paths = {path.parent.name: path.parent for root in (SHARED, ORACLES) for path in root.glob("*/manifest.json")}
+    supported = {name: path for name, path in paths.items() if name.startswith(SUPPORTED_TASKS)}
+    for fixture, found in (("oracle", paths), ("supported_oracle", supported)):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, found.values(), ids=found.keys())
+
+
+@dataclass
+class ReplayedOracle:
+    """Computes exactly what the oracle holds, but for `changed` taps and without the `dropped` ones."""
+
+    name: str = "mlx"
+    changed: dict[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    extra: Recording = field(default_factory=dict)
+
+    def record(self, bundle: Bundle, progress: Callable[[str], None] | None = None) -> Recording:
+        if progress:
+            progress("step0")
+        recording: Recording = {}
+        for name, tap in {**bundle.inputs, **bundle.taps, **self.extra}.items():
+            if name not in self.dropped:
+                change = self.changed.get(name, lambda array: array)
+                recording[name] = Tap(change(tap.array.copy()), self.dtypes.get(name, tap.dtype))
+        return recording
+
+    def versions(self) -> dict[str, str]:
+        return {"numpy": np.__version__}
+
+
+@pytest.fixture
+def replayed() -> type[ReplayedOracle]:
+    """The implementation that answers with the oracle's own taps."""
+    return ReplayedOracle
+
+
+@pytest.fixture
+def oracles() -> Path:
+    """The embedded bundles, read only."""
+    return ORACLES
+
+
+@pytest.fixture
+def copy_bundle(tmp_path: Path) -> Callable[..., Path]:
+    """Copies an embedded bundle and its checkpoint, of which only the config where no weights are needed."""
+
+    def copy(name: str, weights: bool = False) -> Path:
+        bundle = Path(shutil.copytree(ORACLES / name, tmp_path / "oracles" / name))
+        manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+        source, copied = ORACLES / manifest["checkpoint"], bundle.parent / manifest["checkpoint"]
+        if weights:
+            shutil.copytree(source, copied, dirs_exist_ok=True)
+        else:
+            (copied / manifest["variant"]).mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / manifest["variant"] / "llm_config.json", copied / manifest["variant"])
+        return bundle
+
+    return copy
+
+
+@pytest.fixture
+def bundle(copy_bundle) -> Path:
+    """A small float32 bundle that a test may damage; its checkpoint holds no weights."""
+    return copy_bundle("t2i-fp32-nokv")
+
+
+@pytest.fixture
+def detailed_bundle(copy_bundle) -> Path:
+    """A float32 bundle with every layer's taps; its checkpoint holds no weights."""
+    return copy_bundle("t2i-fp32-kv")

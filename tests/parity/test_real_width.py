@@ -1,0 +1,105 @@
+"""Both implementations at the width of the official checkpoint, with seeded random weights."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from parity.capture_mlx import record_mlx
+from parity.capture_torch import record_reference
+from parity.metrics import compare
+from parity.recording import Recording
+from reference.config import LanguageConfig
+from reference.model import Lance
+from reference.numerics import Numerics
+from reference.vae import VAE, DecoderPlan
+
+CHECKPOINT = Path(__file__).parents[2] / "oracles" / "checkpoint-a"
+# Every official size but the depth and the vocabulary, which has 455 tokens here.
+SIZES = {
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 1,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+}
+STAGES = [
+    (1024, 1024, 3, True, True),
+    (1024, 1024, 3, True, True),
+    (1024, 512, 3, True, False),
+    (512, 256, 3, False, False),
+]
+REQUEST = {
+    "task": "t2v",
+    "spec": "a small red bird flies over the river",
+    "height": 16,
+    "width": 16,
+    "num_frames": 5,
+    "num_steps": 1,
+    "timestep_shift": 3.5,
+    "text_template": True,
+    "cfg_text_scale": 4.0,
+    "cfg_interval": [0.4, 1.0],
+    "cfg_renorm_type": "global",
+    "cfg_renorm_min": 0.0,
+}
+
+
+def random_weights(module: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Weights that keep activations near unit size: scales around 1, everything else as wide as its inputs allow."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, parameter in module.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("gamma") or "norm" in name:
+            weights[name] = 1 + 0.1 * values
+        elif parameter.ndim > 1:
+            weights[name] = values * parameter[0].numel() ** -0.5
+        else:
+            weights[name] = 0.1 * values
+    return weights
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """One layer of the transformer and the whole VAE decoder, in the official layout."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    variant = folder / "Lance_3B_Video"
+    shutil.copytree(CHECKPOINT / variant.name, variant, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = variant / "llm_config.json"
+    config = json.loads(path.read_text()) | SIZES
+    config["vision_config"]["out_hidden_size"] = SIZES["hidden_size"]
+    path.write_text(json.dumps(config))
+    with torch.device("meta"):
+        model = Lance(LanguageConfig.from_file(path), Numerics("float32"))
+        vae = VAE(DecoderPlan(48, 1024, STAGES), Numerics("float32"))
+    save_file(random_weights(model, 1), variant / "model.safetensors")
+    torch.save(random_weights(vae, 2), folder / "Wan2.2_VAE.pth")
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_both_agree_at_the_official_width(checkpoint):
+    noise = np.random.default_rng(3).normal(size=(2, 48)).astype(np.float32)
+    given = (checkpoint, "Lance_3B_Video", REQUEST, "kv_cache", noise)
+    ours: Recording = record_mlx(*given, "float32")
+    mx.clear_cache()
+    theirs: Recording = record_reference(*given, Numerics("float32"))
+    assert ours.keys() & theirs.keys() >= {"latent", "pixels", "cond.step0/llm2vae", "uncond.step0/hidden_out"}
+    # The names that oracles have; what lies inside a VAE block has another layout on each side.
+    shared = [
+        name for name in theirs if name in ours and re.search(r"^[a-z]+$|sampler|layers|hidden|decoder\.\w+\.\d$", name)
+    ]
+    assert len(shared) > 80
+    for name in shared:
+        difference = compare(theirs[name], ours[name])
+        assert difference.mismatch is None, name
+        # The bound of a float32 run's first step; half a unit in the last place of every weight moves a tap by 1e-6.
+        assert difference.rel_l2 <= 2e-5, name

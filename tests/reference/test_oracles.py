@@ -1,0 +1,123 @@
+"""The reference against what upstream computed: every t2i and t2v bundle and layout there is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from parity.capture_torch import layout_reference, record_reference, to_tap
+from parity.recording import Recording
+from reference.numerics import Numerics
+
+ROOT = Path(__file__).parents[2]
+# More bundles of the same kind may lie beside the repository.
+ORACLES = [folder for folder in (ROOT / "oracles", ROOT.parent / "shared" / "oracles") if folder.is_dir()]
+
+
+def found(pattern: str) -> list[Path]:
+    """Paths of the first folder that has them, by name: t2i and t2v only."""
+    paths: dict[str, Path] = {}
+    for folder in ORACLES:
+        for path in sorted(folder.glob(pattern)):
+            paths.setdefault(path.name, path)
+    return [path for name, path in sorted(paths.items()) if name.startswith(("t2i", "t2v"))]
+
+
+BUNDLES = [path for path in found("*") if (path / "manifest.json").is_file()]
+LAYOUTS = found("layouts/*.npz")
+
+
+def read(path: Path) -> Recording:
+    with safe_open(path, "pt") as file:
+        return {name: to_tap(file.get_tensor(name)) for name in file.keys()}
+
+
+def replay(bundle: Path, linear: str = "float32") -> tuple[Recording, Recording]:
+    """The oracle's taps and the reference's recording; raises where integers, names or shapes differ."""
+    torch.set_num_threads(1)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    taps, source = read(bundle / "taps.safetensors"), manifest["source"]
+    checkpoint = bundle.parent / manifest["checkpoint"]
+    recording = record_reference(
+        checkpoint,
+        manifest["variant"],
+        manifest["request"],
+        source["entry"],
+        taps["sampler.noise"].array,
+        Numerics(source["dtype"], linear=linear),
+    )
+    for name, given in read(bundle / "inputs.safetensors").items():
+        np.testing.assert_array_equal(recording[name].array, given.array, err_msg=name)
+    for name, tap in taps.items():
+        ours = recording[name]
+        assert (ours.dtype, ours.array.shape) == (tap.dtype, tap.array.shape), name
+        if tap.dtype == "int32":
+            np.testing.assert_array_equal(ours.array, tap.array, err_msg=name)
+    return taps, recording
+
+
+def distances(taps: Recording, recording: Recording) -> dict[str, float]:
+    out = {}
+    for name, tap in taps.items():
+        if tap.dtype != "int32":
+            there, here = tap.array.astype(np.float64), recording[name].array
+            out[name] = float(np.linalg.norm(here - there) / max(np.linalg.norm(there), 1e-30))
+    return out
+
+
+@pytest.mark.parametrize("bundle", [b for b in BUNDLES if "fp32" in b.name], ids=lambda bundle: bundle.name)
+def test_float32_bundle(bundle):
+    assert max(distances(*replay(bundle)).values()) < 2e-5
+
+
+@pytest.mark.parametrize("bundle", [b for b in BUNDLES if "bf16" in b.name], ids=lambda bundle: bundle.name)
+def test_bfloat16_bundle(bundle):
+    taps, recording = replay(bundle)
+    found = distances(taps, recording)
+    assert np.median(list(found.values())) < 1e-2
+    assert max(found.values()) < 5e-2
+    # What comes before the first attention and matrix product has no order of summation to differ in.
+    for name in ("cond.prefix0/hidden_in", "cond.prefix0/language_model.model.layers.0.input_layernorm"):
+        np.testing.assert_array_equal(recording[name].array, taps[name].array)
+
+
+BITS = """
+import sys
+sys.path.insert(0, "tests/reference")
+from pathlib import Path
+from test_oracles import replay
+taps, recording = replay(Path(sys.argv[1]), "native")
+equal = sum((recording[name].array == tap.array).sum() for name, tap in taps.items())
+print(equal / sum(tap.array.size for tap in taps.values()))
+"""
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available(),
+    reason="the kernels of the capture need AVX-512 and MKL",
+)
+@pytest.mark.parametrize("bundle", [b for b in BUNDLES if "bf16" in b.name], ids=lambda bundle: bundle.name)
+def test_bfloat16_bundle_bit_for_bit_with_the_kernels_of_the_capture(bundle):
+    # Only the order of summation is the processor's: with that of the capture, every rounding is upstream's.
+    kernels = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_CBWR": "COMPATIBLE"}
+    command = [sys.executable, "-c", BITS, str(bundle)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | kernels, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0.999
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda path: path.stem)
+def test_layout(layout):
+    wanted = np.load(layout)
+    request = json.loads(layout.with_suffix(".json").read_text())["request"]
+    arrays = layout_reference(request, ROOT / "tests" / "data" / "tokenizer")
+    assert set(arrays) == set(wanted)
+    for name in wanted:
+        assert arrays[name].dtype == wanted[name].dtype, name
+        np.testing.assert_array_equal(arrays[name], wanted[name], err_msg=name)
