@@ -67,12 +67,8 @@ def load_lance(checkpoint: Checkpoint, numerics: Numerics, track: Tracker = iter
     arrays = {name: array for name, array in arrays.items() if not _NOT_USED.match(name)}
     _load(model, arrays, checkpoint.weights, numerics)
     # The output head writes text only; left unevaluated, it is never read from disk by a task that draws.
-    used = [array for name, array in tree_flatten(model.parameters()) if not name.startswith("language_model.lm_head")]
-    try:
-        for array in track(used):
-            mx.eval(array)
-    except RuntimeError as error:
-        raise LanceError(f"{checkpoint.weights} cannot be read to its end ({error}): fetch it again") from None
+    used = [item for item in tree_flatten(model.parameters()) if not item[0].startswith("language_model.lm_head")]
+    _evaluate(track(used), checkpoint.weights)
     return model
 
 
@@ -83,7 +79,7 @@ def load_vae(checkpoint: Checkpoint, numerics: Numerics) -> VAE:
     arrays = {name: array for name, array in arrays.items() if not _VAE_NOT_USED.match(name)}
     model = VAE(_decoder_shape(arrays, path), numerics)
     _load(model, {name: _channels_last(name, array) for name, array in arrays.items()}, path, numerics)
-    mx.eval(model.parameters())
+    _evaluate(tree_flatten(model.parameters()), path)
     return model
 
 
@@ -111,6 +107,17 @@ def _load(model: nn.Module, arrays: dict[str, mx.array], path: Path, numerics: N
         if arrays[name].shape != shape:
             raise LanceError(f"{path}: tensor '{name}' has shape {list(arrays[name].shape)}, expected {list(shape)}")
     model.load_weights([(name, array.astype(numerics.dtype)) for name, array in arrays.items()])
+
+
+def _evaluate(named: Iterable[tuple[str, mx.array]], path: Path) -> None:
+    """Read the tensors one by one, so that no more than one exists in two dtypes at a time."""
+    for name, array in named:
+        try:
+            finite = mx.isfinite(array).all().item()
+        except RuntimeError as error:
+            raise LanceError(f"{path} cannot be read to its end ({error}): fetch it again") from None
+        if not finite:
+            raise LanceError(f"{path}: tensor '{name}' holds NaN or infinite values: fetch the file again")
 
 
 def _channels_last(name: str, array: mx.array) -> mx.array:

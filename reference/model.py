@@ -15,10 +15,8 @@ from reference.numerics import Linear, Numerics
 from reference.prompt import Tokenizer
 from reference.request import Request
 from reference.sampler import Arm
-from reference.vae import MEAN, VAE
+from reference.vae import LATENT_CHANNELS, VAE
 from reference.weights import load_transformer, load_vae, variant_folder
-
-LATENT_CHANNELS = len(MEAN)
 
 
 class Lance(nn.Module):

@@ -1,5 +1,6 @@
 """Rectified flow: the time grid, guidance and the Euler steps."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -7,7 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from reference.errors import ReferenceError
 from reference.request import Renorm, Request
+from reference.vae import LATENT_CHANNELS
 
 
 class Arm(Protocol):
@@ -59,7 +62,13 @@ def guide(cond: Tensor, uncond: Tensor, request: Request) -> Tensor:
 
 
 def denoise(cond: Arm, uncond: Arm | None, noise: Tensor, request: Request) -> Iterator[Step]:
-    """Walk noise [latents, 48] from t = 1 to t = 0, one yielded Step at a time; prefixes are run first."""
+    """Walk noise [latents, 48] from t = 1 to t = 0, one yielded Step at a time; prefixes are run first.
+
+    Raises ReferenceError when the noise has another shape than the request's latents.
+    """
+    expected = (math.prod(request.latent_grid), LATENT_CHANNELS)
+    if tuple(noise.shape) != expected:
+        raise ReferenceError(f"the noise has shape {tuple(noise.shape)}, the request needs {expected}")
     for arm in (cond, uncond):
         for index in range(arm.prefixes if arm else 0):
             arm.prefill(index)

@@ -28,6 +28,7 @@ DEVIATION = (
     *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944),
     *(0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
 )
+LATENT_CHANNELS = len(MEAN)
 
 
 @dataclass
@@ -222,8 +223,10 @@ class DecoderPlan:
                 stages.append((channels, out, len(indices) - upsample, upsample, temporal))
         except (KeyError, ValueError) as error:
             raise ReferenceError(f"the VAE's decoder is not Wan2.2's: {error} is missing or misshapen") from None
-        if not stages or latent_channels != len(MEAN):
-            raise ReferenceError(f"the VAE's decoder is not Wan2.2's: it needs stages and {len(MEAN)} latent channels")
+        if not stages or latent_channels != LATENT_CHANNELS:
+            raise ReferenceError(
+                f"the VAE's decoder is not Wan2.2's: it needs stages and {LATENT_CHANNELS} latent channels"
+            )
         return cls(latent_channels, width, stages)
 
 

@@ -20,6 +20,7 @@ from reference.vae import VAE, DecoderPlan
 UNUSED = ("latent_pos_embed.pos_embed", "vit_model.")
 # The encoder's parts of the VAE: its own tower and the convolution behind it.
 VAE_UNUSED = ("encoder.", "conv1.")
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def variant_folder(checkpoint: Path, variant: str) -> Path:
@@ -86,6 +87,15 @@ def fill(
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise ReferenceError(f"{path}: tensor {name} has shape {shapes[name]}, the configuration asks for {shape}")
-    ready = {name: read(name).to(device=device, dtype=numerics.torch_dtype) for name in wanted}
+    ready = {name: checked(read(name), name, path).to(device=device, dtype=numerics.torch_dtype) for name in wanted}
     model.load_state_dict(ready, assign=True)
     model.requires_grad_(False)
+
+
+def checked(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """The tensor itself, if weights can look like it; raises ReferenceError for another dtype, NaN and infinity."""
+    if tensor.dtype not in STORED_DTYPES:
+        raise ReferenceError(f"{path}: tensor {name} is {tensor.dtype}; float32, bfloat16 or float16 is expected")
+    if not torch.isfinite(tensor).all():
+        raise ReferenceError(f"{path}: tensor {name} holds NaN or infinite values")
+    return tensor

@@ -121,3 +121,8 @@ def test_a_vae_with_wrong_tensors_is_named(checkpoint_copy):
     assert "tensor 'conv2.bias' is torch.float64" in refusal(checkpoint_copy.path)
     path.write_bytes(b"not a pickle")
     assert "is not a readable PyTorch state dict" in refusal(checkpoint_copy.path)
+
+
+def test_weights_that_are_not_numbers_are_named(checkpoint_copy):
+    checkpoint_copy.edit_weights(llm2vae__bias=mx.full(48, float("nan")))
+    assert "tensor 'llm2vae.bias' holds NaN or infinite values" in refusal(checkpoint_copy.path)
