@@ -13,7 +13,10 @@ from lance_mlx.config import LATENT_CHANNELS, LanceConfig
 from lance_mlx.convert import read_pth
 from lance_mlx.errors import LanceError
 from lance_mlx.model.lance import Lance
-from lance_mlx.model.vae import VAE, DecoderShape, UpBlockShape
+from lance_mlx.model.vae import VAE
+from lance_mlx.model.vae_decoder import DecoderShape, UpBlockShape
+from lance_mlx.model.vae_encoder import DownBlockShape, EncoderShape
+from lance_mlx.model.vae_layers import PACKED_CHANNELS
 from lance_mlx.numerics import Numerics
 from lance_mlx.request import Task
 
@@ -21,7 +24,7 @@ Tracker = Callable[[list], Iterable]
 _VAE_FILES = ("Wan2.2_VAE.safetensors", "Wan2.2_VAE.pth")
 _NOT_USED = re.compile(r"latent_pos_embed\.pos_embed$|vit_model\.")
 """The position table is recomputed whatever its stored size; the ViT plays no part in the tasks that exist."""
-_VAE_NOT_USED = re.compile(r"encoder\.|conv1\.")
+_VAE_ENCODER = re.compile(r"encoder\.|conv1\.")
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,17 @@ def load_lance(checkpoint: Checkpoint, numerics: Numerics, track: Tracker = iter
     return model
 
 
-def load_vae(checkpoint: Checkpoint, numerics: Numerics) -> VAE:
-    """The VAE's decoder, cast to the policy's dtype; its widths come from the tensors' shapes."""
+def load_vae(checkpoint: Checkpoint, numerics: Numerics, with_encoder: bool = False) -> VAE:
+    """The VAE, cast to the policy's dtype; its widths come from the tensors' shapes.
+
+    Args:
+        with_encoder: load the encoder too, which only tasks that look at pixels need.
+    """
     path = checkpoint.vae
     arrays = read_pth(path) if path.suffix == ".pth" else _read_safetensors(path)
-    arrays = {name: array for name, array in arrays.items() if not _VAE_NOT_USED.match(name)}
-    model = VAE(_decoder_shape(arrays, path), numerics)
+    if not with_encoder:
+        arrays = {name: array for name, array in arrays.items() if not _VAE_ENCODER.match(name)}
+    model = VAE(_decoder_shape(arrays, path), _encoder_shape(arrays, path) if with_encoder else None, numerics)
     _load(model, {name: _channels_last(name, array) for name, array in arrays.items()}, path, numerics)
     _evaluate(tree_flatten(model.parameters()), path)
     return model
@@ -129,34 +137,43 @@ def _channels_last(name: str, array: mx.array) -> mx.array:
 
 def _decoder_shape(arrays: dict[str, mx.array], path: Path) -> DecoderShape:
     """Read the decoder's structure off its tensors."""
+    stem = _stem(arrays, "decoder.conv1.weight", LATENT_CHANNELS, path)
+    stages = [UpBlockShape(*stage) for stage in _stages(arrays, "decoder.upsamples", "upsamples", path)]
+    return DecoderShape(stem, tuple(stages))
 
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in arrays:
-            raise LanceError(f"{path}: tensor '{name}' is missing: it is not Wan 2.2's VAE")
-        return arrays[name].shape
 
-    first = shape("decoder.conv1.weight")
-    if len(first) != 5 or first[1] != LATENT_CHANNELS:
-        raise LanceError(
-            f"{path}: 'decoder.conv1.weight' has shape {list(first)}, not that of a {LATENT_CHANNELS}-channel VAE"
-        )
-    stages = {int(match[1]) for name in arrays if (match := re.match(r"decoder\.upsamples\.(\d+)\.", name))}
-    blocks = []
-    for stage in range(max(stages, default=-1) + 1):
-        prefix = f"decoder.upsamples.{stage}.upsamples"
-        count = 0
-        while f"{prefix}.{count}.residual.2.weight" in arrays:
-            count += 1
-        kernel = shape(f"{prefix}.0.residual.2.weight")
-        blocks.append(
-            UpBlockShape(
-                in_channels=kernel[1],
-                out_channels=kernel[0],
-                num_residual_blocks=count,
-                upsamples_space=f"{prefix}.{count}.resample.1.weight" in arrays,
-                upsamples_time=f"{prefix}.{count}.time_conv.weight" in arrays,
-            )
-        )
-    if not blocks:
-        raise LanceError(f"{path}: there are no decoder.upsamples: it is not Wan 2.2's VAE")
-    return DecoderShape(first[0], tuple(blocks))
+def _encoder_shape(arrays: dict[str, mx.array], path: Path) -> EncoderShape:
+    """Read the encoder's structure off its tensors."""
+    stem = _stem(arrays, "encoder.conv1.weight", PACKED_CHANNELS, path)
+    stages = [DownBlockShape(*stage) for stage in _stages(arrays, "encoder.downsamples", "downsamples", path)]
+    return EncoderShape(stem, tuple(stages))
+
+
+def _stem(arrays: dict[str, mx.array], name: str, in_channels: int, path: Path) -> int:
+    shape = _shape_of(arrays, name, path)
+    if len(shape) != 5 or shape[1] != in_channels:
+        raise LanceError(f"{path}: '{name}' has shape {list(shape)}, but {in_channels} input channels are expected")
+    return shape[0]
+
+
+def _stages(arrays: dict[str, mx.array], root: str, inner: str, path: Path) -> list[tuple[int, int, int, bool, bool]]:
+    """(in, out, residual blocks, resamples space, resamples time) of every stage below `root`."""
+    numbers = {int(match[1]) for name in arrays if (match := re.match(rf"{re.escape(root)}\.(\d+)\.", name))}
+    if not numbers:
+        raise LanceError(f"{path}: there are no {root}: it is not Wan 2.2's VAE")
+    stages = []
+    for stage in range(max(numbers) + 1):
+        prefix = f"{root}.{stage}.{inner}"
+        blocks = 0
+        while f"{prefix}.{blocks}.residual.2.weight" in arrays:
+            blocks += 1
+        kernel = _shape_of(arrays, f"{prefix}.0.residual.2.weight", path)
+        space, time = (f"{prefix}.{blocks}.{name}" in arrays for name in ("resample.1.weight", "time_conv.weight"))
+        stages.append((kernel[1], kernel[0], blocks, space, time))
+    return stages
+
+
+def _shape_of(arrays: dict[str, mx.array], name: str, path: Path) -> tuple[int, ...]:
+    if name not in arrays:
+        raise LanceError(f"{path}: tensor '{name}' is missing: it is not Wan 2.2's VAE")
+    return arrays[name].shape

@@ -11,7 +11,7 @@ import numpy as np
 
 from lance_mlx.model.lance import TimestepEmbedder
 from lance_mlx.model.mot import ExpertRows, MoTModel
-from lance_mlx.model.vae import Decoder
+from lance_mlx.model.vae_decoder import Decoder
 from lance_mlx.numerics import policy
 from lance_mlx.pipeline import Pipeline, load
 from lance_mlx.positions import latent_position_ids, position_ids, unconditional_position_ids

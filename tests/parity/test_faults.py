@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import lance_mlx.sampling.flow as flow
-from lance_mlx.model import vae
 from lance_mlx.model.mot import KeyValues, ScaledDotProductAttention
+from lance_mlx.model.vae_decoder import Resample
+from lance_mlx.model.vae_layers import StreamState
 from lance_mlx.numerics import Numerics
 from lance_mlx.pipeline import Pipeline
 from lance_mlx.request import Entry, Renorm, Request
@@ -123,15 +124,15 @@ def exact_rope_frequencies(patch: pytest.MonkeyPatch) -> None:
 
 
 def first_chunk_through_the_temporal_convolution(patch: pytest.MonkeyPatch) -> None:
-    original = vae.Resample.__call__
+    original = Resample.__call__
 
-    def changed(module: vae.Resample, x: mx.array, state: vae.StreamState) -> mx.array:
+    def changed(module: Resample, x: mx.array, state: StreamState) -> mx.array:
         first, state.first_chunk = state.first_chunk, False
         y = original(module, x, state)
         state.first_chunk = first
         return y[-1:] if first else y
 
-    patch.setattr(vae.Resample, "__call__", changed)
+    patch.setattr(Resample, "__call__", changed)
 
 
 FAULTS = {

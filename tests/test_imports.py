@@ -1,0 +1,115 @@
+"""Who may import whom: lance_mlx and reference are strangers, parity knows both; pip installs what is imported."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("lance_mlx", "reference", "parity")
+FORBIDDEN = {
+    "lance_mlx": {"torch", "transformers", "reference", "parity"},
+    "reference": {"mlx", "lance_mlx", "parity"},
+    "parity": set(),
+}
+# The VAE's pickled checkpoint can be read by torch alone, so its converter asks for torch when it runs.
+LAZY_TORCH = Path("lance_mlx/convert.py")
+MODULE_OF = {"pillow": "PIL"}
+
+
+def imports(tree: ast.AST, inside_function: bool = False) -> Iterator[tuple[str, bool]]:
+    """Top-level names of absolute imports, and whether each runs only when a function is called."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.split(".")[0], inside_function
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0], inside_function
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            # A name that is computed cannot be checked, so it counts as every forbidden one.
+            name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else "*"
+            yield name.split(".")[0], inside_function
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from imports(node, inside_function or is_function)
+
+
+def imports_of(package: str) -> Iterator[tuple[Path, str, bool]]:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for name, inside_function in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            yield path.relative_to(ROOT), name, inside_function
+
+
+def distributions(*requirements: str) -> set[str]:
+    """Module names of requirement strings such as `mlx[cpu]>=0.32; sys_platform == 'linux'`."""
+    names = (re.match(r"[A-Za-z0-9_.-]+", requirement).group() for requirement in requirements)
+    return {MODULE_OF.get(name, name) for name in names}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_file_imports_what_its_package_must_not_know(package):
+    found = [
+        f"{path} imports {name}"
+        for path, name, inside_function in imports_of(package)
+        if name in FORBIDDEN[package] | {"*"} and not (path == LAZY_TORCH and name == "torch" and inside_function)
+    ]
+    assert found == []
+
+
+def test_every_kind_of_import_is_seen():
+    source = """
+import torch.nn as nn, numpy
+from parity.metrics import compare
+from . import sibling
+def late():
+    import mlx.core
+    class Inner:
+        import reference
+importlib.import_module("lance_mlx.config")
+__import__(computed)
+"""
+    assert sorted(imports(ast.parse(source))) == [
+        ("*", False),
+        ("lance_mlx", False),
+        ("mlx", True),
+        ("numpy", False),
+        ("parity", False),
+        ("reference", True),
+        ("torch", False),
+    ]
+
+
+@pytest.mark.parametrize("package", ["lance_mlx", "reference"])
+def test_package_imports_where_the_others_are_not_installed(package):
+    script = f"""
+import importlib, pkgutil, sys
+blocked = {sorted(FORBIDDEN[package])!r}
+for name in blocked:
+    sys.modules[name] = None
+package = importlib.import_module({package!r})
+names = [module.name for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+for name in names:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+assert all(sys.modules[name] is None for name in blocked)
+print(len(names))
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 0
+
+
+def test_declared_dependencies_are_those_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    base = distributions(*project["dependencies"])
+    extra = distributions(*project["optional-dependencies"]["parity"])
+    known = set(PACKAGES) | set(sys.stdlib_module_names)
+    imported = {package: {name for _, name, _ in imports_of(package)} - known for package in PACKAGES}
+
+    # torch is the lazy exception of LAZY_TORCH.
+    assert imported["lance_mlx"] - {"torch"} == base
+    assert (imported["reference"] | imported["parity"]) - base == extra
