@@ -1,33 +1,35 @@
-"""The `lance-mlx` command."""
+"""The `lance-mlx` command: its options, and which of them go together."""
 
-import resource
 import sys
-import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-import mlx.core as mx
-import numpy as np
 import typer
-from tqdm import tqdm
 
+from lance_mlx.api import load
+from lance_mlx.commands import DEFAULT_FRAMES, DEFAULT_SIDE, Console, Interrupted, Settings, answer, draw, work_through
 from lance_mlx.convert import convert_vae
 from lance_mlx.errors import LanceError
-from lance_mlx.media import VideoWriter, check_output, save_image, to_uint8
-from lance_mlx.model.vae import num_decoded_frames
 from lance_mlx.numerics import BFLOAT16, POLICIES, policy
-from lance_mlx.pipeline import Pipeline, load
-from lance_mlx.request import Entry, Renorm, Request, Task
-from lance_mlx.sampling.noise import check_noise, read_noise
+from lance_mlx.preprocess import RESOLUTIONS
+from lance_mlx.request import Entry, Renorm, Task, Visual, VisualKind
+from lance_mlx.requests_file import read_requests
+from lance_mlx.rewrite import REWRITABLE, Rewriter
+from lance_mlx.weights import ViTSource
 
 _EXIT = "Exit status: 0 done, 2 bad input (one line on stderr says what and how to mend it), 130 interrupted."
 _INTERRUPTED = 130
-_DEFAULT_FRAMES = 50
+_DRAWING = """prompt reencode steps guidance width height num_frames fps timestep_shift guidance_interval
+    guidance_renorm guidance_renorm_min text_template vae_resolution noise rewrite""".split()
+"""Options that mean nothing to a question."""
+_ANSWERING = "question instruction max_tokens temp top_p".split()
+"""Options that mean nothing to an image or a video."""
+_IN_THE_FILE = "prompt question instruction image video noise reencode".split()
+"""Options that do not go with a request file."""
 
 app = typer.Typer(
-    help=f"Lance on MLX: text to image and text to video. {_EXIT}",
+    help=f"Lance on MLX: make and edit images and videos, and ask about them. {_EXIT}",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -41,22 +43,93 @@ def _commands() -> None:
 
 @app.command(epilog=_EXIT)
 def generate(
-    task: Annotated[Task, typer.Argument(help="What to make: an image (t2i) or a video (t2v).")],
+    context: typer.Context,
     model: Annotated[Path, typer.Option(help="Folder of an official checkpoint, or of one of its variants.")],
-    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    task: Annotated[
+        Task | None,
+        typer.Argument(
+            help="t2i, t2v: draw a prompt. i2v: animate an image. image_edit, video_edit: change one. subject: draw "
+            "what the images show. x2t_image, x2t_video: answer a question. With --requests the file may tell.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to draw, or how to change the source. When editing, every further --prompt edits the result of "
+            "the one before; the last result is written.",
+            metavar="TEXT",
+            show_default=False,
+        ),
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="Image to start from; all but i2v take several.", metavar="FILE"),
+    ] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Video to start from, or several.", metavar="FILE")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="What to answer. [default: describe what is there]", show_default=False)
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="System prompt of a question. [default: upstream's]", show_default=False)
+    ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of many requests, as upstream's examples; those already in --output are left."),
+    ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File to write: .png, or .mp4. [default: TASK-SEED.png or .mp4]"),
+        typer.Option(
+            "--output",
+            "-o",
+            help="File to write: .png, .mp4, or text for an answer, which is printed too. With --requests, a folder. "
+            "[default: TASK-SEED.png or .mp4; the name of the request file]",
+            show_default=False,
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 42,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 turns guidance off.")] = 4.0,
-    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16 up to 1024.")] = 768,
-    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16 up to 1024.")] = 768,
-    num_frames: Annotated[
-        int | None, typer.Option(help=f"Frames of a video, up to 121. [default: {_DEFAULT_FRAMES}]", show_default=False)
+    width: Annotated[
+        int | None,
+        typer.Option(help=f"Pixels, a multiple of 16 up to 1024. [default: {DEFAULT_SIDE}]", show_default=False),
     ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(help=f"Pixels, a multiple of 16 up to 1024. [default: {DEFAULT_SIDE}]", show_default=False),
+    ] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(help=f"Frames of a video, up to 121. [default: {DEFAULT_FRAMES}]", show_default=False)
+    ] = None,
+    resolution: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Size of what is looked at, and so of what is made from it: {', '.join(RESOLUTIONS)}. "
+            "[default: image_768res or video_480p]",
+            show_default=False,
+        ),
+    ] = None,
+    vae_resolution: Annotated[
+        int | None, typer.Option(help="About this many pixels squared for the VAE, in place of --resolution's.")
+    ] = None,
+    vit_resolution: Annotated[
+        int | None, typer.Option(help="About this many pixels squared for the ViT, in place of --resolution's.")
+    ] = None,
+    reencode: Annotated[
+        bool, typer.Option("--reencode", help="Between turns, encode the pixels anew instead of keeping the latents.")
+    ] = False,
     fps: Annotated[int, typer.Option(help="Frames per second of a video.")] = 12,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    temp: Annotated[float, typer.Option(help="Temperature of an answer; 0 takes the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the most probable tokens that add up to this.")] = 1.0,
+    rewrite: Annotated[
+        bool,
+        typer.Option(
+            "--rewrite",
+            help="Have a chat model make the prompt of a t2v or i2v detailed: LANCE_REWRITE_API_KEY, "
+            "LANCE_REWRITE_MODEL_NAME and LANCE_REWRITE_BASE_URL name it.",
+        ),
+    ] = False,
     timestep_shift: Annotated[float, typer.Option(help="Shift of the timesteps towards noise.")] = 3.5,
     guidance_interval: Annotated[tuple[float, float], typer.Option(help="Guidance acts while LOW < t <= HIGH.")] = (
         0.4,
@@ -68,6 +141,9 @@ def generate(
     entry: Annotated[
         Entry, typer.Option(help="Which of upstream's two sampling functions to follow.")
     ] = Entry.KV_CACHE,
+    vit_source: Annotated[
+        ViTSource, typer.Option(help="Whose ViT is used where the Lance file and the ViT file both hold one.")
+    ] = ViTSource.LANCE,
     numerics: Annotated[
         str, typer.Option(help=f"Where to round: {' or '.join(POLICIES)}; bfloat16 is the launcher's.")
     ] = BFLOAT16.name,
@@ -75,17 +151,21 @@ def generate(
         Path | None,
         typer.Option(help="Start from this noise, [n, 48] in a .npy or .safetensors file, not from the seed."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show errors only, and an answer that no --output takes.")
+    ] = False,
 ) -> None:
-    """Generate an image or a video, with the defaults of upstream's launcher."""
-    if num_frames is None:
-        num_frames = _DEFAULT_FRAMES if task.makes_video else 1
-    request = Request(
-        task=task,
-        prompt=prompt,
+    """Make or edit an image or a video, or answer a question about one, with the defaults of upstream's launcher."""
+    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+    if resolution is not None and resolution not in RESOLUTIONS:
+        raise LanceError(f"unknown resolution '{resolution}': choose one of {', '.join(RESOLUTIONS)}")
+    settings = Settings(
         height=height,
         width=width,
         num_frames=num_frames,
+        resolution=resolution,
+        vae_resolution=vae_resolution,
+        vit_resolution=vit_resolution,
         num_steps=steps,
         timestep_shift=timestep_shift,
         guidance_scale=guidance,
@@ -93,57 +173,55 @@ def generate(
         guidance_renorm=guidance_renorm,
         guidance_renorm_min=guidance_renorm_min,
         text_template=text_template,
+        max_new_tokens=max_tokens,
+        temperature=temp,
+        top_p=top_p,
         entry=entry,
         seed=seed,
         fps=fps,
     )
-    frames = num_decoded_frames(request.latent_grid[0])
-    path = check_output(output or Path(f"{task}-{seed}.{'mp4' if frames > 1 else 'png'}"), frames)
-    given = read_noise(noise) if noise else None
-    if given is not None:
-        check_noise(request, given)
-    progress = partial(tqdm, disable=quiet, leave=False)
-    started = time.perf_counter()
-    pipeline = load(model, task, policy(numerics), track=partial(progress, desc="loading", unit="tensor"))
-    latents, seconds_a_step = _denoise(pipeline, request, given, quiet)
-    metadata = {
-        "generator": f"lance-mlx {version('lance-mlx')}",
-        "request": request.to_dict(),
-        "numerics": numerics,
-        "noise": str(noise) if noise else None,
-    }
-    pixels = pipeline.decode(request, latents)
-    with tqdm(total=frames, desc="decoding", unit="frame", disable=quiet, leave=False) as bar:
-        if frames == 1:
-            save_image(path, to_uint8(np.array(next(pixels)[0])), metadata)
-        else:
-            with VideoWriter(path, fps, metadata) as video:
-                for chunk in pixels:
-                    for frame in to_uint8(np.array(chunk)):
-                        video.write(frame)
-                    bar.update(len(chunk))
-    if not quiet:
-        elapsed = time.perf_counter() - started
-        typer.echo(
-            f"{path}: {request.width}x{request.height}, {frames} frame{'s' if frames > 1 else ''}, {numerics}, "
-            f"{seconds_a_step:.2f} s a step, {elapsed:.1f} s in all, peak memory {_gigabytes()}"
-        )
+    console = Console(quiet)
+    opened = partial(load, model, policy(numerics), vit_source, partial(console.bar, desc="loading", unit="tensor"))
+    if requests is not None:
+        _refuse(given, _IN_THE_FILE, "goes with a single request, not with --requests")
+        read = read_requests(requests, task)
+        _check_options(given, read.task)
+        rewriter = Rewriter.from_environment() if rewrite else None
+        work_through(opened(), read, settings, output or Path(requests.stem), rewriter, console)
+        return
+    if task is None:
+        raise LanceError(f"name a task ({', '.join(Task)}), or give a file with --requests")
+    _check_options(given, task)
+    visuals = (
+        *(Visual(str(path), VisualKind.IMAGE) for path in image or ()),
+        *(Visual(str(path), VisualKind.VIDEO) for path in video or ()),
+    )
+    if task.answers:
+        asked = settings.question(task, question or "", visuals, instruction)
+        answer(opened(), asked, output, console)
+        return
+    if not prompt:
+        raise LanceError(f"task {task} needs a --prompt")
+    if len(prompt) > 1 and task not in (Task.IMAGE_EDIT, Task.VIDEO_EDIT):
+        raise LanceError(f"task {task} takes one --prompt: only editing goes on from turn to turn")
+    if len(prompt) > 1 and noise is not None:
+        raise LanceError("--noise is for one turn: give one --prompt")
+    request = settings.request(task, prompt[0], visuals)
+    rewriter = Rewriter.from_environment() if rewrite else None
+    draw(opened(), request, prompt[1:], output, noise, reencode, rewriter, console)
 
 
-def _denoise(pipeline: Pipeline, request: Request, noise: mx.array | None, quiet: bool) -> tuple[mx.array, float]:
-    """Run the sampler behind a progress bar; returns the latents [n, 48] and the mean seconds a step."""
-    with tqdm(total=request.num_steps, desc="denoising", unit="step", disable=quiet, leave=False) as bar:
-        started = time.perf_counter()
-        for step in pipeline.denoise(request, noise):
-            bar.set_postfix_str(f"t={step.state.t:.3f}, peak {_gigabytes()}")
-            bar.update()
-        return step.x_next, (time.perf_counter() - started) / request.num_steps
+def _check_options(given: list[str], task: Task) -> None:
+    """Refuse options that would be ignored, rather than leave the user to find out."""
+    _refuse(given, _DRAWING if task.answers else _ANSWERING, f"means nothing to task {task}: leave it out")
+    if "rewrite" in given and task not in REWRITABLE:
+        raise LanceError(f"--rewrite is for {' and '.join(REWRITABLE)}: leave it out")
 
 
-def _gigabytes() -> str:
-    """Peak memory of the process, and of MLX where that is on a GPU and not part of it."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"{max(resident, mx.get_peak_memory()) / 1e9:.2f} GB"
+def _refuse(given: list[str], options: list[str], why: str) -> None:
+    refused = next((name for name in given if name in options), None)
+    if refused is not None:
+        raise LanceError(f"--{refused.replace('_', '-')} {why}")
 
 
 @app.command("convert-vae", epilog=_EXIT)
@@ -160,11 +238,17 @@ def convert_vae_command(
 
 def main() -> None:
     """Run the command; bad input ends it with one line on stderr and status 2."""
+    # An answer may hold any character, whatever the locale.
+    sys.stdout.reconfigure(encoding="utf-8")
+    sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         app()
     except LanceError as error:
         print(f"lance-mlx: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stopped:
+        print(f"lance-mlx: {stopped}", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
     except SystemExit as status:
         if status.code == _INTERRUPTED:
             print("lance-mlx: interrupted, nothing written", file=sys.stderr)

@@ -15,6 +15,8 @@ TEMPORAL_STRIDE = 4
 MAX_NUM_FRAMES = 121
 MAX_LATENT_SIDE = 64
 """Latent cells per side of the position table."""
+MAX_LATENT_FRAMES = MAX_NUM_FRAMES // TEMPORAL_STRIDE + 1
+"""Latent frames of the position table."""
 
 # Keys of official configurations that do not change what inference computes here. `tie_word_embeddings` is among them
 # although the official file says true: the checkpoint holds an lm_head of its own and upstream's launcher overrides
@@ -80,14 +82,7 @@ class LanceConfig:
     @classmethod
     def from_file(cls, path: Path) -> "LanceConfig":
         """Read llm_config.json; raises LanceError naming a missing, unknown, misshapen or contradictory key."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise LanceError(f"{path} is missing: give the folder of an official Lance checkpoint") from None
-        except (OSError, ValueError) as error:
-            raise LanceError(f"{path} is not readable JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise LanceError(f"{path} must hold a JSON object")
+        values = read_json_object(path, "give the folder of an official Lance checkpoint")
         try:
             return cls.from_dict(values)
         except LanceError as error:
@@ -104,7 +99,7 @@ class LanceConfig:
         for key, allowed in _FIXED_KEYS.items():
             if key in values and values[key] not in allowed:
                 raise LanceError(f"'{key}' is {values[key]!r}, but only {allowed[0]!r} is supported")
-        sizes = {key: _integer(values, key) for key in _SIZE_KEYS}
+        sizes = {key: integer(values, key) for key in _SIZE_KEYS}
         heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
         if heads % kv_heads:
             raise LanceError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
@@ -127,12 +122,26 @@ class LanceConfig:
             rms_norm_eps=_positive(values, "rms_norm_eps", 1e-6),
             rope_theta=_positive(values, "rope_theta", 1e6),
             mrope_section=section,
-            tokens_per_second=_integer(vision, "tokens_per_second") if "tokens_per_second" in vision else 2,
-            special_tokens={text: _integer(values, key, 0) for key, text in _TOKEN_KEYS.items() if key in values},
+            tokens_per_second=integer(vision, "tokens_per_second") if "tokens_per_second" in vision else 2,
+            special_tokens={text: integer(values, key, 0) for key, text in _TOKEN_KEYS.items() if key in values},
         )
 
 
-def _integer(values: dict[str, Any], key: str, least: int = 1) -> int:
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file; raises LanceError, with the remedy for a missing file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LanceError(f"{path} is missing: {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise LanceError(f"{path} is not readable JSON ({error}): fetch it again") from None
+    if not isinstance(values, dict):
+        raise LanceError(f"{path} must hold a JSON object")
+    return values
+
+
+def integer(values: dict[str, Any], key: str, least: int = 1) -> int:
+    """The integer of that key; raises LanceError when it is missing, of another type or too small."""
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise LanceError(f"'{key}' must be an integer of at least {least}, not {value!r}")

@@ -1,4 +1,4 @@
-"""PNG and MP4 out: 8-bit pixels, files that appear only when they are whole, the request kept in the metadata."""
+"""PNG, MP4 and text out: 8-bit pixels, files that appear only when they are whole, the request kept in the metadata."""
 
 import json
 import os
@@ -46,6 +46,18 @@ def check_output(path: str | os.PathLike[str], num_frames: int) -> Path:
         raise LanceError(f"output {path}: a .png holds one frame, not {num_frames}; use .mp4")
     if suffix == ".mp4" and num_frames == 1:
         raise LanceError(f"output {path}: one frame is an image; use .png")
+    return _check_place(path)
+
+
+def check_text_output(path: str | os.PathLike[str]) -> Path:
+    """Return `path` if a text can go there; raises LanceError as `check_output`, and for the suffix of a picture."""
+    path = Path(path)
+    if path.suffix.lower() in (".png", ".mp4"):
+        raise LanceError(f"output {path}: an answer is text; use .txt")
+    return _check_place(path)
+
+
+def _check_place(path: Path) -> Path:
     if path.is_dir():
         raise LanceError(f"output {path} is a folder; name a file in it")
     if not path.parent.is_dir():
@@ -68,6 +80,18 @@ def save_image(path: str | os.PathLike[str], frame: np.ndarray, metadata: Mappin
         temporary = _temporary(path)
         try:
             Image.fromarray(frame).save(temporary, format="PNG", pnginfo=info)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def save_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8; raises LanceError when the file cannot be written."""
+    path = Path(path)
+    with _write_errors(path):
+        temporary = _temporary(path)
+        try:
+            temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

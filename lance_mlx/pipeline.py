@@ -1,30 +1,115 @@
-"""Load a checkpoint once, then turn requests into steps, latents and frames."""
+"""Load a checkpoint once, then turn requests into steps, latents and frames, and questions into tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.vae import VAE
 from lance_mlx.numerics import BFLOAT16, Numerics
-from lance_mlx.prompt import build_sequence
-from lance_mlx.request import Request, Task
+from lance_mlx.prompt import answer_start, build_question, build_sequence
+from lance_mlx.request import Question, Request, Task, Variant
+from lance_mlx.sampling.conditions import Conditions
 from lance_mlx.sampling.flow import Step, denoise
-from lance_mlx.sampling.noise import draw_noise
+from lance_mlx.sampling.noise import draw_eps, draw_noise
+from lance_mlx.sampling.text import Reader, answer_tokens, make_reader, token_budget
+from lance_mlx.sequence import Sequence as TokenSequence
 from lance_mlx.tokenizer import LanceTokenizer
-from lance_mlx.weights import Tracker, find_checkpoint, load_lance, load_vae
+from lance_mlx.visuals import PreparedVisual, prepare_visuals, sized_by_source
+from lance_mlx.weights import Tracker, ViTSource, find_checkpoint, load_lance, load_vae
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A request with everything that it needs to be denoised.
+
+    Attributes:
+        request: the request, with the size that its source dictates.
+    """
+
+    request: Request
+    sequence: TokenSequence
+    conditions: Conditions
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedQuestion:
+    """A question whose prompt is ready to be read.
+
+    Attributes:
+        visuals: the grids of what the question is about.
+        first: the last token of the context, the first one that is decoded.
+        budget: most tokens of the answer.
+    """
+
+    question: Question
+    visuals: tuple[PreparedVisual, ...]
+    reader: Reader
+    first: int
+    budget: int
+
+    def shows(self, question: Question) -> bool:
+        """Whether the prompt of `question` begins like this one's, up to the question itself."""
+        return _shown(self.question) == _shown(question)
+
+
+def _shown(question: Question) -> tuple:
+    return question.task, question.visuals, question.instruction, question.vit_resolution
 
 
 class Pipeline:
-    """A loaded Lance: tokenizer, transformer and VAE decoder under one numeric policy."""
+    """A loaded Lance: tokenizer, transformer and VAE under one numeric policy."""
 
     def __init__(self, model: Lance, vae: VAE, tokenizer: LanceTokenizer) -> None:
         self.model = model
         self.vae = vae
         self.tokenizer = tokenizer
 
-    def denoise(self, request: Request, noise: mx.array | None = None) -> Iterator[Step]:
+    def prepare(self, request: Request, visuals: Sequence[PreparedVisual] | None = None) -> Prepared:
+        """Encode what the request refers to; its latents are sampled from the request's seed.
+
+        Args:
+            visuals: those of the request, already read and resized; they are read when None.
+
+        Raises:
+            LanceError: a visual cannot be used.
+        """
+        if visuals is None:
+            visuals = prepare_visuals(request)
+        clean = []
+        for index, visual in enumerate(visuals):
+            # Only the first frame of an animation is given, and later frames do not change its latents.
+            statistics = self.vae.encode(visual.pixels[:1] if request.task is Task.I2V else visual.pixels)
+            clean.append(statistics.sample(draw_eps(request, index, statistics.mean.shape)))
+        return self.prepare_encoded(request, visuals, clean)
+
+    def prepare_encoded(
+        self, request: Request, visuals: Sequence[PreparedVisual], clean: Sequence[mx.array]
+    ) -> Prepared:
+        """Prepare from visuals already resized and their latents, float32 [t, h, w, 48] each; i2v uses the first
+        frame."""
+        request = sized_by_source(request, visuals)
+        if request.task is Task.I2V:
+            clean, looked_at = [clean[0][:1]], []
+        else:
+            looked_at = visuals
+        flat = tuple(latents.reshape(-1, latents.shape[-1]).astype(self.model.numerics.dtype) for latents in clean)
+        conditions = Conditions(self.look(looked_at), flat)
+        return Prepared(request, build_sequence(request, self.tokenizer, visuals), conditions)
+
+    def look(self, visuals: Sequence[PreparedVisual]) -> tuple[mx.array, ...]:
+        """Output of the ViT for each visual, [tokens, hidden]."""
+        if not visuals:
+            return ()
+        patches = mx.array(np.concatenate([visual.vit_patches for visual in visuals]))
+        tokens = self.model.vit_model(patches, [visual.vit_grid for visual in visuals])
+        ends = np.cumsum([int(np.prod(visual.vit_cells)) for visual in visuals]).tolist()
+        return tuple(mx.split(tokens, ends[:-1]))
+
+    def denoise(self, prepared: Prepared, noise: mx.array | None = None) -> Iterator[Step]:
         """Yield the sampler's steps; the last one's `x_next` holds the latents.
 
         Args:
@@ -33,30 +118,82 @@ class Pipeline:
         Raises:
             LanceError: the noise does not fit the request.
         """
-        sequence = build_sequence(request, self.tokenizer)
         if noise is None:
-            noise = draw_noise(request, self.model.numerics)
-        return denoise(self.model, request, sequence, noise)
+            noise = draw_noise(prepared.request, self.model.numerics)
+        return denoise(self.model, prepared.request, prepared.sequence, noise, prepared.conditions)
 
     def decode(self, request: Request, latents: mx.array) -> Iterator[mx.array]:
-        """Yield pixels, float32 [1 or 4, height, width, 3] in [-1, 1], one latent frame of [n, 48] latents at a
-        time."""
+        """Yield pixels, float32 [1 or 4, height, width, 3] in [-1, 1], one latent frame of [n, 48] latents at a time.
+
+        `request` has the size of the latents, as a prepared one does.
+        """
         return self.vae.decode(latents.reshape(*request.latent_grid, -1))
 
+    def prepare_question(
+        self,
+        question: Question,
+        visuals: Sequence[PreparedVisual] | None = None,
+        earlier: PreparedQuestion | None = None,
+    ) -> PreparedQuestion:
+        """Look at what the question is about and lay out its prompt.
 
-def load(path: str | Path, task: Task, numerics: Numerics = BFLOAT16, track: Tracker = iter) -> Pipeline:
-    """Load an official checkpoint for a task.
+        Args:
+            visuals: those of the question, already read and resized; they are read when None.
+            earlier: another question; where it shows the same, that is neither read nor looked at again.
+
+        Raises:
+            LanceError: a visual cannot be used.
+        """
+        if earlier is not None and not earlier.shows(question):
+            earlier = None
+        if earlier is not None:
+            visuals = earlier.visuals
+        elif visuals is None:
+            visuals = prepare_visuals(question)
+        sequence = build_question(question, self.tokenizer, visuals)
+        context = answer_start(question, self.tokenizer, sequence)
+        budget = token_budget(question, context)
+        if earlier is None:
+            reader = make_reader(self.model, sequence, context, budget, Conditions(self.look(visuals)))
+        else:
+            reader = make_reader(self.model, sequence, context, budget, Conditions(), earlier.reader)
+        grids = tuple(PreparedVisual(vit_grid=visual.vit_grid) for visual in visuals)
+        return PreparedQuestion(question, grids, reader, int(sequence.ids[context - 1]), budget)
+
+    def answer(self, prepared: PreparedQuestion) -> Iterator[int]:
+        """Yield the tokens of the answer as they come, `<|im_end|>` included where it ends one."""
+        return answer_tokens(
+            prepared.reader,
+            prepared.question,
+            prepared.first,
+            prepared.budget,
+            vocabulary=len(self.tokenizer),
+            stop=self.tokenizer.token_id("<|im_end|>"),
+        )
+
+
+def load(
+    path: str | Path,
+    variant: Variant,
+    numerics: Numerics = BFLOAT16,
+    looks: bool = False,
+    vit_source: ViTSource = ViTSource.LANCE,
+    track: Tracker = iter,
+) -> Pipeline:
+    """Load one variant of an official checkpoint.
 
     Args:
-        path: the folder that holds Lance_3B, Lance_3B_Video and the VAE, or one of the first two.
+        path: the folder that holds Lance_3B, Lance_3B_Video, the ViT and the VAE, or one of the first two.
         numerics: the launcher's bfloat16, or float32.
+        looks: load the ViT and the VAE's encoder too, for tasks that are given pictures.
+        vit_source: whose ViT weights win where two files hold them.
         track: wraps the list of tensors while they are read, as tqdm does, to show progress.
 
     Raises:
         LanceError: a file, key or tensor is missing or wrong.
     """
-    checkpoint = find_checkpoint(Path(path), task)
+    checkpoint = find_checkpoint(Path(path), variant)
     tokenizer = LanceTokenizer(checkpoint.folder)
-    model = load_lance(checkpoint, numerics, track)
+    model = load_lance(checkpoint, numerics, looks, vit_source, track)
     tokenizer.check(model.config)
-    return Pipeline(model, load_vae(checkpoint, numerics), tokenizer)
+    return Pipeline(model, load_vae(checkpoint, numerics, looks), tokenizer)

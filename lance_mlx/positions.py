@@ -11,18 +11,23 @@ REFERENCE_ANCHOR = 2000
 
 
 def position_ids(sequence: Sequence, tokens_per_second: int) -> np.ndarray:
-    """RoPE ids (t, h, w) of every token, int32 [3, n].
+    """RoPE ids (t, h, w) of every token of a sequence that is denoised, shifted by role; int32 [3, n]."""
+    return _shift_by_role(rope_index(sequence, tokens_per_second), sequence)
+
+
+def rope_index(sequence: Sequence, tokens_per_second: int) -> np.ndarray:
+    """RoPE ids (t, h, w) of every token before any shift, int32 [3, n].
 
     Text counts on from the largest id so far, on all three axes; so does a block's opening bracket. A block's grid
     starts one later: t advances by `tokens_per_second` a latent frame, h and w by one a cell
-    (bytedance/Lance modeling/lance/qwen2_navit.py:get_rope_index, data/common.py:shift_position_ids).
+    (bytedance/Lance modeling/lance/qwen2_navit.py:get_rope_index).
     """
     pieces, following = [], 0
     for segment in sequence.segments:
         piece = _segment_positions(segment, tokens_per_second) + following
         pieces.append(piece)
         following = int(piece.max()) + 1
-    return _shift_by_role(np.concatenate(pieces, axis=1), sequence).astype(np.int32)
+    return np.concatenate(pieces, axis=1).astype(np.int32)
 
 
 def _segment_positions(segment: Segment, tokens_per_second: int) -> np.ndarray:

@@ -1,31 +1,65 @@
 """What a user asks for, validated once."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from lance_mlx.config import MAX_LATENT_SIDE, MAX_NUM_FRAMES, SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lance_mlx.errors import LanceError
+from lance_mlx.plain import from_plain, to_plain
+from lance_mlx.preprocess import RESOLUTIONS
 
 _VISUAL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
 class Task(StrEnum):
-    """Tasks of upstream's launcher that this version runs."""
+    """What Lance does: the tasks of upstream's launcher, and the subject-driven path of its code (`idip` there)."""
 
     T2I = "t2i"
     T2V = "t2v"
+    I2V = "i2v"
+    IMAGE_EDIT = "image_edit"
+    VIDEO_EDIT = "video_edit"
+    SUBJECT = "subject"
+    X2T_IMAGE = "x2t_image"
+    X2T_VIDEO = "x2t_video"
 
     @property
-    def makes_video(self) -> bool:
-        """Whether the output has a frame axis that the user chooses."""
-        return self is Task.T2V
+    def answers(self) -> bool:
+        """Whether the output is text."""
+        return self in (Task.X2T_IMAGE, Task.X2T_VIDEO)
 
     @property
-    def variant(self) -> str:
-        """Folder of the official checkpoint for this task."""
-        return "Lance_3B_Video" if self.makes_video else "Lance_3B"
+    def takes(self) -> "VisualKind | None":
+        """The kind of picture that the task is given, or None."""
+        if self in (Task.VIDEO_EDIT, Task.X2T_VIDEO):
+            return VisualKind.VIDEO
+        return None if self in (Task.T2I, Task.T2V) else VisualKind.IMAGE
+
+    @property
+    def is_for_video(self) -> bool:
+        """Whether the task is about moving pictures, given or made."""
+        return self in (Task.T2V, Task.I2V, Task.VIDEO_EDIT, Task.X2T_VIDEO)
+
+    @property
+    def size_from_source(self) -> bool:
+        """Whether the output takes its height and width from the picture that it starts from."""
+        return self in (Task.I2V, Task.IMAGE_EDIT, Task.VIDEO_EDIT)
+
+
+class VisualKind(StrEnum):
+    """Still or moving."""
+
+    IMAGE = "image"
+    VIDEO = "video"
+
+
+class Variant(StrEnum):
+    """Folders of the official checkpoint: which of the two models was trained for a task."""
+
+    IMAGE = "Lance_3B"
+    VIDEO = "Lance_3B_Video"
 
 
 class Entry(StrEnum):
@@ -48,12 +82,25 @@ class Renorm(StrEnum):
 
 
 @dataclass(frozen=True)
+class Visual:
+    """An image or video file that a request refers to."""
+
+    path: str
+    kind: VisualKind
+
+
+@dataclass(frozen=True)
 class Request:
-    """One text to image or text to video request, with upstream's launcher defaults.
+    """One request for an image or a video, with upstream's launcher defaults.
 
     Attributes:
-        height, width: pixels, multiples of 16.
+        visuals: the picture to animate (i2v), to edit, or the subjects to draw, in order.
+        height, width: pixels, multiples of 16. Editing and i2v take them from the source.
         num_frames: frames asked for; images have one. The decoder returns `4 * latent_frames - 3` of them.
+        vae_resolution, vit_resolution: visuals are resized to about this many pixels squared for the VAE and the ViT;
+            by default to upstream's `image_768res`, and in tasks for videos to its `video_480p`.
+        vision_type: what the instruction calls the input; None for what it is. Upstream takes the kind of the last
+            element of its request, which is "text" where the text comes last.
         num_steps: denoising steps.
         timestep_shift: the larger, the longer the sampler stays near noise.
         guidance_scale: 1 or less runs the conditional arm alone.
@@ -82,24 +129,40 @@ class Request:
     entry: Entry = Entry.KV_CACHE
     seed: int = 42
     fps: int = 12
+    visuals: tuple[Visual, ...] = ()
+    vae_resolution: int | None = None
+    vit_resolution: int | None = None
+    vision_type: str | None = None
 
     def __post_init__(self) -> None:
-        for token in _VISUAL_TOKENS:
-            if token in self.prompt:
-                raise LanceError(f"the prompt contains the control token {token}, which stands for pixels: remove it")
+        _set_resolutions(self)
+        if self.task.answers:
+            raise LanceError(f"task {self.task} answers a question: it draws nothing")
+        _check_text("prompt", self.prompt)
+        _check_visuals(self.task, self.visuals)
+        if self.task is Task.I2V and len(self.visuals) != 1:
+            raise LanceError(f"task {self.task} takes one {self.task.takes}, not {len(self.visuals)}")
+        if not self.text_template and self.task.takes:
+            raise LanceError(f"task {self.task} always uses the template: upstream has no sequence for it without")
+        # A source may be wider than the position table: its buckets are upstream's, and so is what then happens.
+        largest = 4096 if self.task.size_from_source else MAX_LATENT_SIDE * SPATIAL_STRIDE
         for name, side in (("height", self.height), ("width", self.width)):
-            largest = MAX_LATENT_SIDE * SPATIAL_STRIDE
             if not SPATIAL_STRIDE <= side <= largest or side % SPATIAL_STRIDE:
-                nearest = min(max(round(side / SPATIAL_STRIDE), 1), MAX_LATENT_SIDE) * SPATIAL_STRIDE
+                nearest = min(max(round(side / SPATIAL_STRIDE) * SPATIAL_STRIDE, SPATIAL_STRIDE), largest)
                 raise LanceError(f"{name} {side} must be a multiple of {SPATIAL_STRIDE} up to {largest}: try {nearest}")
         if not 1 <= self.num_frames <= MAX_NUM_FRAMES:
             raise LanceError(f"num_frames {self.num_frames} must be between 1 and {MAX_NUM_FRAMES}")
-        if not self.task.makes_video and self.num_frames != 1:
-            raise LanceError(f"task {self.task} makes one frame, not {self.num_frames}: use t2v for a video")
+        if self.task is Task.I2V and self.latent_grid[0] < 2:
+            raise LanceError(f"num_frames {self.num_frames} leaves nothing to animate: ask for at least 5")
+        if self.task in (Task.T2I, Task.IMAGE_EDIT) and self.num_frames != 1:
+            raise LanceError(f"task {self.task} makes one frame, not {self.num_frames}: use another task for a video")
         if self.num_steps < 1:
             raise LanceError(f"num_steps {self.num_steps} must be at least 1")
         if self.fps < 1:
             raise LanceError(f"fps {self.fps} must be at least 1")
+        for name, least in (("vae_resolution", 16), ("vit_resolution", 28)):
+            if getattr(self, name) < least:
+                raise LanceError(f"{name} {getattr(self, name)} must be at least {least}")
         for name in ("timestep_shift", "guidance_scale", "guidance_renorm_min"):
             if not math.isfinite(getattr(self, name)):
                 raise LanceError(f"{name} must be a finite number")
@@ -110,8 +173,17 @@ class Request:
         low, high = self.guidance_interval
         if not (math.isfinite(low) and math.isfinite(high)):
             raise LanceError("guidance_interval must be two finite numbers")
-        if not 0 <= self.seed < 2**64:
-            raise LanceError(f"seed {self.seed} must be between 0 and 2**64 - 1")
+        _check_seed(self.seed)
+
+    @property
+    def makes_video(self) -> bool:
+        """Whether the output has more than one frame, or comes from a task for videos."""
+        return self.task.is_for_video or self.num_frames > 1
+
+    @property
+    def variant(self) -> Variant:
+        """The model that was trained for this."""
+        return Variant.VIDEO if self.makes_video else Variant.IMAGE
 
     @property
     def latent_grid(self) -> tuple[int, int, int]:
@@ -121,25 +193,107 @@ class Request:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values under the field names."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Request":
-        """Build from the field names; raises LanceError for an unknown task, an unknown key or a bad value."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise LanceError(f"unknown request key '{unknown[0]}'")
-        values = dict(values)
-        for name, kind in (("task", Task), ("guidance_renorm", Renorm), ("entry", Entry)):
-            if name in values:
-                values[name] = _member(kind, name, values[name])
-        if "guidance_interval" in values:
-            values["guidance_interval"] = tuple(values["guidance_interval"])
-        return cls(**values)
+        """Build from JSON values under the field names; raises LanceError for an unknown key or a bad value."""
+        return from_plain(cls, values)
 
 
-def _member(kind: type[StrEnum], name: str, value: Any) -> StrEnum:
+@dataclass(frozen=True)
+class Question:
+    """One question about images or a video, with upstream's launcher defaults.
+
+    Attributes:
+        question: the user's text; empty to be told what is there.
+        visuals: what the question is about, in order.
+        instruction: the system's part of the prompt.
+        answer: an expected answer, which upstream's sequence holds and generation never sees.
+        max_new_tokens: most tokens of an answer. The full-sequence entry goes on to a multiple of 128, as upstream
+        does. temperature: 0 takes the most probable token; upstream's sampling has 1.
+        top_p: sample among the most probable tokens that add up to this.
+
+    Raises:
+        LanceError: a value that upstream could not run, naming it.
+    """
+
+    task: Task
+    question: str
+    visuals: tuple[Visual, ...] = ()
+    instruction: str | None = None
+    answer: str = ""
+    vit_resolution: int | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 42
+    entry: Entry = Entry.KV_CACHE
+
+    def __post_init__(self) -> None:
+        _set_resolutions(self)
+        if not self.task.answers:
+            raise LanceError(f"task {self.task} draws: it answers no question")
+        _check_text("question", self.question)
+        _check_text("instruction", self.instruction or "")
+        _check_visuals(self.task, self.visuals)
+        if self.max_new_tokens < 1:
+            raise LanceError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+        if self.vit_resolution < 28:
+            raise LanceError(f"vit_resolution {self.vit_resolution} must be at least 28")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise LanceError(f"temperature {self.temperature} must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise LanceError(f"top_p {self.top_p} must be above 0 and at most 1")
+        _check_seed(self.seed)
+
+    @property
+    def variant(self) -> Variant:
+        """The model that was trained for this."""
+        return Variant.VIDEO if self.task.is_for_video else Variant.IMAGE
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values under the field names."""
+        return to_plain(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Question":
+        """Build from JSON values under the field names; raises LanceError for an unknown key or a bad value."""
+        return from_plain(cls, values)
+
+
+def _check_text(name: str, text: str) -> None:
     try:
-        return kind(value)
-    except ValueError:
-        raise LanceError(f"{name} '{value}' is not supported: choose one of {', '.join(kind)}") from None
+        text.encode()
+    except UnicodeEncodeError:
+        raise LanceError(f"the {name} is not valid Unicode: write it as UTF-8") from None
+    for token in _VISUAL_TOKENS:
+        if token in text:
+            raise LanceError(f"the {name} contains the control token {token}, which stands for pixels: remove it")
+
+
+def _check_visuals(task: Task, visuals: tuple[Visual, ...]) -> None:
+    if task.takes is None and visuals:
+        raise LanceError(f"task {task} takes no image or video")
+    if task.takes and not visuals:
+        article = "an" if task.takes is VisualKind.IMAGE else "a"
+        raise LanceError(f"task {task} needs {article} {task.takes}: name its file")
+    for visual in visuals:
+        if visual.kind is not task.takes:
+            raise LanceError(
+                f"task {task} takes an image or images, not a video"
+                if visual.kind is VisualKind.VIDEO
+                else f"task {task} takes a video, not an image: {visual.path}"
+            )
+
+
+def _set_resolutions(request: "Request | Question") -> None:
+    name = "video_480p" if request.task.is_for_video else "image_768res"
+    for field, default in zip(("vae_resolution", "vit_resolution"), RESOLUTIONS[name], strict=True):
+        if getattr(request, field, 0) is None:
+            object.__setattr__(request, field, default)
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**64:
+        raise LanceError(f"seed {seed} must be between 0 and 2**64 - 1")

@@ -38,12 +38,14 @@ class Segment:
     Attributes:
         ids: int32 [n].
         grid: (t, h, w) cells of a visual block, n = t*h*w + 2; None for text.
+        clean_frames: latent frames at the start of a denoised block that are given and never change.
     """
 
     role: Role
     mode: AttentionMode
     ids: np.ndarray
     grid: tuple[int, int, int] | None = None
+    clean_frames: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -52,6 +54,13 @@ class Segment:
     def is_latent(self) -> bool:
         """Whether the inner tokens are VAE latents."""
         return self.mode in LATENT_MODES
+
+    @property
+    def clean_tokens(self) -> int:
+        """Inner tokens that are given: all of a clean block, those of the clean frames of a denoised one."""
+        if self.mode is AttentionMode.NOISE:
+            return self.clean_frames * self.grid[1] * self.grid[2]
+        return len(self) - 2 if self.is_latent else 0
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,10 @@ class Sequence:
     def target_index(self) -> int:
         """Position of the denoised block among the segments."""
         return next(i for i, segment in enumerate(self.segments) if segment.mode is AttentionMode.NOISE)
+
+    def denoised_indexes(self) -> np.ndarray:
+        """Indexes of the latents that the sampler moves, int32."""
+        return self.inner_indexes(AttentionMode.NOISE)[self.target.clean_tokens :]
 
     def without(self, role: Role) -> "Sequence":
         """The sequence with every segment of that role dropped."""

@@ -1,6 +1,7 @@
 """Qwen2.5-VL's byte-level BPE tokenizer, built from the files of an official checkpoint."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -50,6 +51,16 @@ class LanceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with nothing added around them."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int], control_tokens: bool = False) -> str:
+        """Text of token ids; control tokens are left out unless asked for."""
+        return self._tokenizer.decode(ids, skip_special_tokens=not control_tokens)
+
+    def stream(self) -> Callable[[int], str]:
+        """A function that takes one id after the other and returns the text that each one completes, control tokens
+        left out: empty while the bytes of a character are not all there."""
+        stream = decoders.DecodeStream(skip_special_tokens=True)
+        return lambda index: stream.step(self._tokenizer, index) or ""
 
     def check(self, config: LanceConfig) -> None:
         """Raise LanceError where the ids contradict llm_config.json, which would look up foreign embeddings."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,39 +18,54 @@ from lance_mlx.model.vae import VAE
 from lance_mlx.model.vae_decoder import DecoderShape, UpBlockShape
 from lance_mlx.model.vae_encoder import DownBlockShape, EncoderShape
 from lance_mlx.model.vae_layers import PACKED_CHANNELS
+from lance_mlx.model.vit import ViTConfig
 from lance_mlx.numerics import Numerics
-from lance_mlx.request import Task
+from lance_mlx.request import Variant
 
 Tracker = Callable[[list], Iterable]
 _VAE_FILES = ("Wan2.2_VAE.safetensors", "Wan2.2_VAE.pth")
-_NOT_USED = re.compile(r"latent_pos_embed\.pos_embed$|vit_model\.")
-"""The position table is recomputed whatever its stored size; the ViT plays no part in the tasks that exist."""
+_VIT_FOLDER = "Qwen2.5-VL-ViT"
+_VIT = "vit_model."
+_POSITION_TABLE = "latent_pos_embed.pos_embed"
+"""Recomputed whatever its stored size."""
 _VAE_ENCODER = re.compile(r"encoder\.|conv1\.")
+
+
+class ViTSource(StrEnum):
+    """Whose ViT weights win where both the Lance file and the ViT file hold them.
+
+    Upstream reads the ViT file first and the Lance file over it; the video checkpoint holds a ViT, the image one does
+    not.
+    """
+
+    LANCE = "lance"
+    VIT_FILE = "vit_file"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where the parts of an official checkpoint lie."""
+    """Where the parts of an official checkpoint lie; `vit` is None where there is no folder of the ViT."""
 
     folder: Path
     weights: Path
     vae: Path
+    vit: Path | None
 
 
-def find_checkpoint(path: Path, task: Task) -> Checkpoint:
-    """Locate the files for a task.
+def find_checkpoint(path: Path, variant: Variant) -> Checkpoint:
+    """Locate the files of a variant.
 
     Args:
-        path: the folder that holds Lance_3B, Lance_3B_Video and the VAE, or one of the first two.
+        path: the folder that holds Lance_3B, Lance_3B_Video, the ViT and the VAE, or one of the first two.
 
     Raises:
         LanceError: a file is missing.
     """
     if not path.is_dir():
         raise LanceError(f"model folder {path} does not exist: give the folder of an official Lance checkpoint")
-    folder = path if (path / "llm_config.json").exists() else path / task.variant
+    folder = path if (path / "llm_config.json").exists() else path / variant
     if not (folder / "llm_config.json").is_file():
-        raise LanceError(f"{path} holds neither llm_config.json nor {task.variant}/llm_config.json")
+        raise LanceError(f"{path} holds neither llm_config.json nor {variant}/llm_config.json")
     weights = next((p for p in (folder / "model.safetensors", folder / "ema.safetensors") if p.is_file()), None)
     if weights is None:
         raise LanceError(f"{folder / 'model.safetensors'} is missing")
@@ -57,22 +73,55 @@ def find_checkpoint(path: Path, task: Task) -> Checkpoint:
     vae = next((p for p in candidates if p.is_file()), None)
     if vae is None:
         raise LanceError(f"no {' or '.join(_VAE_FILES)} in {folder} or {folder.parent}: the VAE belongs there")
-    return Checkpoint(folder, weights, vae)
+    vit = next((p for p in (folder / _VIT_FOLDER, folder.parent / _VIT_FOLDER) if p.is_dir()), None)
+    return Checkpoint(folder, weights, vae, vit)
 
 
-def load_lance(checkpoint: Checkpoint, numerics: Numerics, track: Tracker = iter) -> Lance:
+def load_lance(
+    checkpoint: Checkpoint,
+    numerics: Numerics,
+    with_vit: bool = False,
+    vit_source: ViTSource = ViTSource.LANCE,
+    track: Tracker = iter,
+) -> Lance:
     """The model without its VAE, cast to the policy's dtype; raises LanceError naming a wrong tensor.
 
-    `track` wraps the list of tensors while they are read, as tqdm does.
+    Args:
+        with_vit: load the ViT too, which only tasks that look at pictures need.
+        vit_source: whose ViT wins where there are two.
+        track: wraps the list of tensors while they are read, as tqdm does.
     """
-    model = Lance(LanceConfig.from_file(checkpoint.folder / "llm_config.json"), numerics)
     arrays = _read_safetensors(checkpoint.weights)
-    arrays = {name: array for name, array in arrays.items() if not _NOT_USED.match(name)}
+    arrays = {name: array for name, array in arrays.items() if name != _POSITION_TABLE}
+    own_vit = {name: arrays.pop(name) for name in list(arrays) if name.startswith(_VIT)}
+    vit_config = None
+    if with_vit:
+        vit_config = ViTConfig.from_file(_vit_file(checkpoint, "config.json"))
+        arrays |= _vit_weights(checkpoint, own_vit, vit_source)
+    config = LanceConfig.from_file(checkpoint.folder / "llm_config.json")
+    if vit_config and vit_config.out_hidden_size != config.hidden_size:
+        sizes = f"{vit_config.out_hidden_size}, but the language model's is {config.hidden_size}"
+        raise LanceError(f"{checkpoint.vit / 'config.json'}: out_hidden_size is {sizes}")
+    model = Lance(config, numerics, vit_config)
     _load(model, arrays, checkpoint.weights, numerics)
     # The output head writes text only; left unevaluated, it is never read from disk by a task that draws.
     used = [item for item in tree_flatten(model.parameters()) if not item[0].startswith("language_model.lm_head")]
     _evaluate(track(used), checkpoint.weights)
     return model
+
+
+def _vit_weights(checkpoint: Checkpoint, own: dict[str, mx.array], source: ViTSource) -> dict[str, mx.array]:
+    if own and source is ViTSource.LANCE:
+        return own
+    path = _vit_file(checkpoint, "vit.safetensors")
+    return {f"{_VIT}{name}": array for name, array in _read_safetensors(path).items()}
+
+
+def _vit_file(checkpoint: Checkpoint, name: str) -> Path:
+    path = (checkpoint.vit or checkpoint.folder.parent / _VIT_FOLDER) / name
+    if not path.is_file():
+        raise LanceError(f"{path} is missing: tasks that look at pictures need the ViT")
+    return path
 
 
 def load_vae(checkpoint: Checkpoint, numerics: Numerics, with_encoder: bool = False) -> VAE:

@@ -140,7 +140,8 @@ def find_bundles(folders: Sequence[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise ParityError(f"{folder} is not a folder: name a folder of oracle bundles or one bundle")
-        inside = [folder] if (folder / "manifest.json").exists() else []
+        # By listing: where file names ignore case, MANIFEST.json of a folder of bundles would pass for manifest.json.
+        inside = [folder] if "manifest.json" in {path.name for path in folder.iterdir()} else []
         # A folder that only lacks its manifest is still listed, so that it is reported rather than passed over.
         inside = inside or sorted(p for p in folder.iterdir() if p.is_dir() and any((p / n).exists() for n in FILES))
         if not inside:

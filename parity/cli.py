@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from parity.errors import ParityError
+from parity.errors import ParityError, interrupted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,9 +44,9 @@ def run(
     oracles: Annotated[
         list[Path] | None, typer.Argument(help="Folders of bundles, or single bundles.", show_default="oracles/")
     ] = None,
-    report: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the HTML report; replaced as a whole.")
-    ] = Path("reports/latest"),
+    report: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the HTML report; replaced as a whole.")] = Path(
+        "reports/latest"
+    ),
 ) -> None:
     """Compare both implementations with every bundle and write an HTML report.
 
@@ -162,7 +162,9 @@ def one_line_errors() -> Iterator[None]:
         _end(str(error), UNUSABLE_STATUS)
     except ModuleNotFoundError as error:
         _end(f"{error.name} is not installed: pip install 'lance-mlx[parity]'", UNUSABLE_STATUS)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if not interrupted(error):
+            raise
         _end("interrupted", INTERRUPTED_STATUS)
 
 

@@ -34,7 +34,7 @@ def name_component(bundle: Bundle, recording: Recording, name: str, diverging: s
 def _positions_differ(bundle: Bundle, recording: Recording) -> bool:
     # The oracles of the full-sequence entry hold no positions; the reference, which shares no code, stands in for them.
     try:
-        expected = Reference().layout(bundle.request, bundle.checkpoint / bundle.variant)
+        expected = Reference().layout(bundle.request, bundle.checkpoint / bundle.variant, bundle.path.parent)
     except ParityError:
         return False
     known = [name for name in POSITION_LAYOUTS if name in recording and name in expected]

@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from parity.bundle import Bundle
-from parity.errors import ParityError
-from parity.recording import Recording
+from parity.errors import ParityError, interrupted
+from parity.recording import Recording, Replay
 
 Progress = Callable[[str], None]
 
@@ -31,8 +31,11 @@ class Implementation(Protocol):
         and may hold `sampler.velocity{k}`, the velocity after guidance. Raises ParityError when it cannot run.
         """
 
-    def layout(self, request: dict, tokenizer: Path) -> dict[str, np.ndarray]:
-        """Lay out a request with the tokenizer in a folder: the arrays of a layout's .npz, under the same names."""
+    def layout(self, request: dict, tokenizer: Path, media: Path) -> dict[str, np.ndarray]:
+        """Lay out a request with the tokenizer in a folder: the arrays of a layout's .npz, under the same names.
+
+        `media` is the folder that the paths of images and videos start from.
+        """
 
     def versions(self) -> dict[str, str]:
         """Return the names and versions of what computes."""
@@ -65,18 +68,18 @@ class Reference:
                 bundle.variant,
                 bundle.request,
                 bundle.entry,
-                bundle.taps["sampler.noise"].array,
+                replay_of(bundle),
                 Numerics(dtype, attention, linear),
                 wanted(bundle),
                 progress,
             )
 
-    def layout(self, request: dict, tokenizer: Path) -> dict[str, np.ndarray]:
+    def layout(self, request: dict, tokenizer: Path, media: Path) -> dict[str, np.ndarray]:
         """See Implementation.layout."""
         with one_line("reference cannot lay out the request"):
             from parity.capture_torch import layout_reference
 
-            return layout_reference(request, tokenizer)
+            return layout_reference(request, tokenizer, media)
 
     def versions(self) -> dict[str, str]:
         """See Implementation.versions."""
@@ -84,32 +87,32 @@ class Reference:
 
 
 class Mlx:
-    """The MLX port, through parity/capture_mlx.py."""
+    """The MLX port, through parity/capture_mlx.py and parity/replay_mlx.py."""
 
     name = "mlx"
 
     def record(self, bundle: Bundle, progress: Progress | None = None) -> Recording:
         """See Implementation.record."""
         with one_line(f"mlx cannot run bundle {bundle.name}"):
-            from parity.capture_mlx import record_mlx
+            from parity.replay_mlx import record_mlx
 
             return record_mlx(
                 bundle.checkpoint,
                 bundle.variant,
                 bundle.request,
                 bundle.entry,
-                bundle.taps["sampler.noise"].array,
+                replay_of(bundle),
                 bundle.dtype,
                 wanted(bundle),
                 progress,
             )
 
-    def layout(self, request: dict, tokenizer: Path) -> dict[str, np.ndarray]:
+    def layout(self, request: dict, tokenizer: Path, media: Path) -> dict[str, np.ndarray]:
         """See Implementation.layout."""
         with one_line("mlx cannot lay out the request"):
-            from parity.capture_mlx import layout_mlx
+            from parity.replay_mlx import layout_mlx
 
-            return layout_mlx(request, tokenizer)
+            return layout_mlx(request, tokenizer, media)
 
     def versions(self) -> dict[str, str]:
         """See Implementation.versions."""
@@ -125,10 +128,35 @@ def one_line(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if interrupted(error):
+            raise KeyboardInterrupt from error
         # The implementations' own errors are a sentence already; of any other the kind says as much as the text.
         known = type(error).__module__.partition(".")[0] in ("lance_mlx", "reference", "parity")
         text = " ".join(str(error).split())
         raise ParityError(f"{what}: {text if known else f'{type(error).__name__}: {text}'}") from error
+
+
+def replay_of(bundle: Bundle) -> Replay:
+    """Return what a run must be given to be comparable; raises ParityError where the bundle lacks some of it."""
+    pixels, patches = (_numbered(bundle.inputs, f"{kind}{{}}") for kind in ("vae_pixels", "vit_patches"))
+    eps = _numbered(bundle.taps, "vae.encode{}.eps")
+    noise = bundle.taps.get("sampler.noise")
+    if noise is None and not bundle.task.startswith("x2t"):
+        raise ParityError(f"bundle {bundle.name} has no sampler.noise: without it nothing can be replayed")
+    if len(eps) < len(pixels):
+        raise ParityError(f"bundle {bundle.name} lacks vae.encode{len(eps)}.eps: without it nothing can be replayed")
+    grids = bundle.inputs.get("vit_video_grid_thw")
+    shapes = [] if grids is None else [tuple(int(size) for size in grid) for grid in grids.array]
+    if [len(p) for p in patches] != [t * h * w for t, h, w in shapes]:
+        raise ParityError(f"bundle {bundle.name}: vit_patches do not fill vit_video_grid_thw: capture it again")
+    return Replay(noise and noise.array, pixels, patches, tuple(shapes), eps)
+
+
+def _numbered(taps: Recording, pattern: str) -> tuple[np.ndarray, ...]:
+    arrays = []
+    while (name := pattern.format(len(arrays))) in taps:
+        arrays.append(taps[name].array)
+    return tuple(arrays)
 
 
 def wanted(bundle: Bundle) -> set[str]:

@@ -21,11 +21,15 @@ REPOSITORY_TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "tokenizer
 
 @dataclass(frozen=True)
 class Layout:
-    """A captured layout: the request and the arrays that upstream made of it, int32 (timesteps float32)."""
+    """A captured layout: the request and the arrays that upstream made of it, int32 (timesteps float32).
+
+    `media` is the folder that the request's paths of images and videos start from.
+    """
 
     name: str
     request: dict
     arrays: dict[str, np.ndarray]
+    media: Path
 
     @property
     def supported(self) -> bool:
@@ -77,7 +81,7 @@ def read_layout(path: Path) -> Layout:
         raise ParityError(f"{path} is not a complete .npz file ({error}): copy it again") from error
     if "text_ids" not in arrays:
         raise ParityError(f"{path} has no text_ids: copy the layout again")
-    return Layout(path.stem, document["request"], arrays)
+    return Layout(path.stem, document["request"], arrays, path.resolve().parents[1])
 
 
 def find_tokenizer(folder: Path, given: Path | None = None) -> Path:
@@ -93,7 +97,7 @@ def find_tokenizer(folder: Path, given: Path | None = None) -> Path:
 def check_layout(layout: Layout, impl: Implementation, tokenizer: Path) -> LayoutResult:
     """Build a layout's request with an implementation and compare every array, bit for bit."""
     start = time.perf_counter()
-    built = impl.layout(layout.request, tokenizer)
+    built = impl.layout(layout.request, tokenizer, layout.media)
     seconds = time.perf_counter() - start
     missing = [name for name in layout.arrays if name not in built]
     compared = [name for name in layout.arrays if name in built]

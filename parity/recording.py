@@ -1,6 +1,7 @@
 """What one run computed: taps by name, in order of execution, and the safetensors files that hold them."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,25 @@ class Tap:
 
 Recording = dict[str, Tap]
 """Tap name -> Tap; the order of insertion is the order of execution."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a run is given so that it can be compared with another: randomness, and visuals already resized.
+
+    Attributes:
+        noise: float32 [latents, 48] over all VAE tokens of the sequence, None for questions.
+        vae_pixels: float32 [3, T, H, W] in [-1, 1] of each encoded visual, the target's placeholder last.
+        vit_patches: float32 [n, 1176] of each visual that the ViT sees.
+        vit_grids: (t, h, w) in patches for each of them.
+        eps: float32 [1, 48, t, h, w], the noise that samples the latents of each encoded visual.
+    """
+
+    noise: np.ndarray | None = None
+    vae_pixels: tuple[np.ndarray, ...] = ()
+    vit_patches: tuple[np.ndarray, ...] = ()
+    vit_grids: tuple[tuple[int, int, int], ...] = ()
+    eps: tuple[np.ndarray, ...] = ()
 
 
 def float_bits(array: np.ndarray) -> np.ndarray:
@@ -84,4 +104,5 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         raise ParityError(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()

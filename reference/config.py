@@ -1,11 +1,12 @@
-"""The language model's configuration, read strictly from llm_config.json."""
+"""The configurations of the language model and the vision tower, read strictly."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from reference.checks import is_finite, is_integer
 from reference.errors import ReferenceError
-from reference.request import is_finite, is_integer
 
 # Keys of the official file that say nothing about inference. tie_word_embeddings is among them because it is wrong
 # there: the file says true, the checkpoint holds an lm_head of its own and upstream unties it.
@@ -26,11 +27,50 @@ SIZES = (
 TOKENS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
 USED = frozenset((*SIZES, *TOKENS, "rms_norm_eps", "rope_theta", "rope_scaling", "vision_config"))
 CHECKED = frozenset(("hidden_act", "head_dim", "use_sliding_window"))
-VISION = frozenset(
-    "depth fullatt_block_indexes hidden_act hidden_size in_channels in_chans initializer_range intermediate_size "
-    "model_type num_heads out_hidden_size patch_size spatial_merge_size spatial_patch_size temporal_patch_size "
-    "tokens_per_second torch_dtype window_size".split()
+VISION_SIZES = (
+    "depth",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "out_hidden_size",
+    "patch_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+    "window_size",
 )
+VISION_IGNORED = frozenset(
+    "_attn_implementation architectures dtype initializer_range model_type spatial_patch_size tokens_per_second "
+    "torch_dtype transformers_version".split()
+)
+VISION = frozenset((*VISION_SIZES, *VISION_IGNORED, "fullatt_block_indexes", "hidden_act", "in_channels", "in_chans"))
+
+
+def read_object(path: Path) -> dict:
+    """A JSON object; raises ReferenceError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReferenceError(f"{path}: not found; give the checkpoint's folder in the official layout") from None
+    except (OSError, ValueError) as error:
+        raise ReferenceError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ReferenceError(f"{path}: not a JSON object")
+    return values
+
+
+def checker(path: Path) -> Callable[[bool, str], None]:
+    """What complains about a file by its path."""
+
+    def check(condition: bool, complaint: str) -> None:
+        if not condition:
+            raise ReferenceError(f"{path}: {complaint}")
+
+    return check
+
+
+def natural(value: object) -> bool:
+    """Whether a value is a positive integer."""
+    return is_integer(value) and value > 0
 
 
 @dataclass(frozen=True)
@@ -59,25 +99,11 @@ class LanguageConfig:
     @classmethod
     def from_file(cls, path: Path) -> "LanguageConfig":
         """Read and check llm_config.json; an unknown, missing or contradictory key is a ReferenceError."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ReferenceError(f"{path}: not found; give the checkpoint's folder in the official layout") from None
-        except (OSError, ValueError) as error:
-            raise ReferenceError(f"{path}: not readable as JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise ReferenceError(f"{path}: not a JSON object")
-        return cls._from_values(values, path)
+        return cls._from_values(read_object(path), path)
 
     @classmethod
     def _from_values(cls, values: dict, path: Path) -> "LanguageConfig":
-        def check(condition: bool, complaint: str) -> None:
-            if not condition:
-                raise ReferenceError(f"{path}: {complaint}")
-
-        def natural(value: object) -> bool:
-            return is_integer(value) and value > 0
-
+        check = checker(path)
         unknown = sorted(values.keys() - USED - CHECKED - IGNORED)
         check(not unknown, f"unknown key '{', '.join(unknown)}'; this model has no meaning for it")
         missing = sorted(USED - values.keys())
@@ -117,3 +143,43 @@ class LanguageConfig:
             mrope_section=tuple(section),
             tokens_per_second=vision["tokens_per_second"],
         )
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the vision tower; window_size in pixels."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    patch_size: int
+    spatial_merge_size: int
+    temporal_patch_size: int
+    window_size: int
+    fullatt_block_indexes: tuple[int, ...]
+
+    @classmethod
+    def from_file(cls, path: Path) -> "VisionConfig":
+        """Read and check the tower's config.json; an unknown, missing or contradictory key is a ReferenceError."""
+        values, check = read_object(path), checker(path)
+        unknown = sorted(values.keys() - VISION)
+        check(not unknown, f"unknown key '{', '.join(unknown)}'; this model has no meaning for it")
+        missing = sorted({*VISION_SIZES, "fullatt_block_indexes"} - values.keys())
+        check(not missing, f"key '{', '.join(missing)}' is missing")
+        for key in VISION_SIZES:
+            check(natural(values[key]), f"{key} is {values[key]!r}, not a positive integer")
+        hidden, heads = values["hidden_size"], values["num_heads"]
+        # Rows and columns share the pairs of a head's features.
+        check(hidden % (4 * heads) == 0, f"hidden_size {hidden} is not a multiple of four times num_heads {heads}")
+        check(values.get("hidden_act", "silu") == "silu", f"hidden_act is {values.get('hidden_act')!r}, not 'silu'")
+        for key in ("in_channels", "in_chans"):
+            check(values.get(key, 3) == 3, f"{key} is {values.get(key)!r}, not 3")
+        check(values["spatial_merge_size"] == 2, "spatial_merge_size is not 2")
+        unit = values["patch_size"] * values["spatial_merge_size"]
+        check(values["window_size"] % unit == 0, f"window_size is not a multiple of {unit} pixels")
+        full = values["fullatt_block_indexes"]
+        sound = isinstance(full, list) and all(is_integer(i) and 0 <= i < values["depth"] for i in full)
+        check(sound, f"fullatt_block_indexes {full!r} are not blocks of {values['depth']}")
+        return cls(**{key: values[key] for key in VISION_SIZES}, fullatt_block_indexes=tuple(full))

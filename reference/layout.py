@@ -1,15 +1,14 @@
-"""The sequence of one generation as integers: tokens, roles, splits and positions."""
+"""The sequence of one generation or question as integers: tokens, roles, splits and positions."""
 
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
-from reference.positions import Grid, Text, latent_position_ids, rope_position_ids
-from reference.prompt import PromptIds, Tokenizer, encode_prompt
-from reference.request import Request
+from reference.positions import Grid, latent_position_ids
 
-TOKENS_PER_SECOND = 2
+# Four patches make a token.
+MERGE = 2
 
 
 class Role(IntEnum):
@@ -18,23 +17,45 @@ class Role(IntEnum):
     TEMPLATE = -1
     TEXT = 0
     NOISE = 1
+    SOURCE = 2
+    SUBJECT = 3
+    VIT = 4
 
 
 class Mode(IntEnum):
     """How the tokens of a split see each other, numbered as in the oracles."""
 
     CAUSAL = 0
+    FULL = 1
+    FULL_NOISE = 2
     NOISE = 3
 
 
 @dataclass(frozen=True)
+class VisualSize:
+    """What preprocessing makes of a visual: pixels for the VAE (frames, height, width), patches for the ViT (t, h, w).
+
+    None stands where a task does not use one of them.
+    """
+
+    vae: tuple[int, int, int] | None = None
+    vit: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True)
 class Split:
-    """A run of tokens with one role and one way of attending."""
+    """A run of tokens with one role and one way of attending.
+
+    A visual split is vision_start, its grid of tokens, vision_end. `size` is frames, height and width in pixels of
+    what a split of latents stands for.
+    """
 
     start: int
     length: int
     mode: Mode
     role: Role
+    grid: Grid | None = None
+    size: tuple[int, int, int] | None = None
 
     @property
     def stop(self) -> int:
@@ -44,23 +65,27 @@ class Split:
     def rows(self) -> slice:
         return slice(self.start, self.stop)
 
+    @property
+    def inside(self) -> np.ndarray:
+        """Indices of the tokens between the two brackets."""
+        return np.arange(self.start + 1, self.stop - 1, dtype=np.int32)
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Sequence of L tokens; the target split is vision_start, the latents in reading order, vision_end.
+    """Sequence of L tokens, a question's with its answer.
 
-    text_ids int32 [L]; grid in latent cells; position_ids int32 [3, L]; uncond_position_ids int32 [3, kept tokens],
-    recomputed without the user's text; latent_position_ids int32 [latents].
+    text_ids int32 [L]; position_ids int32 [3, L]; uncond_position_ids int32 [3, kept tokens], recomputed without the
+    user's text; answer: index of an answer's first token; clean_frames: latent frames at the target's start that are
+    given and not made.
     """
 
     text_ids: np.ndarray
     splits: list[Split]
-    grid: Grid
-    frames: int
-    size: tuple[int, int]
     position_ids: np.ndarray
     uncond_position_ids: np.ndarray
-    latent_position_ids: np.ndarray
+    answer: int | None = None
+    clean_frames: int = 0
 
     @property
     def target(self) -> Split:
@@ -68,8 +93,12 @@ class Layout:
 
     @property
     def prefix(self) -> list[Split]:
-        """The splits before the target."""
-        return self.splits[: self.splits.index(self.target)]
+        """The splits before the target, or before the last token that a question holds."""
+        if self.answer is None:
+            return self.splits[: self.splits.index(self.target)]
+        last, context = self.splits[-1], self.answer - 1
+        rest = Split(last.start, context - last.start, last.mode, last.role)
+        return [*self.splits[:-1], *([rest] if rest.length else [])]
 
     @property
     def roles(self) -> np.ndarray:
@@ -81,65 +110,71 @@ class Layout:
         return np.flatnonzero(self.roles != Role.TEXT)
 
     @property
+    def latent_splits(self) -> list[Split]:
+        """The splits of latents: clean ones, then the target."""
+        return [split for split in self.splits if split.mode in (Mode.FULL_NOISE, Mode.NOISE)]
+
+    @property
+    def vit_splits(self) -> list[Split]:
+        return [split for split in self.splits if split.mode is Mode.FULL]
+
+    @property
     def latent_rows(self) -> np.ndarray:
-        """Indices of the latent tokens: the target without its two brackets."""
-        return np.arange(self.target.start + 1, self.target.stop - 1, dtype=np.int32)
+        """Indices of all latent tokens, which is the order of the sampler's state."""
+        return joined([split.inside for split in self.latent_splits])
+
+    @property
+    def vit_rows(self) -> np.ndarray:
+        """Indices of the ViT's tokens."""
+        return joined([split.inside for split in self.vit_splits])
+
+    @property
+    def made_rows(self) -> np.ndarray:
+        """Indices of the latent tokens that denoising updates."""
+        grid = self.target.grid
+        return self.target.inside[self.clean_frames * grid.rows * grid.columns :]
+
+    @property
+    def latent_position_ids(self) -> np.ndarray:
+        """Row of each latent in the position table, int32."""
+        return joined([latent_position_ids(split.grid) for split in self.latent_splits])
+
+    def continued_position_ids(self, count: int) -> np.ndarray:
+        """Rotary ids int32 [3, answer + count] of the question and of `count` more tokens of text."""
+        asked = self.position_ids[:, : self.answer]
+        more = np.arange(1, count + 1, dtype=np.int32)
+        return np.concatenate([asked, asked[:, -1:] + more], 1)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The integers under the names of the oracles' inputs and layouts, all int32."""
-        # Upstream gives rows and columns doubled, because the function that reads them halves them.
-        thw = np.array([[self.grid.frames, 2 * self.grid.rows, 2 * self.grid.columns]], np.int32)
-        return {
+
+        def thw(splits: list[Split]) -> list[list[int]]:
+            # Upstream gives rows and columns in patches, and doubles those of latents to be halved alike.
+            return [[split.grid.frames, MERGE * split.grid.rows, MERGE * split.grid.columns] for split in splits]
+
+        arrays = {
             "text_ids": self.text_ids,
             "modality": self.roles,
-            "split_lens": np.array([split.length for split in self.splits], np.int32),
-            "attn_modes": np.array([split.mode for split in self.splits], np.int32),
-            "packed_vae_token_indexes": self.latent_rows,
-            "mse_loss_indexes": self.latent_rows,
-            "video_grid_thw": thw[None],
-            "vae_video_grid_thw": thw,
-            "video_sizes": np.array([[self.frames, *self.size]], np.int32),
+            "split_lens": [split.length for split in self.splits],
+            "attn_modes": [split.mode for split in self.splits],
+            "video_grid_thw": [thw([split for split in self.splits if split.grid])],
             "position_ids.cond": self.position_ids,
-            "position_ids.uncond": self.uncond_position_ids,
-            "latent_position_ids": self.latent_position_ids,
         }
+        if self.vit_splits:
+            arrays["packed_vit_token_indexes"] = self.vit_rows
+            arrays["vit_video_grid_thw"] = thw(self.vit_splits)
+        if self.answer is None:
+            arrays["packed_vae_token_indexes"] = self.latent_rows
+            arrays["mse_loss_indexes"] = self.made_rows
+            arrays["vae_video_grid_thw"] = thw(self.latent_splits)
+            arrays["video_sizes"] = [split.size for split in self.latent_splits]
+            arrays["position_ids.uncond"] = self.uncond_position_ids
+            arrays["latent_position_ids"] = self.latent_position_ids
+        else:
+            arrays["ce_loss_indexes"] = range(self.answer - 1, len(self.text_ids) - 1)
+        return {name: np.asarray(array, np.int32) for name, array in arrays.items()}
 
 
-def build_layout(request: Request, tokenizer: Tokenizer, tokens_per_second: int = TOKENS_PER_SECOND) -> Layout:
-    """Lay out a request's sequence (bytedance/Lance validation_dataset.py:t2v_sample, process_text_template).
-
-    With the template: template, the user's text and template as three causal splits (one when the prompt is empty),
-    the target, a closing split. Without: the user's text with its brackets as one causal split, the target.
-    """
-    ids: PromptIds = encode_prompt(request, tokenizer)
-    grid = Grid(*request.latent_grid)
-    latents = [tokenizer.video_pad] * (grid.frames * grid.rows * grid.columns)
-    target = [tokenizer.vision_start, *latents, tokenizer.vision_end]
-    if ids.text:
-        pieces = [(ids.before, Role.TEMPLATE), (ids.text, Role.TEXT), (ids.after, Role.TEMPLATE)]
-    else:
-        pieces = [(ids.before + ids.after, Role.TEMPLATE)]
-    pieces += [(target, Role.NOISE), (ids.end, Role.TEMPLATE)]
-
-    splits: list[Split] = []
-    for tokens, role in pieces:
-        if tokens:
-            start = splits[-1].stop if splits else 0
-            splits.append(Split(start, len(tokens), Mode.NOISE if role is Role.NOISE else Mode.CAUSAL, role))
-
-    def positions(kept_roles: tuple[Role, ...]) -> np.ndarray:
-        before = sum(split.length for split in splits if split.role in kept_roles and split.mode is Mode.CAUSAL)
-        before -= len(ids.end)
-        # vision_start counts with the text before the grid, vision_end with the text after it.
-        return rope_position_ids([Text(before + 1), grid, Text(1 + len(ids.end))], tokens_per_second)
-
-    return Layout(
-        text_ids=np.array([token for tokens, _ in pieces for token in tokens], np.int32),
-        splits=splits,
-        grid=grid,
-        frames=request.frames,
-        size=(request.height, request.width),
-        position_ids=positions(tuple(Role)),
-        uncond_position_ids=positions((Role.TEMPLATE, Role.NOISE)),
-        latent_position_ids=latent_position_ids(grid),
-    )
+def joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Parts one after another, int32; none make an empty list."""
+    return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reference.config import LanguageConfig
+from reference.layout import Mode
 from reference.numerics import Linear, Numerics, attend
 
 
@@ -68,14 +69,13 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """SiLU-gated feed-forward layer without biases, [n, hidden] -> [n, hidden]."""
+    """SiLU-gated feed-forward layer, [n, hidden] -> [n, hidden]."""
 
-    def __init__(self, config: LanguageConfig, numerics: Numerics) -> None:
+    def __init__(self, hidden: int, inner: int, bias: bool, numerics: Numerics) -> None:
         super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(hidden, inner, False, numerics)
-        self.up_proj = Linear(hidden, inner, False, numerics)
-        self.down_proj = Linear(inner, hidden, False, numerics)
+        self.gate_proj = Linear(hidden, inner, bias, numerics)
+        self.up_proj = Linear(hidden, inner, bias, numerics)
+        self.down_proj = Linear(inner, hidden, bias, numerics)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -158,7 +158,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, layer, numerics)
         for suffix in ("", "_moe_gen"):
-            self.add_module("mlp" + suffix, MLP(config, numerics))
+            self.add_module("mlp" + suffix, MLP(config.hidden_size, config.intermediate_size, False, numerics))
             self.add_module("input_layernorm" + suffix, RMSNorm(config.hidden_size, config.rms_norm_eps))
             self.add_module("post_attention_layernorm" + suffix, RMSNorm(config.hidden_size, config.rms_norm_eps))
 
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Qwen2.5-VL's decoder with two experts; lm_head serves understanding and is only carried here."""
+    """Qwen2.5-VL's decoder with two experts; lm_head turns final hidden states into logits."""
 
     def __init__(self, config: LanguageConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -223,14 +223,19 @@ class LanguageModel(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def visible(queries: range, keys: int, block: range | None) -> Tensor:
-    """Mask bool [len(queries), keys], True where a query sees a key (data/data_utils.py:create_sparse_mask).
+def visible(lengths: list[int], modes: list[Mode]) -> Tensor:
+    """Mask bool [n, n] of a whole sequence of splits, True where a query sees a key (data_utils.py:create_sparse_mask).
 
-    Every query sees itself and what comes before it; the noise block's tokens see the whole block; nothing outside
-    the block sees into it. Positions count from the sequence's first token.
+    Every query sees itself and what comes before it, and the whole of its own split unless that is causal; nothing
+    outside a noise split sees into it.
     """
-    q, k = torch.arange(queries.start, queries.stop)[:, None], torch.arange(keys)[None]
-    if block is None:
-        return q >= k
-    q_in, k_in = ((x >= block.start) & (x < block.stop) for x in (q, k))
-    return ((q >= k) | (q_in & k_in)) & ~(k_in & ~q_in)
+    place = torch.arange(sum(lengths))
+    split = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    causal, noise = (torch.tensor([mode is kind for mode in modes])[split] for kind in (Mode.CAUSAL, Mode.NOISE))
+    own = split[:, None] == split[None]
+    return ((place[:, None] >= place[None]) | (own & ~causal)) & (own | ~noise)
+
+
+def causal(queries: int, past: int) -> Tensor:
+    """Mask bool [queries, past + queries] of a causal split behind a cache of `past` tokens."""
+    return torch.ones(queries, past + queries, dtype=torch.bool).tril(past)

@@ -18,7 +18,8 @@ class Numerics:
 
     attention: "sdpa" is PyTorch's kernel; "math" is an explicit softmax of float32 scores.
     linear: "float32" and "float64" multiply (and convolve) in that dtype and round once; "native" does so in `dtype`,
-    whose sums depend on the processor's instructions. The oracles' captures agree with "float32".
+    whose sums depend on the processor's instructions; "disturbed" is "float32" with errors added as large as those that
+    another order of summing makes, for processors that are not at hand. The oracles' captures agree with "float32".
     The alternatives have the same value up to rounding: the distance between them is what rounding alone can cause.
     """
 
@@ -30,7 +31,7 @@ class Numerics:
         for field, allowed in (
             ("dtype", tuple(DTYPES)),
             ("attention", ("sdpa", "math")),
-            ("linear", ("native", *WIDER)),
+            ("linear", ("native", "disturbed", *WIDER)),
         ):
             if getattr(self, field) not in allowed:
                 raise ReferenceError(f"numerics: {field} '{getattr(self, field)}' is not one of {', '.join(allowed)}")
@@ -41,7 +42,18 @@ class Numerics:
 
     @property
     def multiply_dtype(self) -> torch.dtype:
+        if self.linear == "disturbed":
+            return torch.float32
         return WIDER.get(self.linear, self.torch_dtype)
+
+    def rounded(self, product: Tensor, terms: int) -> Tensor:
+        """A product of sums of so many terms, in the policy's dtype, disturbed first where the policy says so."""
+        if self.linear == "disturbed":
+            # Relative to their size, float32 sums of n terms are off by half a unit in the last place times sqrt(n).
+            generator = torch.Generator().manual_seed(product.numel() * 31 + terms)
+            noise = torch.randn(product.shape, generator=generator).to(product.device)
+            product = product + noise * product.square().mean().sqrt() * terms**0.5 * 2.0**-24
+        return product.to(self.torch_dtype)
 
 
 class Linear(nn.Linear):
@@ -53,13 +65,13 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, numerics: Numerics) -> None:
         super().__init__(in_features, out_features, bias=bias)
-        self.multiply_dtype = numerics.multiply_dtype
+        self.numerics = numerics
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = self.multiply_dtype
+        wide = self.numerics.multiply_dtype
         bias = None if self.bias is None else self.bias.to(wide)
         x = x.to(self.weight.dtype)
-        return F.linear(x.to(wide), self.weight.to(wide), bias).to(self.weight.dtype)
+        return self.numerics.rounded(F.linear(x.to(wide), self.weight.to(wide), bias), self.in_features)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: str) -> Tensor:

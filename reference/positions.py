@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 LATENT_SIDE = 64
+# Where the first rotary axis of ViT tokens and of subject tokens starts.
+VIT_ANCHOR = 1000
+SUBJECT_ANCHOR = 2000
 
 
 @dataclass(frozen=True)
@@ -16,11 +19,15 @@ class Text:
 
 @dataclass(frozen=True)
 class Grid:
-    """A visual grid in latent cells: frames, rows, columns."""
+    """A visual grid of tokens: frames, rows, columns."""
 
     frames: int
     rows: int
     columns: int
+
+    @property
+    def size(self) -> int:
+        return self.frames * self.rows * self.columns
 
 
 def rope_position_ids(segments: list[Text | Grid], tokens_per_second: int) -> np.ndarray:
@@ -42,6 +49,23 @@ def rope_position_ids(segments: list[Text | Grid], tokens_per_second: int) -> np
         parts.append(part + start)
         start = int(parts[-1].max()) + 1
     return np.concatenate(parts, axis=1).astype(np.int32)
+
+
+def anchored(
+    position_ids: np.ndarray, vit: np.ndarray, subject: np.ndarray, source: np.ndarray, noise: np.ndarray
+) -> np.ndarray:
+    """Move rotary ids [3, n] by whose the tokens are, given as bool [n] (data/common.py:shift_position_ids).
+
+    The t axis of all ViT tokens moves so that their first is at 1000, that of subject tokens so that theirs is at
+    2000. Noise tokens take over the ids of a source that has as many tokens.
+    """
+    ids = position_ids.copy()
+    for rows, anchor in ((vit, VIT_ANCHOR), (subject, SUBJECT_ANCHOR)):
+        if rows.any():
+            ids[0, rows] += anchor - ids[0, rows][0]
+    if source.any() and source.sum() == noise.sum():
+        ids[:, noise] = ids[:, source]
+    return ids
 
 
 def latent_position_ids(grid: Grid) -> np.ndarray:

@@ -1,7 +1,6 @@
-"""From a prompt to token ids: tokenizer, instruction and chat template."""
+"""Tokenizer, instruction and chat template."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import Qwen2Tokenizer
@@ -9,9 +8,10 @@ from transformers.utils import logging as transformers_logging
 
 import reference
 from reference.errors import ReferenceError
-from reference.request import Request
+from reference.request import SUBJECT_TASKS, Request
 
 PROMPTS = Path(reference.__file__).parents[1] / "lance_mlx" / "data" / "prompts.json"
+PROMPT_KEYS = dict.fromkeys(SUBJECT_TASKS, "subject")
 CONTROL = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>")
 
 
@@ -35,6 +35,7 @@ class Tokenizer:
         for token in (*CONTROL, "<|im_start|>", "<|im_end|>"):
             if token not in vocabulary:
                 raise ReferenceError(f"{directory}: the tokenizer has no token {token}; it is not Lance's")
+        self.padding = self._bpe.pad_token_id
         self.im_start, self.im_end = vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
         self.vision_start, self.vision_end, self.video_pad, self.image_pad = (vocabulary[token] for token in CONTROL)
 
@@ -42,36 +43,30 @@ class Tokenizer:
         """Token ids of a text; special tokens written in it are recognised."""
         return self._bpe.encode(text, add_special_tokens=False)
 
-
-@dataclass(frozen=True)
-class PromptIds:
-    """Token ids around a visual target: template, the user's own text, template, target, end."""
-
-    before: list[int]
-    text: list[int]
-    after: list[int]
-    end: list[int]
+    def __len__(self) -> int:
+        """Number of tokens; logits beyond it belong to none."""
+        return len(self._bpe)
 
 
-def encode_prompt(request: Request, tokenizer: Tokenizer) -> PromptIds:
-    """Token ids of the request's prompt in its template (bytedance/Lance validation_dataset.py:t2v_sample).
-
-    The user's text is tokenized by itself, so it is known which tokens are the user's. Upstream tokenizes the whole
-    rendering and searches it for the prompt's ids: the same for an ordinary prompt, but it finds the wrong place for a
-    prompt that also occurs in the instruction and none for a prompt that begins with a line break.
-    Raises ReferenceError for a prompt that holds a visual control token.
-    """
+def check_text(text: str) -> None:
+    """Raise ReferenceError for a text that holds a visual control token."""
     for token in CONTROL:
-        if token in request.spec:
+        if token in text:
             raise ReferenceError(f"request: the prompt holds {token}, which only the model may place; take it out")
-    if not request.text_template:
-        return PromptIds([], [tokenizer.im_start, *tokenizer.encode(request.spec), tokenizer.im_end], [], [])
+
+
+def template(request: Request) -> tuple[str, str, str]:
+    """The template's text before the user's content, between it and the answer, and after the answer.
+
+    The instruction in it depends on the task, an edit's also on what its last element is
+    (bytedance/Lance data/common.py:generate_system_prompt); a question brings its own.
+    """
     prompts = json.loads(PROMPTS.read_text(encoding="utf-8"))
-    template, instruction = prompts["template"], prompts["instructions"][request.task]
-    before = template["before"].replace("{instruction}", instruction)
-    return PromptIds(
-        before=tokenizer.encode(before),
-        text=tokenizer.encode(request.spec),
-        after=tokenizer.encode(template["after"]),
-        end=tokenizer.encode(template["end"]),
-    )
+    last = request.elements[-1]
+    if request.understanding:
+        instruction = last.content[0]
+    else:
+        instruction = prompts["instructions"][PROMPT_KEYS.get(request.task, request.task)]
+        instruction = instruction.replace("{vision_type}", last.medium.value)
+    pieces = prompts["template"]
+    return pieces["before"].replace("{instruction}", instruction), pieces["after"], pieces["end"]

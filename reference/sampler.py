@@ -1,6 +1,5 @@
 """Rectified flow: the time grid, guidance and the Euler steps."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,27 +7,30 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from reference.errors import ReferenceError
 from reference.request import Renorm, Request
-from reference.vae import LATENT_CHANNELS
 
 
 class Arm(Protocol):
-    """One of the two conditionings of a generation, "cond" or "uncond"."""
+    """One of the two conditionings of a generation, "cond" or "uncond".
+
+    rows: int64, which latents the velocity is about; made: int64, which of them denoising moves.
+    """
 
     name: str
     prefixes: int
+    rows: Tensor
+    made: Tensor
 
     def prefill(self, index: int) -> None:
         """Run the arm's prefix split number `index` into its cache."""
 
     def velocity(self, step: int, x_t: Tensor, timestep: Tensor) -> Tensor:
-        """Velocity [latents, 48] of the state x_t [latents, 48] at timestep float32 [latents]."""
+        """Velocity [rows, 48] of the state x_t [latents, 48] at timestep float32 [latents]."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step: states and velocities [latents, 48], timestep float32 [latents], t in (0, 1]."""
+    """One denoising step: states [latents, 48], velocities [rows, 48], timestep float32 [latents], t in (0, 1]."""
 
     index: int
     t: float
@@ -61,29 +63,39 @@ def guide(cond: Tensor, uncond: Tensor, request: Request) -> Tensor:
     return guided * (norms[0] / (norms[1] + 1e-8)).clamp(min=request.cfg_renorm_min, max=1.0)
 
 
-def denoise(cond: Arm, uncond: Arm | None, noise: Tensor, request: Request) -> Iterator[Step]:
-    """Walk noise [latents, 48] from t = 1 to t = 0, one yielded Step at a time; prefixes are run first.
+def start(noise: Tensor, clean: Tensor | None, made: Tensor) -> Tensor:
+    """State before the first step: noise [latents, 48] in the rows that are made, clean latents in the others."""
+    if clean is None:
+        return noise
+    x_init = clean.to(noise.dtype)
+    x_init[made] = noise[made]
+    return x_init
 
-    Raises ReferenceError when the noise has another shape than the request's latents.
+
+def denoise(cond: Arm, uncond: Arm | None, x_init: Tensor, request: Request) -> Iterator[Step]:
+    """Walk x_init [latents, 48] from t = 1 to t = 0, one yielded Step at a time; prefixes are run first.
+
+    Latents that are not made stay at t = 0. The norms of a guided velocity are taken over all rows that the arms
+    answer for.
     """
-    expected = (math.prod(request.latent_grid), LATENT_CHANNELS)
-    if tuple(noise.shape) != expected:
-        raise ReferenceError(f"the noise has shape {tuple(noise.shape)}, the request needs {expected}")
     for arm in (cond, uncond):
         for index in range(arm.prefixes if arm else 0):
             arm.prefill(index)
-    times = time_grid(request.num_steps, request.timestep_shift).to(noise.device)
+    times = time_grid(request.num_steps, request.timestep_shift).to(x_init.device)
     lo, hi = request.cfg_interval
-    x_t = noise
+    made, moving = cond.made, torch.isin(cond.rows, cond.made)
+    x_t = x_init
     for index in range(request.num_steps):
         t = times[index]
-        timestep = t.expand(noise.shape[0]).clone()
+        timestep = torch.zeros(x_init.shape[0], device=x_init.device)
+        timestep[made] = t
         velocity = velocity_cond = cond.velocity(index, x_t, timestep)
         velocity_uncond = None
         if uncond is not None and t > lo and t <= hi:
             velocity_uncond = uncond.velocity(index, x_t, timestep)
             velocity = guide(velocity_cond, velocity_uncond, request)
+        x_next = x_t.clone()
         # The step is a 0-dim float32 tensor: it does not widen a bfloat16 velocity.
-        x_next = x_t - velocity * (t - times[index + 1])
+        x_next[made] = x_t[made] - velocity[moving] * (t - times[index + 1])
         yield Step(index, float(t), timestep, x_t, velocity_cond, velocity_uncond, velocity, x_next)
         x_t = x_next

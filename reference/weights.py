@@ -1,11 +1,12 @@
-"""Official checkpoint layout: strict loading of the transformer and of the VAE decoder.
+"""Official checkpoint layout: strict loading of the transformer, the vision tower and the VAE.
 
-DIR/Lance_3B and DIR/Lance_3B_Video hold model.safetensors, llm_config.json and the tokenizer; DIR/Wan2.2_VAE.pth the
-VAE. Image tasks use Lance_3B, video tasks Lance_3B_Video.
+DIR/Lance_3B and DIR/Lance_3B_Video hold model.safetensors, llm_config.json and the tokenizer; DIR/Qwen2.5-VL-ViT
+vit.safetensors and its config.json; DIR/Wan2.2_VAE.pth the VAE. Image tasks use Lance_3B, video tasks Lance_3B_Video.
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,12 +15,16 @@ from torch import Tensor, nn
 
 from reference.errors import ReferenceError
 from reference.numerics import Numerics
-from reference.vae import VAE, DecoderPlan
+from reference.vae import VAE
+from reference.vae_decoder import DecoderPlan
+from reference.vae_encoder import EncoderPlan
+from reference.vit import VisionTower
 
-# The position table is recomputed and the ViT serves other tasks.
-UNUSED = ("latent_pos_embed.pos_embed", "vit_model.")
+VIT_PREFIX = "vit_model."
+# The position table is recomputed; the vision tower is loaded by itself.
+ELSEWHERE = ("latent_pos_embed.pos_embed", VIT_PREFIX)
 # The encoder's parts of the VAE: its own tower and the convolution behind it.
-VAE_UNUSED = ("encoder.", "conv1.")
+VAE_ENCODER = ("encoder.", "conv1.")
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,21 +36,52 @@ def variant_folder(checkpoint: Path, variant: str) -> Path:
     return folder
 
 
-def load_transformer(model: nn.Module, path: Path, numerics: Numerics, device: torch.device) -> None:
-    """Fill a model built on the meta device from model.safetensors, in the policy's dtype."""
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file; raises ReferenceError when it cannot be read."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            names = {name for name in file.keys() if not name.startswith(UNUSED)}
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            fill(model, shapes, file.get_tensor, path, numerics, device)
+            yield file
     except FileNotFoundError:
         raise ReferenceError(f"{path}: not found; the weights belong there") from None
     except (OSError, SafetensorError) as error:
         raise ReferenceError(f"{path}: not readable as safetensors ({error})") from None
 
 
+def load_transformer(model: nn.Module, path: Path, numerics: Numerics, device: torch.device) -> None:
+    """Fill a model built on the meta device from model.safetensors, in the policy's dtype."""
+    with opened(path) as file:
+        names = [name for name in file.keys() if not name.startswith(ELSEWHERE)]
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        fill(model, shapes, file.get_tensor, path, numerics, device)
+
+
+def load_vit(tower: VisionTower, path: Path, over: Path, numerics: Numerics, device: torch.device) -> None:
+    """Fill a tower built on the meta device from vit.safetensors, then from the `vit_model.*` of model.safetensors.
+
+    What the second file holds wins, as it does in bytedance/Lance inference_lance.py:init_from_model_path_if_needed.
+    """
+    with opened(path) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        fill(tower, shapes, file.get_tensor, path, numerics, device)
+    with opened(over) as file:
+        names = [name.removeprefix(VIT_PREFIX) for name in file.keys() if name.startswith(VIT_PREFIX)]
+        if names:
+            shapes |= {name: tuple(file.get_slice(VIT_PREFIX + name).get_shape()) for name in names}
+            own = tower.state_dict()
+
+            def read(name: str) -> Tensor:
+                return file.get_tensor(VIT_PREFIX + name) if name in names else own[name]
+
+            fill(tower, shapes, read, over, numerics, device)
+    tower.eval()
+
+
 def load_vae(path: Path, numerics: Numerics, device: torch.device) -> VAE:
-    """Read Wan2.2_VAE.pth (a state dict, read without running pickled code) and build its decoder."""
+    """Read Wan2.2_VAE.pth (a state dict, read without running pickled code) and build what it holds.
+
+    A file without any tensor of the encoder makes a VAE that only decodes.
+    """
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -55,15 +91,15 @@ def load_vae(path: Path, numerics: Numerics, device: torch.device) -> VAE:
         raise ReferenceError(f"{path}: not readable as a state dict of tensors ({reason})") from None
     if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise ReferenceError(f"{path}: does not hold a state dict of tensors")
-    tensors = {name: value for name, value in stored.items() if not name.startswith(VAE_UNUSED)}
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    shapes = {name: tuple(value.shape) for name, value in stored.items()}
     try:
-        plan = DecoderPlan.from_shapes(shapes)
+        decoder = DecoderPlan.from_shapes(shapes)
+        encoder = EncoderPlan.from_shapes(shapes) if any(name.startswith(VAE_ENCODER) for name in shapes) else None
     except ReferenceError as error:
         raise ReferenceError(f"{path}: {error}") from None
     with torch.device("meta"):
-        vae = VAE(plan, numerics)
-    fill(vae, shapes, tensors.__getitem__, path, numerics, device)
+        vae = VAE(decoder, numerics, encoder)
+    fill(vae, shapes, stored.__getitem__, path, numerics, device)
     return vae.eval()
 
 

@@ -6,10 +6,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from lance_mlx.config import LATENT_CHANNELS, LanceConfig
+from lance_mlx.config import LATENT_CHANNELS, MAX_LATENT_FRAMES, MAX_LATENT_SIDE, LanceConfig
+from lance_mlx.errors import LanceError
 from lance_mlx.model.layers import Linear, SiLU
 from lance_mlx.model.mot import LanguageModel
+from lance_mlx.model.vit import VisionTransformer, ViTConfig
 from lance_mlx.numerics import Numerics
+from lance_mlx.positions import latent_position_ids
 
 _TIMESTEP_FEATURES = 256
 _MAX_PERIOD = 10000
@@ -43,28 +46,36 @@ class LatentPositionEmbedding(nn.Module):
 
     def __call__(self, grid: tuple[int, int, int]) -> mx.array:
         """(t, h, w) cells -> [t*h*w, hidden]: a third of the channels each for t and h, rounded down to even, the
-        rest for w."""
+        rest for w.
+
+        Raises:
+            LanceError: the block reaches beyond the table.
+        """
         third = self._hidden_size // 3 // 2 * 2
         widths = (third, third, self._hidden_size - 2 * third)
+        places = latent_position_ids(grid)
+        table = (MAX_LATENT_FRAMES, MAX_LATENT_SIDE, MAX_LATENT_SIDE)
+        if places.max() >= math.prod(table):
+            raise LanceError(f"{grid} latent frames, rows and columns reach beyond the position table {table}")
+        # A block wider than the table runs on into the table's next row, as it does upstream.
+        cells = np.unravel_index(places, table)
         parts = []
-        for axis, (size, width) in enumerate(zip(grid, widths, strict=True)):
+        for index, size, width in zip(cells, table, widths, strict=True):
             frequencies = 1.0 / 10000 ** (np.arange(width // 2) / (width / 2))
             angles = np.arange(size)[:, None] * frequencies
-            table = mx.array(np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32))
-            shape = [1, 1, 1, width]
-            shape[axis] = size
-            parts.append(mx.broadcast_to(table.astype(self._dtype).reshape(shape), (*grid, width)))
-        return mx.concatenate(parts, axis=-1).reshape(-1, self._hidden_size)
+            values = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+            parts.append(mx.array(values).astype(self._dtype)[mx.array(index)])
+        return mx.concatenate(parts, axis=-1)
 
 
 class Lance(nn.Module):
-    """Language model and latent projections, with the checkpoint's parameter names.
+    """Language model, latent projections and for tasks that look the ViT, with the checkpoint's parameter names.
 
     Attributes:
         config, numerics: what it was built with.
     """
 
-    def __init__(self, config: LanceConfig, numerics: Numerics) -> None:
+    def __init__(self, config: LanceConfig, numerics: Numerics, vit_config: ViTConfig | None = None) -> None:
         super().__init__()
         self._config, self._numerics = config, numerics
         self.language_model = LanguageModel(config)
@@ -72,6 +83,8 @@ class Lance(nn.Module):
         self.llm2vae = Linear(config.hidden_size, LATENT_CHANNELS)
         self.time_embedder = TimestepEmbedder(config.hidden_size)
         self.latent_pos_embed = LatentPositionEmbedding(config.hidden_size, numerics)
+        if vit_config is not None:
+            self.vit_model = VisionTransformer(vit_config, numerics)
 
     @property
     def config(self) -> LanceConfig:

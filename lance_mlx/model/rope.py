@@ -16,7 +16,7 @@ class RotaryTable:
     """Rotation of every token of a pass, computed once and used by all layers and steps.
 
     Attributes:
-        position_ids: int32 [3, n], the (t, h, w) ids that the angles come from.
+        position_ids: int32 [axes, n], the ids that the angles come from; three axes, or two in the ViT.
         cos, sin: [n, 1, head_dim // 2].
     """
 

@@ -7,15 +7,15 @@ import mlx.core as mx
 import numpy as np
 
 from lance_mlx.model.lance import Lance
-from lance_mlx.model.mot import ExpertRows, KVCache
-from lance_mlx.model.rope import RotaryTable, rotary_table
+from lance_mlx.model.mot import ExpertRows
 from lance_mlx.numerics import scaled
 from lance_mlx.positions import position_ids, unconditional_position_ids
 from lance_mlx.request import Entry, Request
+from lance_mlx.sampling.conditions import CachedArm, Conditions, embed_prefix
 from lance_mlx.sampling.guidance import guided_velocity, is_guided
 from lance_mlx.sampling.noise import check_noise
 from lance_mlx.sampling.schedule import timesteps
-from lance_mlx.sequence import AttentionMode, Role, Sequence
+from lance_mlx.sequence import Role, Sequence
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +25,8 @@ class State:
     Attributes:
         index: number of the step, from 0.
         t: time, 1 = noise and 0 = data.
-        timestep: t of every latent token, float32 [n].
-        x_t: latents, [n, 48] in the policy's dtype.
+        timestep: t of every latent of the denoised block, float32 [n]; 0 for given ones.
+        x_t: latents of the denoised block, [n, 48] in the policy's dtype.
         inputs_embeds: what both arms are given: the block's brackets and its latents at their times, [rows, hidden].
     """
 
@@ -39,12 +39,14 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One finished step; velocities point from data to noise, [n, 48] each.
+    """One finished step; velocities point from data to noise.
+
+    The KV-cache entry has velocities for the whole block, [n, 48], the full-sequence entry for the latents that move.
 
     Attributes:
         velocity_uncond: None where guidance did not act.
-        velocity: the velocity that was applied.
-        x_next: latents after the step, [n, 48].
+        velocity: the velocity after guidance.
+        x_next: latents of the block after the step, [n, 48].
     """
 
     state: State
@@ -54,95 +56,76 @@ class Step:
     x_next: mx.array
 
 
-class Arm:
-    """One condition of the guidance: its sequence, its position ids and the cache of its prefix.
+class Arm(CachedArm):
+    """One condition of the guidance; a step computes the denoised block alone.
 
-    The segments before the denoised block do not see it, so they are computed once; a step computes the block alone.
     The closing segment after the block influences nothing that is sampled and is never computed.
     """
 
-    def __init__(self, name: str, model: Lance, sequence: Sequence, positions: np.ndarray, entry: Entry) -> None:
-        """
-        Args:
-            name: "cond" or "uncond".
-            positions: RoPE ids of the whole sequence, int32 [3, n].
-        """
-        self.name = name
-        self.sequence = sequence
-        self._model = model
-        self._positions = positions
-        # Upstream's cached entry norms and rotates queries and keys in float32 in every pass that holds latents.
-        self._qk_float32 = entry is Entry.KV_CACHE
-        self._cache: KVCache = ()
-        self._block_rotary = self._rotary(sequence.target_index)
-
-    def prefill(self, index: int) -> None:
-        """Append the segment number `index` of the prefix to the cache; segments go in in order."""
-        segment = self.sequence.prefix[index]
-        _, self._cache = self._model.language_model.model(
-            ExpertRows(self._model.language_model.model.embed_tokens(mx.array(segment.ids)), None),
-            self._rotary(index),
-            self._cache,
-            causal=segment.mode is AttentionMode.CAUSAL,
-            qk_float32=False,
-        )
-        mx.eval(self._cache)
+    def __init__(
+        self, name: str, model: Lance, sequence: Sequence, positions: np.ndarray, prefix: list[ExpertRows], wide: bool
+    ) -> None:
+        super().__init__(name, model, sequence, positions, prefix, wide)
+        start = sequence.starts[sequence.target_index]
+        self._block_rotary = self.rotary(start, start + len(sequence.target))
 
     def velocity(self, state: State) -> mx.array:
-        """Velocity of the latents in `state`, [n, 48]; the cache stays as it is."""
-        hidden, _ = self._model.language_model.model(
-            state.inputs_embeds,
-            self._block_rotary,
-            self._cache,
-            causal=False,
-            qk_float32=self._qk_float32,
-        )
-        return self._model.llm2vae(hidden.merged())[1:-1]
-
-    def _rotary(self, index: int) -> RotaryTable:
-        start = self.sequence.starts[index]
-        positions = self._positions[:, start : start + len(self.sequence.segments[index])]
-        return rotary_table(positions, self._model.config, self._model.numerics)
+        """Velocity of all latents of the block, [n, 48]."""
+        return self._model.llm2vae(self.look(state.inputs_embeds, self._block_rotary).merged())[1:-1]
 
 
-def make_arms(model: Lance, request: Request, sequence: Sequence) -> dict[str, Arm]:
+def make_arms(model: Lance, request: Request, sequence: Sequence, conditions: Conditions) -> dict[str, Arm]:
     """The arms that the request needs, by name, with empty caches: always "cond", and "uncond" where a step is
     guided."""
+    # Upstream's cached entry norms and rotates queries and keys in float32 in every pass that holds latents.
+    wide = request.entry is Entry.KV_CACHE
+    prefix = embed_prefix(model, sequence.prefix, conditions)
     tokens_per_second = model.config.tokens_per_second
-    arms = {"cond": Arm("cond", model, sequence, position_ids(sequence, tokens_per_second), request.entry)}
+    arms = {"cond": Arm("cond", model, sequence, position_ids(sequence, tokens_per_second), prefix, wide)}
     if request.guidance_scale > 1.0:
         positions = unconditional_position_ids(sequence, tokens_per_second, request.entry)
-        arms["uncond"] = Arm("uncond", model, sequence.without(Role.TEXT), positions, request.entry)
+        kept = [rows for segment, rows in zip(sequence.prefix, prefix, strict=True) if segment.role is not Role.TEXT]
+        arms["uncond"] = Arm("uncond", model, sequence.without(Role.TEXT), positions, kept, wide)
     return arms
 
 
-def denoise(model: Lance, request: Request, sequence: Sequence, noise: mx.array) -> Iterator[Step]:
+def denoise(
+    model: Lance, request: Request, sequence: Sequence, noise: mx.array, conditions: Conditions
+) -> Iterator[Step]:
     """Yield every step from noise to latents; the caller shows progress and may stop at any time.
 
     Args:
-        noise: [n, 48]; cast to the policy's dtype.
+        noise: [n, 48] for the denoised block; cast to the policy's dtype.
 
     Raises:
         LanceError: `noise` has another shape than the request's latents.
     """
     check_noise(request, noise)
-    arms = make_arms(model, request, sequence)
+    arms = make_arms(model, request, sequence, conditions)
     for arm in arms.values():
-        for index in range(len(arm.sequence.prefix)):
+        for index in range(len(arm.prefix)):
             arm.prefill(index)
     block = sequence.target
+    given = block.clean_tokens
     brackets = model.language_model.model.embed_tokens(mx.array(block.ids[[0, -1]]))
     positions = model.latent_pos_embed(block.grid)
     times = timesteps(request.num_steps, request.timestep_shift)
     x_t = noise.astype(model.numerics.dtype)
+    if given:
+        x_t = mx.concatenate([conditions.clean[-1], x_t[given:]])
+    # Which rows guidance is applied to, and so normed over, is where the two entries differ once more.
+    rows = slice(given, None) if request.entry is Entry.FULL_SEQUENCE else slice(None)
     for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
         timestep = np.full(len(x_t), t, np.float32)
+        timestep[:given] = 0
         embeds = ExpertRows(brackets, model.embed_latents(x_t, timestep, positions))
         state = State(index, float(t), timestep, x_t, embeds)
-        cond = arms["cond"].velocity(state)
+        cond = arms["cond"].velocity(state)[rows]
         guided = is_guided(t, request)
-        uncond = arms["uncond"].velocity(state) if guided else None
+        uncond = arms["uncond"].velocity(state)[rows] if guided else None
         velocity = guided_velocity(cond, uncond, request) if guided else cond
-        x_t = x_t - scaled(velocity, float(t - t_next))
+        # In the full-sequence entry the velocity has no rows but these.
+        step = scaled(velocity[given - len(x_t) :], float(t - t_next))
+        x_t = mx.concatenate([x_t[:given], x_t[given:] - step]) if given else x_t - step
         mx.eval(x_t)
         yield Step(state, cond, uncond, velocity, x_t)

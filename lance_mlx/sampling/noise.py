@@ -19,6 +19,11 @@ def draw_noise(request: Request, numerics: Numerics) -> mx.array:
     return mx.random.normal((tokens, LATENT_CHANNELS), numerics.dtype, key=mx.random.key(request.seed))
 
 
+def draw_eps(request: Request, index: int, shape: tuple[int, ...]) -> mx.array:
+    """Standard normal noise for sampling the latents of visual number `index`, float32, apart from the sampler's."""
+    return mx.random.normal(shape, key=mx.random.split(mx.random.key(request.seed), index + 2)[-1])
+
+
 def check_noise(request: Request, noise: mx.array) -> None:
     """Raise LanceError unless the noise has the shape of the request's latents, [n, 48]."""
     frames, rows, columns = request.latent_grid

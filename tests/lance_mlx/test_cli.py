@@ -19,22 +19,7 @@ COMMAND = Path(sys.executable).parent / "lance-mlx"
 SMALL = ["--width", "96", "--height", "64", "--steps", "4", "--numerics", "float32"]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120)
-
-
-def refused(*arguments: object) -> str:
-    """The one line with which bad input is refused."""
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if line.startswith("lance-mlx: ")]
-    assert len(lines) == 1
-    return lines[0]
-
-
-def test_replayed_noise_gives_upstreams_image(tmp_path, checkpoint, oracles):
+def test_replayed_noise_gives_upstreams_image(run, tmp_path, checkpoint, oracles):
     taps = oracles / "t2i-fp32-kv" / "taps.safetensors"
     prompt = "a small red bird sits on a wooden fence"
     output = tmp_path / "bird.png"
@@ -56,7 +41,7 @@ def test_replayed_noise_gives_upstreams_image(tmp_path, checkpoint, oracles):
     assert written["noise"] == str(taps)
 
 
-def test_a_video_has_its_frames_its_rate_and_its_request(tmp_path, checkpoint):
+def test_a_video_has_its_frames_its_rate_and_its_request(run, tmp_path, checkpoint):
     output = tmp_path / "bird.mp4"
     arguments = ["--num-frames", 9, "--fps", 6, "--steps", 2, "--width", 64, "--height", 48, "-q"]
     done = run("generate", "t2v", "--model", checkpoint, "--prompt", "a bird", "-o", output, *arguments)
@@ -70,7 +55,7 @@ def test_a_video_has_its_frames_its_rate_and_its_request(tmp_path, checkpoint):
     assert written["numerics"] == "bfloat16"
 
 
-def test_the_same_seed_gives_the_same_file_and_another_seed_does_not(tmp_path, checkpoint):
+def test_the_same_seed_gives_the_same_file_and_another_seed_does_not(run, tmp_path, checkpoint):
     pictures = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         path = tmp_path / f"{name}.png"
@@ -83,7 +68,7 @@ def test_the_same_seed_gives_the_same_file_and_another_seed_does_not(tmp_path, c
     assert not np.array_equal(pictures[0], pictures[2])
 
 
-def test_three_thousand_tokens_and_an_empty_prompt_both_draw(tmp_path, checkpoint):
+def test_three_thousand_tokens_and_an_empty_prompt_both_draw(run, tmp_path, checkpoint):
     for prompt in (" bird" * 3000, ""):
         path = tmp_path / "bird.png"
         done = run("generate", "t2i", "--model", checkpoint, "--prompt", prompt, "-o", path, *SMALL)
@@ -102,23 +87,29 @@ def test_three_thousand_tokens_and_an_empty_prompt_both_draw(tmp_path, checkpoin
         (["--noise", "nowhere.npy"], "noise file nowhere.npy does not exist"),
         (["--output", "bird.gif"], "bird.gif"),
         (["--output", "nowhere/bird.mp4"], "nowhere"),
-        (["--prompt", "a <|video_pad|>"], "control token <|video_pad|>"),
+        (["--prompt", "and another"], "task t2v takes one --prompt"),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, checkpoint, monkeypatch, arguments, line):
+def test_bad_input_is_one_line_and_nothing_is_written(refused, tmp_path, checkpoint, monkeypatch, arguments, line):
     monkeypatch.chdir(tmp_path)
     given = ["--model", checkpoint, "--prompt", "a bird", "--output", "bird.mp4", "--width", "32", "--height", "32"]
     assert line in refused("generate", "t2v", *given, *arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_noise_of_another_size_is_refused_before_the_model_is_read(tmp_path, oracles):
+def test_a_prompt_that_stands_for_pixels_is_refused(refused, tmp_path, checkpoint):
+    given = ["--model", checkpoint, "--prompt", "a <|video_pad|>", "--output", tmp_path / "bird.mp4"]
+    assert "control token <|video_pad|>" in refused("generate", "t2v", *given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_noise_of_another_size_is_refused_before_the_model_is_read(refused, tmp_path, oracles):
     taps = oracles / "t2i-fp32-kv" / "taps.safetensors"
     line = refused("generate", "t2i", "--model", tmp_path, "--prompt", "", "--noise", taps, "-o", tmp_path / "a.png")
     assert "the noise has shape [24, 48]" in line
 
 
-def test_an_unknown_task_and_a_missing_option_end_with_usage(checkpoint):
+def test_an_unknown_task_and_a_missing_option_end_with_usage(run, checkpoint):
     for arguments in (["paint", "--model", checkpoint, "--prompt", "a"], ["t2i", "--prompt", "a"]):
         done = run("generate", *arguments)
         assert done.returncode == 2
@@ -139,7 +130,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, checkpoint):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_vae_converts_once(tmp_path, checkpoint):
+def test_the_vae_converts_once(run, refused, tmp_path, checkpoint):
     output = tmp_path / "Wan2.2_VAE.safetensors"
     done = run("convert-vae", checkpoint / "Wan2.2_VAE.pth", output)
     assert done.returncode == 0, done.stderr
@@ -151,8 +142,10 @@ def test_the_vae_converts_once(tmp_path, checkpoint):
     assert "must end in .safetensors" in refused("convert-vae", checkpoint / "Wan2.2_VAE.pth", tmp_path / "vae.bin")
 
 
-def test_help_names_every_option():
+def test_help_names_every_option(run):
     text = run("generate", "--help").stdout
-    options = "model prompt output seed steps guidance width height num-frames fps noise numerics entry quiet".split()
+    options = """model prompt image video question instruction requests output seed steps guidance width height
+        num-frames resolution vae-resolution vit-resolution reencode fps max-tokens temp top-p rewrite vit-source
+        noise numerics entry quiet""".split()
     assert all(f"--{option}" in text for option in options)
     assert "Exit status" in text

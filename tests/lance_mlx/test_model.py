@@ -95,7 +95,7 @@ def test_experts_compute_their_own_rows_only(pipeline, monkeypatch):
 
     monkeypatch.setattr(layers.Linear, "__call__", watch)
     request = Request(Task.T2V, "a bird", 32, 48, 5, num_steps=2, guidance_scale=1.0)
-    steps = list(pipeline.denoise(request))
+    steps = list(pipeline.denoise(pipeline.prepare(request)))
     assert len(steps) == 2
     # The prefix once, then the two brackets a step; the twelve latents a step and nowhere else.
     assert seen["mlp"][-2:] == [2, 2]

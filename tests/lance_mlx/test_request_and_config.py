@@ -23,10 +23,25 @@ from lance_mlx.config import LanceConfig
         ({"fps": 0}, "fps 0 must be at least 1"),
         ({"seed": -1}, "seed -1 must be between 0"),
         ({"prompt": "a <|vision_start|> b"}, "control token <|vision_start|>"),
-        ({"task": "paint"}, "task 'paint' is not supported: choose one of t2i, t2v"),
+        ({"task": "paint"}, "task 'paint' is not supported: choose one of t2i, t2v, i2v"),
         ({"task": "t2i", "num_frames": 9}, "task t2i makes one frame, not 9"),
         ({"guidance_renorm": "local"}, "guidance_renorm 'local' is not supported"),
         ({"colour": 1}, "unknown request key 'colour'"),
+        ({"height": "64"}, "height must be an integer, not '64'"),
+        ({"num_steps": True}, "num_steps must be an integer, not True"),
+        ({"num_frames": 2.5}, "num_frames must be an integer, not 2.5"),
+        ({"timestep_shift": "3"}, "timestep_shift must be a number, not '3'"),
+        ({"text_template": "yes"}, "text_template must be true or false, not 'yes'"),
+        ({"prompt": 3}, "prompt must be text, not 3"),
+        ({"guidance_interval": [1]}, "guidance_interval must hold 2 values, not 1"),
+        ({"visuals": ["x.png"]}, "'x.png' must be an object with the keys of a visual"),
+        ({"visuals": [{"path": "x.png"}]}, "the visual key 'kind' is missing"),
+        ({"visuals": [{"path": "x.png", "kind": "image"}]}, "task t2v takes no image or video"),
+        ({"task": "i2v"}, "task i2v needs an image: name its file"),
+        (
+            {"task": "i2v", "num_frames": 4, "visuals": [{"path": "x.png", "kind": "image"}]},
+            "num_frames 4 leaves nothing to animate",
+        ),
     ],
 )
 def test_bad_requests_are_refused_with_a_line_that_names_the_value(values, line):
@@ -41,6 +56,21 @@ def test_a_request_survives_json():
         Task.T2V, "a bird\nflies", 48, 64, 9, guidance_renorm=Renorm.CHANNEL, entry=Entry.FULL_SEQUENCE, seed=7
     )
     assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+
+
+def test_visuals_are_resized_as_upstream_does_for_the_task_unless_told_otherwise():
+    image, video = ({"path": "x", "kind": kind} for kind in ("image", "video"))
+    sizes = {}
+    for task, visual in (("image_edit", image), ("i2v", image), ("video_edit", video)):
+        frames = 9 if task == "i2v" else 1
+        request = Request.from_dict({"task": task, "prompt": "", "num_frames": frames, "visuals": [visual]})
+        sizes[task] = request.vae_resolution, request.vit_resolution
+        assert Request.from_dict(request.to_dict()) == request
+    assert sizes == {"image_edit": (768, 672), "i2v": (640, 616), "video_edit": (640, 616)}
+    assert (
+        Request.from_dict({"task": "image_edit", "prompt": "", "visuals": [image], "vae_resolution": 64}).vae_resolution
+        == 64
+    )
 
 
 def test_frames_between_chunks_round_down_to_whole_latent_frames():

@@ -59,7 +59,7 @@ def test_the_sampler_is_a_generator_that_takes_euler_steps(pipeline):
     request = Request(Task.T2V, "a bird", 32, 32, 5, num_steps=3, guidance_interval=(0.9, 1.0))
     times = timesteps(3, request.timestep_shift)
     previous = draw_noise(request, pipeline.model.numerics)
-    for index, step in enumerate(pipeline.denoise(request)):
+    for index, step in enumerate(pipeline.denoise(pipeline.prepare(request))):
         assert mx.array_equal(step.state.x_t, previous)
         assert (step.velocity_uncond is None) == (times[index] <= 0.9)
         expected = step.state.x_t - step.velocity * float(times[index] - times[index + 1])
@@ -70,7 +70,7 @@ def test_the_sampler_is_a_generator_that_takes_euler_steps(pipeline):
 
 def test_noise_of_another_size_is_refused(pipeline):
     with pytest.raises(LanceError, match=r"the noise has shape \[5, 48\], but 32x32 and 5 frames need \[8, 48\]"):
-        next(pipeline.denoise(Request(Task.T2V, "a bird", 32, 32, 5), mx.zeros((5, 48))))
+        next(pipeline.denoise(pipeline.prepare(Request(Task.T2V, "a bird", 32, 32, 5)), mx.zeros((5, 48))))
 
 
 def test_the_seed_decides_the_noise(pipeline):

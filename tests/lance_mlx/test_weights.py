@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from lance_mlx import FLOAT32, LanceError, Task, load
+from lance_mlx import FLOAT32, LanceError, Variant
 from lance_mlx.convert import convert_vae, read_pth
+from lance_mlx.pipeline import load
 from lance_mlx.weights import find_checkpoint
 
 
 def refusal(path) -> str:
     with pytest.raises(LanceError) as error:
-        load(path, Task.T2I, FLOAT32)
+        load(path, Variant.IMAGE, FLOAT32)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -43,7 +44,8 @@ def test_an_integer_tensor_is_named(checkpoint_copy):
 def test_the_stored_position_table_is_never_read(checkpoint_copy, checkpoint):
     checkpoint_copy.edit_weights(latent_pos_embed__pos_embed=mx.zeros((1, 1)))
     tables = [
-        load(path, Task.T2I, FLOAT32).model.latent_pos_embed((1, 2, 2)) for path in (checkpoint_copy.path, checkpoint)
+        load(path, Variant.IMAGE, FLOAT32).model.latent_pos_embed((1, 2, 2))
+        for path in (checkpoint_copy.path, checkpoint)
     ]
     assert mx.array_equal(*tables)
 
@@ -61,7 +63,7 @@ def test_missing_files_are_named(checkpoint_copy):
     (checkpoint_copy.variant / "model.safetensors").unlink()
     assert "model.safetensors is missing" in refusal(checkpoint_copy.path)
     assert "Lance_3B_Video/llm_config.json" in str(
-        pytest.raises(LanceError, find_checkpoint, checkpoint_copy.path, Task.T2V).value
+        pytest.raises(LanceError, find_checkpoint, checkpoint_copy.path, Variant.VIDEO).value
     )
     assert "does not exist" in refusal(checkpoint_copy.path / "nowhere")
 
@@ -79,17 +81,17 @@ def test_damaged_tokenizer_files_are_named(checkpoint_copy):
 
 
 def test_a_variant_folder_serves_as_well_as_the_one_above(checkpoint):
-    assert find_checkpoint(checkpoint, Task.T2I) == find_checkpoint(checkpoint / "Lance_3B", Task.T2I)
+    assert find_checkpoint(checkpoint, Variant.IMAGE) == find_checkpoint(checkpoint / "Lance_3B", Variant.IMAGE)
 
 
 def test_the_converted_vae_decodes_to_the_same_bits(checkpoint_copy):
     latents = mx.random.normal((2, 2, 2, 48), key=mx.random.key(0))
-    before = [np.array(chunk) for chunk in load(checkpoint_copy.path, Task.T2I, FLOAT32).vae.decode(latents)]
+    before = [np.array(chunk) for chunk in load(checkpoint_copy.path, Variant.IMAGE, FLOAT32).vae.decode(latents)]
     source = checkpoint_copy.path / "Wan2.2_VAE.pth"
     count = convert_vae(source, source.with_suffix(".safetensors"))
     assert count == len(read_pth(source))
     source.unlink()
-    after = [np.array(chunk) for chunk in load(checkpoint_copy.path, Task.T2I, FLOAT32).vae.decode(latents)]
+    after = [np.array(chunk) for chunk in load(checkpoint_copy.path, Variant.IMAGE, FLOAT32).vae.decode(latents)]
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 

@@ -16,7 +16,7 @@ from lance_mlx.numerics import Numerics
 from lance_mlx.pipeline import Pipeline
 from lance_mlx.request import Entry, Renorm, Request
 from lance_mlx.sequence import Role, Sequence
-from parity import capture_mlx
+from parity import replay_mlx
 from parity.bundle import read_bundle, write_bundle
 from parity.check import Result, check_bundle
 from parity.implementations import Mlx, Reference
@@ -29,14 +29,14 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 def after_loading(patch: pytest.MonkeyPatch, change: Callable[[Pipeline], None]) -> None:
     """Change the model between loading and running."""
-    original = capture_mlx.load
+    original = replay_mlx.load
 
-    def load(*arguments) -> Pipeline:
+    def load(*arguments: object) -> Pipeline:
         pipeline = original(*arguments)
         change(pipeline)
         return pipeline
 
-    patch.setattr(capture_mlx, "load", load)
+    patch.setattr(replay_mlx, "load", load)
 
 
 def positions(change: Callable[[np.ndarray, Sequence, int], np.ndarray]) -> Patch:
@@ -84,12 +84,12 @@ def guided_everywhere(patch: pytest.MonkeyPatch) -> None:
 
 
 def renorm_by_channel(patch: pytest.MonkeyPatch) -> None:
-    original = capture_mlx.request_from_bundle
+    original = replay_mlx.request_from_bundle
 
     def changed(request: dict, entry: str) -> Request:
         return original(request | {"cfg_renorm_type": Renorm.CHANNEL}, entry)
 
-    patch.setattr(capture_mlx, "request_from_bundle", changed)
+    patch.setattr(replay_mlx, "request_from_bundle", changed)
 
 
 def recomputed_unconditional_ids(patch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def hidden_vision_end(patch: pytest.MonkeyPatch) -> None:
 
 def exact_rope_frequencies(patch: pytest.MonkeyPatch) -> None:
     policy = Numerics("bfloat16", mx.bfloat16, round_rope_frequencies=False)
-    patch.setattr(capture_mlx, "policy", lambda name: policy)
+    patch.setattr(replay_mlx, "policy", lambda name: policy)
 
 
 def first_chunk_through_the_temporal_convolution(patch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from parity.capture_mlx import record_mlx
 from parity.capture_torch import record_reference
 from parity.metrics import compare
-from parity.recording import Recording
+from parity.recording import Recording, Replay
+from parity.replay_mlx import record_mlx
 from reference.config import LanguageConfig
 from reference.model import Lance
 from reference.numerics import Numerics
@@ -88,7 +88,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def test_both_agree_at_the_official_width(checkpoint):
     noise = np.random.default_rng(3).normal(size=(2, 48)).astype(np.float32)
-    given = (checkpoint, "Lance_3B_Video", REQUEST, "kv_cache", noise)
+    given = (checkpoint, "Lance_3B_Video", REQUEST, "kv_cache", Replay(noise))
     ours: Recording = record_mlx(*given, "float32")
     mx.clear_cache()
     theirs: Recording = record_reference(*given, Numerics("float32"))

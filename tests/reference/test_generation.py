@@ -7,48 +7,44 @@ import pytest
 import torch
 
 from parity.capture_torch import record_pipeline
+from parity.recording import Replay
 from reference.errors import ReferenceError
 from reference.numerics import Numerics, attend
-from reference.request import Renorm
+from reference.request import Element, Medium, Renorm
 from reference.sampler import denoise, guide, time_grid
 from reference.weights import load_vae
 
+ENTRIES = ("kv_cache", "full_sequence")
 
-def test_cached_prefix_gives_the_conditional_velocity_of_the_whole_sequence(pipeline, request_, noise):
-    layout, start = pipeline.layout(request_), torch.from_numpy(noise)
-    steps = []
-    for entry in ("kv_cache", "full_sequence"):
-        steps.append(next(denoise(*pipeline.arms(request_, layout, entry), start, request_)))
-    cached, whole = steps
+
+def test_cached_prefix_gives_the_conditional_velocity_of_the_whole_sequence(arms, request_):
+    cached, whole = (next(denoise(*arms(request_, entry), request_)) for entry in ENTRIES)
     torch.testing.assert_close(cached.velocity_cond, whole.velocity_cond, rtol=1e-4, atol=1e-5)
     # The unconditional prefix keeps conditional ids in one entry alone: far more than rounding.
     assert (cached.velocity_uncond - whole.velocity_uncond).norm() > 1e-3 * whole.velocity_uncond.norm()
 
 
-def test_entries_agree_on_both_arms_without_text_to_drop(pipeline, request_, noise):
-    request = replace(request_, spec="")
-    layout, start = pipeline.layout(request), torch.from_numpy(noise)
-    pair = [next(denoise(*pipeline.arms(request, layout, e), start, request)) for e in ("kv_cache", "full_sequence")]
+def test_entries_agree_on_both_arms_without_text_to_drop(arms, request_):
+    request = replace(request_, elements=(Element(Medium.TEXT, ""),))
+    pair = [next(denoise(*arms(request, entry), request)) for entry in ENTRIES]
     torch.testing.assert_close(pair[0].velocity_uncond, pair[1].velocity_uncond, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(pair[0].velocity_uncond, pair[0].velocity_cond)
 
 
-def test_guidance_runs_inside_its_interval_only(pipeline, request_, noise):
+def test_guidance_runs_inside_its_interval_only(arms, request_):
     times = time_grid(request_.num_steps, request_.timestep_shift)
     request = replace(request_, cfg_interval=(float(times[2]), float(times[1])))
-    arms = pipeline.arms(request, pipeline.layout(request), "kv_cache")
-    guided = [step.velocity_uncond is not None for step in denoise(*arms, torch.from_numpy(noise), request)]
+    guided = [step.velocity_uncond is not None for step in denoise(*arms(request, "kv_cache"), request)]
     assert guided == [False, True, False, False]
 
 
-def test_scale_one_has_no_unconditional_arm(pipeline, request_):
-    request = replace(request_, cfg_text_scale=1.0)
-    assert pipeline.arms(request, pipeline.layout(request), "kv_cache")[1] is None
+def test_scale_one_has_no_unconditional_arm(arms, request_):
+    assert arms(replace(request_, cfg_text_scale=1.0), "kv_cache")[1] is None
 
 
-def test_unknown_entry_is_named(pipeline, request_):
+def test_unknown_entry_is_named(arms, request_):
     with pytest.raises(ReferenceError, match="entry 'cached'"):
-        pipeline.arms(request_, pipeline.layout(request_), "cached")
+        arms(request_, "cached")
 
 
 @pytest.mark.parametrize("renorm", list(Renorm))
@@ -73,9 +69,8 @@ def test_bfloat16_scalars_are_not_rounded(request_):
     assert torch.equal(guide(cond, uncond, request), uncond + product)
 
 
-def test_euler_ends_at_zero(pipeline, request_, noise):
-    arms = pipeline.arms(request_, pipeline.layout(request_), "kv_cache")
-    steps = list(denoise(*arms, torch.from_numpy(noise), request_))
+def test_euler_ends_at_zero(arms, request_):
+    steps = list(denoise(*arms(request_, "kv_cache"), request_))
     assert [step.index for step in steps] == [0, 1, 2, 3]
     assert steps[0].t == 1.0
     last = steps[-1]
@@ -109,7 +104,7 @@ def test_orders_of_rounding_agree(request_):
 def test_recording_keeps_what_is_named_and_leaves_no_hook(pipeline, request_, noise):
     wanted = {"cond.step0/llm2vae", "sampler.x_t3", "text_ids", "vae.decode.chunk0/decoder"}
     calls: list[str] = []
-    recording = record_pipeline(pipeline, request_, "kv_cache", noise, wanted, calls.append)
+    recording = record_pipeline(pipeline, request_, "kv_cache", Replay(noise), wanted, calls.append)
     assert set(recording) == wanted
     prefixes = ["cond.prefix0", "cond.prefix1", "cond.prefix2", "uncond.prefix0", "uncond.prefix1"]
     steps = [f"{arm}.step{index}" for index in range(4) for arm in ("cond", "uncond")]
@@ -119,6 +114,12 @@ def test_recording_keeps_what_is_named_and_leaves_no_hook(pipeline, request_, no
 
 
 def test_recording_is_deterministic(pipeline, request_, noise):
-    first, second = (record_pipeline(pipeline, request_, "full_sequence", noise) for _ in range(2))
+    first, second = (record_pipeline(pipeline, request_, "full_sequence", Replay(noise)) for _ in range(2))
     assert list(first) == list(second)
     assert all(np.array_equal(first[name].array, second[name].array) for name in first)
+
+
+@pytest.mark.parametrize("noise", [None, np.zeros((3, 48), np.float32)])
+def test_noise_of_another_size_is_refused(pipeline, request_, noise):
+    with pytest.raises(ReferenceError, match="the noise has shape"):
+        record_pipeline(pipeline, request_, "kv_cache", Replay(noise))

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from reference.errors import ReferenceError
-from reference.layout import Mode, Role, build_layout
-from reference.mot import visible
+from reference.layout import Mode, Role, VisualSize
+from reference.mot import causal, visible
 from reference.positions import Grid, Text, latent_position_ids, rope_position_ids
 from reference.prompt import PROMPTS
 from reference.request import Request
+from reference.sequence import build_layout
 
 
 def layout_of(tokenizer, spec="A red fox.", **changes):
@@ -97,7 +98,7 @@ def test_the_unconditional_target_is_moved_by_the_dropped_text(real_tokenizer):
 
 
 def test_the_longest_sequence_is_laid_out_at_once(real_tokenizer):
-    request = Request("t2v", "A red panda.", height=480, width=848, num_frames=121)
+    request = Request.from_dict({"task": "t2v", "spec": "A red panda.", "height": 480, "width": 848, "num_frames": 121})
     start = time.perf_counter()
     layout = build_layout(request, real_tokenizer)
     assert time.perf_counter() - start < 0.5
@@ -105,7 +106,7 @@ def test_the_longest_sequence_is_laid_out_at_once(real_tokenizer):
 
 
 def test_mask_of_the_whole_sequence():
-    mask = visible(range(7), 7, range(3, 6)).int().tolist()
+    mask = visible([3, 3, 1], [Mode.CAUSAL, Mode.NOISE, Mode.CAUSAL]).int().tolist()
     assert mask == [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
@@ -118,15 +119,159 @@ def test_mask_of_the_whole_sequence():
     ]
 
 
+def test_a_full_split_sees_itself_and_is_seen_from_behind():
+    mask = visible([1, 2, 2], [Mode.CAUSAL, Mode.FULL_NOISE, Mode.CAUSAL]).int().tolist()
+    assert mask == [[1, 0, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
 def test_mask_of_a_prefix_split_behind_a_cache():
-    assert visible(range(2, 4), 4, None).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert torch.equal(visible(range(4), 4, None)[2:], visible(range(2, 4), 4, None))
+    assert causal(2, 2).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert torch.equal(visible([4], [Mode.CAUSAL])[2:], causal(2, 2))
+
+
+SIZE = VisualSize(vae=(1, 32, 48), vit=(1, 4, 6))
+SEEN = VisualSize(vit=(1, 4, 6))
+
+
+def edit(tokenizer, task="image_edit", order=("text", "image"), sizes=(SIZE,), **changes):
+    spec = {
+        "interleave_array": ["Remove the hat." if kind == "text" else "a.png" for kind in order],
+        "element_dtype_array": list(order),
+        "istarget_in_interleave": [0] * len(order),
+    }
+    values = {"task": task, "spec": spec, "height": 64, "width": 32, "num_frames": 9} | changes
+    return build_layout(Request.from_dict(values), tokenizer, list(sizes))
+
+
+def test_an_edit_looks_at_its_source_twice(real_tokenizer):
+    layout = edit(real_tokenizer)
+    assert [(split.role, split.mode) for split in layout.splits] == [
+        (Role.TEMPLATE, Mode.CAUSAL),
+        (Role.VIT, Mode.FULL),
+        (Role.SOURCE, Mode.FULL_NOISE),
+        (Role.TEXT, Mode.CAUSAL),
+        (Role.TEMPLATE, Mode.CAUSAL),
+        (Role.NOISE, Mode.NOISE),
+        (Role.TEMPLATE, Mode.CAUSAL),
+    ]
+    assert [split.length for split in layout.splits[1:3]] == [2 * 3 + 2, 2 * 3 + 2]
+    assert layout.target.size == (1, 32, 48)
+    vit, source = layout.vit_splits[0], layout.latent_splits[0]
+    assert layout.position_ids[0, vit.start] == 1000
+    assert layout.position_ids[1, vit.start] == vit.start
+    np.testing.assert_array_equal(layout.position_ids[:, layout.target.rows], layout.position_ids[:, source.rows])
+    np.testing.assert_array_equal(layout.latent_position_ids, np.tile([0, 1, 2, 64, 65, 66], 2))
+
+
+def test_an_edit_of_two_images_takes_the_size_of_the_last_and_its_own_positions(real_tokenizer):
+    sizes = (SIZE, VisualSize(vae=(1, 16, 32), vit=(1, 2, 2)))
+    layout = edit(real_tokenizer, order=("text", "image", "image"), sizes=sizes)
+    assert layout.target.size == (1, 16, 32)
+    ids = layout.position_ids
+    first, second = (split.start for split in layout.vit_splits)
+    # All ViT tokens move together: only the first block begins at the anchor.
+    assert ids[0, first] == 1000 and ids[0, second] - 1000 == ids[1, second] - ids[1, first]
+    assert ids[0, layout.target.start] == ids[1, layout.target.start]
+
+
+def test_a_subject_is_anchored_and_does_not_set_the_size(real_tokenizer):
+    layout = edit(real_tokenizer, "idip")
+    subject = layout.latent_splits[0]
+    assert (subject.role, subject.mode) == (Role.SUBJECT, Mode.FULL_NOISE)
+    assert layout.position_ids[0, subject.start] == 2000
+    assert layout.target.size == (9, 64, 32)
+    assert layout.position_ids[0, layout.target.start] < 1000
+
+
+def test_the_first_latent_frame_of_an_i2v_is_given(real_tokenizer):
+    layout = edit(real_tokenizer, "i2v", sizes=[VisualSize(vae=(1, 32, 48))])
+    assert len(layout.splits) == 5 and layout.target.size == (9, 32, 48)
+    np.testing.assert_array_equal(layout.made_rows, layout.latent_rows[6:])
+    assert layout.position_ids.max() < 200
+
+
+def test_the_instruction_names_what_comes_last(real_tokenizer):
+    def text(order):
+        layout = edit(real_tokenizer, order=order)
+        return layout.text_ids[layout.splits[0].rows].tolist()
+
+    # Where the text is last, the instruction speaks of a text, as upstream's does.
+    assert len({tuple(text(order)) for order in (("text", "image"), ("image", "text"), ("text", "video"))}) == 3
+
+
+def question(tokenizer, order=("image", "text"), sizes=(SEEN,), **changes):
+    content = ["Look.", "what is it", "a bird"]
+    spec = {
+        "interleave_array": [content if kind == "text" else "a.png" for kind in order],
+        "element_dtype_array": list(order),
+        "istarget_in_interleave": [int(kind == "text") for kind in order],
+    }
+    return build_layout(Request.from_dict({"task": "x2t_image", "spec": spec} | changes), tokenizer, list(sizes))
+
+
+def test_a_question_ends_before_its_answer(real_tokenizer):
+    layout = question(real_tokenizer)
+    assert roles_and_lengths(layout)[1:2] == [(Role.VIT, Mode.FULL, 8)]
+    assert [split.role for split in layout.splits] == [Role.TEMPLATE, Role.VIT, Role.TEMPLATE]
+    answer = real_tokenizer.encode("a bird")
+    assert layout.text_ids[layout.answer :].tolist() == [*answer, real_tokenizer.im_end]
+    assert sum(split.length for split in layout.prefix) == layout.answer - 1
+    # Nothing is anchored.
+    assert layout.position_ids.max() < 100
+    np.testing.assert_array_equal(layout.continued_position_ids(2)[:, : layout.answer + 2], layout.position_ids[:, :-1])
+
+
+def test_a_question_without_template_is_its_pictures(real_tokenizer):
+    layout = question(real_tokenizer, text_template=False)
+    assert [split.role for split in layout.splits] == [Role.VIT, Role.TEXT]
+    assert layout.text_ids[layout.answer - 1] == real_tokenizer.im_start
+    assert [split.role for split in layout.prefix] == [Role.VIT]
+
+
+def test_sizes_must_fit(real_tokenizer):
+    for sizes in ((), (VisualSize(vae=(1, 32, 40), vit=(1, 4, 6)),), (VisualSize(vae=(1, 32, 48), vit=(1, 3, 6)),)):
+        with pytest.raises(ReferenceError, match="sizes are given|no latents|cannot be merged"):
+            edit(real_tokenizer, sizes=sizes)
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"task": "image_edit"}, "task 'image_edit' is not supported yet"),
+        ({"order": ("image",)}, "needs one text"),
+        ({"order": ("text",), "sizes": ()}, "needs an image"),
+        ({"order": ("text", "sound")}, "element type 'sound'"),
+        ({"text_template": False}, "text_template false"),
+        ({"task": "i2v", "num_frames": 4}, "num_frames 4"),
+        ({"spec": "Remove the hat."}, "must hold the lists"),
+        ({"spec": {"interleave_array": [], "element_dtype_array": []}}, "must hold the lists"),
+        ({"vit_resolution": 0}, "vit_resolution 0"),
+    ],
+)
+def test_impossible_requests_about_visuals_are_named(real_tokenizer, changes, complaint):
+    with pytest.raises(ReferenceError, match=complaint):
+        edit(real_tokenizer, **changes)
+
+
+def test_a_question_is_a_triple_behind_its_pictures(real_tokenizer):
+    with pytest.raises(ReferenceError, match="come before its text"):
+        question(real_tokenizer, order=("text", "image"))
+    with pytest.raises(ReferenceError, match="instruction, question, answer"):
+        Request.from_dict(
+            {
+                "task": "x2t_image",
+                "spec": {
+                    "interleave_array": ["a.png", "what is it"],
+                    "element_dtype_array": ["image", "text"],
+                    "istarget_in_interleave": [0, 1],
+                },
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"task": "t2x"}, "task 't2x' is not one of"),
         ({"height": 60}, "height 60"),
         ({"width": 1040}, "width 1040"),
         ({"task": "t2v", "num_frames": 122}, "num_frames 122"),

@@ -1,0 +1,233 @@
+"""Images and videos in: upright 8-bit RGB frames, a video sampled as upstream samples it."""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
+from PIL import Image, ImageOps
+
+from lance_mlx.config import TEMPORAL_STRIDE
+from lance_mlx.errors import LanceError
+
+SAMPLE_FPS = 12
+MAX_SECONDS = 6
+# What the file does not tell, as upstream assumes it.
+DEFAULT_FPS = 24
+# Upstream would blow smaller pictures up and keep a sliver of narrower ones, which nobody means.
+MIN_SIDE = 16
+MAX_ASPECT = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """Frames of one file and where in the file they were.
+
+    Attributes:
+        pixels: uint8 [t, H, W, 3], RGB, upright; t is 1 for an image and 4k + 1 for a video.
+        path: the file.
+        kind: how it was read.
+        indices: the t frame numbers in display order; numbers repeat in a video of fewer than 12 frames a second.
+        num_source_frames: frames in the file.
+        source_fps: average frames per second of the file, rounded to an integer; 0 for an image.
+    """
+
+    pixels: np.ndarray
+    path: Path
+    kind: Literal["image", "video"]
+    indices: tuple[int, ...]
+    num_source_frames: int
+    source_fps: int
+
+
+def read_visual(path: str | os.PathLike[str], kind: Literal["image", "video"]) -> Frames:
+    """Read the image or the sampled frames of the video at `path`.
+
+    An image is turned upright by its EXIF orientation, which upstream ignores, and put on white where it is
+    transparent, also with grey or a key colour, where upstream drops the transparency; 16-bit grey keeps its high
+    byte, where upstream clips; of an animation the first frame counts. A video is decoded in order, holding only the
+    frames of `sample_indices`, and turned and mirrored by its display matrix; sound is not looked at. Upstream counts
+    frames, so a variable frame rate is sampled by number, not by time.
+
+    Raises LanceError for a file that is missing, damaged, cut short, of another kind, without a frame, smaller than
+    16 pixels or more than 16 times longer than wide. Source: `bytedance/Lance
+    data/datasets_custom/validation_dataset.py:get_video_tensor_online`.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise LanceError(f"{kind} {path} does not exist")
+    if not path.is_file():
+        raise LanceError(f"{kind} {path} is not a file")
+    if path.stat().st_size == 0:
+        raise LanceError(f"{kind} {path} is empty")
+    return _read_image(path) if kind == "image" else _read_video(path)
+
+
+def sample_indices(num_frames: int, fps: int) -> list[int]:
+    """Frame numbers that stand for a video of `num_frames` frames at `fps` frames per second: 4k + 1 of them.
+
+    The count is that of 12 frames a second over at most 6 seconds; the frames are spread evenly over the whole video,
+    so a longer one is seen sped up. Upstream fails where the duration rounds to no frame; here that is one frame.
+    Source: `bytedance/Lance data/video/sampler/frames.py:MultiClipsFrameSampler`.
+    """
+    wanted = round(min(num_frames / fps, MAX_SECONDS) * SAMPLE_FPS)
+    # A multiple of four loses three frames, any other count is rounded down to 4k + 1.
+    count = max((wanted - 1) // TEMPORAL_STRIDE * TEMPORAL_STRIDE + 1, 1)
+    return np.linspace(0, num_frames - 1, count, dtype=int).tolist()
+
+
+def _read_image(path: Path) -> Frames:
+    # Above Pillow's warning, but below its error, lie the pictures that today's phones take.
+    with warnings.catch_warnings(), _image_errors(path):
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            _check_size("image", path, image.height, image.width)
+            if image.mode == "F":
+                raise LanceError(f"image {path} holds floating-point values, whose white is not known: save it as PNG")
+            pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    return Frames(pixels[None], path, "image", (0,), 1, 0)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits, which TIFF and PNM give as 32
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+
+
+def _read_video(path: Path) -> Frames:
+    with _video_errors(path):
+        num_frames, average_rate = _count_frames(path)
+    # Below half a frame a second upstream would divide by zero.
+    fps = max(round(float(average_rate)), 1) if average_rate else DEFAULT_FPS
+    while num_frames:
+        indices = sample_indices(num_frames, fps)
+        with _video_errors(path):
+            pixels, decoded = _decode(path, indices)
+        if decoded > indices[-1]:
+            return Frames(pixels, path, "video", tuple(indices), num_frames, fps)
+        # Some packets gave no frame, such as those before the first key frame: sample what there is.
+        num_frames = decoded
+    raise LanceError(f"video {path} holds no frame")
+
+
+def _count_frames(path: Path) -> tuple[int, Fraction | None]:
+    """Frames that will be shown and their average rate, from the packets: headers may lie or be silent."""
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise LanceError(f"video {path} holds no video stream")
+        if "mp4" in container.format.name:
+            _check_whole(path)
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise LanceError(f"video {path} is in a codec that FFmpeg does not read here: save it as H.264")
+        _check_size("video", path, stream.codec_context.height, stream.codec_context.width)
+        count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
+        return count, stream.average_rate
+
+
+def _decode(path: Path, indices: Sequence[int]) -> tuple[np.ndarray | None, int]:
+    """The frames of the non-decreasing `indices`, uint8 [t, H, W, 3], and how many frames were decoded for them."""
+    pixels, filled, decoded = None, 0, 0
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for frame in container.decode(stream):
+            if decoded == indices[filled]:
+                if pixels is None:
+                    height, width = frame.height, frame.width
+                    turn = _display_axes(frame)
+                    pixels = np.empty((len(indices), *_turn(np.empty((height, width, 3)), turn).shape), np.uint8)
+                # A stream may change its size; its first frame decides.
+                rgb = _turn(frame.to_ndarray(format="rgb24", width=width, height=height), turn)
+                while filled < len(indices) and indices[filled] == decoded:
+                    pixels[filled] = rgb
+                    filled += 1
+            decoded += 1
+            if filled == len(indices):
+                break
+    return pixels, decoded
+
+
+def _display_axes(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """Whether to swap rows and columns, then to reverse the rows, then the columns, to show `frame` upright."""
+    data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    if data is None:
+        return False, False, False
+    # A pixel at (x, y) is shown at (a * x + c * y, b * x + d * y).
+    a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32)[:5].astype(int)
+    if abs(b) > abs(a):
+        return True, b < 0, c < 0
+    return False, d < 0, a < 0
+
+
+def _turn(pixels: np.ndarray, axes: tuple[bool, bool, bool]) -> np.ndarray:
+    swap, reverse_rows, reverse_columns = axes
+    if swap:
+        pixels = pixels.swapaxes(0, 1)
+    return pixels[:: -1 if reverse_rows else 1, :: -1 if reverse_columns else 1]
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse an MP4 whose frames or index end early, which FFmpeg may read as a shorter video."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 0
+        while len(header := file.read(16)) >= 8:
+            length = int.from_bytes(header[:4])
+            if length == 1:
+                length = int.from_bytes(header[8:])
+            if header[4:8] in (b"mdat", b"moov") and start + length > size:
+                raise LanceError(f"video {path} is cut short by at least {start + length - size} bytes: copy it again")
+            if length < 8:  # 0: up to the end of the file
+                return
+            start += length
+            file.seek(start)
+
+
+def _check_size(kind: str, path: Path, height: int, width: int) -> None:
+    short, long = sorted((height, width))
+    if short < MIN_SIDE:
+        raise LanceError(f"{kind} {path} is {width}x{height} pixels: each side must have at least {MIN_SIDE}")
+    if long > MAX_ASPECT * short:
+        raise LanceError(
+            f"{kind} {path} is {width}x{height} pixels, one side more than {MAX_ASPECT} times the other: crop it"
+        )
+
+
+@contextmanager
+def _image_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except LanceError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise LanceError(f"image {path} is in no format that Pillow reads: save it as PNG or JPEG") from error
+    except Image.DecompressionBombError as error:
+        raise LanceError(f"image {path} has too many pixels: make it smaller") from error
+    except Exception as error:  # Pillow passes on whatever its parsers stumble over
+        raise LanceError(f"cannot read image {path}, it may be damaged or cut short: {_one_line(error)}") from error
+
+
+@contextmanager
+def _video_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, av.error.FFmpegError) as error:
+        raise LanceError(f"cannot read video {path}, it may be damaged or cut short: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())

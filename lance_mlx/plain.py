@@ -1,0 +1,63 @@
+"""Frozen dataclasses to plain JSON values and back, with every type checked."""
+
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from enum import StrEnum
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from lance_mlx.errors import LanceError
+
+Record = TypeVar("Record")
+
+
+def to_plain(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass as JSON values, tuples as lists."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(record).items()}
+
+
+def from_plain(kind: type[Record], values: dict[str, Any]) -> Record:
+    """Build a dataclass from JSON values under its field names.
+
+    Raises:
+        LanceError: a key is unknown or missing, or its value is of another type.
+    """
+    if not isinstance(values, dict):
+        raise LanceError(f"{values!r} must be an object with the keys of a {kind.__name__.lower()}")
+    unknown = sorted(set(values) - {field.name for field in fields(kind)})
+    if unknown:
+        raise LanceError(f"unknown {kind.__name__.lower()} key '{unknown[0]}'")
+    missing = [field.name for field in fields(kind) if field.default is MISSING and field.name not in values]
+    if missing:
+        raise LanceError(f"the {kind.__name__.lower()} key '{missing[0]}' is missing")
+    hints = get_type_hints(kind)
+    return kind(**{name: _converted(name, value, hints[name]) for name, value in values.items()})
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    if isinstance(hint, UnionType):
+        if value is None and NoneType in get_args(hint):
+            return None
+        return _converted(name, value, next(kind for kind in get_args(hint) if kind is not NoneType))
+    if get_origin(hint) is tuple:
+        return _tuple(name, value, get_args(hint))
+    if is_dataclass(hint):
+        return from_plain(hint, vars(value) if isinstance(value, hint) else value)
+    if issubclass(hint, StrEnum):
+        if value not in list(hint):
+            raise LanceError(f"{name} '{value}' is not supported: choose one of {', '.join(hint)}")
+        return hint(value)
+    # JSON tells 1 from true, and 1 from 1.0 where only whole numbers serve.
+    allowed = (int, float) if hint is float else hint
+    if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
+        wanted = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[hint]
+        raise LanceError(f"{name} must be {wanted}, not {value!r}")
+    return value
+
+
+def _tuple(name: str, value: Any, kinds: tuple) -> tuple:
+    if not isinstance(value, list | tuple):
+        raise LanceError(f"{name} must be a list, not {value!r}")
+    if kinds[-1] is not Ellipsis and len(value) != len(kinds):
+        raise LanceError(f"{name} must hold {len(kinds)} values, not {len(value)}")
+    repeated = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else kinds
+    return tuple(_converted(name, item, kind) for item, kind in zip(value, repeated, strict=True))

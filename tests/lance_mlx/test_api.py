@@ -1,0 +1,189 @@
+"""The Python interface: lazy loading, generating, turns, and answers."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lance_mlx.api as api
+from lance_mlx import FLOAT32, LanceError, LanceModel, Question, Request, Task, Variant, Visual, VisualKind, load
+from lance_mlx.media import read_metadata
+from lance_mlx.model.vit import VisionTransformer
+
+SMALL = {"vae_resolution": 64, "vit_resolution": 56, "num_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint) -> LanceModel:
+    """The small checkpoint in float32."""
+    return load(checkpoint, FLOAT32)
+
+
+@pytest.fixture
+def image(media) -> Visual:
+    """A transparent PNG."""
+    return Visual(str(media / "logo.png"), VisualKind.IMAGE)
+
+
+@pytest.fixture
+def looks(monkeypatch) -> list[int]:
+    """Collects how many patches each run of the ViT saw."""
+    seen, original = [], VisionTransformer.__call__
+
+    def count(vit, patches, grids):
+        seen.append(len(patches))
+        return original(vit, patches, grids)
+
+    monkeypatch.setattr(VisionTransformer, "__call__", count)
+    return seen
+
+
+def asking(image: Visual, question: str, **values: object) -> Question:
+    return Question(Task.X2T_IMAGE, question, (image,), **({"vit_resolution": 56, "max_new_tokens": 6} | values))
+
+
+def test_a_folder_that_is_not_there_is_refused_at_once(tmp_path):
+    with pytest.raises(LanceError, match="does not exist"):
+        load(tmp_path / "nowhere")
+
+
+def test_one_model_is_in_memory_at_a_time(checkpoint, monkeypatch):
+    held, original = [], api.load_pipeline
+
+    def watch(path, variant, numerics, looks, *rest):
+        held.append((variant, looks, model._pipeline))
+        return original(path, variant, numerics, looks, *rest)
+
+    monkeypatch.setattr(api, "load_pipeline", watch)
+    model = load(checkpoint, FLOAT32)
+    assert held == []
+    first = model.pipeline(Variant.IMAGE, looks=False)
+    assert model.pipeline(Variant.IMAGE, looks=False) is first
+    assert "vit_model" not in first.model
+    second = model.pipeline(Variant.IMAGE, looks=True)
+    assert "vit_model" in second.model
+    assert model.pipeline(Variant.IMAGE, looks=False) is second
+    model.pipeline(Variant.VIDEO, looks=False)
+    assert held == [(Variant.IMAGE, False, None), (Variant.IMAGE, True, None), (Variant.VIDEO, False, None)]
+
+
+def test_a_video_is_generated_step_by_step_and_saved(model, tmp_path):
+    steps, written = [], []
+    generated = model.generate(Request(Task.T2V, "a bird", 32, 48, 6, num_steps=3), steps.append)
+    assert [step.state.index for step in steps] == [0, 1, 2]
+    assert np.array_equal(np.array(steps[-1].x_next), np.array(generated.latents).reshape(-1, 48))
+    assert generated.latents.shape == (2, 2, 3, 48)
+    assert generated.seconds_a_step > 0
+
+    def track(frames):
+        for frame in frames:
+            written.append(frame)
+            yield frame
+
+    generated.save(tmp_path / "bird.mp4", {"why": "a test"}, track)
+    assert generated.frames.shape == (5, 32, 48, 3)
+    assert generated.frames.dtype == np.uint8
+    assert np.array_equal(generated.frames, written)
+    metadata = read_metadata(tmp_path / "bird.mp4")
+    assert metadata == {**generated.metadata, "why": "a test"}
+    assert metadata["request"]["prompt"] == "a bird"
+    with pytest.raises(LanceError, match="one frame, not 5"):
+        generated.save(tmp_path / "bird.png")
+
+
+def test_the_request_comes_back_with_the_size_of_its_source(model, image):
+    generated = model.generate(Request(Task.IMAGE_EDIT, "make it blue", visuals=(image,), **SMALL))
+    assert (generated.request.height, generated.request.width) == (48, 80)
+    assert generated.frames.shape == (1, 48, 80, 3)
+
+
+def test_given_noise_replaces_the_seed(model):
+    request = Request(Task.T2I, "a bird", 32, 32, num_steps=2)
+    noise = mx.random.normal((4, 48), key=mx.random.key(7))
+    made = [np.array(model.generate(request, noise=given).latents) for given in (noise, noise, None)]
+    assert np.array_equal(made[0], made[1])
+    assert not np.array_equal(made[0], made[2])
+    with pytest.raises(LanceError, match="the noise has shape"):
+        model.generate(request, noise=noise[:2])
+
+
+def test_bad_visuals_are_found_before_a_model_is_read(tmp_path, media):
+    model = load(tmp_path)
+    text = Visual(str(media / "text.png"), VisualKind.IMAGE)
+    with pytest.raises(LanceError, match="text.png"):
+        model.generate(Request(Task.I2V, "it moves", num_frames=5, visuals=(text,)))
+    with pytest.raises(LanceError, match="text.png"):
+        model.answer(asking(text, "what is it"))
+
+
+def test_a_turn_starts_from_the_latents_of_the_one_before(model, image, monkeypatch, looks):
+    first = model.generate(Request(Task.IMAGE_EDIT, "make it blue", visuals=(image,), **SMALL))
+    pipeline = model.pipeline(Variant.IMAGE, looks=True)
+    contents, encoded = [], []
+    prepare, encode = pipeline.prepare_encoded, pipeline.vae.encode
+    monkeypatch.setattr(pipeline, "prepare_encoded", lambda *given: contents.append(given[2]) or prepare(*given))
+    monkeypatch.setattr(type(pipeline.vae), "encode", lambda vae, pixels: encoded.append(1) or encode(pixels))
+    looks.clear()
+    second = model.edit_again(first, "add a hat")
+    assert len(looks) == 1
+    assert encoded == []
+    assert np.array_equal(np.array(contents[0][0]), np.array(first.latents))
+    assert second.request.task is Task.IMAGE_EDIT
+    assert second.latents.shape == first.latents.shape
+    third = model.edit_again(second, "in winter", reencode=True)
+    assert encoded == [1]
+    assert [request.prompt for request in third.earlier] == ["make it blue", "add a hat"]
+    assert third.metadata["earlier"][1]["visuals"] == [{"path": "previous turn", "kind": "image"}]
+
+
+def test_a_video_that_was_drawn_can_be_edited(model):
+    drawn = model.generate(Request(Task.T2V, "a bird", 32, 48, 6, num_steps=1, vae_resolution=64, vit_resolution=56))
+    edited = model.edit_again(drawn, "make it red")
+    assert edited.request.task is Task.VIDEO_EDIT
+    assert edited.request.num_frames == 5
+    assert edited.frames.shape == drawn.frames.shape
+    with pytest.raises(LanceError, match="control token"):
+        model.edit_again(drawn, "<|video_pad|>")
+
+
+def test_an_answer_is_streamed_in_whole_characters(model, image):
+    pieces = []
+    answer = model.answer(asking(image, "what is it", max_new_tokens=20), pieces.append)
+    assert "".join(pieces) == answer.text
+    assert 1 <= len(answer.tokens) <= 20
+    assert all(pieces)
+    assert answer.raw_text.startswith(answer.text) or "<|" in answer.raw_text
+
+
+def test_a_character_of_several_tokens_comes_whole(real_tokenizer):
+    text = "a 鸟 🦜🏽 é"
+    ids, completed = real_tokenizer.encode(text), real_tokenizer.stream()
+    pieces = [completed(index) for index in ids]
+    assert "" in pieces  # some characters do take several tokens
+    assert "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) == text
+
+
+def test_questions_on_one_picture_share_its_reading(model, image, media, looks):
+    other = Visual(str(media / "phone.jpg"), VisualKind.IMAGE)
+    asked = [
+        asking(image, "what is it"),
+        asking(image, ""),
+        asking(image, "what color", temperature=1.5, seed=3),
+        asking(other, "what is it"),
+        asking(image, "what is it"),
+        asking(image, "what is it", instruction="Be brief."),
+    ]
+    answers = list(model.answer_all(asked))
+    assert len(looks) == 4
+    assert [answer.question for answer in answers] == asked
+    for answer, question in zip(answers, asked, strict=True):
+        assert answer.tokens == model.answer(question).tokens
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text(alphabet="what is the color?é鸟\n ", max_size=12), min_size=1, max_size=4))
+def test_a_batch_of_questions_equals_its_items(model, image, questions):
+    asked = [asking(image, question, max_new_tokens=3) for question in questions]
+    assert [a.tokens for a in model.answer_all(asked)] == [model.answer(question).tokens for question in asked]

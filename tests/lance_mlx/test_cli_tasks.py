@@ -1,0 +1,183 @@
+"""Every task from the command line, with the files that users have, and what is refused."""
+
+import os
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from lance_mlx.media import read_metadata
+
+SMALL = ["--vae-resolution", 64, "--vit-resolution", 56, "--steps", 2, "-q"]
+
+
+def frames_of(path) -> np.ndarray:
+    with av.open(str(path)) as video:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
+
+
+@pytest.mark.parametrize(("name", "size"), [("phone.jpg", (48, 80)), ("logo.png", (80, 48))])
+def test_an_edited_image_has_the_upright_shape_of_its_source(run, tmp_path, checkpoint, media, name, size):
+    output = tmp_path / "edited.png"
+    given = ["--model", checkpoint, "--image", media / name, "--prompt", "make the bird blue", "-o", output]
+    done = run("generate", "image_edit", *given, *SMALL)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert Image.open(output).size == size
+    written = read_metadata(output)["request"]
+    assert written["visuals"] == [{"path": str(media / name), "kind": "image"}]
+    assert (written["vae_resolution"], written["vit_resolution"]) == (64, 56)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("clip30.mp4", (9, 48, 80, 3)),
+        ("clip23.mp4", (9, 48, 80, 3)),
+        ("portrait.mp4", (5, 80, 48, 3)),
+        ("still.mp4", None),
+    ],
+)
+def test_an_edited_video_has_the_shape_and_the_seconds_of_its_source(run, tmp_path, checkpoint, media, name, shape):
+    # A video of one frame is an image.
+    output = tmp_path / ("edited.mp4" if shape else "edited.png")
+    given = ["--model", checkpoint, "--video", media / name, "--prompt", "make the car red", "-o", output]
+    done = run("generate", "video_edit", *given, *SMALL)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    if shape:
+        assert frames_of(output).shape == shape
+    else:
+        assert Image.open(output).size == (64, 64)
+    assert read_metadata(output)["request"]["task"] == "video_edit"
+
+
+def test_an_image_is_animated_at_its_own_shape(run, tmp_path, checkpoint, media):
+    output = tmp_path / "moving.mp4"
+    given = ["--model", checkpoint, "--image", media / "logo.png", "--prompt", "the bird flies", "-o", output]
+    done = run("generate", "i2v", *given, "--num-frames", 6, "--fps", 8, *SMALL)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert frames_of(output).shape == (5, 48, 80, 3)
+    with av.open(str(output)) as video:
+        assert video.streams.video[0].average_rate == Fraction(8)
+
+
+def test_subjects_are_drawn_at_the_size_asked_for(run, tmp_path, checkpoint, media):
+    output = tmp_path / "both.png"
+    images = ["--image", media / "phone.jpg", "--image", media / "logo.png"]
+    given = ["--model", checkpoint, *images, "--prompt", "the two in a garden", "-o", output]
+    done = run("generate", "subject", *given, "--width", 80, "--height", 32, *SMALL)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert Image.open(output).size == (80, 32)
+    assert len(read_metadata(output)["request"]["visuals"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "visuals"),
+    [
+        ("x2t_image", ["--image", "phone.jpg"]),
+        ("x2t_image", ["--image", "logo.png", "--image", "phone.jpg"]),
+        ("x2t_video", ["--video", "clip30.mp4"]),
+        ("x2t_video", ["--video", "portrait.mp4"]),
+        ("x2t_video", ["--video", "still.mp4"]),
+    ],
+)
+def test_an_answer_is_printed_and_written(run, tmp_path, checkpoint, media, task, visuals):
+    output = tmp_path / "answer.txt"
+    visuals = [media / value if "." in value else value for value in visuals]
+    given = ["--model", checkpoint, *visuals, "--question", "what is on the fence", "-o", output]
+    # The locale's encoding could not hold what these weights answer.
+    done = run("generate", task, *given, "--vit-resolution", 56, "--max-tokens", 12, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == output.read_text(encoding="utf-8")
+    assert len(done.stdout) > 1
+    assert " s a token" in done.stderr
+    assert "peak memory" in done.stderr
+
+
+def test_an_answer_can_be_drawn_and_repeated(run, checkpoint, media):
+    given = ["--model", checkpoint, "--image", media / "logo.png", "--vit-resolution", 56, "--max-tokens", 12, "-q"]
+    answers = [run("generate", "x2t_image", *given, "--temp", 2, "--top-p", 0.9, "--seed", seed) for seed in (1, 1, 2)]
+    assert [done.stderr for done in answers] == ["", "", ""]
+    assert answers[0].stdout == answers[1].stdout != answers[2].stdout
+
+
+def test_each_further_prompt_edits_the_result_of_the_one_before(run, tmp_path, checkpoint, media):
+    turns = ["--prompt", "make the bird blue", "--prompt", "add a hat"]
+    made = {}
+    for name, arguments in {"one": turns[:2], "two": turns, "anew": [*turns, "--reencode"]}.items():
+        output = tmp_path / f"{name}.png"
+        given = ["--model", checkpoint, "--image", media / "logo.png", "-o", output, *arguments]
+        done = run("generate", "image_edit", *given, *SMALL)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        made[name] = np.asarray(Image.open(output))
+    assert len({pixels.tobytes() for pixels in made.values()}) == 3
+    written = read_metadata(tmp_path / "two.png")
+    assert written["request"]["prompt"] == "add a hat"
+    assert [request["prompt"] for request in written["earlier"]] == ["make the bird blue"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["image_edit", "--image", "text.png"], "text.png is in no format that Pillow reads"),
+        (["video_edit", "--video", "cut.mp4"], "cut.mp4"),
+        (["image_edit", "--image", "dot.png"], "dot.png is 1x1 pixels"),
+        (["image_edit", "--image", "ribbon.png"], "ribbon.png is 20000x10 pixels"),
+        (["image_edit", "--image", "nowhere.png"], "nowhere.png does not exist"),
+        (["image_edit"], "task image_edit needs an image"),
+        (["image_edit", "--video", "clip30.mp4"], "task image_edit takes an image"),
+        (["video_edit", "--image", "logo.png"], "task video_edit takes a video"),
+        (["i2v", "--image", "logo.png", "--image", "logo.png"], "takes one image, not 2"),
+        (["image_edit", "--image", "logo.png", "--width", "64"], "takes its size from the source"),
+        (["image_edit", "--image", "logo.png", "--resolution", "8k"], "unknown resolution '8k'"),
+        (["image_edit", "--image", "logo.png", "--vae-resolution", "1"], "vae_resolution 1 must be at least 16"),
+        (["image_edit", "--image", "logo.png", "--prompt", "<|image_pad|>"], "control token <|image_pad|>"),
+        (["image_edit", "--image", "logo.png", "--output", "a.mp4"], "one frame is an image"),
+        (["image_edit", "--image", "logo.png", "--rewrite"], "--rewrite is for t2v and i2v"),
+        (["video_edit", "--video", "clip30.mp4", "--num-frames", "9"], "takes its frames from the source"),
+        (["i2v", "--image", "logo.png", "--question", "what"], "--question means nothing to task i2v"),
+    ],
+)
+def test_bad_input_to_drawing_is_one_line(refused, tmp_path, media, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    arguments = [media / value if (media / value).is_file() else value for value in arguments]
+    # The folder holds no model: whatever is wrong with the request is found before one is read.
+    assert line in refused("generate", *arguments, "--model", tmp_path, "--prompt", "make the bird blue")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["x2t_image", "--question", "what"], "task x2t_image needs an image"),
+        (["x2t_image", "--image", "text.png"], "text.png is in no format that Pillow reads"),
+        (["x2t_video", "--video", "cut.mp4"], "cut.mp4"),
+        (["x2t_image", "--image", "logo.png", "--prompt", "what"], "--prompt means nothing to task x2t_image"),
+        (["x2t_image", "--image", "logo.png", "--steps", "3"], "--steps means nothing to task x2t_image"),
+        (["x2t_image", "--image", "logo.png", "--max-tokens", "0"], "max_new_tokens 0 must be at least 1"),
+        (["x2t_image", "--image", "logo.png", "--top-p", "0"], "top_p 0.0 must be above 0"),
+        (["x2t_image", "--image", "logo.png", "--temp", "-1"], "temperature -1.0 must be 0 or more"),
+        (["x2t_image", "--image", "logo.png", "--output", "a.png"], "an answer is text"),
+        ([], "name a task"),
+        (["t2i"], "task t2i needs a --prompt"),
+    ],
+)
+def test_bad_input_to_asking_is_one_line(refused, tmp_path, media, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    arguments = [media / value if (media / value).is_file() else value for value in arguments]
+    assert line in refused("generate", *arguments, "--model", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_noise_for_an_edit_must_fit_its_source(refused, tmp_path, checkpoint, media):
+    np.save(tmp_path / "noise.npy", np.zeros((5, 48), np.float32))
+    given = ["--model", checkpoint, "--image", media / "logo.png", "--prompt", "a", "--noise", tmp_path / "noise.npy"]
+    line = refused("generate", "image_edit", *given, *SMALL, "-o", tmp_path / "a.png")
+    assert "the noise has shape [5, 48], but 80x48 and 1 frames need [15, 48]" in line
+    assert "--noise is for one turn" in refused("generate", "image_edit", *given, "--prompt", "b")
+
+
+def test_a_prompt_that_is_not_unicode_is_refused(refused, tmp_path):
+    prompt = os.fsdecode(b"caf\xe9")
+    assert "the prompt is not valid Unicode" in refused("generate", "t2i", "--model", tmp_path, "--prompt", prompt)

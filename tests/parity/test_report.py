@@ -1,0 +1,123 @@
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import pytest
+
+from parity.check import check_bundle
+from parity.errors import ParityError
+from parity.plot import error_plot
+from parity.report import UNSUPPORTED, Row, row_of, significant, write_report
+
+
+class Page(HTMLParser):
+    """Collects what a page links to and which elements it has, and checks that they are closed."""
+
+    VOID = {"meta", "link", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.tags, self.open = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("href", "src") and not value.startswith("#")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def halved(array):
+    return array / 2
+
+
+@pytest.fixture
+def rows(bundle, replayed):
+    taken = {"index.html"}
+    results = [
+        check_bundle(bundle, replayed()),
+        check_bundle(bundle, replayed(name="reference", changed={"sampler.x_t2": halved, "pixels": halved})),
+        check_bundle(bundle, replayed(dropped=("pixels",))),
+    ]
+    refused = Row("t2i-<b>", "mlx", "unusable", message="tap <x> holds nan")
+    return [*(row_of(result, taken) for result in results), refused, Row("i2v", "mlx", UNSUPPORTED, "float32")]
+
+
+def test_every_comparison_gets_a_page_of_its_own(rows):
+    assert [row.page for row in rows] == [
+        "t2i-fp32-nokv-mlx.html",
+        "t2i-fp32-nokv-reference.html",
+        "t2i-fp32-nokv-mlx-2.html",
+        "",
+        "",
+    ]
+
+
+def test_pages_stand_alone(rows, tmp_path):
+    index = write_report(tmp_path / "reports" / "latest", rows, ["oracles"])
+    pages = {path.name: path.read_text(encoding="utf-8") for path in index.parent.iterdir()}
+    assert set(pages) == {"index.html", *(row.page for row in rows if row.page)}
+    for text in pages.values():
+        page = Page(text)
+        assert "script" not in page.tags and "http" not in "".join(page.links)
+        assert all(link in pages or link == "data:," for link in page.links)
+        assert 'name="viewport"' in text and "url(http" not in text
+
+
+def test_the_index_shows_what_failed_in_words(rows, tmp_path):
+    text = write_report(tmp_path / "latest", rows, ["oracles"]).read_text(encoding="utf-8")
+    assert "✗ 1 of 5 comparisons diverge, 2 unusable" in text
+    assert "first divergence: sampler in sampler" in text and "missing: pixels" in text
+    assert "tap &lt;x&gt; holds nan" in text and "<b>" not in text
+    agreeing = write_report(tmp_path / "latest", rows[:1], ["oracles"]).read_text(encoding="utf-8")
+    assert "✓ all 1 comparisons agree" in agreeing and "diverging" not in agreeing.partition("<body>")[2]
+    nothing = write_report(tmp_path / "latest", rows[4:], ["oracles"]).read_text(encoding="utf-8")
+    assert "nothing was compared" in nothing
+
+
+def test_a_page_lists_every_tap_with_its_error(rows, tmp_path):
+    write_report(tmp_path / "latest", rows, ["oracles"])
+    text = (tmp_path / "latest" / rows[1].page).read_text(encoding="utf-8")
+    assert len(re.findall(r"<tr", text)) == 1 + 9 + 20
+    assert len(re.findall('<tr class="diverging">', text)) == 2
+    for words in ("float32", "full_sequence", "numpy", "MiB", "UTC", "sampler.x_t2", "1 × 4 × 6 × 48"):
+        assert words in text
+
+
+def test_the_plot_is_an_inline_svg_that_marks_the_first_divergence(rows):
+    svg = error_plot(rows[1].result)
+    assert ElementTree.fromstring(svg).tag == "{http://www.w3.org/2000/svg}svg"
+    assert "first divergence" in svg and "first divergence" not in error_plot(rows[0].result)
+
+
+def test_the_report_is_replaced_as_a_whole(rows, tmp_path):
+    folder = tmp_path / "latest"
+    write_report(folder, rows[:1], [])
+    (folder / "left-over.html").touch()
+    write_report(folder, rows[1:2], [])
+    assert {path.name for path in folder.iterdir()} == {"index.html", rows[1].page}
+    assert [path.name for path in tmp_path.iterdir() if "latest" in path.name] == ["latest"]
+
+
+def test_a_report_that_cannot_be_written_is_an_error_and_leaves_nothing(rows, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ParityError, match="cannot be written"):
+        write_report(tmp_path / "file" / "latest", rows, [])
+    write_report(tmp_path / "latest", rows[:1], [])
+    monkeypatch.setattr("parity.report.error_plot", lambda result: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(tmp_path / "latest", rows, [])
+    assert {path.name for path in (tmp_path / "latest").iterdir()} == {"index.html", rows[0].page}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".latest")]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (0, "0"), (1.23456e-6, "1.23e-06"), (12345.0, "1.23e+04"), (float("inf"), "inf")]
+)
+def test_numbers_are_short(value, text):
+    assert significant(value) == text
