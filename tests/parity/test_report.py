@@ -6,6 +6,7 @@ import pytest
 
 from parity.check import check_bundle
 from parity.errors import ParityError
+from parity.implementations import IMPLEMENTATIONS
 from parity.plot import error_plot
 from parity.report import UNSUPPORTED, Row, row_of, significant, write_report
 
@@ -56,6 +57,13 @@ def test_every_comparison_gets_a_page_of_its_own(rows):
         "",
         "",
     ]
+
+
+def test_a_question_without_a_size_has_a_page_too(oracles, tmp_path):
+    result = check_bundle(oracles / "x2t_image-fp32-nokv", IMPLEMENTATIONS["mlx"]())
+    index = write_report(tmp_path / "report", [row_of(result, {"index.html"})], ["oracles"])
+    text = (index.parent / "x2t_image-fp32-nokv-mlx.html").read_text(encoding="utf-8")
+    assert "x2t_image, at most 8 tokens" in text
 
 
 def test_pages_stand_alone(rows, tmp_path):
