@@ -93,12 +93,7 @@ class LanceConfig:
         """Build from the keys of llm_config.json; raises LanceError as `from_file` does."""
         known = {*_INERT_KEYS, *_FIXED_KEYS, *_SIZE_KEYS, *_TOKEN_KEYS}
         known |= {"head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "vision_config"}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise LanceError(f"unknown key '{unknown[0]}': this version would ignore it")
-        for key, allowed in _FIXED_KEYS.items():
-            if key in values and values[key] not in allowed:
-                raise LanceError(f"'{key}' is {values[key]!r}, but only {allowed[0]!r} is supported")
+        check_keys(values, known, _FIXED_KEYS)
         sizes = {key: integer(values, key) for key in _SIZE_KEYS}
         heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
         if heads % kv_heads:
@@ -138,6 +133,16 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise LanceError(f"{path} must hold a JSON object")
     return values
+
+
+def check_keys(values: dict[str, Any], known: set[str], fixed: dict[str, tuple]) -> None:
+    """Raise LanceError for a key that is not known, and for a fixed key with another value than those it may have."""
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise LanceError(f"unknown key '{unknown[0]}': this version would ignore it")
+    for key, allowed in fixed.items():
+        if key in values and values[key] not in allowed:
+            raise LanceError(f"'{key}' is {values[key]!r}, but only {allowed[0]!r} is supported")
 
 
 def integer(values: dict[str, Any], key: str, least: int = 1) -> int:

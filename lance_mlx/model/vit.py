@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from lance_mlx.config import integer, read_json_object
+from lance_mlx.config import check_keys, integer, read_json_object
 from lance_mlx.errors import LanceError
 from lance_mlx.model.layers import Linear, fused, silu
 from lance_mlx.model.rope import Rotary, RotaryTable
@@ -110,12 +110,7 @@ class ViTConfig:
     def from_dict(cls, values: dict[str, Any]) -> "ViTConfig":
         """Build from the keys of the vision tower's config.json; raises LanceError as `from_file` does."""
         known = {*_SIZE_KEYS, *_FIXED_KEYS, *_INERT_KEYS, "spatial_patch_size", "fullatt_block_indexes"}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise LanceError(f"unknown key '{unknown[0]}': this version would ignore it")
-        for key, allowed in _FIXED_KEYS.items():
-            if key in values and values[key] not in allowed:
-                raise LanceError(f"'{key}' is {values[key]!r}, but only {allowed[0]!r} is supported")
+        check_keys(values, known, _FIXED_KEYS)
         blocks = values.get("fullatt_block_indexes")
         if not isinstance(blocks, list) or any(isinstance(j, bool) or not isinstance(j, int) for j in blocks):
             raise LanceError(f"'fullatt_block_indexes' must be a list of integers, not {blocks!r}")
