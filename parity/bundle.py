@@ -97,8 +97,9 @@ def read_bundle(path: Path) -> Bundle:
         if not (path / name).is_file():
             raise ParityError(f"bundle {path.name} has no {name}: copy the bundle again")
     manifest = _read_manifest(path / "manifest.json")
-    checkpoint = _inside(root / _plain(manifest, "checkpoint", path.name), root, f"checkpoint of {path.name}")
-    variant = _inside(checkpoint / _plain(manifest, "variant", path.name), root, f"variant of {path.name}")
+    # Plain names cannot leave the folder; a link that its owner put there may, as the files of a hub's cache do.
+    checkpoint = root / _plain(manifest, "checkpoint", path.name)
+    variant = checkpoint / _plain(manifest, "variant", path.name)
     if not variant.is_dir():
         raise ParityError(f"bundle {path.name} names the checkpoint {variant}, which does not exist: put it there")
     verify_checksums(root, [path, checkpoint])
@@ -163,7 +164,9 @@ def verify_checksums(root: Path, folders: Sequence[Path]) -> None:
     for name, expected in files.items():
         if not name.startswith(prefixes):
             continue
-        path = _inside(root / name, root, f"{listing.name} entry {name!r}")
+        if ".." in Path(name).parts:
+            raise ParityError(f"{listing.name} entry {name!r} leaves the oracle folder {root}: restore or remove it")
+        path = root / name
         if not path.is_file():
             raise ParityError(f"{name} is listed in {listing.name} but missing: copy it again")
         status = path.stat()
