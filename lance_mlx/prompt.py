@@ -48,7 +48,8 @@ def build_sequence(request: Request, tokenizer: LanceTokenizer, visuals: Items[P
 def build_question(question: Question, tokenizer: LanceTokenizer, visuals: Items[PreparedVisual]) -> Sequence:
     """The segments of a question (bytedance/Lance data/datasets_custom/validation_dataset.py:x2t_sample).
 
-    The question, the template and the expected answer are one segment; `answer_start` says where an answer begins.
+    The question, the template and the expected answer are one segment; `answer_start` says where an answer begins, by
+    construction: upstream takes the first "assistant" line of the sequence, also one that lies in the question.
     """
     instruction = question.instruction
     if instruction is None:

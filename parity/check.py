@@ -73,6 +73,7 @@ class TapResult:
             "bits_equal": finite(d.bits_equal),
             "upstream_floor": finite(self.limit.upstream),
             "order_floor": finite(self.limit.order),
+            "leading": self.limit.leading,
             "mismatch": d.mismatch,
         }
 
@@ -242,7 +243,10 @@ def _first_divergence(
 
 
 def _compare(name: TapName, oracle: Tap, ours: Tap, limit: Limit) -> TapResult:
-    return TapResult(name, oracle.array.shape, oracle.dtype, compare(oracle, ours), limit)
+    given, computed = oracle, ours
+    if limit.leading is not None:
+        given, computed = (Tap(tap.array[: limit.leading], tap.dtype) for tap in (oracle, ours))
+    return TapResult(name, oracle.array.shape, oracle.dtype, compare(given, computed), limit)
 
 
 def _badness(result: TapResult) -> tuple[bool, float]:

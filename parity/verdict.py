@@ -15,11 +15,14 @@ Measured with 48 to 2048 hidden channels, 1 to 10 layers, 2 to 30 steps, both en
 flipped last bits is allowed (`flipped_bits`): at the official width lance_mlx is off by 2.8e-4 there, the least that a
 wrong place of rounding makes is 2e-3 (embeddings summed in float32), and the bound is 8e-4.
 
+An answer's tokens are equal up to where the equally right orders themselves part: there two tokens are all but equally
+probable, and what follows hangs on which is taken.
+
 The median tap may not be farther than U, or than ORDER_MEDIAN times R: in the few taps of a full-sequence bundle all
 orders are saturated, about as far from each other (1.0 to 1.1 U in the median, 1.0 R) as from float32.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -46,11 +49,16 @@ AGREE, DIVERGE, UNUSABLE = "agree", "diverge", "unusable"
 
 @dataclass(frozen=True)
 class Limit:
-    """The largest relative L2 error with which a tap agrees, and the floors it comes from (None for float32)."""
+    """The largest relative L2 error with which a tap agrees, and the floors it comes from (None for float32).
+
+    `leading` is how many tokens of an answer can be compared, None for all: after them equally right orders of rounding
+    answer differently, so near a tie lie the probabilities.
+    """
 
     error: float
     upstream: float | None = None
     order: float | None = None
+    leading: int | None = None
 
 
 def float32_limits(bundle: Bundle) -> dict[str, Limit]:
@@ -67,6 +75,9 @@ def bfloat16_limits(bundle: Bundle, exact: Recording, orders: Sequence[Recording
     for name, tap in bundle.taps.items():
         upstream = _distance(tap, exact[name]) if name in exact else 0.0
         known = [run[name] for run in orders if name in run]
+        if name == "tokens":
+            limits[name] = Limit(0.0, leading=_fewest(_shared_start(tap, other) for other in known))
+            continue
         order = max((_distance(a, b) for i, a in enumerate(known) for b in known[:i]), default=0.0)
         if tap.dtype == "int32" or upstream < FIRST_STEP:
             # Upstream rounds nothing here: bfloat16 or not, the bound is that of float32.
@@ -94,6 +105,19 @@ def rounding_median(
         if limit.upstream is not None and limit.upstream >= FIRST_STEP and difference.rel_l2 is not None:
             ratios.append(difference.rel_l2 / max(limit.upstream, order_factor * (limit.order or 0.0)))
     return median(ratios) if ratios else None
+
+
+def _fewest(counts: Iterable[int | None]) -> int | None:
+    return min((count for count in counts if count is not None), default=None)
+
+
+def _shared_start(a: Tap, b: Tap) -> int | None:
+    """How many leading tokens two answers share, None when they are equal."""
+    length = min(len(a.array), len(b.array))
+    different = np.flatnonzero(a.array[:length] != b.array[:length])
+    if different.size:
+        return int(different[0])
+    return None if len(a.array) == len(b.array) else length
 
 
 def _fixed(bundle: Bundle, name: str, tap: Tap) -> float:
