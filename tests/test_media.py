@@ -85,7 +85,8 @@ def test_video_reads_back(tmp_path):
     # Lossy, and colour is stored for 2x2 pixels: close, in the right order and not shifted in brightness.
     for frame, out in zip(frames, decoded, strict=True):
         assert np.abs(out - frame).mean() < 3
-        assert abs(out.mean() - frame.mean()) < 0.5
+        # The encoder moves the mean by up to 0.5, a wrong range of values by 4 and more.
+        assert abs(out.mean() - frame.mean()) < 2
     assert read_metadata(path) == REQUEST
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
