@@ -12,7 +12,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from lance_mlx.errors import LanceError
 from lance_mlx.media import VideoWriter, check_output, save_image, to_uint8
 from lance_mlx.model.vae import VAE, num_decoded_frames
 from lance_mlx.numerics import BFLOAT16, Numerics
@@ -23,7 +22,7 @@ from lance_mlx.request import Question, Request, Task, Variant, Visual, VisualKi
 from lance_mlx.sampling.flow import Step
 from lance_mlx.sampling.noise import check_noise
 from lance_mlx.visuals import PreparedVisual, prepare_visuals, sized_by_source
-from lance_mlx.weights import Tracker, ViTSource
+from lance_mlx.weights import Tracker, ViTSource, check_folder
 
 PREVIOUS_TURN = "previous turn"
 """Path of the visual of a request that goes on from what was generated before it."""
@@ -276,8 +275,7 @@ def load(
         LanceError: there is no such folder.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise LanceError(f"model folder {path} does not exist: give the folder of an official Lance checkpoint")
+    check_folder(path)
     return LanceModel(path, numerics, vit_source, track)
 
 

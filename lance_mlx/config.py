@@ -1,12 +1,14 @@
 """Architecture of a Lance checkpoint, read from its llm_config.json."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lance_mlx.errors import LanceError
 
+Config = TypeVar("Config")
 LATENT_CHANNELS = 48
 SPATIAL_STRIDE = 16
 """Pixels per latent cell, along height and along width."""
@@ -82,11 +84,7 @@ class LanceConfig:
     @classmethod
     def from_file(cls, path: Path) -> "LanceConfig":
         """Read llm_config.json; raises LanceError naming a missing, unknown, misshapen or contradictory key."""
-        values = read_json_object(path, "give the folder of an official Lance checkpoint")
-        try:
-            return cls.from_dict(values)
-        except LanceError as error:
-            raise LanceError(f"{path}: {error}") from None
+        return read_config(path, cls.from_dict, "give the folder of an official Lance checkpoint")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LanceConfig":
@@ -122,8 +120,8 @@ class LanceConfig:
         )
 
 
-def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file; raises LanceError, with the remedy for a missing file."""
+def read_config(path: Path, build: Callable[[dict[str, Any]], Config], remedy: str) -> Config:
+    """What `build` makes of the object in a JSON file; every LanceError names the file, a missing one's the remedy."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -132,7 +130,10 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
         raise LanceError(f"{path} is not readable JSON ({error}): fetch it again") from None
     if not isinstance(values, dict):
         raise LanceError(f"{path} must hold a JSON object")
-    return values
+    try:
+        return build(values)
+    except LanceError as error:
+        raise LanceError(f"{path}: {error}") from None
 
 
 def check_keys(values: dict[str, Any], known: set[str], fixed: dict[str, tuple]) -> None:

@@ -57,14 +57,17 @@ def build_question(question: Question, tokenizer: LanceTokenizer, visuals: Items
     before = tokenizer.encode(_TEMPLATE["before"].format(instruction=instruction))
     blocks = [_visual_block(Role.VIT, AttentionMode.FULL, visual.vit_cells, tokenizer) for visual in visuals]
     asked = tokenizer.encode(question.question) + tokenizer.encode(_TEMPLATE["after"])
-    answered = tokenizer.encode(question.answer) + tokenizer.encode(_TEMPLATE["end"])
-    return Sequence((_text(Role.TEMPLATE, before), *blocks, _text(Role.TEMPLATE, asked + answered)))
+    last = _text(Role.TEMPLATE, asked + _answered(question, tokenizer))
+    return Sequence((_text(Role.TEMPLATE, before), *blocks, last))
 
 
 def answer_start(question: Question, tokenizer: LanceTokenizer, sequence: Sequence) -> int:
     """Index of the first token of the answer in the sequence of a question."""
-    answered = tokenizer.encode(question.answer) + tokenizer.encode(_TEMPLATE["end"])
-    return len(sequence.ids) - len(answered)
+    return len(sequence.ids) - len(_answered(question, tokenizer))
+
+
+def _answered(question: Question, tokenizer: LanceTokenizer) -> list[int]:
+    return tokenizer.encode(question.answer) + tokenizer.encode(_TEMPLATE["end"])
 
 
 def _vision_type(request: Request) -> str:

@@ -52,6 +52,12 @@ class Checkpoint:
     vit: Path | None
 
 
+def check_folder(path: Path) -> None:
+    """Raise LanceError unless there is such a folder, which costs nothing before a model is read."""
+    if not path.is_dir():
+        raise LanceError(f"model folder {path} does not exist: give the folder of an official Lance checkpoint")
+
+
 def find_checkpoint(path: Path, variant: Variant) -> Checkpoint:
     """Locate the files of a variant.
 
@@ -61,8 +67,7 @@ def find_checkpoint(path: Path, variant: Variant) -> Checkpoint:
     Raises:
         LanceError: a file is missing.
     """
-    if not path.is_dir():
-        raise LanceError(f"model folder {path} does not exist: give the folder of an official Lance checkpoint")
+    check_folder(path)
     folder = path if (path / "llm_config.json").exists() else path / variant
     if not (folder / "llm_config.json").is_file():
         raise LanceError(f"{path} holds neither llm_config.json nor {variant}/llm_config.json")

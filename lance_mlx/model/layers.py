@@ -47,6 +47,25 @@ def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     return call
 
 
+@fused
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return silu(gate) * up
+
+
+class MLP(nn.Module):
+    """Gated SiLU feed-forward."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[rows, hidden] -> [rows, hidden]."""
+        return self.down_proj(_swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
 def attention(queries: mx.array, keys: mx.array, values: mx.array, causal: bool) -> mx.array:
     """Scaled dot-product attention; keys and values of grouped heads are not repeated.
 
@@ -60,8 +79,7 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, causal: bool)
     """
     scale = queries.shape[-1] ** -0.5
     if not runs_on_cpu():
-        mask = "causal" if causal else None
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+        return _attend(queries, keys, values, scale, causal)
     batch, heads, n, _ = queries.shape
     m = keys.shape[2]
     rows = max(1, _SCORE_BUDGET // (batch * heads * m))

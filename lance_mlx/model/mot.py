@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from lance_mlx.config import LanceConfig
-from lance_mlx.model.layers import Linear, attention, fused, silu
+from lance_mlx.model.layers import MLP, Linear, attention
 from lance_mlx.model.rope import Rotary, RotaryTable
 
 
@@ -119,25 +119,6 @@ class SelfAttention(nn.Module):
         return ExpertRows(und, gen).merged()
 
 
-@fused
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return silu(gate) * up
-
-
-class MLP(nn.Module):
-    """Gated SiLU feed-forward of one expert."""
-
-    def __init__(self, config: LanceConfig) -> None:
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """[rows, hidden] -> [rows, hidden]."""
-        return self.down_proj(_swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
 class MoTDecoderLayer(nn.Module):
     """Pre-norm transformer layer with both experts."""
 
@@ -145,7 +126,7 @@ class MoTDecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(config)
         for suffix in ("", "_moe_gen"):
-            self[f"mlp{suffix}"] = MLP(config)
+            self[f"mlp{suffix}"] = MLP(config.hidden_size, config.intermediate_size, bias=False)
             self[f"input_layernorm{suffix}"] = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
             self[f"post_attention_layernorm{suffix}"] = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 

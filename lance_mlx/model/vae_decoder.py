@@ -9,16 +9,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from lance_mlx.config import LATENT_CHANNELS
-from lance_mlx.model.layers import SiLU
 from lance_mlx.model.vae_layers import (
     PACKED_CHANNELS,
-    AttentionBlock,
     CausalConv3d,
-    ChannelNorm,
     Conv2d,
     Identity,
     ResidualBlock,
     StreamState,
+    head_layers,
+    middle_blocks,
     run_layers,
 )
 
@@ -96,10 +95,9 @@ class Decoder(nn.Module):
         super().__init__()
         width = shape.channels
         self.conv1 = CausalConv3d(LATENT_CHANNELS, width, (3, 3, 3))
-        self.middle = [ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)]
+        self.middle = middle_blocks(width)
         self.upsamples = [UpBlock(block) for block in shape.up_blocks]
-        last = shape.up_blocks[-1].out_channels
-        self.head = [ChannelNorm(last), SiLU(), CausalConv3d(last, PACKED_CHANNELS, (3, 3, 3))]
+        self.head = head_layers(shape.up_blocks[-1].out_channels, PACKED_CHANNELS)
 
     def __call__(self, x: mx.array, state: StreamState) -> mx.array:
         """[1, h, w, 48] -> [1 or 4, 8h, 8w, 12]; updates `state`."""

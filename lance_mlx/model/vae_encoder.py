@@ -9,17 +9,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from lance_mlx.config import LATENT_CHANNELS
-from lance_mlx.model.layers import SiLU
 from lance_mlx.model.vae_layers import (
     PACKED_CHANNELS,
-    AttentionBlock,
     CausalConv3d,
-    ChannelNorm,
     Conv2d,
     Identity,
     ResidualBlock,
     StreamState,
     convolve,
+    head_layers,
+    middle_blocks,
     run_layers,
 )
 
@@ -114,8 +113,8 @@ class Encoder(nn.Module):
         self.conv1 = CausalConv3d(PACKED_CHANNELS, shape.channels, (3, 3, 3))
         self.downsamples = [DownBlock(block) for block in shape.down_blocks]
         width = shape.down_blocks[-1].out_channels
-        self.middle = [ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)]
-        self.head = [ChannelNorm(width), SiLU(), CausalConv3d(width, 2 * LATENT_CHANNELS, (3, 3, 3))]
+        self.middle = middle_blocks(width)
+        self.head = head_layers(width, 2 * LATENT_CHANNELS)
 
     def __call__(self, x: mx.array, state: StreamState) -> mx.array:
         """[1 or 4, 8h, 8w, 12] -> [1, h, w, 96]; updates `state`."""

@@ -153,6 +153,16 @@ class AttentionBlock(nn.Module):
         return self.proj(attention(q, k, v, causal=False).reshape(t, h, w, c)) + x
 
 
+def middle_blocks(channels: int) -> list[nn.Module]:
+    """The blocks at the narrowest place of either coder."""
+    return [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
+
+
+def head_layers(in_channels: int, out_channels: int) -> list[nn.Module]:
+    """The layers that end either coder."""
+    return [ChannelNorm(in_channels), SiLU(), CausalConv3d(in_channels, out_channels, (3, 3, 3))]
+
+
 def run_layers(layers: list[nn.Module], x: mx.array, state: StreamState) -> mx.array:
     """Apply layers in order; the causal ones get the stream's state."""
     for layer in layers:

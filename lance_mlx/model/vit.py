@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from lance_mlx.config import check_keys, integer, read_json_object
+from lance_mlx.config import check_keys, integer, read_config
 from lance_mlx.errors import LanceError
-from lance_mlx.model.layers import Linear, fused, silu
+from lance_mlx.model.layers import MLP, Linear, fused
 from lance_mlx.model.rope import Rotary, RotaryTable
 from lance_mlx.model.windows import (
     Grid,
@@ -100,11 +100,7 @@ class ViTConfig:
     @classmethod
     def from_file(cls, path: Path) -> "ViTConfig":
         """Read the vision tower's config.json; raises LanceError naming a missing, unknown or contradictory key."""
-        values = read_json_object(path, "it comes with the official checkpoint's vision tower")
-        try:
-            return cls.from_dict(values)
-        except LanceError as error:
-            raise LanceError(f"{path}: {error}") from None
+        return read_config(path, cls.from_dict, "it comes with the official checkpoint's vision tower")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ViTConfig":
@@ -176,25 +172,6 @@ class VisionAttention(nn.Module):
         return self.proj(segments.attend(queries, keys, values).flatten(1))
 
 
-@fused
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return silu(gate) * up
-
-
-class VisionMLP(nn.Module):
-    """Gated SiLU feed-forward with biases."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """[n, hidden] -> [n, hidden]."""
-        return self.down_proj(_swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
 class VisionBlock(nn.Module):
     """Pre-norm transformer block."""
 
@@ -203,7 +180,7 @@ class VisionBlock(nn.Module):
         self.norm1 = nn.RMSNorm(config.hidden_size, _NORM_EPS)
         self.norm2 = nn.RMSNorm(config.hidden_size, _NORM_EPS)
         self.attn = VisionAttention(config)
-        self.mlp = VisionMLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=True)
 
     def __call__(self, x: mx.array, rotary: RotaryTable, segments: Segments) -> mx.array:
         """Residual stream in and out, [n, hidden]."""
