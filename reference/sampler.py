@@ -63,6 +63,21 @@ def guide(cond: Tensor, uncond: Tensor, request: Request) -> Tensor:
     return guided * (norms[0] / (norms[1] + 1e-8)).clamp(min=request.cfg_renorm_min, max=1.0)
 
 
+def is_guided(t: Tensor, low: float, high: float) -> bool:
+    """Whether guidance acts at t, a 0-dim float32 tensor: low < t <= high."""
+    return bool(t > low and t <= high)
+
+
+def advance(x_t: Tensor, velocity: Tensor, interval: Tensor, made: Tensor) -> Tensor:
+    """State after an Euler step: the rows `made` of x_t [latents, 48] moved against their velocity [made, 48].
+
+    `interval` is a 0-dim float32 tensor: it does not widen a bfloat16 velocity.
+    """
+    x_next = x_t.clone()
+    x_next[made] = x_t[made] - velocity * interval
+    return x_next
+
+
 def start(noise: Tensor, clean: Tensor | None, made: Tensor) -> Tensor:
     """State before the first step: noise [latents, 48] in the rows that are made, clean latents in the others."""
     if clean is None:
@@ -91,11 +106,9 @@ def denoise(cond: Arm, uncond: Arm | None, x_init: Tensor, request: Request) -> 
         timestep[made] = t
         velocity = velocity_cond = cond.velocity(index, x_t, timestep)
         velocity_uncond = None
-        if uncond is not None and t > lo and t <= hi:
+        if uncond is not None and is_guided(t, lo, hi):
             velocity_uncond = uncond.velocity(index, x_t, timestep)
             velocity = guide(velocity_cond, velocity_uncond, request)
-        x_next = x_t.clone()
-        # The step is a 0-dim float32 tensor: it does not widen a bfloat16 velocity.
-        x_next[made] = x_t[made] - velocity[moving] * (t - times[index + 1])
+        x_next = advance(x_t, velocity[moving], t - times[index + 1], made)
         yield Step(index, float(t), timestep, x_t, velocity_cond, velocity_uncond, velocity, x_next)
         x_t = x_next

@@ -84,9 +84,36 @@ def make_arms(model: Lance, request: Request, sequence: Sequence, conditions: Co
     arms = {"cond": Arm("cond", model, sequence, position_ids(sequence, tokens_per_second), prefix, wide)}
     if request.guidance_scale > 1.0:
         positions = unconditional_position_ids(sequence, tokens_per_second, request.entry)
-        kept = [rows for segment, rows in zip(sequence.prefix, prefix, strict=True) if segment.role is not Role.TEXT]
-        arms["uncond"] = Arm("uncond", model, sequence.without(Role.TEXT), positions, kept, wide)
+        kept = unconditional(sequence)
+        arms["uncond"] = Arm("uncond", model, kept, positions, embed_prefix(model, kept.prefix, conditions), wide)
     return arms
+
+
+def unconditional(sequence: Sequence) -> Sequence:
+    """The sequence that guidance steers away from: without the user's text, everything else kept."""
+    return sequence.without(Role.TEXT)
+
+
+def initial_state(noise: mx.array, clean: mx.array | None) -> mx.array:
+    """Latents before the first step, [n, 48]: noise, behind the given latents where there are some.
+
+    Args:
+        noise: [n, 48] for the whole block, in the policy's dtype.
+        clean: the block's given latents, [m, 48], or None.
+    """
+    return noise if clean is None else mx.concatenate([clean, noise[len(clean) :]])
+
+
+def advance(x_t: mx.array, velocity: mx.array, interval: float) -> mx.array:
+    """Latents after an Euler step, [n, 48] in the dtype of `x_t`.
+
+    Args:
+        velocity: [m, 48], from data to noise, of the last m latents; those before them are given and stay.
+        interval: by how much t falls.
+    """
+    given = len(x_t) - len(velocity)
+    moved = x_t[given:] - scaled(velocity, interval)
+    return mx.concatenate([x_t[:given], moved]) if given else moved
 
 
 def denoise(
@@ -110,9 +137,7 @@ def denoise(
     brackets = model.language_model.model.embed_tokens(mx.array(block.ids[[0, -1]]))
     positions = model.latent_pos_embed(block.grid)
     times = timesteps(request.num_steps, request.timestep_shift)
-    x_t = noise.astype(model.numerics.dtype)
-    if given:
-        x_t = mx.concatenate([conditions.clean[-1], x_t[given:]])
+    x_t = initial_state(noise.astype(model.numerics.dtype), conditions.clean[-1] if given else None)
     # Which rows guidance is applied to, and so normed over, is where the two entries differ once more.
     rows = slice(given, None) if request.entry is Entry.FULL_SEQUENCE else slice(None)
     for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
@@ -125,7 +150,6 @@ def denoise(
         uncond = arms["uncond"].velocity(state)[rows] if guided else None
         velocity = guided_velocity(cond, uncond, request) if guided else cond
         # In the full-sequence entry the velocity has no rows but these.
-        step = scaled(velocity[given - len(x_t) :], float(t - t_next))
-        x_t = mx.concatenate([x_t[:given], x_t[given:] - step]) if given else x_t - step
+        x_t = advance(x_t, velocity[given - len(x_t) :], float(t - t_next))
         mx.eval(x_t)
         yield Step(state, cond, uncond, velocity, x_t)
