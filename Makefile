@@ -11,7 +11,7 @@ help:
 	@echo "make parity   compare both implementations with every oracle bundle; report in reports/latest/"
 	@echo "make test     run the tests"
 	@echo "make lint     run ruff"
-	@echo "make clean    remove .venv, reports/latest and caches"
+	@echo "make clean    remove .venv, the reports and caches"
 
 parity: $(INSTALLED)
 	$(BIN)/lance-parity run
@@ -34,5 +34,5 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) reports/latest build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) reports/latest reports/localize build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,1 +1,21 @@
 """Parity of lance_mlx and reference with tensors captured from bytedance/Lance."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from parity.api import assert_agrees, compare
+    from parity.comparison import Comparison
+    from parity.errors import ParityError
+
+__all__ = ["Comparison", "ParityError", "assert_agrees", "compare"]
+
+_PLACES = {"Comparison": "comparison", "ParityError": "errors"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: PyTorch and MLX take seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_PLACES.get(name, 'api')}"), name)

@@ -144,7 +144,9 @@ def find_bundles(folders: Sequence[Path]) -> list[Path]:
         # By listing: where file names ignore case, MANIFEST.json of a folder of bundles would pass for manifest.json.
         inside = [folder] if "manifest.json" in {path.name for path in folder.iterdir()} else []
         # A folder that only lacks its manifest is still listed, so that it is reported rather than passed over.
-        inside = inside or sorted(p for p in folder.iterdir() if p.is_dir() and any((p / n).exists() for n in FILES))
+        # What begins with a dot is being written, or was left by a run that was killed.
+        folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        inside = inside or [path for path in folders if any((path / name).exists() for name in FILES)]
         if not inside:
             raise ParityError(f"{folder} holds no oracle bundle: name a folder of bundles or one bundle")
         found += [path for path in inside if path not in found]

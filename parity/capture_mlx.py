@@ -1,15 +1,17 @@
-"""Recording lance_mlx: module classes wrapped from outside for the duration, and the replay of a request."""
+"""Recording and steering lance_mlx: classes and functions wrapped from outside for the duration."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import torch
 
-from lance_mlx.model.lance import TimestepEmbedder
-from lance_mlx.model.mot import ExpertRows, MoTModel
+from lance_mlx.model.lance import LatentPositionEmbedding, TimestepEmbedder
+from lance_mlx.model.mot import ExpertRows, KVCache, MoTModel
+from lance_mlx.model.rope import RotaryTable, rotary_table
 from lance_mlx.model.vae import VAE, LatentStatistics
 from lance_mlx.model.vae_decoder import Decoder
 from lance_mlx.model.vae_encoder import Encoder
@@ -20,18 +22,30 @@ from lance_mlx.sampling.flow import Arm, State
 from lance_mlx.sampling.text import Reader
 from parity.recording import Recording, Tap
 
-_LAYERS = "language_model.model.layers."
 _VIT = "vit_model"
+_EMBED_TOKENS = "language_model.model.embed_tokens"
+_WATCHED = ("language_model.", f"{_VIT}.", "llm2vae", "vae2llm")
+_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "int32": mx.int32}
+_UNNAMED = ("language_model", "language_model.model")
 
 
 def to_tap(value: mx.array | np.ndarray) -> Tap:
-    """Hold an array as a tap: bfloat16 values as float32, integers as int32."""
+    """Hold an evaluated array as a tap: bfloat16 values as float32, integers as int32.
+
+    Float32 values are not copied: MLX never writes into memory that something else sees.
+    """
     if isinstance(value, np.ndarray):
-        value = mx.array(value)
-    if not mx.issubdtype(value.dtype, mx.floating):
-        return Tap(np.array(value.astype(mx.int32)), "int32")
-    name = "bfloat16" if value.dtype == mx.bfloat16 else "float32"
-    return Tap(np.array(value.astype(mx.float32)), name)
+        held = np.float32 if value.dtype.kind == "f" else np.int32
+        return Tap(np.array(value, held), np.dtype(held).name)
+    if value.dtype == mx.bfloat16:
+        return Tap(torch.from_dlpack(value).float().numpy(), "bfloat16")
+    if value.dtype == mx.float32:
+        array = np.asarray(value)
+        array.flags.writeable = False
+        return Tap(array, "float32")
+    if mx.issubdtype(value.dtype, mx.floating):
+        return Tap(np.array(value.astype(mx.float32)), "float32")
+    return Tap(np.array(value.astype(mx.int32)), "int32")
 
 
 def channels_first(frames: mx.array) -> mx.array:
@@ -39,47 +53,78 @@ def channels_first(frames: mx.array) -> mx.array:
     return frames.transpose(3, 0, 1, 2)[None]
 
 
+def channels_last(codes: mx.array) -> mx.array:
+    """The oracles' [1, c, t, h, w] as [t, h, w, c]."""
+    return codes[0].transpose(1, 2, 3, 0)
+
+
 class MlxCapture:
     """Context manager that records what a loaded pipeline computes, under the oracles' tap names.
 
-    `names` limits what is kept (None keeps everything). The classes of the modules, and the arms', are wrapped until
-    the context ends; the model files know nothing of it.
+    Args:
+        names: limits what is kept; None keeps everything.
+        force: taps whose values replace what is computed, after that was recorded: all that follows sees them.
+
+    The classes of the modules, and the arms', are wrapped until the context ends; the model files know nothing of it.
+    What a call computes is evaluated when the next one begins.
     """
 
-    def __init__(self, pipeline: Pipeline, names: set[str] | None = None) -> None:
-        self.recording: Recording = {}
+    def __init__(
+        self, pipeline: Pipeline, names: Container[str] | None = None, force: Mapping[str, Tap] | None = None
+    ) -> None:
+        self.force = force or {}
+        self._taken: Recording = {}
+        self._pending: dict[str, mx.array | np.ndarray] = {}
         self._names = names
         self._call = ""
+        self._embedding: list[str] = []
         self._counts = {"encode": -1, "encode_chunk": 0, "decode_chunk": 0, _VIT: -1}
-        self._llm2vae = pipeline.model.llm2vae
+        self._pipeline = pipeline
         self._paths = {
             id(module): path
             for path, module in pipeline.model.named_modules()
-            if path.startswith((_LAYERS, f"{_VIT}.")) or path == "llm2vae"
+            if path.startswith(_WATCHED) and path not in _UNNAMED
         }
-        for coder in ("encoder", "decoder"):
+        for coder in ("encoder", "decoder", "conv1", "conv2"):
             if coder in pipeline.vae:
                 named = pipeline.vae[coder].named_modules()
-                self._paths |= {id(module): f"{coder}.{path}" for path, module in named if path}
+                below = coder if coder.startswith("conv") else ""
+                self._paths |= {id(module): below or f"{coder}.{path}" for path, module in named if path or below}
+        self._codes = {key for key, path in self._paths.items() if path.startswith(("encoder.", "decoder.", "conv"))}
         modules = [*pipeline.model.modules(), *pipeline.vae.modules()]
         self._classes = {type(module) for module in modules if id(module) in self._paths}
         self._stack = ExitStack()
 
+    @property
+    def recording(self) -> Recording:
+        """What has been recorded so far."""
+        self._flush()
+        return self._taken
+
     def keep(self, name: str, value: mx.array | np.ndarray) -> None:
         """Record an array under a name, if the name is wanted and not yet taken."""
-        if (self._names is None or name in self._names) and name not in self.recording:
-            self.recording[name] = to_tap(value)
+        if (self._names is None or name in self._names) and name not in self._taken and name not in self._pending:
+            # Another array of the same memory: what is assigned to the first one's elements is not seen by this one.
+            self._pending[name] = value.astype(value.dtype) if isinstance(value, mx.array) else value
+
+    def observe(self, name: str, value: mx.array) -> mx.array:
+        """Record an array and return what is to be used in its place: the forced value, or the array itself."""
+        self.keep(name, value)
+        given = self.force.get(name)
+        return value if given is None else mx.array(given.array).astype(_DTYPES[given.dtype])
 
     def __enter__(self) -> "MlxCapture":
         for kind in self._classes:
             self._wrap(kind, "__call__", after=self._module)
-        self._wrap(MoTModel, "__call__", before=self._model_inputs, after=self._model_output)
-        self._wrap(TimestepEmbedder, "__call__", after=self._embedded_time)
+        self.wrap(MoTModel, "__call__", self._model)
+        self.wrap(TimestepEmbedder, "__call__", self._embed_time)
+        self._wrap(LatentPositionEmbedding, "__call__", after=self._embed_places)
         self._wrap(VAE, "encode", before=self._enter_encode, after=self._encoded)
+        self._wrap(LatentStatistics, "sample", after=self._sampled)
         self._wrap(Encoder, "__call__", before=self._enter_encoder, after=self._coded("encoder"))
-        self._wrap(Decoder, "__call__", before=self._enter_decoder, after=self._coded("decoder"))
+        self._wrap(Decoder, "__call__", after=self._coded("decoder"))
         self._wrap(VisionTransformer, "__call__", before=self._enter_vit, after=self._seen)
-        self._wrap(CachedArm, "prefill", before=self._enter_prefill)
+        self._wrap(CachedArm, "prefill", before=self._enter_prefill, after=self._after_prefill)
         self._wrap(Arm, "velocity", before=self._enter_velocity)
         self._wrap(Reader, "decode", before=self._enter_token)
         return self
@@ -87,80 +132,142 @@ class MlxCapture:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def _wrap(self, kind: type, method: str, before: Callable | None = None, after: Callable | None = None) -> None:
-        inherited = method not in vars(kind)
-        original = getattr(kind, method)
+    def wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Replace a method or a function by `wrapper(original, *arguments)` until the context ends."""
+        inherited = name not in vars(owner)
+        original = getattr(owner, name)
 
-        def wrapped(module: Any, *args: Any, **values: Any) -> Any:
+        def wrapped(*args: Any, **values: Any) -> Any:
+            return wrapper(original, *args, **values)
+
+        setattr(owner, name, wrapped)
+        if inherited:
+            self._stack.callback(delattr, owner, name)
+        else:
+            self._stack.callback(setattr, owner, name, original)
+
+    def enter(self, call: str) -> None:
+        """Name what follows after a call, such as "cond.step0"; what the one before computed is evaluated."""
+        if call != self._call:
+            self._flush()
+            self._call = call
+
+    def _wrap(self, kind: type, method: str, before: Callable | None = None, after: Callable | None = None) -> None:
+        def wrapper(original: Callable, module: Any, *args: Any, **values: Any) -> Any:
             if before is not None:
                 before(module, *args)
             output = original(module, *args, **values)
-            if after is not None:
-                after(module, output)
-            return output
+            return output if after is None else after(module, output)
 
-        setattr(kind, method, wrapped)
-        if inherited:
-            self._stack.callback(delattr, kind, method)
-        else:
-            self._stack.callback(setattr, kind, method, original)
+        self.wrap(kind, method, wrapper)
 
-    def _module(self, module: nn.Module, output: Any) -> None:
+    def _flush(self) -> None:
+        mx.eval([value for value in self._pending.values() if isinstance(value, mx.array)])
+        self._taken |= {name: to_tap(value) for name, value in self._pending.items()}
+        self._pending.clear()
+
+    def _module(self, module: nn.Module, output: Any) -> Any:
         path = self._paths.get(id(module))
         if path is None:
-            return
-        if isinstance(output, tuple) and not isinstance(output, ExpertRows):
-            output = output[0]
-        if isinstance(output, ExpertRows):
-            output = output.merged()
-        if path.startswith(("encoder.", "decoder.")):
-            output = channels_first(output)
+            return output
+        if path == _EMBED_TOKENS and self._embedding:
+            self.enter(self._embedding.pop(0))
+        if path == "conv2":
+            self.enter(f"vae.decode.chunk{self._counts['decode_chunk']}")
+            self._counts["decode_chunk"] += 1
         separator = "." if path.startswith(_VIT) else "/"
-        self.keep(f"{self._call}{separator}{path.removeprefix(f'{_VIT}.')}", output)
+        name = f"{self._call}{separator}{path.removeprefix(f'{_VIT}.')}"
+        rows = output[0] if isinstance(output, tuple) and not isinstance(output, ExpertRows) else output
+        if isinstance(rows, ExpertRows):
+            merged = rows.merged()
+            used = self.observe(name, merged)
+            rows = rows if used is merged else rows.parted(used)
+        elif id(module) in self._codes:
+            rows = channels_last(self.observe(name, channels_first(rows)))
+        else:
+            rows = self.observe(name, rows)
+        return (rows, *output[1:]) if isinstance(output, tuple) and not isinstance(output, ExpertRows) else rows
 
-    def _model_inputs(self, model: MoTModel, inputs_embeds: ExpertRows, rotary: Any, *rest: Any) -> None:
+    def _model(
+        self,
+        original: Callable,
+        model: MoTModel,
+        inputs_embeds: ExpertRows,
+        rotary: RotaryTable,
+        *rest: Any,
+        **values: Any,
+    ) -> tuple[ExpertRows, KVCache]:
         self.keep(f"{self._call}/position_ids", rotary.position_ids)
-        self.keep(f"{self._call}/hidden_in", inputs_embeds.merged())
+        given = self.force.get(f"{self._call}/position_ids")
+        if given is not None and not np.array_equal(given.array, rotary.position_ids):
+            rotary = rotary_table(given.array, self._pipeline.model.config, self._pipeline.model.numerics)
+        merged = inputs_embeds.merged()
+        used = self.observe(f"{self._call}/hidden_in", merged)
+        inputs_embeds = inputs_embeds if used is merged else inputs_embeds.parted(used)
+        hidden, cache = original(model, inputs_embeds, rotary, *rest, **values)
+        merged = hidden.merged()
+        used = self.observe(f"{self._call}/hidden_out", merged)
+        return hidden if used is merged else hidden.parted(used), cache
 
-    def _model_output(self, model: MoTModel, output: tuple) -> None:
-        self.keep(f"{self._call}/hidden_out", output[0].merged())
-
-    def _embedded_time(self, module: TimestepEmbedder, output: mx.array) -> None:
-        # Clean latents are embedded too, at t = 0, before any pass: the step's time comes after the prefixes.
-        if ".prefix" in self._call:
+    def _embed_time(self, original: Callable, module: TimestepEmbedder, timesteps: np.ndarray) -> mx.array:
+        output = self.observe(f"{self._call}/time_embedder", original(module, timesteps))
+        if ".step0" in self._call:
             self.keep("time_embedder", output[-1])
+        return output
+
+    def _embed_places(self, module: LatentPositionEmbedding, output: mx.array) -> mx.array:
+        return self.observe(f"{self._call}/latent_pos_embed", output)
+
+    @contextmanager
+    def embedding(self, calls: Sequence[str]) -> Iterator[None]:
+        """Name what is embedded inside after these calls, in turn: each segment looks its tokens up once, first."""
+        self._embedding = list(calls)
+        yield
+        self._embedding = []
 
     def _enter_prefill(self, arm: CachedArm, index: int) -> None:
-        self._call = f"{arm.name}.{'prefill' if isinstance(arm, Reader) else 'prefix'}{index}"
+        self.enter(f"{arm.name}.{'prefill' if isinstance(arm, Reader) else 'prefix'}{index}")
+
+    def _after_prefill(self, arm: CachedArm, output: None) -> None:
+        # What is embedded between the prefixes and the first velocity belongs to the first step.
+        if not isinstance(arm, Reader):
+            self.enter("cond.step0")
 
     def _enter_velocity(self, arm: Arm, state: State) -> None:
-        self._call = f"{arm.name}.step{state.index}"
+        self.enter(f"{arm.name}.step{state.index}")
 
     def _enter_token(self, reader: Reader, step: int, token: int) -> None:
-        self._call = f"{reader.name}.decode{step}"
+        self.enter(f"{reader.name}.decode{step}")
 
     def _enter_encode(self, vae: VAE, pixels: np.ndarray) -> None:
         self._counts["encode"] += 1
         self._counts["encode_chunk"] = 0
 
-    def _encoded(self, vae: VAE, statistics: LatentStatistics) -> None:
-        for name, value in zip(("mean", "logvar"), statistics, strict=True):
-            self.keep(f"vae.encode{self._counts['encode']}.{name}", channels_first(value))
+    def _encoded(self, vae: VAE, statistics: LatentStatistics) -> LatentStatistics:
+        call = f"vae.encode{self._counts['encode']}"
+        return LatentStatistics(
+            *(
+                channels_last(self.observe(f"{call}.{name}", channels_first(value)))
+                for name, value in zip(("mean", "logvar"), statistics, strict=True)
+            )
+        )
+
+    def _sampled(self, statistics: LatentStatistics, output: mx.array) -> mx.array:
+        return self.observe(f"vae.latent{self._counts['encode']}", output)
 
     def _enter_encoder(self, *arguments: Any) -> None:
-        self._call = f"vae.encode{self._counts['encode']}.chunk{self._counts['encode_chunk']}"
+        self.enter(f"vae.encode{self._counts['encode']}.chunk{self._counts['encode_chunk']}")
         self._counts["encode_chunk"] += 1
 
-    def _enter_decoder(self, *arguments: Any) -> None:
-        self._call = f"vae.decode.chunk{self._counts['decode_chunk']}"
-        self._counts["decode_chunk"] += 1
+    def _coded(self, coder: str) -> Callable[[nn.Module, mx.array], mx.array]:
+        def coded(module: nn.Module, output: mx.array) -> mx.array:
+            return channels_last(self.observe(f"{self._call}/{coder}", channels_first(output)))
 
-    def _coded(self, coder: str) -> Callable[[nn.Module, mx.array], None]:
-        return lambda module, output: self.keep(f"{self._call}/{coder}", channels_first(output))
+        return coded
 
     def _enter_vit(self, *arguments: Any) -> None:
         self._counts[_VIT] += 1
-        self._call = f"{_VIT}{self._counts[_VIT]}"
+        self.enter(f"{_VIT}{self._counts[_VIT]}")
 
-    def _seen(self, module: VisionTransformer, output: mx.array) -> None:
-        self.keep(f"{_VIT}{self._counts[_VIT]}", output)
+    def _seen(self, module: VisionTransformer, output: mx.array) -> mx.array:
+        return self.observe(f"{_VIT}{self._counts[_VIT]}", output)

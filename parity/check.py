@@ -8,29 +8,33 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from parity import memory
 from parity.bundle import Bundle, read_bundle
 from parity.diagnosis import name_component
 from parity.errors import ParityError
-from parity.implementations import Implementation, Progress, Reference
-from parity.metrics import Difference, compare
+from parity.findings import Alarm
+from parity.floors import free_floors
+from parity.implementations import Implementation, Progress
+from parity.metrics import Difference, bits, compare
 from parity.recording import Recording, Tap
 from parity.registry import TapName, parse
 from parity.requests import SUPPORTED_TASKS
 from parity.verdict import (
     AGREE,
     DIVERGE,
-    ORDER_MEDIAN,
+    INCONCLUSIVE,
+    MEDIAN,
     UNUSABLE,
-    UPSTREAM_MEDIAN,
     Limit,
-    bfloat16_limits,
-    float32_limits,
-    rounding_median,
+    limits_from,
+    median_over_floor,
+    median_over_upstream,
 )
 
-# Orders of rounding that are equally right: how PyTorch's attention and its matrix products add up.
-ORDERS = (("sdpa", "native"), ("sdpa", "float32"), ("math", "native"), ("math", "float32"), ("sdpa", "disturbed"))
+# One tap that agrees may do so by chance.
+FEWEST_TAPS = 2
 
 
 class UnsupportedTask(ParityError):
@@ -72,7 +76,7 @@ class TapResult:
             "cosine": finite(d.cosine),
             "bits_equal": finite(d.bits_equal),
             "upstream_floor": finite(self.limit.upstream),
-            "order_floor": finite(self.limit.order),
+            "floor": finite(self.limit.floor),
             "leading": self.limit.leading,
             "mismatch": d.mismatch,
         }
@@ -83,7 +87,8 @@ class Result:
     """The comparison of one implementation with one bundle; `taps` are in order of execution.
 
     `inputs` are the integer inputs, compared before any float; `compared` counts the oracle's taps only.
-    `upstream_median` is the median of error / U for bfloat16 (see parity.verdict), None for float32.
+    `upstream_median` is the median of error over upstream's own rounding error for bfloat16, None for float32;
+    `floor_median` that of error over the floor. `reason` says why a comparison is inconclusive.
     """
 
     bundle: str
@@ -97,6 +102,9 @@ class Result:
     missing: list[str]
     first_divergence: dict[str, Any] | None
     upstream_median: float | None = None
+    floor_median: float | None = None
+    alarm: Alarm | None = None
+    reason: str = ""
     seconds: float | None = None
     peak_bytes: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -129,6 +137,10 @@ class Result:
             "entry": self.entry,
             "numerics": self.dtype,
             "upstream_median": finite(self.upstream_median),
+            "floor_median": finite(self.floor_median),
+            "false_alarm_rate": self.alarm and self.alarm.rate,
+            "threshold": self.alarm and finite(self.alarm.threshold),
+            "reason": self.reason,
             "seconds": finite(self.seconds),
             "peak_bytes": self.peak_bytes,
             "versions": self.versions,
@@ -140,11 +152,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Run:
-    """A bundle replayed by an implementation: what it computed, in how many seconds, with what peak memory in bytes."""
+    """A bundle replayed by an implementation: what it computed, in how many seconds, with what peak memory in bytes.
+
+    `unstable` names the first tap in which a second replay differs, None where all are equal.
+    """
 
     bundle: Bundle
     recording: Recording
     impl: Implementation
+    unstable: str | None = None
     seconds: float | None = None
     peak_bytes: int | None = None
 
@@ -165,13 +181,31 @@ def record_bundle(path: Path, impl: Implementation, progress: Progress | None = 
     memory.reset_peak()
     start = time.perf_counter()
     recording = impl.record(bundle, progress)
-    return Run(bundle, recording, impl, time.perf_counter() - start, memory.peak())
+    seconds, peak = time.perf_counter() - start, memory.peak()
+    unstable = first_unequal(recording, impl.record(bundle, progress))
+    return Run(bundle, recording, impl, unstable, seconds, peak)
+
+
+def first_unequal(first: Recording, second: Recording) -> str | None:
+    """The first tap that two recordings do not have bit for bit alike; None where all are equal."""
+    for name, tap in first.items():
+        other = second.get(name)
+        if other is None or not np.array_equal(bits(tap.array), bits(other.array)):
+            return name
+    return None
 
 
 def check_recording(run: Run) -> Result:
     """Compare what was replayed with the bundle, integers first."""
     bundle, recording = run.bundle, run.recording
-    limits = limits_of(bundle)
+    reason = f"two equal runs differ first at {run.unstable}" if run.unstable else ""
+    try:
+        limits, alarm = limits_of(bundle)
+    except ParityError as error:
+        # Without floors only what must be equal can be judged.
+        reason = reason or f"no floor: {error}"
+        limits = {name: Limit(0.0 if tap.dtype == "int32" else math.inf) for name, tap in bundle.taps.items()}
+        alarm = None
     names = sorted(bundle.taps, key=lambda name: bundle.locate(name).place)
     integers = {f"inputs/{name}": tap for name, tap in bundle.inputs.items() if tap.dtype == "int32"}
     integers = dict(sorted(integers.items(), key=lambda item: parse(item[0]).place))
@@ -180,10 +214,11 @@ def check_recording(run: Run) -> Result:
     inputs = [_compare(parse(n), oracle, computed[n], Limit(0.0)) for n, oracle in integers.items() if n in computed]
     taps = [_compare(bundle.locate(n), bundle.taps[n], recording[n], limits[n]) for n in names if n in recording]
     differences = {result.tap.name: result.difference for result in taps}
-    far = (rounding_median(differences, limits, ORDER_MEDIAN) or 0.0) > UPSTREAM_MEDIAN
-    first = _first_divergence(bundle, recording, [*inputs, *taps], far)
-    evidence = any(result.difference.size for result in taps)
-    verdict = DIVERGE if first else AGREE if evidence and not missing else UNUSABLE
+    over_floor = median_over_floor(differences, limits)
+    first = _first_divergence(bundle, recording, [*inputs, *taps], (over_floor or 0.0) > MEDIAN)
+    if any(result.difference.size for result in taps) and len(taps) < FEWEST_TAPS:
+        reason = reason or f"only {len(taps)} tap was compared"
+    verdict = _verdict(taps, missing, first, reason, run.unstable)
     return Result(
         bundle=bundle.name,
         impl=run.impl.name,
@@ -195,7 +230,10 @@ def check_recording(run: Run) -> Result:
         inputs=inputs,
         missing=missing,
         first_divergence=first,
-        upstream_median=rounding_median(differences, limits),
+        upstream_median=median_over_upstream(differences, limits),
+        floor_median=over_floor,
+        alarm=alarm,
+        reason=reason,
         seconds=run.seconds,
         peak_bytes=run.peak_bytes,
         versions=run.impl.versions(),
@@ -211,19 +249,29 @@ def unusable_json(bundle: str, impl: str, error: str) -> dict[str, Any]:
     return {"bundle": bundle, "impl": impl, "verdict": UNUSABLE, **nothing, "error": error}
 
 
-def limits_of(bundle: Bundle) -> dict[str, Limit]:
-    """Return the limit of every tap of a bundle; for bfloat16 they are measured with the reference."""
-    if bundle.dtype == "float32":
-        return float32_limits(bundle)
+def limits_of(bundle: Bundle) -> tuple[dict[str, Limit], Alarm]:
+    """Return the limit of every tap of a bundle, and how often they raise a false alarm.
+
+    Raises ParityError when no floors are stored with the bundle and the reference cannot measure them.
+    """
     return _measured_limits(bundle.path, (bundle.path / "taps.safetensors").stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=4)
-def _measured_limits(path: Path, mtime_ns: int) -> dict[str, Limit]:
+def _measured_limits(path: Path, mtime_ns: int) -> tuple[dict[str, Limit], Alarm]:
     del mtime_ns  # it only tells a bundle that was written anew apart in the cache
-    bundle, reference = read_bundle(path), Reference()
-    exact = reference.record_with(bundle, "float32")
-    return bfloat16_limits(bundle, exact, [reference.record_with(bundle, "bfloat16", *order) for order in ORDERS])
+    bundle = read_bundle(path)
+    return limits_from(bundle, free_floors(bundle))
+
+
+def _verdict(
+    taps: list[TapResult], missing: list[str], first: dict[str, Any] | None, reason: str, unstable: str | None
+) -> str:
+    if first and not unstable:
+        return DIVERGE
+    if missing or not any(result.difference.size for result in taps):
+        return UNUSABLE
+    return INCONCLUSIVE if reason else AGREE
 
 
 def _first_divergence(
@@ -234,7 +282,7 @@ def _first_divergence(
     first = next((r for r in diverging if r.tap.integer), next(iter(diverging), None))
     if first is None and far:
         # No single tap is too far, but most are: the first of those.
-        first = next(r for r in results if r.difference.rel_l2 and r.difference.rel_l2 > (r.limit.upstream or 0.0))
+        first = next(r for r in results if (r.difference.rel_l2 or 0.0) > r.limit.floor)
     if first is None:
         return None
     component = name_component(bundle, recording, first.tap.name, {result.tap.name for result in diverging})

@@ -10,6 +10,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from parity import cli_localize, cli_store
+from parity.cli_store import FormatOption, OutputOption, deliver
 from parity.errors import ParityError, interrupted
 
 app = typer.Typer(
@@ -47,6 +49,8 @@ def run(
     report: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the HTML report; replaced as a whole.")] = Path(
         "reports/latest"
     ),
+    form: FormatOption = None,
+    output: OutputOption = None,
 ) -> None:
     """Compare both implementations with every bundle and write an HTML report.
 
@@ -65,8 +69,9 @@ def run(
         with progress_bar(len(paths) * len(IMPLEMENTATIONS), "comparison") as start:
             rows = compare_all(paths, start)
         index = write_report(report, rows, [str(folder) for folder in folders])
-        print_rows(rows)
-        print(index)
+        if not deliver(rows, form, output):
+            print_rows(rows)
+            print(index)
         raise typer.Exit(exit_status([row.verdict for row in rows]))
 
 
@@ -79,6 +84,8 @@ def check(
         Path | None,
         typer.Option(metavar="DIR", help="Write DIR/taps.safetensors: what the implementation computed."),
     ] = None,
+    form: FormatOption = None,
+    output: OutputOption = None,
 ) -> None:
     """Compare one implementation with one bundle, integers first.
 
@@ -107,7 +114,8 @@ def check(
             write_tensors(dump / "taps.safetensors", {name: replay.recording[name] for name in names})
         if json_file:
             _write_json(json_file, result.to_json())
-        print_result(result)
+        if not deliver(result, form, output):
+            print_result(result)
         raise typer.Exit(exit_status([result.verdict]))
 
 
@@ -151,6 +159,10 @@ def layouts(
                 table.add_row(layout.name, "", str(layout.tokens), "", "", styled(UNSUPPORTED, task))
         print_table(table)
         raise typer.Exit(exit_status(verdicts))
+
+
+cli_localize.register(app)
+cli_store.register(app)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class Implementation(Protocol):
 
 
 class Reference:
-    """The PyTorch reference, through parity/capture_torch.py."""
+    """The PyTorch reference, through parity/replay_torch.py."""
 
     name = "reference"
 
@@ -60,7 +60,7 @@ class Reference:
     ) -> Recording:
         """Replay in any dtype and order of rounding; see reference.numerics.Numerics."""
         with one_line(f"reference cannot run bundle {bundle.name}"):
-            from parity.capture_torch import record_reference
+            from parity.replay_torch import record_reference
             from reference.numerics import Numerics
 
             return record_reference(
@@ -77,7 +77,7 @@ class Reference:
     def layout(self, request: dict, tokenizer: Path, media: Path) -> dict[str, np.ndarray]:
         """See Implementation.layout."""
         with one_line("reference cannot lay out the request"):
-            from parity.capture_torch import layout_reference
+            from parity.replay_torch import layout_reference
 
             return layout_reference(request, tokenizer, media)
 

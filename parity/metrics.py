@@ -1,11 +1,24 @@
-"""How far one captured tensor is from another."""
+"""How far one captured tensor is from another: as a whole, and along its axes.
+
+Everything is summed in float64, block by block. A product of two float32 or int32 values fits float64 without overflow
+or underflow, so values of any size and denormals count in full; beside the tensors no more than a few blocks are held.
+"""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
 
+from parity.blocks import BLOCK, blocks
+from parity.errors import ParityError
 from parity.recording import Tap, float_bits
+
+# From 10,000 elements on, OpenBLAS gives a dot product to several threads, which then wait for each other for as long
+# as another process uses their core.
+_DOT = 8192
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,18 @@ class Difference:
         return self.mismatch is None and self.rel_l2 == 0.0
 
 
+class AxisErrors(NamedTuple):
+    """Sums over slices of a tensor, float64, over the places where both sides are finite.
+
+    Attributes:
+        errors: the squared error |got - expected|^2 of each slice.
+        norms: the squared norm |expected|^2 of each slice.
+    """
+
+    errors: np.ndarray
+    norms: np.ndarray
+
+
 def compare(oracle: Tap, ours: Tap) -> Difference:
     """Return how far `ours` is from `oracle`; shapes and dtypes are compared before any value."""
     a, b = oracle.array, ours.array
@@ -47,29 +72,73 @@ def compare(oracle: Tap, ours: Tap) -> Difference:
     mismatch = f"dtype {ours.dtype} instead of {oracle.dtype}" if ours.dtype != oracle.dtype else None
     if a.size == 0:
         return Difference(0.0, 0.0, None, None, None, None, 1.0, 0, mismatch)
-    same_bits = float(np.mean(bits(a) == bits(b)))
-    # Infinities must be the same infinities; NaN must stand where NaN stands.
-    same_place = (np.isfinite(a) & np.isfinite(b)) | (np.isnan(a) & np.isnan(b)) | (a == b)
-    if not same_place.all():
-        at = _index(np.argmin(same_place), a.shape)
+    if a.dtype == b.dtype and all(np.array_equal(bits(x), bits(y)) for x, y in _pairs(a, b)):
+        at = (0,) * a.ndim
+        cosine = 1.0 if any(np.any(np.isfinite(x) & (x != 0)) for x, _ in _pairs(a, a)) else None
+        return Difference(0.0, 0.0, at, float(a[at]), float(b[at]), cosine, 1.0, a.size, mismatch)
+
+    squares, norms, others, products = 0.0, 0.0, 0.0, 0.0
+    same_bits, start, largest, farthest, odd = 0, 0, -1.0, 0, None
+    widened = _Widened()
+    for x, y in _pairs(a, b):
+        same_bits += int(np.count_nonzero(bits(x) == bits(y)))
+        odd_here = widened.load(x, y)
+        if odd is None and odd_here is not None:
+            odd = start + odd_here
+        apart = widened.apart()
+        squares += _dot(apart, apart)
+        norms += widened.norm
+        others += widened.other
+        products += _dot(widened.expected, widened.got)
+        np.abs(apart, out=apart)
+        here = int(np.argmax(apart))
+        if apart[here] > largest:
+            largest, farthest = float(apart[here]), start + here
+        start += x.size
+    if odd is not None:
+        at = _index(odd, a.shape)
         mismatch = mismatch or f"{b[at]} at {list(at)} where the oracle has {a[at]}"
-    finite = np.isfinite(a) & np.isfinite(b)
-    a64, b64 = np.where(finite, a, 0).astype(np.float64), np.where(finite, b, 0).astype(np.float64)
-    apart = np.abs(b64 - a64)
-    at = _index(np.argmax(apart), a.shape)
-    norm, other = float(np.linalg.norm(a64)), float(np.linalg.norm(b64))
-    error = float(np.linalg.norm(apart))
+    at = _index(farthest, a.shape)
+    norm, other, error = math.sqrt(norms), math.sqrt(others), math.sqrt(squares)
     return Difference(
         rel_l2=error / norm if norm else (math.inf if error else 0.0),
-        max_abs=float(apart[at]),
+        max_abs=largest,
         at=at,
         expected=float(a[at]),
         got=float(b[at]),
-        cosine=float(np.vdot(a64, b64)) / norm / other if norm and other else None,
-        bits_equal=same_bits,
+        cosine=products / norm / other if norm and other else None,
+        bits_equal=same_bits / a.size,
         size=a.size,
         mismatch=mismatch,
     )
+
+
+def axis_errors(expected: np.ndarray, got: np.ndarray, axis: int | tuple[int, ...]) -> AxisErrors:
+    """Return the squared errors and norms of every slice along an axis or several.
+
+    `expected` and `got` are float32 or int32 of one shape. The sums have the sides of `axis`, in the order given: [n]
+    for one axis, [n, m] for two. Raises ParityError when the shapes differ.
+    """
+    if expected.shape != got.shape:
+        raise ParityError(f"slices of shape {list(got.shape)} cannot be compared with {list(expected.shape)}")
+    axes = normalize_axis_tuple(axis, expected.ndim)
+    kept = sorted(axes)
+    summed = tuple(i for i in range(expected.ndim) if i not in axes)
+    errors, norms = np.zeros((2, *(expected.shape[i] for i in kept)))
+    widened = _Widened()
+    for block in blocks(expected.shape):
+        x = expected[block]
+        widened.load(x, got[block])
+        place = tuple(block[i] for i in kept)
+        for total, values in ((errors, widened.apart()), (norms, widened.expected)):
+            total[place] += np.square(values, out=values).reshape(x.shape).sum(axis=summed)
+    order = [kept.index(i) for i in axes]
+    return AxisErrors(errors.transpose(order), norms.transpose(order))
+
+
+def row_errors(expected: np.ndarray, got: np.ndarray) -> AxisErrors:
+    """Return the squared errors and norms of every row, [n] for arrays [n, ...]; see `axis_errors`."""
+    return axis_errors(expected, got, 0)
 
 
 def bits(array: np.ndarray) -> np.ndarray:
@@ -77,5 +146,57 @@ def bits(array: np.ndarray) -> np.ndarray:
     return float_bits(array) if array.dtype == np.float32 else array
 
 
-def _index(flat: np.intp, shape: tuple[int, ...]) -> tuple[int, ...]:
+class _Widened:
+    """A block of two arrays as float64, flat in C order and 0 where either is not finite.
+
+    Attributes:
+        expected, got: views of buffers that the next block reuses.
+        norm, other: their squared norms.
+    """
+
+    def __init__(self) -> None:
+        self._buffers = np.empty((3, BLOCK))
+
+    def load(self, x: np.ndarray, y: np.ndarray) -> int | None:
+        """Take a block; returns the first place where the two are not finite in the same way, None without one."""
+        self.expected, self.got, self._apart = self._buffers[:, : x.size]
+        # Widening a signalling NaN is worth no warning.
+        with np.errstate(invalid="ignore"):
+            np.copyto(self.expected.reshape(x.shape), x)
+            np.copyto(self.got.reshape(y.shape), y)
+        self._measure()
+        # Finite float32 values have finite squares here, so this is seen for free.
+        if math.isfinite(self.norm + self.other):
+            return None
+        a, b = self.expected, self.got
+        finite = np.isfinite(a) & np.isfinite(b)
+        # Infinities must be the same infinities; NaN must stand where NaN stands.
+        same = finite | (np.isnan(a) & np.isnan(b)) | (a == b)
+        a[~finite] = b[~finite] = 0
+        self._measure()
+        return None if same.all() else int(np.argmin(same))
+
+    def apart(self) -> np.ndarray:
+        """got - expected, in a buffer that the next block reuses."""
+        return np.subtract(self.got, self.expected, out=self._apart)
+
+    def _measure(self) -> None:
+        self.norm, self.other = _dot(self.expected, self.expected), _dot(self.got, self.got)
+
+
+def _pairs(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The blocks of two arrays of one shape, flat where that needs no copy."""
+    if a.flags.c_contiguous and b.flags.c_contiguous:
+        a, b = a.reshape(-1), b.reshape(-1)
+    return ((a[block], b[block]) for block in blocks(a.shape))
+
+
+def _dot(x: np.ndarray, y: np.ndarray) -> float:
+    """x . y of flat float64 arrays."""
+    whole = len(x) - len(x) % _DOT
+    rows = np.vecdot(x[:whole].reshape(-1, _DOT), y[:whole].reshape(-1, _DOT))
+    return float(rows.sum() + np.dot(x[whole:], y[whole:]))
+
+
+def _index(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(flat, shape))

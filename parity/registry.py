@@ -55,11 +55,22 @@ SINGLES = (
     Kind("pixels", "the decoded frames, in [-1, 1]", "rgb, frame, h, w", "vae.pixels", "vae.decode", OUTPUT),
     Kind("vit_model{index}.patch_embed", "embedded patches", "patch, hidden", "", "vit_model", ENCODE, 0),
     Kind("vit_model{index}.blocks.{block}", "the stream after a block", "patch, hidden", "", "vit_model", ENCODE, 1),
+    Kind("vit_model{index}.blocks.{block}.{module}", "a part of a block", "patch, channel", "", "vit_model", ENCODE, 1),
+    Kind("vit_model{index}.merger.{module}", "a part of the merger", "token, channel", "", "vit_model", ENCODE, 2),
+    Kind("vit_model{index}.merger", "merged tokens in window order", "token, hidden", "", "vit_model", ENCODE, 2),
     Kind("vit_model{index}", "the merged output", "token, hidden", "vit_model.merger", "vit_model", ENCODE, 2),
     Kind("vae.encode{index}.mean", "the normalised mean", CODES, "vae.encoder.mean", "vae.encode", ENCODE, 4),
     Kind("vae.encode{index}.logvar", "the log-variance", CODES, "vae.encoder.logvar", "vae.encode", ENCODE, 4),
     Kind("vae.encode{index}.eps", "the noise of the sample", CODES, "noise", "vae.encode", ENCODE, 5),
     Kind("vae.latent{index}", "the sampled latent", "t, h, w, channel", "vae.encoder.sample", "vae.encode", ENCODE, 6),
+    Kind("frames", "the frames as 8-bit colours", "rgb, frame, h, w", "frames", "vae.decode", OUTPUT, 1),
+    Kind("weights/{module}", "a parameter", "", "", "weights", INPUTS),
+    Kind("inputs/request", "the request itself", "", "request", "inputs", INPUTS),
+    Kind("inputs/vae_pixels{index}", "pixels for the VAE", "rgb, frame, h, w", "preprocess", "inputs", INPUTS),
+    Kind("inputs/vit_patches{index}", "patches for the ViT", "patch, value", "preprocess", "inputs", INPUTS),
+    Kind("inputs/answer", "where an answer begins", "", "sequence", "inputs", INPUTS),
+    Kind("inputs/guided", "whether each step is guided", "step", "guidance", "inputs", INPUTS),
+    Kind("inputs/text_ids.uncond", "token ids of the unconditional arm", "token", "sequence", "inputs", INPUTS),
     Kind("inputs/text_ids", "token ids", "token", "sequence", "inputs", INPUTS),
     Kind("inputs/modality", "roles", "token", "sequence", "inputs", INPUTS),
     Kind("inputs/split_lens", "tokens of each split", "split", "sequence", "inputs", INPUTS),
@@ -76,21 +87,35 @@ SINGLES = (
 LAYER = "language_model.model.layers.{layer}"
 ROWS = "token, hidden"
 HEADS = "token, head, head_dim"
+WIDE = "token, channel"
 PATHS = (
     Kind("position_ids", "the (t, h, w) rotary ids", "axis, token", "positions"),
+    Kind("language_model.model.embed_tokens", "embedded token ids", ROWS, "embed_tokens"),
+    Kind("vae2llm", "latents at the model's width", ROWS, "vae2llm"),
+    Kind("time_embedder", "the embedding of each time that occurs", "time, hidden", "time_embedder"),
+    Kind("latent_pos_embed", "the embedded places of latents", ROWS, "latent_pos_embed"),
     Kind("hidden_in", "the input embeddings", ROWS, "embeddings"),
     Kind(LAYER + ".input_layernorm{expert}", "the normed stream of one expert's tokens", ROWS),
+    Kind(LAYER + ".self_attn.q_proj{expert}", "projected queries", WIDE),
+    Kind(LAYER + ".self_attn.k_proj{expert}", "projected keys", WIDE),
+    Kind(LAYER + ".self_attn.v_proj{expert}", "values", WIDE),
     Kind(LAYER + ".self_attn.q_norm{expert}", "queries after their norm", HEADS),
     Kind(LAYER + ".self_attn.k_norm{expert}", "keys after their norm", HEADS),
     Kind(LAYER + ".self_attn.q_rope", "queries after RoPE", HEADS),
     Kind(LAYER + ".self_attn.k_rope", "keys after RoPE", HEADS),
     Kind(LAYER + ".self_attn.sdpa", "attention output before o_proj", HEADS),
     Kind(LAYER + ".self_attn.o_proj{expert}", "the attention branch of one expert's tokens", ROWS),
+    Kind(LAYER + ".self_attn", "the attention branch", ROWS),
     Kind(LAYER + ".post_attention_layernorm{expert}", "the normed stream of one expert's tokens", ROWS),
+    Kind(LAYER + ".mlp{expert}.gate_proj", "the MLP's gate before its activation", WIDE),
+    Kind(LAYER + ".mlp{expert}.up_proj", "what the MLP's gate multiplies", WIDE),
+    Kind(LAYER + ".mlp{expert}.down_proj", "the MLP's output", ROWS),
     Kind(LAYER + ".mlp{expert}", "the MLP branch of one expert's tokens", ROWS),
     Kind(LAYER, "the residual stream after a layer", ROWS),
+    Kind("language_model.model.norm{expert}", "the final norm of one expert's tokens", ROWS, "norm{expert}"),
     Kind("hidden_out", "the output of the final norm", ROWS, "norm"),
-    Kind("llm2vae", "the velocity of the whole target block", "token, channel", "llm2vae"),
+    Kind("llm2vae", "the velocity of the whole target block", WIDE, "llm2vae"),
+    Kind("language_model.lm_head", "the logits of the next token", "token, vocabulary", "lm_head"),
     Kind("{coder}.conv1", "a convolution's output", CODES),
     Kind("{coder}.downsamples.{block}", "a block's output", CODES),
     Kind("{coder}.middle.{block}", "a block's output", CODES),
@@ -98,7 +123,15 @@ PATHS = (
     Kind("{coder}", "the output of the head", CODES, "vae.{coder}.head"),
 )
 
-WORDS = {"arm": "cond|uncond", "expert": "|_moe_gen", "coder": "encoder|decoder", "group": "[a-z_]+"}
+_BEFORE = next(i for i, kind in enumerate(PATHS) if kind.pattern == "hidden_in")
+
+WORDS = {
+    "arm": "cond|uncond",
+    "expert": "|_moe_gen",
+    "coder": "encoder|decoder",
+    "group": "[a-z_]+",
+    "module": r"[\w.]+",
+}
 
 
 @dataclass(frozen=True)
@@ -138,6 +171,15 @@ def _find(kinds: Sequence[Kind], name: str) -> tuple[int, Kind, dict[str, str]] 
     return None
 
 
+def _component_of(name: str) -> str:
+    """The component of a name without a call: a part of the ViT, or the module that holds a weight."""
+    if name.startswith("weights/"):
+        path, _, parameter = name.removeprefix("weights/").rpartition(".")
+        shortened = path.removeprefix("language_model.").removeprefix("model.")
+        return shortened if parameter in ("weight", "bias", "gamma") else f"{shortened}.{parameter}"
+    return re.sub(r"(?<=^vit_model)\d+", "", name)
+
+
 @cache
 def parse(name: str) -> TapName:
     """Return the parts of a tap name; raises ParityError for a name that no table describes."""
@@ -145,7 +187,7 @@ def parse(name: str) -> TapName:
     if single:
         inner, kind, found = single
         shown, call, path = kind, kind.call, name.removeprefix("inputs/")
-        component = kind.component.format(**found) or re.sub(r"(?<=^vit_model)\d+", "", name)
+        component = kind.component.format(**found) or _component_of(name)
     else:
         call, _, path = name.partition("/")
         caller = _find(CALLS, call)
@@ -159,8 +201,8 @@ def parse(name: str) -> TapName:
     numbers = {key: int(value) for key, value in found.items() if key not in WORDS}
     call_number = next((numbers[key] for key in ("step", "index", "chunk", "number") if key in numbers), 0)
     minor = numbers.get("chunk", int(found.get("arm") == "uncond"))
-    # Before, in and after the layers: the two paths that come first are also the first rows of PATHS.
-    section = 1 if "layer" in numbers else 2 * (inner > 1)
+    # Before, in and after the layers: what comes before them are also the first rows of PATHS.
+    section = 1 if "layer" in numbers else 2 * (inner > _BEFORE)
     within = (section, numbers.get("layer", 0), inner, numbers.get("block", 0))
     return TapName(
         name=name,
@@ -169,7 +211,7 @@ def parse(name: str) -> TapName:
         component=component,
         what=shown.what,
         axes=shown.axes,
-        integer=call == "inputs" or path in ("position_ids", "tokens"),
+        integer=call == "inputs" or path in ("position_ids", "tokens", "frames"),
         arm=found.get("arm", ""),
         numbers=numbers,
         place=(kind.stage, call_number, kind.order, minor, *within),

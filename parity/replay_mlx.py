@@ -1,11 +1,13 @@
 """Replaying a bundle's request on lance_mlx, and laying out requests with it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from lance_mlx import media
 from lance_mlx.errors import LanceError
 from lance_mlx.numerics import policy
 from lance_mlx.pipeline import Pipeline, Prepared, load
@@ -17,8 +19,9 @@ from lance_mlx.sampling.schedule import timesteps
 from lance_mlx.sequence import AttentionMode, Sequence
 from lance_mlx.tokenizer import LanceTokenizer
 from lance_mlx.visuals import PreparedVisual, prepare_visuals, sized_by_source
+from parity.boundaries_mlx import Contract, MlxBoundaries
 from parity.capture_mlx import MlxCapture, channels_first
-from parity.recording import Recording, Replay
+from parity.recording import Recording, Replay, Tap
 
 _REQUEST_KEYS = {
     "height": "height",
@@ -38,6 +41,15 @@ _TASKS = {"idip": "subject", "image_idip": "subject", "video_idip": "subject"}
 _IMAGE_TASKS = ("t2i", "image_edit", "image_idip")
 _LAYOUT_TOKENS = 16
 """Answer tokens whose positions a layout of a question holds when its request names no number."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a replay computed: the taps, the exact arrays of its functions, and what those raised."""
+
+    recording: Recording
+    exact: Recording
+    failures: dict[str, str]
 
 
 def request_from_bundle(request: dict, entry: str, media: Path | None = None) -> Request | Question:
@@ -94,7 +106,7 @@ def record_mlx(
     entry: str,
     replay: Replay,
     numerics: str,
-    names: set[str] | None = None,
+    names: Container[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Recording:
     """Replay a request on lance_mlx from given noise and resized visuals, and record it.
@@ -113,17 +125,33 @@ def record_pipeline(
     pipeline: Pipeline,
     request: Request | Question,
     replay: Replay,
-    names: set[str] | None = None,
+    names: Container[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Recording:
     """Replay a request on a loaded pipeline; see record_mlx."""
+    return replay_pipeline(pipeline, request, replay, names, progress).recording
+
+
+def replay_pipeline(
+    pipeline: Pipeline,
+    request: Request | Question,
+    replay: Replay,
+    names: Container[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+    force: Mapping[str, Tap] | None = None,
+    contract: Contract | None = None,
+) -> Replayed:
+    """Replay a request on a loaded pipeline, and with `force` and `contract` every part of it from the given values."""
     tell = progress or (lambda call: None)
-    with MlxCapture(pipeline, names) as capture:
+    with MlxCapture(pipeline, names, force) as capture, MlxBoundaries(capture, contract) as boundaries:
         if isinstance(request, Question):
             _record_answer(capture, pipeline, request, replay, tell)
         else:
-            _record_generation(capture, pipeline, request, replay, tell)
-    return capture.recording
+            _record_generation(capture, boundaries, pipeline, request, replay, tell)
+        recording = capture.recording
+    if "tokens" in boundaries.computed and force and "tokens" in force:
+        recording["tokens"] = boundaries.computed.pop("tokens")
+    return Replayed(recording, boundaries.computed, boundaries.failures)
 
 
 def _record_answer(
@@ -142,7 +170,12 @@ def _record_answer(
 
 
 def _record_generation(
-    capture: MlxCapture, pipeline: Pipeline, request: Request, replay: Replay, tell: Callable[[str], None]
+    capture: MlxCapture,
+    boundaries: MlxBoundaries,
+    pipeline: Pipeline,
+    request: Request,
+    replay: Replay,
+    tell: Callable[[str], None],
 ) -> None:
     visuals = _visuals(replay, len(request.visuals))
     clean = []
@@ -152,48 +185,44 @@ def _record_generation(
         eps = mx.array(replay.eps[index][0].transpose(1, 2, 3, 0))
         clean.append(pipeline.vae.encode(pixels.transpose(1, 2, 3, 0)).sample(eps))
         capture.keep(f"vae.encode{index}.eps", channels_first(eps))
-        capture.keep(f"vae.latent{index}", clean[-1])
     prepared = pipeline.prepare_encoded(request, visuals, clean[: len(visuals)])
     request = prepared.request
     layout = _layout(request, prepared.sequence, visuals, pipeline.model.config.tokens_per_second)
     for name, array in layout.items():
         capture.keep(name, array)
-    _record_steps(capture, pipeline, prepared, mx.array(np.asarray(replay.noise, np.float32)), tell)
+    # The oracles' states hold every latent of the sequence; clean blocks come before the one that is denoised.
+    boundaries.before = list(prepared.conditions.clean) if request.task is not Task.I2V else []
+    boundaries.num_steps = request.num_steps
+    boundaries.whole_sequence = request.entry is Entry.FULL_SEQUENCE
+    _record_steps(capture, boundaries, pipeline, prepared, mx.array(np.asarray(replay.noise, np.float32)), tell)
 
 
 def _record_steps(
-    capture: MlxCapture, pipeline: Pipeline, prepared: Prepared, noise: mx.array, tell: Callable[[str], None]
+    capture: MlxCapture,
+    boundaries: MlxBoundaries,
+    pipeline: Pipeline,
+    prepared: Prepared,
+    noise: mx.array,
+    tell: Callable[[str], None],
 ) -> None:
     request, dtype = prepared.request, pipeline.model.numerics.dtype
     noise = noise.astype(dtype)
-    # The oracles' states hold every latent of the sequence; clean blocks come before the one that is denoised.
-    before = [latents for latents in prepared.conditions.clean if request.task is not Task.I2V]
-    given = sum(map(len, before))
-
-    def whole(x: mx.array) -> mx.array:
-        return mx.concatenate([*before, x]) if before else x
-
+    given = sum(map(len, boundaries.before))
     capture.keep("sampler.noise", noise)
     tell("prefix")
-    calls = 0
     for step in pipeline.denoise(prepared, noise[given:]):
         index = step.state.index
         tell(f"step{index}")
-        if index == 0:
-            capture.keep("sampler.x_init", whole(step.state.x_t))
-        capture.keep(f"sampler.x_t{index}", whole(step.state.x_t))
+        capture.keep(f"sampler.x_t{index}", boundaries.whole(step.state.x_t))
         capture.keep(f"sampler.timestep{index}", np.concatenate([np.zeros(given, np.float32), step.state.timestep]))
-        for velocity in (step.velocity_cond, step.velocity_uncond):
-            if request.entry is Entry.FULL_SEQUENCE and velocity is not None:
-                capture.keep(f"velocity_call{calls}", velocity)
-                calls += 1
         capture.keep(f"sampler.velocity{index}", step.velocity)
-    capture.keep("latent", step.x_next.reshape(*request.latent_grid, -1))
+    latent = capture.observe("latent", step.x_next.reshape(*request.latent_grid, -1))
     frames = []
-    for pixels in pipeline.decode(request, step.x_next):
+    for pixels in pipeline.decode(request, latent):
         tell(f"chunk{len(frames)}")
         frames.append(pixels)
-    capture.keep("pixels", mx.concatenate(frames).transpose(3, 0, 1, 2))
+    pixels = capture.observe("pixels", mx.concatenate(frames).transpose(3, 0, 1, 2))
+    capture.keep("frames", media.to_uint8(np.array(pixels)).astype(np.int32))
 
 
 def _visuals(replay: Replay, count: int) -> list[PreparedVisual]:

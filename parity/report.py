@@ -13,18 +13,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from parity.check import Result
 from parity.errors import ParityError
 from parity.plot import error_plot
-from parity.verdict import AGREE, DIVERGE, FIRST_STEP, LATER, ORDER_FACTOR, UNUSABLE, UPSTREAM_FACTOR
+from parity.verdict import AGREE, DIVERGE, INCONCLUSIVE, MEDIAN, UNUSABLE
 
 UNSUPPORTED = "unsupported"
-SYMBOLS = {AGREE: "✓", DIVERGE: "✗", UNUSABLE: "!", UNSUPPORTED: "–"}
+SYMBOLS = {AGREE: "✓", DIVERGE: "✗", INCONCLUSIVE: "?", UNUSABLE: "!", UNSUPPORTED: "–"}
 
+MEASURED = (
+    "How far a tap may be is measured for each bundle: equally right variants of the reference give its floor, and the "
+    "threshold on error over floor is where such variants among themselves would raise a false alarm in one run of a "
+    f"hundred, all taps together. The median tap may be {MEDIAN:g} floors off."
+)
 POLICIES = {
-    "float32": f"Everything in float32. A tap agrees within {FIRST_STEP:g} up to and including the first step, within "
-    f"{LATER:g} later.",
+    "float32": "Everything in float32.",
     "bfloat16": "As upstream's launcher runs it: bfloat16 weights, activations and states, RoPE frequencies rounded to "
-    f"bfloat16, norms in float32. A tap agrees within {UPSTREAM_FACTOR:g} times upstream's own rounding error and "
-    f"{ORDER_FACTOR:g} times the spread between equivalent orders of rounding, both measured for this bundle; the "
-    "median tap within upstream's own rounding error.",
+    "bfloat16, norms in float32.",
 }
 
 
@@ -59,6 +61,8 @@ def first_line(result: Result) -> str:
     """Return in words where a result diverges or what it lacks; empty when it agrees."""
     if result.first_divergence:
         return f"first divergence: {result.first_divergence['component']} in {result.first_divergence['call']}"
+    if result.verdict == INCONCLUSIVE:
+        return result.reason
     if result.missing:
         return f"missing: {result.missing[0]}" + (f" and {more} more" if (more := len(result.missing) - 1) else "")
     return "" if result.verdict == AGREE else "nothing was compared"
@@ -69,10 +73,7 @@ def write_report(folder: Path, rows: Sequence[Row], sources: Sequence[str]) -> P
 
     `sources` are the folders that were named on the command line.
     """
-    environment = Environment(
-        loader=PackageLoader("parity"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"sig": significant, "mib": lambda n: "unknown" if n is None else f"{n / 2**20:.0f} MiB"}
+    environment = page_environment()
     created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in SYMBOLS}
     page = environment.get_template("index.html")
@@ -80,18 +81,28 @@ def write_report(folder: Path, rows: Sequence[Row], sources: Sequence[str]) -> P
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
-            html = page.render(rows=rows, counts=counts, created=created, sources=sources, policies=POLICIES)
+            rules = {"policies": POLICIES, "measured": MEASURED}
+            html = page.render(rows=rows, counts=counts, created=created, sources=sources, **rules)
             (beside / "index.html").write_text(html, encoding="utf-8")
             for row in rows:
                 if row.result is not None:
                     (beside / row.page).write_text(_comparison(environment, row, created), encoding="utf-8")
             beside.chmod(0o755)
-            _swap(beside, folder)
+            swap_folder(beside, folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
         raise ParityError(f"the report {folder} cannot be written: {error.strerror}") from error
     return folder / "index.html"
+
+
+def page_environment() -> Environment:
+    """Return the templates with the filters that they use; all that they are given is escaped."""
+    environment = Environment(
+        loader=PackageLoader("parity"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"sig": significant, "mib": lambda n: "unknown" if n is None else f"{n / 2**20:.0f} MiB"}
+    return environment
 
 
 def significant(value: float | None, digits: int = 3) -> str:
@@ -105,7 +116,8 @@ def _comparison(environment: Environment, row: Row, created: str) -> str:
     )
 
 
-def _swap(new: Path, folder: Path) -> None:
+def swap_folder(new: Path, folder: Path) -> None:
+    """Put the folder `new` in the place of `folder`, whatever that holds; both are in one file system."""
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
     if folder.exists():
         os.replace(folder, old)

@@ -10,7 +10,7 @@ from parity.check import UnsupportedTask, check_bundle
 from parity.errors import ParityError
 from parity.implementations import IMPLEMENTATIONS
 from parity.report import UNSUPPORTED, Row, row_of
-from parity.verdict import AGREE, DIVERGE, UNUSABLE
+from parity.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
 
 # The bundles are small: more threads cost more than they bring.
 MAX_THREADS = 1
@@ -36,10 +36,10 @@ def compare_all(paths: Sequence[Path], start: Callable[[str], Callable[[str], No
 
 
 def exit_status(verdicts: Sequence[str]) -> int:
-    """Return 1 if anything diverges, else 2 if anything is unusable or nothing was compared, else 0."""
+    """Return 1 if anything diverges, else 2 if anything is unusable or inconclusive or nothing was compared, else 0."""
     if DIVERGE in verdicts:
         return 1
-    return 2 if UNUSABLE in verdicts or AGREE not in verdicts else 0
+    return 2 if {UNUSABLE, INCONCLUSIVE} & set(verdicts) or AGREE not in verdicts else 0
 
 
 def limit_threads() -> None:

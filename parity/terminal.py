@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from parity.check import Result
 from parity.report import SYMBOLS, UNSUPPORTED, Row, first_line, significant
-from parity.verdict import AGREE, DIVERGE, UNUSABLE
+from parity.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
 
-STYLES = {AGREE: "green", DIVERGE: "bold red", UNUSABLE: "bold yellow", UNSUPPORTED: "dim"}
+STYLES = {AGREE: "green", DIVERGE: "bold red", INCONCLUSIVE: "bold yellow", UNUSABLE: "bold yellow", UNSUPPORTED: "dim"}
 
 
 @contextmanager
@@ -61,6 +61,10 @@ def print_result(result: Result) -> None:
     console.print(counts)
     if result.worst:
         console.print(f"worst: {result.worst.tap.name}, error {significant(result.worst.difference.rel_l2)}")
+    if result.floor_median is not None and result.alarm is not None:
+        median = significant(result.floor_median, 2)
+        threshold = significant(result.alarm.threshold, 2)
+        console.print(f"median error: {median} times the floor; a tap alarms from {threshold} times its floor")
     if result.upstream_median is not None:
         console.print(f"median error: {significant(result.upstream_median, 2)} of upstream's own rounding error")
     if result.verdict != AGREE:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reference.config import LanguageConfig
 from reference.layout import Mode
-from reference.numerics import Linear, Numerics, attend
+from reference.numerics import Linear, Numerics, attend, widened
 
 
 class KVCache:
@@ -63,7 +63,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = widened(x)
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
@@ -139,7 +139,7 @@ class Attention(nn.Module):
             )
         )
         if shared.raise_qk:
-            q, k = q.float(), k.float()
+            q, k = widened(q), widened(k)
         q = by_expert(q, gen, self.q_norm, self.q_norm_moe_gen)
         k = by_expert(k, gen, self.k_norm, self.k_norm_moe_gen)
         q = self.q_rope(q, shared.cos, shared.sin).to(self.dtype)
@@ -220,6 +220,8 @@ class LanguageModel(nn.Module):
         runs = angles.split(self.config.mrope_section, -1)
         angles = torch.cat([run[axis] for axis, run in enumerate(runs)], -1)
         angles = torch.cat([angles, angles], -1)
+        # The angles are float32 in any dtype: that is what upstream turns by.
+        angles = angles.to(torch.promote_types(angles.dtype, dtype))
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

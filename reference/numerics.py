@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from reference.errors import ReferenceError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+# Rows that a padded batch is filled up to a multiple of, and queries of a chunk: sizes that suit no kernel's blocks.
+PADDING, CHUNK = 24, 7
 WIDER = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -16,22 +18,28 @@ WIDER = {"float32": torch.float32, "float64": torch.float64}
 class Numerics:
     """Dtype of the weights and states, and which of several equivalent orders of rounding is used.
 
-    attention: "sdpa" is PyTorch's kernel; "math" is an explicit softmax of float32 scores.
+    dtype: "float32" and "bfloat16" are upstream's; "float64" tells how far float32 itself is from exact.
+    attention: "sdpa" is PyTorch's kernel; "math" is an explicit softmax of float32 scores, "float64" of float64 ones;
+    "chunked" is the kernel again for a few queries at a time; "disturbed" is "math" with errors added as large as those
+    of another order of summing the scores, and of exponentials good to two units in the last place.
     linear: "float32" and "float64" multiply (and convolve) in that dtype and round once; "native" does so in `dtype`,
-    whose sums depend on the processor's instructions; "disturbed" is "float32" with errors added as large as those that
-    another order of summing makes, for processors that are not at hand. The oracles' captures agree with "float32".
+    whose sums depend on the processor's instructions; "padded" is "float32" with rows of zeros added to a batch, which
+    changes how its products are blocked; "disturbed" is "float32" with errors added as large as those that another
+    order of summing makes, for processors that are not at hand; `draw` numbers such errors. The oracles' captures
+    agree with "float32".
     The alternatives have the same value up to rounding: the distance between them is what rounding alone can cause.
     """
 
     dtype: str = "float32"
     attention: str = "sdpa"
     linear: str = "float32"
+    draw: int = 0
 
     def __post_init__(self) -> None:
         for field, allowed in (
             ("dtype", tuple(DTYPES)),
-            ("attention", ("sdpa", "math")),
-            ("linear", ("native", "disturbed", *WIDER)),
+            ("attention", ("sdpa", "math", "float64", "chunked", "disturbed")),
+            ("linear", ("native", "disturbed", "padded", *WIDER)),
         ):
             if getattr(self, field) not in allowed:
                 raise ReferenceError(f"numerics: {field} '{getattr(self, field)}' is not one of {', '.join(allowed)}")
@@ -42,17 +50,14 @@ class Numerics:
 
     @property
     def multiply_dtype(self) -> torch.dtype:
-        if self.linear == "disturbed":
+        if self.linear in ("disturbed", "padded") and self.dtype != "float64":
             return torch.float32
-        return WIDER.get(self.linear, self.torch_dtype)
+        return torch.float64 if self.dtype == "float64" else WIDER.get(self.linear, self.torch_dtype)
 
     def rounded(self, product: Tensor, terms: int) -> Tensor:
         """A product of sums of so many terms, in the policy's dtype, disturbed first where the policy says so."""
         if self.linear == "disturbed":
-            # Relative to their size, float32 sums of n terms are off by half a unit in the last place times sqrt(n).
-            generator = torch.Generator().manual_seed(product.numel() * 31 + terms)
-            noise = torch.randn(product.shape, generator=generator).to(product.device)
-            product = product + noise * product.square().mean().sqrt() * terms**0.5 * 2.0**-24
+            product = disturbed_sums(product, terms, self.draw)
         return product.to(self.torch_dtype)
 
 
@@ -70,8 +75,31 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         wide = self.numerics.multiply_dtype
         bias = None if self.bias is None else self.bias.to(wide)
-        x = x.to(self.weight.dtype)
-        return self.numerics.rounded(F.linear(x.to(wide), self.weight.to(wide), bias), self.in_features)
+        x = x.to(self.weight.dtype).to(wide)
+        rows = len(x)
+        if self.numerics.linear == "padded":
+            x = torch.cat([x, x.new_zeros(PADDING - rows % PADDING, x.shape[1])])
+        return self.numerics.rounded(F.linear(x, self.weight.to(wide), bias)[:rows], self.in_features)
+
+
+def disturbed_sums(sums: Tensor, terms: int, draw: int = 0) -> Tensor:
+    """Float32 sums of so many terms with the errors of another order of summing.
+
+    Partial sums of terms of either sign grow like the root of their number, and each is rounded: together they are off
+    by a quarter of a unit in the last place (2**-24) times the root of the number of terms.
+    """
+    noise = normal(sums.shape, terms + draw).to(sums)
+    return sums + noise * sums.square().mean().sqrt() * terms**0.5 * 2.0**-26
+
+
+def normal(shape: torch.Size, draw: int) -> Tensor:
+    """Standard normal numbers, the same for the same shape and draw."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(shape.numel() * 31 + draw))
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or as it is in float64: what upstream computes in float32 whatever the weights' dtype."""
+    return x if x.dtype is torch.float64 else x.float()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: str) -> Tensor:
@@ -81,11 +109,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: str)
     """
     groups = q.shape[1] // k.shape[1]
     q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
-    if attention == "sdpa":
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None], None if mask is None else mask[None, None])[0]
+    if attention == "chunked":
+        parts = zip(q.split(CHUNK, 1), [None] * q.shape[1] if mask is None else mask.split(CHUNK), strict=False)
+        out = torch.cat([attend_heads(part, k, v, own) for part, own in parts], 1)
+    elif attention == "sdpa":
+        out = attend_heads(q, k, v, mask)
     else:
-        scores = q.float() @ k.float().transpose(1, 2) * q.shape[-1] ** -0.5
+        wide = torch.float64 if attention == "float64" else widened(q).dtype
+        scores = q.to(wide) @ k.to(wide).transpose(1, 2) * q.shape[-1] ** -0.5
+        if attention == "disturbed":
+            scores = disturbed_sums(scores, q.shape[-1])
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        out = (torch.softmax(scores, -1) @ v.float()).to(q.dtype)
+        weights = torch.softmax(scores, -1)
+        if attention == "disturbed":
+            weights = weights * (1 + normal(weights.shape, len(k)).to(weights) * 2.0**-23)
+        out = (weights @ v.to(wide)).to(q.dtype)
     return out.transpose(0, 1)
+
+
+def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """PyTorch's attention kernel over [heads, n, d]."""
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], None if mask is None else mask[None, None])[0]

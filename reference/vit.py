@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from reference.config import VisionConfig
 from reference.errors import ReferenceError
 from reference.mot import MLP, RMSNorm, Rope
-from reference.numerics import Linear, Numerics, attend
+from reference.numerics import Linear, Numerics, attend, widened
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0
@@ -49,7 +49,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)
         # Rotated in float32 whatever the weights' dtype.
-        q, k = (rope(y.float(), cos, sin).to(v.dtype) for rope, y in ((self.q_rope, q), (self.k_rope, k)))
+        q, k = (rope(widened(y), cos, sin).to(v.dtype) for rope, y in ((self.q_rope, q), (self.k_rope, k)))
         # Upstream's query has no batch axis, for which PyTorch rounds only the result.
         return self.proj(attend(q, k, v, mask, "math").flatten(1))
 

@@ -4,7 +4,9 @@
     python scripts/embed_oracles.py SOURCE DEST
 
 Needs the standard library alone. SOURCE is a full set of captured oracles; DEST (usually `oracles/`) is updated file by
-file, and DEST/MANIFEST.json lists what was copied. A README.md in DEST is left as it is. Exit status 2 on bad input.
+file, and DEST/MANIFEST.json lists it. A README.md in DEST is left as it is, and so is what the project adds there and
+SOURCE does not have: the floors of bundles, and bundles that lance-parity recorded; they are listed too. Exit status 2
+on bad input.
 """
 
 import argparse
@@ -42,6 +44,9 @@ EMBEDDED = (
 # Upstream drops this tensor when it loads a checkpoint; without it the two models are half as large.
 NOT_READ = "latent_pos_embed.pos_embed"
 KEPT = {"MANIFEST.json", "README.md"}
+# What the project adds to a captured bundle, and what the manifest of a bundle of its own names as source.
+FLOORS = "floors.*"
+RECORDED = "lance-mlx reference"
 MAX_BYTES = 15_000_000
 
 
@@ -98,15 +103,27 @@ def upstream_source(source: Path) -> str:
     return found.pop()
 
 
+def project_made(dest: Path) -> list[Path]:
+    """Paths relative to `dest` of what the project added to an earlier selection there, sorted."""
+    files = [path for name in EMBEDDED for path in (dest / name).glob(FLOORS)]
+    for manifest in dest.glob("[!.]*/manifest.json"):
+        if json.loads(manifest.read_text(encoding="utf-8"))["source"]["implementation"] == RECORDED:
+            files += [path for path in manifest.parent.iterdir() if path.is_file()]
+    return sorted(path.relative_to(dest) for path in files)
+
+
 def embed(source: Path, dest: Path) -> dict:
     """Copy the selected files, remove what no longer belongs, and return the manifest written to `dest`."""
     files = {path: embedded_bytes(source / path) for path in selected_files(source)}
+    added = {path: (dest / path).read_bytes() for path in project_made(dest) if path not in files}
+    files = dict(sorted((files | added).items()))
     total = sum(map(len, files.values()))
     if total > MAX_BYTES:
         raise EmbedError(f"the selection holds {total} bytes, more than the {MAX_BYTES} that the repository allows")
     manifest = {"format": "lance-oracles/1", "source": upstream_source(source), "files": {}}
     for path, data in files.items():
-        write(dest / path, data)
+        if path not in added:
+            write(dest / path, data)
         manifest["files"][path.as_posix()] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     write(dest / "MANIFEST.json", (json.dumps(manifest, indent=1) + "\n").encode())
     remove_others(dest, {path.as_posix() for path in files} | KEPT)

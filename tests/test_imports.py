@@ -31,9 +31,11 @@ def imports(tree: ast.AST, inside_function: bool = False) -> Iterator[tuple[str,
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield node.module.split(".")[0], inside_function
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-            # A name that is computed cannot be checked, so it counts as every forbidden one.
+            # A name that is computed cannot be checked, so it counts as every forbidden one; below the module's own
+            # name nothing is foreign, as in a relative import.
             name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else "*"
-            yield name.split(".")[0], inside_function
+            if not (node.args and ast.unparse(node.args[0]).startswith(("f'{__name__}.", 'f"{__name__}.'))):
+                yield name.split(".")[0], inside_function
         is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         yield from imports(node, inside_function or is_function)
 
@@ -70,9 +72,12 @@ def late():
     class Inner:
         import reference
 importlib.import_module("lance_mlx.config")
+importlib.import_module(f"{__name__}.{sibling}")
 __import__(computed)
+importlib.import_module(f"{computed}.{__name__}.x")
 """
     assert sorted(imports(ast.parse(source))) == [
+        ("*", False),
         ("*", False),
         ("lance_mlx", False),
         ("mlx", True),

@@ -4,15 +4,18 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from parity.bundle import Bundle
+from parity.bundle import Bundle, read_bundle
+from parity.oracle import Oracle
 from parity.recording import Recording, Tap
 from parity.requests import SUPPORTED_TASKS
+from parity.subject import Subject, make_subject
 
 ROOT = Path(__file__).parents[2]
 ORACLES = ROOT / "oracles"
@@ -70,22 +73,49 @@ def oracles() -> Path:
     return ORACLES
 
 
+def copy_into(folder: Path, name: str, weights: bool = False) -> Path:
+    """Copy an embedded bundle, its floors and its checkpoint, of which only the config where no weights are needed."""
+    bundle = Path(shutil.copytree(ORACLES / name, folder / name))
+    manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    source, copied = ORACLES / manifest["checkpoint"], bundle.parent / manifest["checkpoint"]
+    if weights:
+        shutil.copytree(source, copied, dirs_exist_ok=True)
+    else:
+        (copied / manifest["variant"]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / manifest["variant"] / "llm_config.json", copied / manifest["variant"])
+    return bundle
+
+
 @pytest.fixture
 def copy_bundle(tmp_path: Path) -> Callable[..., Path]:
-    """Copies an embedded bundle and its checkpoint, of which only the config where no weights are needed."""
+    """Copies an embedded bundle into the test's own folder; see copy_into."""
+    return partial(copy_into, tmp_path / "oracles")
 
-    def copy(name: str, weights: bool = False) -> Path:
-        bundle = Path(shutil.copytree(ORACLES / name, tmp_path / "oracles" / name))
-        manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-        source, copied = ORACLES / manifest["checkpoint"], bundle.parent / manifest["checkpoint"]
-        if weights:
-            shutil.copytree(source, copied, dirs_exist_ok=True)
-        else:
-            (copied / manifest["variant"]).mkdir(parents=True, exist_ok=True)
-            shutil.copy(source / manifest["variant"] / "llm_config.json", copied / manifest["variant"])
+
+@pytest.fixture(scope="module")
+def linked_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Copies an embedded bundle into a folder of the module's; its checkpoint, with all weights, is a link."""
+
+    def copy(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("oracles")
+        bundle = Path(shutil.copytree(ORACLES / name, folder / name))
+        checkpoint = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["checkpoint"]
+        (folder / checkpoint).symlink_to(ORACLES / checkpoint, target_is_directory=True)
         return bundle
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def oracle_of() -> Callable[[str], Oracle]:
+    """The oracle of an embedded bundle, by its name; each is made once and must not be changed."""
+    return cache(lambda name: Oracle.of(read_bundle(ORACLES / name)))
+
+
+@pytest.fixture(scope="session")
+def subject_of(oracle_of) -> Callable[..., Subject]:
+    """An implementation with an embedded bundle's request loaded; each is loaded once."""
+    return cache(lambda name, impl="mlx": make_subject(impl, oracle_of(name).bundle))
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ import pytest
 
 from parity.bundle import read_bundle
 from parity.check import Run, check_recording
+from parity.floors import Floors, free_floors, measure_free, shared_start, variants_of
 from parity.implementations import Mlx
 from parity.recording import Recording, Tap
-from parity.verdict import bfloat16_limits
+from parity.verdict import limits_from
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +36,46 @@ def test_the_answer_is_compared_to_its_end_where_no_order_of_rounding_changes_it
     assert verdict(answered, recording | {"tokens": Tap(tokens[:-1], "int32")}) == "diverge"
 
 
-def test_only_the_tokens_before_the_first_order_that_parts_are_compared(answered):
-    bundle, recording = answered
+def test_only_the_tokens_before_the_first_variant_that_parts_are_compared(answered, monkeypatch):
+    bundle, _ = answered
     tokens = bundle.taps["tokens"].array
-    orders = [
-        {"tokens": bundle.taps["tokens"]},
-        {"tokens": changed_from(tokens, 5)},
-        {"tokens": changed_from(tokens, 3)},
-    ]
-    assert bfloat16_limits(bundle, recording, orders)["tokens"].leading == 3
-    assert bfloat16_limits(bundle, recording, orders[:1])["tokens"].leading is None
-    shorter = [{"tokens": Tap(tokens[:6], "int32")}]
-    assert bfloat16_limits(bundle, recording, shorter)["tokens"].leading == 6
+    answers = [changed_from(tokens, 5), changed_from(tokens, 3)]
+    assert [shared_start(bundle.taps["tokens"], answer) for answer in answers] == [5, 3]
+    assert shared_start(bundle.taps["tokens"], bundle.taps["tokens"]) is None
+    assert shared_start(bundle.taps["tokens"], Tap(tokens[:6], "int32")) == 6
+
+    class Answering:
+        """A reference whose variants answer in turn, the last again and again; all else is upstream's."""
+
+        def __init__(self, numerics, turns):
+            self.turns = turns
+
+        def record(self, names):
+            answer = self.turns.pop() if len(self.turns) > 1 else self.turns[0]
+            return bundle.taps | {"tokens": answer}
+
+    def leading(*turns):
+        turns = [*turns]
+        monkeypatch.setattr("parity.floors.load_run", lambda bundle, numerics: Answering(numerics, turns))
+        return measure_free(bundle).leading
+
+    same = bundle.taps["tokens"]
+    assert leading(same) is None
+    assert leading(same, *answers, same) == 3
+    assert leading(same, Tap(tokens[:6], "int32"), same) == 6
+    assert len(variants_of(bundle.dtype)) > 3
 
 
 def test_an_answer_that_parts_after_a_tie_agrees_and_before_it_does_not(answered, monkeypatch):
     bundle, recording = answered
     tokens = bundle.taps["tokens"].array
-    orders = [recording | {"tokens": changed_from(tokens, 4)}]
-    monkeypatch.setattr("parity.check.limits_of", lambda bundle: bfloat16_limits(bundle, recording, orders))
+    measured = free_floors(bundle)
+    tied = Floors(measured.variants, measured.errors, measured.upstream, leading=4)
+    assert limits_from(bundle, measured)[0]["tokens"].leading is None
+    assert limits_from(bundle, tied)[0]["tokens"].leading == 4
+    monkeypatch.setattr("parity.check.limits_of", lambda bundle: limits_from(bundle, tied))
     flipped = [check_recording(Run(bundle, recording | {"tokens": changed_from(tokens, at)}, Mlx())) for at in (4, 3)]
     by_name = [{tap.tap.name: tap for tap in result.taps}["tokens"] for result in flipped]
     assert [tap.diverges for tap in by_name] == [False, True]
+    assert [result.verdict for result in flipped] == ["agree", "diverge"]
     assert by_name[0].to_json()["leading"] == 4

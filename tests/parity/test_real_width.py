@@ -1,7 +1,6 @@
 """Both implementations at the width of the official checkpoint, with seeded random weights."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from parity.capture_torch import record_reference
 from parity.metrics import compare
 from parity.recording import Recording, Replay
 from parity.replay_mlx import record_mlx
+from parity.replay_torch import record_reference
 from reference.config import LanguageConfig
 from reference.model import Lance
 from reference.numerics import Numerics
@@ -86,20 +85,27 @@ def checkpoint(tmp_path_factory) -> Path:
     shutil.rmtree(folder)
 
 
+# A norm's sum of so many squares is off by a quarter of a unit in the last place times the root of their number.
+NORM = SIZES["hidden_size"] ** 0.5 * 2.0**-26
+# Measured: lance_mlx is off by twice what one other order of summing does, and by less than NORM where sums alone are.
+ALLOWED = 4
+
+
 def test_both_agree_at_the_official_width(checkpoint):
     noise = np.random.default_rng(3).normal(size=(2, 48)).astype(np.float32)
     given = (checkpoint, "Lance_3B_Video", REQUEST, "kv_cache", Replay(noise))
     ours: Recording = record_mlx(*given, "float32")
     mx.clear_cache()
     theirs: Recording = record_reference(*given, Numerics("float32"))
+    reordered: Recording = record_reference(*given, Numerics("float32", "disturbed", "disturbed"))
     assert ours.keys() & theirs.keys() >= {"latent", "pixels", "cond.step0/llm2vae", "uncond.step0/hidden_out"}
-    # The names that oracles have; what lies inside a VAE block has another layout on each side.
-    shared = [
-        name for name in theirs if name in ours and re.search(r"^[a-z]+$|sampler|layers|hidden|decoder\.\w+\.\d$", name)
-    ]
-    assert len(shared) > 80
-    for name in shared:
+    # The unconditional arm's target is embedded with the conditional one's.
+    alone = theirs.keys() - ours.keys()
+    assert all(name.startswith("uncond.step0/") for name in alone) and len(alone) == 4
+    for name in theirs.keys() & ours.keys() - {"frames"}:
         difference = compare(theirs[name], ours[name])
         assert difference.mismatch is None, name
-        # The bound of a float32 run's first step; half a unit in the last place of every weight moves a tap by 1e-6.
-        assert difference.rel_l2 <= 2e-5, name
+        floor = compare(theirs[name], reordered[name]).rel_l2
+        assert difference.rel_l2 <= ALLOWED * max(floor, NORM), name
+    # A pixel between two 8-bit colours may be rounded either way.
+    assert compare(theirs["frames"], ours["frames"]).max_abs <= 1

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from parity.capture_torch import layout_reference, record_reference, to_tap
+from parity.capture_torch import to_tap
 from parity.recording import Recording, Replay
+from parity.replay_torch import layout_reference, record_reference
 from reference.numerics import Numerics
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,152 @@
+"""The commands of lance-parity that say where and why: localize, faults, floors."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parity.cli_store import FormatOption, OutputOption, deliver
+
+REPORTS = Path("reports/localize")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to an app."""
+    app.command(
+        epilog="Exit status: 0 agrees, 1 diverges, 2 inconclusive or unusable.",
+    )(localize)
+    app.command(epilog="Exit status: 0.")(faults)
+    app.command(epilog="Exit status: 0 written, 2 bad input: one line says what and how to mend it.")(floors)
+
+
+def localize(
+    bundle: Annotated[Path, typer.Argument(help="Folder of one bundle.")],
+    impl: Annotated[str, typer.Option(metavar="NAME", help="mlx or reference.")] = "mlx",
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fault",
+            metavar="NAME",
+            help="Break lance_mlx by a fault of the catalogue, or by FILE.py:NAME; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Break it as another port departs from upstream.", show_default=False),
+    ] = None,
+    hypotheses: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A .py file with hypotheses of your own.", show_default=False),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.", show_default=False)
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The HTML report.", show_default=f"{REPORTS}/BUNDLE.html"),
+    ] = None,
+    form: FormatOption = None,
+    output: OutputOption = None,
+) -> None:
+    """Find the first component that is wrong by itself, and everything else that is, with what explains it.
+
+    The bundle's request is replayed with every part given what the oracle has before it: what then differs by more than
+    rounding is wrong by itself, whatever went wrong earlier. Weights, tokens, positions and times are compared exactly
+    before that. At each place hypotheses are tried on the reference and ranked by how much of the difference they
+    remove. With several faults at once the list is complete and in order.
+
+    A fault in a file is a callable that is given the loaded model and returns a context manager; the model's attributes
+    are those of the checkpoint (`model.language_model.model.layers[0]`), and `model.vae`, `model.pipeline`.
+    """
+    from parity.cli import one_line_errors
+
+    with one_line_errors():
+        from parity.errors import ParityError
+        from parity.faults import PROFILES, load_fault
+        from parity.hypotheses import HYPOTHESES, check_unique, load_hypotheses
+        from parity.localization_report import write_localization
+        from parity.localize import localize as run
+        from parity.recording import write_atomically
+        from parity.runner import limit_threads
+        from parity.terminal import progress_bar
+        from parity.terminal_localize import print_localization
+        from parity.verdict import AGREE, DIVERGE, UNUSABLE
+
+        limit_threads()
+        try:
+            chosen = [load_fault(name) for name in fault or []]
+            if profile is not None:
+                if profile not in PROFILES:
+                    raise ParityError(f"there is no profile {profile!r}: name one of {', '.join(PROFILES)}")
+                chosen += _departures(PROFILES[profile], bundle)
+            own = [h for path in hypotheses or [] for h in load_hypotheses(path)]
+            with progress_bar(1, "bundle") as start:
+                found = run(bundle, impl, chosen, check_unique([*own, *HYPOTHESES]), start(f"{bundle.name} {impl}"))
+        except ParityError as error:
+            if json_file:
+                document = {"verdict": UNUSABLE, "reason": str(error), "findings": [], "bundle": bundle.name}
+                write_atomically(json_file, json.dumps(document, indent=1).encode())
+            raise
+        if json_file:
+            write_atomically(json_file, json.dumps(found.to_json(), indent=1, allow_nan=False).encode())
+        page = write_localization(report or REPORTS / f"{found.bundle}.html", found)
+        if not deliver(found, form, output):
+            print_localization(found)
+            print(page)
+        raise typer.Exit({AGREE: 0, DIVERGE: 1}.get(found.verdict, 2))
+
+
+def _departures(profile: object, path: Path) -> list:
+    from parity.bundle import read_bundle
+    from parity.errors import ParityError
+
+    bundle = read_bundle(path)
+    found = profile.faults(bundle.task, bundle.dtype, bundle.entry)
+    if not found:
+        raise ParityError(f"profile {profile.name} does nothing to a {bundle.task} bundle in {bundle.dtype}")
+    return found
+
+
+def faults() -> None:
+    """List the faults of the catalogue and the profiles: what each does, and in which runs it shows."""
+    from parity.cli import one_line_errors
+
+    with one_line_errors():
+        from parity.terminal_localize import print_faults
+
+        print_faults()
+
+
+def floors(
+    folders: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders of bundles, or single bundles.")],
+) -> None:
+    """Measure what rounding alone does to bundles, and keep it beside their taps, in floors.safetensors.
+
+    Without that file the other commands measure it each time that they need it. What is there is measured again.
+    """
+    from parity.cli import one_line_errors
+
+    with one_line_errors():
+        from parity.bundle import find_bundles, read_bundle
+        from parity.floors import FILE, free_bounds, local_bounds, measure_free, measure_local, write_floors
+        from parity.oracle import Oracle
+        from parity.runner import limit_threads
+        from parity.terminal import progress_bar
+
+        limit_threads()
+        paths = find_bundles(folders)
+        lines = []
+        with progress_bar(len(paths), "bundle") as start:
+            for path in paths:
+                tell = start(path.name)
+                oracle = Oracle.of(read_bundle(path))
+                local, free = measure_local(oracle, tell), measure_free(oracle.bundle, tell)
+                write_floors(path / FILE, oracle, local, free)
+                steered, own = local_bounds(oracle, local)[1], free_bounds(oracle.bundle, free)[1]
+                lines.append(
+                    f"{path / FILE}: {len(local.errors)} taps, {len(local.variants)} variants; a tap alarms from "
+                    f"{steered.threshold:.1f} times its local floor, {own.threshold:.1f} times its free one"
+                )
+        print("\n".join(lines))

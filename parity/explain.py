@@ -1,0 +1,130 @@
+"""Trying hypotheses at a place that is wrong by itself, alone and together, and ranking what they explain."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity.findings import EXPLAINS, Explanation
+from parity.hypotheses import Hypothesis, attempt
+from parity.site import Site
+
+# As many causes may meet in one place.
+DEPTH = 3
+# Hypotheses that are tried on a second input, and that others are tried on top of.
+FINALISTS, BASES = 8, 4
+# What two hypotheses together leave must be less than this part of what the better one leaves: else one is enough.
+WORTH_ANOTHER = 0.5
+LISTED = 5
+# What a hypothesis removes that makes a sequence of another length.
+UNFIT = -1.0
+
+
+@dataclass(frozen=True)
+class Causes:
+    """What explains a place: the hypotheses that together do, first cause first, and all tried, best first."""
+
+    together: tuple[Hypothesis, ...]
+    removed: float
+    ranked: tuple[Explanation, ...]
+
+
+Tried = tuple[Hypothesis, float, float | None]
+"""A hypothesis, and what it removes here and on a second input."""
+
+
+def explain(
+    site: Site, second: Site | None, hypotheses: Sequence[Hypothesis], known: Sequence[Hypothesis] = ()
+) -> Causes:
+    """Try all hypotheses about a site's component.
+
+    `second` is another place of the same kind that is wrong too: an explanation has to hold there as well. `known` are
+    causes found before, on top of which all others are tried.
+    """
+    about = [hypothesis for hypothesis in hypotheses if hypothesis.about(site.component)]
+    if known:
+        return _beyond(site, [h for h in about if h not in known], known)
+    tried = [(hypothesis, removed(site, [hypothesis])) for hypothesis in about]
+    tried = sorted(((h, r) for h, r in tried if r is not None), key=lambda item: -item[1])
+    if not tried:
+        return Causes((), 0.0, ())
+    ranked = _ranked(tried, second)
+    best, first = ranked[0][0], ranked[0][1]
+    together, amount = (best,), first
+    if first < 1 - 1e-9 if site.exact else first < 1 - (1 - EXPLAINS) / 2:
+        stack, reached = _stacked(site, [h for h, _ in tried], first)
+        # A second cause has to be seen clearly; integers have to be equal.
+        if reached >= (1 - 1e-9 if site.exact else EXPLAINS) and 1 - reached < WORTH_ANOTHER * (1 - first):
+            together, amount = stack, reached
+    if amount < EXPLAINS:
+        together = ()
+    return Causes(together, amount, tuple(Explanation(h.name, r, s) for h, r, s in ranked[:LISTED] if r > UNFIT))
+
+
+def _beyond(site: Site, others: Sequence[Hypothesis], known: Sequence[Hypothesis]) -> Causes:
+    """The one cause that is missing where the known ones do not suffice; none where no other helps."""
+    before = removed(site, known) or 0.0
+    tried = [(h, r) for h in others if (r := removed(site, [*known, h])) is not None]
+    tried.sort(key=lambda item: -item[1])
+    ranked = tuple(Explanation(h.name, r) for h, r in tried[:LISTED] if r > UNFIT)
+    if not tried or 1 - tried[0][1] > WORTH_ANOTHER * (1 - before):
+        return Causes((), before, ranked)
+    return Causes((tried[0][0],), tried[0][1], ranked)
+
+
+def removed(site: Site, hypotheses: Sequence[Hypothesis]) -> float | None:
+    """The part of the residual norm that hypotheses remove.
+
+    None where they do not apply, UNFIT where they make a sequence of another length.
+    """
+    try:
+        array = attempt(site, hypotheses)
+    except Exception:  # a patched reference may fail in any way: then it is no explanation
+        return None
+    if array is None:
+        return None
+    if array.shape != site.got.shape:
+        # A sequence may still become as long under another hypothesis on top; what is computed may not.
+        return UNFIT if site.exact else None
+    # What has another shape than the oracle's cannot be subtracted from it: all of it is residual.
+    subtracted = site.expected if site.expected.shape == site.got.shape else np.zeros_like(site.got)
+    residual = _distance(site.got, subtracted)
+    left = _distance(site.got, array)
+    return 1 - left / residual if residual else (1.0 if not left else 0.0)
+
+
+def _ranked(tried: Sequence[tuple[Hypothesis, float]], second: Site | None) -> list[Tried]:
+    finalists = [(h, r, removed(second, [h]) if second is not None else None) for h, r in tried[:FINALISTS]]
+    if second is not None:
+        # Where it does not apply it does not hold.
+        finalists.sort(key=lambda item: -(item[1] + (item[2] if item[2] is not None else -1.0)))
+    return [*finalists, *((h, r, None) for h, r in tried[FINALISTS:])]
+
+
+def _stacked(site: Site, by_merit: Sequence[Hypothesis], first: float) -> tuple[tuple[Hypothesis, ...], float]:
+    """The best combination of up to DEPTH hypotheses, tried on top of the best of the combinations before."""
+    alone = by_merit if site.exact else by_merit[:BASES]
+    bases: list[tuple[tuple[Hypothesis, ...], float]] = [((h,), first) for h in alone]
+    best = bases[0]
+    for _ in range(DEPTH - 1):
+        grown = []
+        for base, _ in bases:
+            for hypothesis in by_merit:
+                if hypothesis in base:
+                    continue
+                amount = removed(site, [*base, hypothesis])
+                if amount is not None:
+                    grown.append(((*base, hypothesis), amount))
+                if amount is not None and amount >= 1 - 1e-9:
+                    return grown[-1]
+        grown.sort(key=lambda item: -item[1])
+        if not grown:
+            break
+        if grown[0][1] > best[1]:
+            best = grown[0]
+        bases = grown[: 4 * BASES if site.exact else 1]
+    return best
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a.astype(np.float64) - b))

@@ -1,0 +1,317 @@
+"""What localizing finds: every tap's local and propagated error, the findings in order, and their explanations."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from parity.registry import TapName
+
+UPSTREAM, REFERENCE = "upstream", "reference"
+"""Whose value a tap is compared with: the bundle's own, or the reference's where the bundle has none."""
+
+EXACT, LOCAL, STRUCTURE = "exact", "local", "structure"
+"""Kinds of findings: an integer or a weight that must be equal, an activation that is locally too far, an error."""
+
+
+@dataclass(frozen=True)
+class TapError:
+    """One tap of a run, measured twice: from the oracle's input (local) and from the run's own (total).
+
+    Attributes:
+        tap: which one, with its component, call and axes.
+        source: UPSTREAM or REFERENCE.
+        local: |f(oracle's input) - oracle| / |oracle|.
+        propagated: |f(own input) - f(oracle's input)| / |oracle|: what earlier errors do here.
+        total: |f(own input) - oracle| / |oracle|; as vectors, local and propagated add up to it.
+        gain: propagated error here over the total error of the tap before it in the same call, None without one.
+        floor: the largest local error of equally right orders of rounding.
+        allowed: `floor` times the threshold of the run's false-alarm rate; None where the tap has no floor.
+        mismatch: why the two cannot be close whatever their values (shape, dtype, NaN), or None.
+    """
+
+    tap: TapName
+    source: str
+    shape: tuple[int, ...]
+    dtype: str
+    local: float | None
+    propagated: float | None
+    total: float | None
+    gain: float | None
+    floor: float | None
+    allowed: float | None
+    mismatch: str | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Local error over the floor; infinite for a mismatch."""
+        if self.mismatch is not None:
+            return math.inf
+        if self.local is None or self.floor is None:
+            return None
+        return self.local / self.floor if self.floor else (math.inf if self.local else 0.0)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the tap is wrong by itself."""
+        if self.mismatch is not None:
+            return True
+        return self.local is not None and self.allowed is not None and not self.local <= self.allowed
+
+
+@dataclass(frozen=True)
+class SliceError:
+    """The error of a part of a tap.
+
+    Attributes:
+        axis: role, expert, head, frame, channel or token.
+        label: which one, such as "noise", "gen", "3".
+        share: its part of the whole squared error, 0 to 1.
+        error: |ours - oracle| / |oracle| within the slice.
+    """
+
+    axis: str
+    label: str
+    share: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A hypothesis that was tried: the part of the residual norm that it removes, here and on a second input.
+
+    `residual_removed` is 1 when the hypothesis reproduces what was computed, 0 (or less) when it does not help.
+    `second` is None where there is no second input of the kind.
+    """
+
+    name: str
+    residual_removed: float
+    second: float | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong by itself.
+
+    Attributes:
+        component: what is wrong, as in TapName.component; for a weight the module that holds it.
+        tap, call: where it shows first.
+        kind: EXACT, LOCAL or STRUCTURE.
+        local_error: None where there is no number for it.
+        floor: what rounding alone does there; 0 where equality is asked for.
+        slice: the slice that holds most of the error, in words, or None.
+        slices: all slices measured.
+        explanations: best first; empty when no hypothesis is about such a tap.
+        also: other taps that have the same cause.
+        detail: one sentence with the first values that differ.
+    """
+
+    component: str
+    tap: str
+    call: str
+    kind: str
+    local_error: float | None
+    floor: float | None
+    slice: str | None = None
+    slices: Sequence[SliceError] = ()
+    explanations: Sequence[Explanation] = ()
+    also: Sequence[str] = ()
+    detail: str = ""
+
+    @property
+    def explained(self) -> bool:
+        """Whether the first explanation removes most of the residual."""
+        return bool(self.explanations) and self.explanations[0].residual_removed >= EXPLAINS
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; what is not finite becomes null."""
+        return {
+            "component": self.component,
+            "tap": self.tap,
+            "call": self.call,
+            "kind": self.kind,
+            "local_error": finite(self.local_error),
+            "floor": finite(self.floor),
+            "slice": self.slice,
+            "slices": [{"axis": s.axis, "label": s.label, "share": finite(s.share), "error": finite(s.error)}
+                       for s in self.slices],
+            "explanations": [
+                {"name": e.name, "residual_removed": finite(e.residual_removed), "second": finite(e.second)}
+                for e in self.explanations
+            ],
+            "also": list(self.also),
+            "detail": self.detail,
+        }  # fmt: skip
+
+
+EXPLAINS = 0.9
+"""Part of the residual norm that an explanation has to remove: less is called no explanation."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """How often a run of equally right implementations would be called wrong.
+
+    Attributes:
+        rate: upper bound of the chance that any of the taps of a clean run alarms.
+        taps: how many taps share it.
+        threshold: error over floor from which a tap alarms.
+        samples: how many measured ratios the threshold was fitted to.
+    """
+
+    rate: float
+    taps: int
+    threshold: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Departure:
+    """One step of the trajectory.
+
+    Attributes:
+        step: its number, from 0.
+        t: time at its start.
+        velocity: relative error of each arm's velocity, and of the guided one, from the oracle's state
+            (teacher-forced); keys cond, uncond, guided.
+        latent: relative error of the state after the step, free-running.
+        envelope: how far one rounding of the first state moves the reference's state after the step: the largest of
+            several draws; None where it was not measured.
+    """
+
+    step: int
+    t: float
+    velocity: dict[str, float]
+    latent: float | None
+    envelope: float | None
+
+
+@dataclass(frozen=True)
+class Margin:
+    """One answered token.
+
+    Attributes:
+        step: its number, from 0.
+        expected, got: the oracle's token and ours, both given the oracle's tokens before it.
+        margin: how far apart the reference's two best logits are.
+        error: largest error of a logit that matters to the choice.
+    """
+
+    step: int
+    expected: int
+    got: int
+    margin: float
+    error: float
+
+    @property
+    def tie(self) -> bool:
+        """Whether the error of the logits can flip the choice."""
+        return self.margin <= 2 * self.error
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A tap to draw: what the oracle has and what was computed from the oracle's input, float32 of one shape."""
+
+    tap: TapName
+    expected: np.ndarray
+    got: np.ndarray
+
+
+@dataclass(frozen=True)
+class Localization:
+    """Everything `lance-parity localize` knows about one bundle and one implementation.
+
+    `taps` are in order of execution; `findings` in the order in which they were found and corrected.
+    """
+
+    bundle: str
+    impl: str
+    task: str
+    entry: str
+    dtype: str
+    verdict: str
+    reason: str
+    findings: Sequence[Finding]
+    taps: Sequence[TapError]
+    exact: Sequence[str]
+    alarm: Alarm | None
+    trajectory: Sequence[Departure] = ()
+    margins: Sequence[Margin] = ()
+    pictures: Sequence[Picture] = ()
+    faults: Sequence[str] = ()
+    request: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def first(self) -> Finding | None:
+        """The first finding."""
+        return self.findings[0] if self.findings else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document of `lance-parity localize --json`: strict JSON, without NaN or Infinity."""
+        return {
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "findings": [finding.to_json() for finding in self.findings],
+            "bundle": self.bundle,
+            "impl": self.impl,
+            "faults": list(self.faults),
+            "task": self.task,
+            "entry": self.entry,
+            "numerics": self.dtype,
+            "exact": list(self.exact),
+            "alarm": self.alarm and {
+                "rate": self.alarm.rate,
+                "taps": self.alarm.taps,
+                "threshold": finite(self.alarm.threshold),
+                "samples": self.alarm.samples,
+            },
+            "trajectory": [
+                {
+                    "step": d.step,
+                    "t": finite(d.t),
+                    "velocity": {arm: finite(error) for arm, error in d.velocity.items()},
+                    "latent": finite(d.latent),
+                    "envelope": finite(d.envelope),
+                }
+                for d in self.trajectory
+            ],
+            "margins": [
+                {"step": m.step, "expected": m.expected, "got": m.got, "margin": finite(m.margin),
+                 "error": finite(m.error), "tie": m.tie}
+                for m in self.margins
+            ],
+            "taps": [
+                {
+                    "tap": t.tap.name,
+                    "call": t.tap.call,
+                    "component": t.tap.component,
+                    "source": t.source,
+                    "shape": list(t.shape),
+                    "dtype": t.dtype,
+                    "local": finite(t.local),
+                    "propagated": finite(t.propagated),
+                    "total": finite(t.total),
+                    "gain": finite(t.gain),
+                    "floor": finite(t.floor),
+                    "allowed": finite(t.allowed),
+                    "wrong": t.wrong,
+                    "mismatch": t.mismatch,
+                }
+                for t in self.taps
+            ],
+            "request": self.request,
+            "provenance": self.provenance,
+            "seconds": finite(self.seconds),
+            "peak_bytes": self.peak_bytes,
+        }  # fmt: skip
+
+
+def finite(value: float | None) -> float | None:
+    """Return the value, or None where JSON has no number for it."""
+    return value if value is not None and math.isfinite(value) else None

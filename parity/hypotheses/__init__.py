@@ -1,0 +1,57 @@
+"""What a port may do instead of what upstream does: hypotheses that are tried at the first wrong tap."""
+
+from parity.hypotheses import (
+    attention,
+    dtypes,
+    embeddings,
+    experts,
+    generic,
+    guidance,
+    layers,
+    norms,
+    places,
+    positions,
+    preprocess,
+    rope,
+    sampling,
+    schedule,
+    sequence,
+    vae,
+    vae_layers,
+    vision,
+    vision_attention,
+    weights,
+)
+from parity.hypotheses.base import DoesNotApply, Hypothesis, attempt, check_unique, load_hypotheses, nothing, same
+
+# Of two that explain something equally well the earlier one is shown: what says most about the cause comes first.
+HYPOTHESES: list[Hypothesis] = check_unique(
+    [
+        hypothesis
+        for module in (
+            positions,
+            sequence,
+            preprocess,
+            experts,
+            attention,
+            rope,
+            norms,
+            layers,
+            places,
+            embeddings,
+            schedule,
+            guidance,
+            sampling,
+            vision,
+            vision_attention,
+            vae_layers,
+            vae,
+            weights,
+            dtypes,
+            generic,
+        )
+        for hypothesis in module.HYPOTHESES
+    ]
+)
+
+__all__ = ["HYPOTHESES", "DoesNotApply", "Hypothesis", "attempt", "check_unique", "load_hypotheses", "nothing", "same"]

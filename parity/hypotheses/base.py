@@ -1,0 +1,129 @@
+"""What a hypothesis is, how several are tried together, and how a file's own are read."""
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from parity.errors import ParityError
+
+if TYPE_CHECKING:
+    from parity.site import Site
+
+Patch = Callable[["Site"], AbstractContextManager[object]]
+Transform = Callable[["Site", np.ndarray], np.ndarray | None]
+
+
+_UNPATCHED: WeakKeyDictionary["Site", np.ndarray] = WeakKeyDictionary()
+
+
+class DoesNotApply(Exception):
+    """Raised by a patch for a site that it has no meaning for."""
+
+
+def nothing(site: "Site") -> AbstractContextManager[object]:
+    """Leave the reference as it is."""
+    return nullcontext()
+
+
+def same(site: "Site", array: np.ndarray) -> np.ndarray:
+    """Leave the array as it is."""
+    return array
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """Something that a port may do instead of what upstream does.
+
+    Attributes:
+        name: unique, in words that a user understands.
+        components: patterns (fnmatch) of the components that it is about.
+        patch: changes the reference while a site is computed anew; raises DoesNotApply.
+        transform: changes what was computed, in the tap's shape; None where it has no meaning.
+    """
+
+    name: str
+    components: tuple[str, ...]
+    patch: Patch = nothing
+    transform: Transform = same
+
+    def about(self, component: str) -> bool:
+        """Whether a component is one of those that this is about."""
+        return any(fnmatchcase(component, pattern) for pattern in self.components)
+
+
+def attempt(site: "Site", hypotheses: Sequence[Hypothesis]) -> np.ndarray | None:
+    """What the reference computes at a site under hypotheses, the first patched first; None where they do not apply."""
+    try:
+        with ExitStack() as stack:
+            for hypothesis in hypotheses:
+                stack.enter_context(hypothesis.patch(site))
+            array = unpatched(site) if all(each.patch is nothing for each in hypotheses) else recomputed(site)
+            for hypothesis in hypotheses:
+                if array is not None:
+                    array = hypothesis.transform(site, array)
+    except DoesNotApply:
+        return None
+    return array
+
+
+def recomputed(site: "Site") -> np.ndarray:
+    """What the reference computes at a site; the oracle's value where it never comes to it."""
+    try:
+        return site.recompute()
+    except LookupError:
+        return site.expected
+
+
+def unpatched(site: "Site") -> np.ndarray:
+    """What the reference computes at a site as it is: the same however often it is asked for."""
+    if site not in _UNPATCHED:
+        _UNPATCHED[site] = recomputed(site)
+    return _UNPATCHED[site].copy()
+
+
+def check_unique(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
+    """Return the hypotheses as a list; raises ParityError when two have one name."""
+    names = [hypothesis.name for hypothesis in hypotheses]
+    for name in names:
+        if names.count(name) > 1:
+            raise ParityError(f"two hypotheses are called {name!r}: rename one of them")
+    return list(hypotheses)
+
+
+def load_hypotheses(path: Path) -> list[Hypothesis]:
+    """Return the Hypothesis objects, and those in lists, at the top of a Python file, in their order.
+
+    Raises ParityError when the file cannot be read or run, or holds none, or two of one name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ParityError(f"{path} is not a file: name a .py file that holds hypotheses")
+    spec = importlib.util.spec_from_file_location(f"parity_hypotheses_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ParityError(f"{path} is not a Python file: name a .py file that holds hypotheses")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a third party's file raises whatever it likes
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ParityError(f"{path} does not run ({reason}): correct it") from error
+    found = list(_hypotheses_in(vars(module).values()))
+    if not found:
+        raise ParityError(f"{path} holds no Hypothesis: make some at the top of the file")
+    return check_unique(found)
+
+
+def _hypotheses_in(values: object) -> Iterator[Hypothesis]:
+    seen: list[Hypothesis] = []
+    for value in values:
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, Hypothesis) and not any(item is other for other in seen):
+                seen.append(item)
+                yield item

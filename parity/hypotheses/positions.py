@@ -1,0 +1,274 @@
+"""Hypotheses about rotary position ids; they change the ids as they come, so that several add up."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from parity.hypotheses.base import Hypothesis
+from parity.hypotheses.counting import (
+    CLEAN,
+    VISUAL,
+    Recipe,
+    Run,
+    chosen,
+    columns,
+    counted,
+    kept_prefix,
+    of_tap,
+    recounted,
+    runs,
+)
+from parity.hypotheses.tokens import arm_splits
+from reference.layout import Role
+from reference.positions import SUBJECT_ANCHOR, VIT_ANCHOR
+
+if TYPE_CHECKING:
+    from parity.site import Site
+
+InPlace = Callable[[np.ndarray, Run], None]
+Change = Callable[["Site", np.ndarray], np.ndarray | None]
+POSITIONS = ("positions",)
+GROUPS = (("target", (Role.NOISE,)), ("ViT block", (Role.VIT,)), ("source", CLEAN))
+ANCHORS = (0, 1000, 2000)
+
+
+def recipe(name: str, needs: Role | None = None, **changes: object) -> Hypothesis:
+    """A hypothesis that the whole sequence is counted in another way, where it holds a block with the role needed."""
+    way = Recipe(**changes)
+
+    def transform(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+        if not is_ids(ids) or (needs is not None and needs not in site.layout.roles):
+            return None
+        return recounted(site, ids, way)
+
+    return Hypothesis(name, POSITIONS, transform=transform)
+
+
+def is_ids(ids: np.ndarray) -> bool:
+    return ids.ndim == 2 and len(ids) == 3
+
+
+def changed(name: str, change: Change) -> Hypothesis:
+    """A hypothesis that ids [3, n] are changed in the end."""
+
+    def transform(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+        new = change(site, ids.copy()) if is_ids(ids) else None
+        return None if new is None or new.shape != ids.shape else new.astype(np.int32)
+
+    return Hypothesis(name, POSITIONS, transform=transform)
+
+
+def blocks(name: str, roles: Sequence[Role], change: InPlace) -> Hypothesis:
+    """A hypothesis that the ids of some visual blocks are changed in place."""
+
+    def of_blocks(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+        found = chosen(roles)(site, ids)
+        for run in found:
+            change(ids, run)
+        return ids if found else None
+
+    return changed(name, of_blocks)
+
+
+def stride_alone(stride: int) -> InPlace:
+    """Frames of a block at another distance; nothing else moves."""
+
+    def change(ids: np.ndarray, run: Run) -> None:
+        t = ids[0, run.cells]
+        size = run.split.grid.rows * run.split.grid.columns
+        ids[0, run.cells] = t[0] + np.arange(len(t)) // size * stride
+
+    return change
+
+
+def from_zero(axes: Sequence[int], part: str = "cells") -> InPlace:
+    def change(ids: np.ndarray, run: Run) -> None:
+        where = np.ix_(axes, getattr(run, part))
+        ids[where] -= ids[where][:, :1]
+
+    return change
+
+
+def anchor(value: int, part: str, axes: Sequence[int] = (0,)) -> InPlace:
+    """A block's bracket and all of it, or its cells alone, moved so that the first is at an id."""
+
+    def change(ids: np.ndarray, run: Run) -> None:
+        where = np.ix_(axes, getattr(run, part))
+        ids[where] += value - ids[where][:, :1]
+
+    return change
+
+
+def moved(offset: int, part: str, axes: Sequence[int] = (0, 1, 2)) -> InPlace:
+    def change(ids: np.ndarray, run: Run) -> None:
+        ids[np.ix_(axes, getattr(run, part))] += offset
+
+    return change
+
+
+def spread(change: Callable[[np.ndarray], np.ndarray]) -> InPlace:
+    """Rows and columns changed by their distances from a block's first cell."""
+
+    def changed(ids: np.ndarray, run: Run) -> None:
+        where = np.ix_((1, 2), run.cells)
+        first = ids[where][:, :1]
+        ids[where] = first + change(ids[where] - first)
+
+    return changed
+
+
+def after_blocks(change: Callable[[int], int]) -> Change:
+    """Text behind the first visual block moved."""
+
+    def moved_text(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+        seen = False
+        for run in runs(site, ids):
+            if seen and run.split.grid is None:
+                ids[:, run.whole] = change(ids[:, run.whole])
+            seen |= run.split.grid is not None
+        return ids
+
+    return moved_text
+
+
+def goes_on(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+    """Closing brackets and text count on from the largest id before them."""
+    found, start = runs(site, ids), 0
+    for run in found:
+        if run.split.grid is None:
+            ids[:, run.whole] = start + np.arange(len(run.whole))
+        else:
+            ids[:, run.whole[-1]] = ids[:, run.cells].max() + 1
+        start = max(start, int(ids[:, run.whole].max()) + 1)
+    return ids if columns(site, ids).start == 0 else None
+
+
+def every_split_from_zero(site: "Site", ids: np.ndarray) -> np.ndarray:
+    for run in runs(site, ids):
+        ids[:, run.whole] -= ids[:, run.whole[:1]]
+    return ids
+
+
+def text_on_time_alone(site: "Site", ids: np.ndarray) -> np.ndarray:
+    for run in runs(site, ids):
+        if run.split.grid is None:
+            ids[1:, run.whole] = 0
+    return ids
+
+
+def unconditional(choose: Callable[["Site", np.ndarray, np.ndarray], np.ndarray]):
+    """Unconditional ids put together in another way, of the conditional ones [3, all] and recomputed ones [3, kept]."""
+
+    def change(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+        if site.tap.arm != "uncond":
+            return None
+        layout = site.layout
+        whole = choose(site, layout.position_ids, layout.uncond_position_ids)
+        return ids + of_tap(site, ids, whole) - of_tap(site, ids, counted(site, Recipe()))
+
+    return change
+
+
+def answers(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Change:
+    """Ids of answer tokens, given those and their places in the sequence."""
+
+    def of_answer(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+        answer = site.layout.answer
+        if answer is None:
+            return None
+        rows = columns(site, ids)
+        places = np.arange(rows.start, rows.stop)
+        late = places >= answer - site.tap.call.startswith("cond.decode")
+        ids[:, late] = change(ids[:, late], places[late])
+        return ids if late.any() else None
+
+    return of_answer
+
+
+def take_over(axes: Sequence[int]) -> Change:
+    """The target takes over the source's ids on some axes alone."""
+
+    def change(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+        own = of_tap(site, ids, counted(site, Recipe(taken_over=False)))
+        rows = of_tap(site, ids, np.stack([roles_of(site)] * 3))[0] == Role.NOISE
+        left = [axis for axis in range(3) if axis not in axes]
+        ids[np.ix_(left, np.flatnonzero(rows))] = own[np.ix_(left, np.flatnonzero(rows))]
+        return ids
+
+    return change
+
+
+def roles_of(site: "Site") -> np.ndarray:
+    return np.concatenate([np.full(split.length, int(split.role)) for split in arm_splits(site)])
+
+
+def per_group() -> list[Hypothesis]:
+    """What may happen to the blocks of one role alone."""
+    found = []
+    for name, roles in GROUPS:
+        own = f"the {name}'s"
+        found += [
+            *(blocks(f"{own} temporal stride alone is {n}", roles, stride_alone(n)) for n in (0, 1, 4)),
+            blocks(f"{own} grid starts at 0", roles, from_zero((0, 1, 2))),
+            blocks(f"{own} frames start at 0", roles, from_zero((0,))),
+            blocks(f"{own} rows and columns start at 0", roles, from_zero((1, 2))),
+            blocks(f"the {name} starts at 0 with its bracket", roles, from_zero((0, 1, 2), "whole")),
+            *(blocks(f"the {name} is anchored at {n}", roles, anchor(n, "whole")) for n in ANCHORS),
+            *(blocks(f"{own} first cell is anchored at {n}", roles, anchor(n, "cells")) for n in ANCHORS[1:]),
+            *(blocks(f"{own} first cell is anchored at {n} on all axes", roles, anchor(n, "cells", (0, 1, 2)))
+              for n in ANCHORS[1:]),
+            *(blocks(f"{own} cells are off by {n:+d}", roles, moved(n, "cells")) for n in (-2, -1, 1, 2)),
+            *(blocks(f"{own} frames are off by {n:+d}", roles, moved(n, "cells", (0,))) for n in (-1, 1)),
+            *(blocks(f"the {name} is off by {n:+d} with its brackets", roles, moved(n, "whole")) for n in (-1, 1)),
+        ]  # fmt: skip
+    return found
+
+
+HYPOTHESES = [
+    *(recipe(f"the temporal stride is {n}", stride=n) for n in (0, 1, 3, 4)),
+    recipe("the temporal stride follows 12 frames a second", stride=2 * 4 / 12),
+    recipe("the temporal stride follows 24 frames a second", stride=2 * 4 / 24),
+    recipe("rows and columns advance by 2", spacing=2),
+    recipe("visual grids start at their opening bracket", lead=0),
+    recipe("visual grids start two behind their opening bracket", lead=2),
+    recipe("text after a visual block counts its tokens", after="cells"),
+    recipe("text after a visual block goes on from its frames", after="time"),
+    recipe("text after a visual block goes on from its opening bracket", after="opening"),
+    recipe("positions count tokens on all axes", flat=True),
+    recipe("cells are counted column by column", reading=(0, 2, 1)),
+    recipe("cells are counted with frames innermost", reading=(1, 2, 0)),
+    recipe("the ViT block is not anchored", anchors=((Role.SUBJECT, SUBJECT_ANCHOR),)),
+    recipe("the ViT anchor is on the grid instead of its bracket", on_grid=(Role.VIT,)),
+    recipe("the target does not take over the source's ids", taken_over=False),
+    recipe("source and target are anchored at 1000", Role.SOURCE, always=True, taken_over=False,
+           anchors=((Role.VIT, VIT_ANCHOR), (Role.SOURCE, 1000), (Role.NOISE, 1000))),
+    recipe("source and target are anchored at 2000", Role.SOURCE, always=True, taken_over=False,
+           anchors=((Role.VIT, VIT_ANCHOR), (Role.SOURCE, 2000), (Role.NOISE, 2000))),
+    recipe("nothing is moved by its role", anchors=(), taken_over=False),
+    changed("the target takes over the source's frames alone", take_over((0,))),
+    changed("the target takes over the source's rows and columns alone", take_over((1, 2))),
+    *(changed(f"position axes are {', '.join('thw'[i] for i in axes)}", lambda site, ids, axes=axes: ids[list(axes)])
+      for axes in ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))),
+    *(changed(f"all positions are off by {n:+d}", lambda site, ids, n=n: ids + n) for n in (-2, -1, 1, 2)),
+    *(changed(f"text after a visual block is off by {n:+d}", after_blocks(lambda ids, n=n: ids + n))
+      for n in (-2, -1, 1, 2)),
+    changed("the unconditional prefix is recomputed", unconditional(lambda site, cond, own: own)),
+    changed("the unconditional prefix keeps the conditional ids", unconditional(kept_prefix)),
+    changed("the unconditional block keeps the conditional ids", unconditional(
+        lambda site, cond, own: cond[:, site.layout.kept])),
+    changed("the unconditional ids are the first of the conditional ones", unconditional(
+        lambda site, cond, own: cond[:, : own.shape[1]])),
+    changed("text goes on from the largest id of a block", goes_on),
+    changed("every split starts at 0", every_split_from_zero),
+    changed("text counts on the t axis alone", text_on_time_alone),
+    blocks("visual grids start at 0", VISUAL, from_zero((0, 1, 2))),
+    blocks("rows and columns are centred", VISUAL, spread(lambda d: d - (d.max(1, keepdims=True) + 1) // 2)),
+    blocks("rows and columns advance by 2 and nothing else moves", VISUAL, spread(lambda d: 2 * d)),
+    blocks("rows and columns advance by a half", VISUAL, spread(lambda d: d // 2)),
+    *per_group(),
+    *(changed(f"answer positions are off by {n:+d}", answers(lambda ids, places, n=n: ids + n))
+      for n in (-2, -1, 1, 2)),
+    changed("answer positions are places in the sequence", answers(lambda ids, places: np.stack([places] * 3))),
+    changed("answer positions do not advance", answers(lambda ids, places: np.repeat(ids[:, :1], ids.shape[1], 1))),
+]  # fmt: skip

@@ -1,0 +1,397 @@
+"""Localizing: which component is wrong by itself first, by how much more than rounding, and what explains it."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from parity import memory
+from parity.bundle import Bundle, read_bundle
+from parity.check import first_unequal
+from parity.contract import Breach, check_exact, check_preprocessed, check_weights
+from parity.errors import ParityError
+from parity.explain import Causes, explain, removed
+from parity.faults import Fault, Target, combined
+from parity.findings import (
+    EXACT,
+    EXPLAINS,
+    LOCAL,
+    STRUCTURE,
+    Alarm,
+    Explanation,
+    Finding,
+    Localization,
+    Margin,
+    Picture,
+    TapError,
+)
+from parity.floors import local_bounds, local_floors
+from parity.hypotheses import HYPOTHESES, Hypothesis
+from parity.metrics import Difference, compare
+from parity.oracle import Oracle
+from parity.provenance import provenance_of
+from parity.recording import Recording, Tap
+from parity.registry import parse
+from parity.site import Site, site_of
+from parity.slices import place_of, slice_errors, slice_sizes
+from parity.subject import MlxSubject, Observed, Subject, make_subject
+from parity.trajectory import margins, teacher_forced, trajectory
+from parity.verdict import AGREE, DIVERGE, INCONCLUSIVE
+
+# Fewer activations than this say too little for a run to be called right.
+FEWEST_TAPS = 10
+# Taps of one kind that an explanation is tried on before it is believed for all of them.
+SAMPLED = 4
+Progress = Callable[[str], None]
+
+
+def localize(
+    path: Path,
+    impl: str = "mlx",
+    faults: Sequence[Fault] = (),
+    hypotheses: Sequence[Hypothesis] = tuple(HYPOTHESES),
+    progress: Progress | None = None,
+) -> Localization:
+    """Find everything that is wrong by itself in an implementation's run of a bundle, in order, and explain it.
+
+    `faults` break lance_mlx for the duration. `progress` is told what is being done. Raises ParityError for a bundle
+    that is unusable or an implementation that cannot run it.
+    """
+    tell = progress or (lambda what: None)
+    memory.reset_peak()
+    started = time.perf_counter()
+    bundle = read_bundle(path)
+    tell("reference")
+    oracle = Oracle.of(bundle)
+    subject = make_subject(impl, bundle)
+    if faults and not isinstance(subject, MlxSubject):
+        raise ParityError(f"faults break lance_mlx, not {impl}: leave --impl out")
+    return Investigation(bundle, oracle, subject, list(faults), list(hypotheses), tell).run(started)
+
+
+class Investigation:
+    """One localization under way."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        oracle: Oracle,
+        subject: Subject,
+        faults: list[Fault],
+        hypotheses: list[Hypothesis],
+        tell: Progress,
+    ) -> None:
+        self.bundle, self.oracle, self.subject = bundle, oracle, subject
+        self.faults, self.hypotheses, self.tell = faults, hypotheses, tell
+        self.contract = oracle.contract
+        self.findings: list[Finding] = []
+        self.pictures: list[Picture] = []
+
+    def run(self, started: float | None = None) -> Localization:
+        """Run the subject free, steered and from the oracle's states, and judge what it computed."""
+        started = time.perf_counter() if started is None else started
+        self.tell("floors")
+        levels, found = local_bounds(self.oracle, local_floors(self.oracle, self.tell))
+        self.tell("weights")
+        with ExitStack() as stack:
+            if isinstance(self.subject, MlxSubject):
+                stack.enter_context(combined(self.faults)(Target(self.subject.pipeline)))
+            checked = check_weights(self.subject, self.oracle)
+            broken = {breach.tap.removeprefix("weights/"): breach.expected for breach in checked.breaches}
+            given = {name: array for name, array in broken.items() if array is not None}
+            self.tell("determinism")
+            free, failure, unstable = self._free_runs()
+            with self.subject.with_weights(given) if given else nullcontext():
+                self.tell("steered run")
+                forced, stuck = self._attempt(lambda: self.subject.steered(self.oracle))
+            self.tell("trajectory")
+            led, _ = self._attempt(lambda: teacher_forced(self.subject, self.oracle))
+            preprocessed = self.subject.preprocessed(self.bundle.path.parent)
+        breaches = [*checked.breaches, *check_exact(self.contract, forced)]
+        breaches += check_preprocessed(preprocessed, self.bundle.inputs)
+        taps = self._tap_errors(forced.recording, free.recording, levels, found)
+        answered = margins(self.oracle, led.recording)
+        self._find(breaches, taps, forced, answered)
+        if stuck:
+            self._stop(stuck)
+        self._show_pixels(free.recording)
+        departures = trajectory(self.oracle, led.recording, free.recording)
+        verdict, reason = self._verdict(taps, unstable, failure)
+        return Localization(
+            bundle=self.bundle.name,
+            impl=self.subject.name,
+            task=self.bundle.task,
+            entry=self.bundle.entry,
+            dtype=self.bundle.dtype,
+            verdict=verdict,
+            reason=reason,
+            findings=self.findings,
+            taps=taps,
+            exact=[name for name in self.contract.exact if name in forced.exact],
+            alarm=found,
+            trajectory=departures,
+            margins=answered,
+            pictures=self.pictures,
+            faults=[fault.name for fault in self.faults],
+            request=self.bundle.request,
+            provenance=provenance_of(self.bundle, self.subject, checked.checksum, checked.compared),
+            seconds=time.perf_counter() - started,
+            peak_bytes=memory.peak(),
+        )
+
+    def _free_runs(self) -> tuple[Observed, str | None, str | None]:
+        """Run twice as it is; also why it cannot run, and the first tap in which the two differ."""
+        names = set(self.oracle.taps)
+        free, failure = self._attempt(lambda: self.subject.run(names))
+        if failure:
+            return free, failure, None
+        again, failure = self._attempt(lambda: self.subject.run(names))
+        return free, failure, first_unequal(free.recording, again.recording)
+
+    def _attempt(self, run: Callable[[], Observed]) -> tuple[Observed, str | None]:
+        try:
+            return run(), None
+        except ParityError as error:
+            return Observed({}, {}, {}), str(error)
+
+    def _tap_errors(
+        self,
+        forced: Recording,
+        free: Recording,
+        levels: Mapping[str, float],
+        found: Alarm,
+    ) -> list[TapError]:
+        errors: list[TapError] = []
+        before: dict[str, float] = {}
+        for name, expected in self.oracle.taps.items():
+            if name not in forced:
+                continue
+            tap = self.bundle.locate(name)
+            local, total = compare(expected, forced[name]), None
+            if name in free and free[name].array.shape == expected.array.shape:
+                total = compare(Tap(expected.array, expected.dtype), Tap(free[name].array, free[name].dtype)).rel_l2
+            propagated = _propagated(expected, forced[name], free.get(name))
+            exact = expected.dtype == "int32"
+            level = 0.0 if exact else levels[name]
+            previous = before.get(tap.call)
+            gain = propagated / previous if propagated is not None and previous else None
+            if total is not None:
+                before[tap.call] = total
+            errors.append(
+                TapError(
+                    tap=tap,
+                    source=self.oracle.source(name),
+                    shape=expected.array.shape,
+                    dtype=expected.dtype,
+                    local=local.rel_l2,
+                    propagated=propagated,
+                    total=total,
+                    gain=gain,
+                    floor=level,
+                    allowed=level * found.threshold,
+                    mismatch=local.mismatch,
+                )
+            )
+        return errors
+
+    def _find(
+        self, breaches: Sequence[Breach], taps: Sequence[TapError], forced: Observed, answered: Sequence[Margin]
+    ) -> None:
+        """Explain what is wrong, first things first; what an explanation covers is no finding of its own."""
+        for group in _grouped(breaches):
+            self._exact_finding(group)
+        # Flipped ties are no error of the choice: the logits, which are compared too, are what counts.
+        ties = {margin.step for margin in answered if margin.tie}
+        wrong = [tap for tap in taps if tap.wrong and not self._only_ties(tap, forced.recording, ties)]
+        while wrong:
+            wrong = self._local_finding(wrong, forced.recording)
+
+    def _only_ties(self, tap: TapError, recording: Recording, ties: set[int]) -> bool:
+        if tap.tap.name != "tokens":
+            return False
+        expected, got = self.oracle.taps["tokens"].array, recording["tokens"].array
+        if expected.shape != got.shape:
+            return False
+        return all(int(step) in ties for step in np.flatnonzero(expected != got))
+
+    def _exact_finding(self, group: Sequence[Breach]) -> None:
+        """Explain the first of some breaches; what its causes do not explain of the others is a finding of its own."""
+        first, rest = group[0], list(group[1:])
+        component = parse(first.tap).component
+        self.tell(f"hypotheses about {component}")
+        exact = self._exact_values(group)
+        sites = [
+            Site(self.oracle, parse(breach.tap), breach.expected, breach.got, exact)
+            if breach.got is not None and breach.expected is not None
+            else None
+            for breach in group
+        ]
+        causes, slices, place = Causes((), 0.0, ()), [], None
+        if sites[0] is not None:
+            second = next((site for site in sites[1:] if site is not None), None)
+            causes = explain(sites[0], second, self.hypotheses)
+            slices, place = self._slices(sites[0])
+        # What a cause says nothing about, such as other words about roles, it leaves as it is.
+        known = [[h for h in causes.together if site and removed(site, [h]) is not None] for site in sites[1:]]
+        covered, left = [], []
+        for breach, site, causing in zip(rest, sites[1:], known, strict=True):
+            whole = site is not None and (removed(site, causing) or 0.0) >= 1 - 1e-9
+            (covered if whole or not causes.together else left).append((breach, site, causing))
+        also = [breach.tap for breach, _, _ in covered]
+        kind = STRUCTURE if first.got is None else EXACT
+        self._add(first.tap, kind, first.error, 0.0, causes, slices, place, also, first.detail)
+        for breach, site, causing in left:
+            more = explain(site, None, self.hypotheses, causing) if site is not None else Causes((), 0.0, ())
+            alone = explain(site, None, self.hypotheses) if site is not None and not more.together else more
+            slices, place = self._slices(site) if site is not None else ([], None)
+            self._add(breach.tap, kind, breach.error, 0.0, alone, slices, place, [], breach.detail)
+
+    def _exact_values(self, group: Sequence[Breach]) -> dict[str, np.ndarray]:
+        values = dict(self.contract.exact)
+        return values | {breach.tap: breach.expected for breach in group if breach.expected is not None}
+
+    def _local_finding(self, wrong: list[TapError], recording: Recording) -> list[TapError]:
+        """Explain the first of the wrong taps; return those that have another cause."""
+        first = wrong[0]
+        name = first.tap.name
+        site = site_of(self.oracle, name, recording[name].array, self.contract.exact)
+        alike = [tap for tap in wrong[1:] if _kind(tap) == _kind(first)]
+        # Another call of the same component says more than another layer of the same call.
+        alike.sort(key=lambda tap: (tap.tap.component != first.tap.component, tap.tap.call == first.tap.call))
+        second = None
+        if alike:
+            second = site_of(self.oracle, alike[0].tap.name, recording[alike[0].tap.name].array, self.contract.exact)
+        self.tell(f"hypotheses about {first.tap.component}")
+        causes = explain(site, second, self.hypotheses)
+        covered = self._covered(first, wrong[1:], causes, recording)
+        slices, place = self._slices(site)
+        difference = compare(self.oracle.taps[name], recording[name])
+        self._add(
+            name, LOCAL, first.local, first.floor, causes, slices, place, sorted(covered), _sentence(name, difference)
+        )
+        self.pictures.append(Picture(first.tap, site.expected, site.got))
+        return [tap for tap in wrong[1:] if tap.tap.name not in covered]
+
+    def _add(
+        self,
+        tap: str,
+        kind: str,
+        error: float | None,
+        level: float | None,
+        causes: Causes,
+        slices: Sequence,
+        place: str | None,
+        also: Sequence[str],
+        detail: str,
+    ) -> None:
+        """Add a finding for every cause that meets in a place."""
+        parsed = self.bundle.locate(tap)
+        finding = Finding(
+            component=parsed.component,
+            tap=tap,
+            call=parsed.call,
+            kind=kind,
+            local_error=error,
+            floor=level,
+            slice=place,
+            slices=slices,
+            explanations=causes.ranked,
+            also=also,
+            detail=detail,
+        )
+        if len(causes.together) < 2:
+            self.findings.append(finding)
+            return
+        for hypothesis in causes.together:
+            own = Explanation(hypothesis.name, causes.removed)
+            others = [e for e in causes.ranked if e.name != hypothesis.name]
+            self.findings.append(replace(finding, explanations=(own, *others)))
+
+    def _covered(self, first: TapError, wrong: Sequence[TapError], causes: Causes, recording: Recording) -> set[str]:
+        """Names of the other wrong taps that have the same cause."""
+        if not causes.together:
+            return {tap.tap.name for tap in wrong if _kind(tap) == _kind(first)}
+        covered: set[str] = set()
+        kinds: dict[str, list[TapError]] = {}
+        for tap in wrong:
+            if all(hypothesis.about(tap.tap.component) for hypothesis in causes.together):
+                kinds.setdefault(_kind(tap), []).append(tap)
+        for taps in kinds.values():
+            step = max(len(taps) // SAMPLED, 1)
+            if all(self._explained(tap, causes, recording) for tap in taps[::step]):
+                covered |= {tap.tap.name for tap in taps}
+            else:
+                covered |= {tap.tap.name for tap in taps if self._explained(tap, causes, recording)}
+        return covered
+
+    def _explained(self, tap: TapError, causes: Causes, recording: Recording) -> bool:
+        site = site_of(self.oracle, tap.tap.name, recording[tap.tap.name].array, self.contract.exact)
+        amount = removed(site, causes.together)
+        return amount is not None and amount >= EXPLAINS
+
+    def _slices(self, site: Site) -> tuple[list, str | None]:
+        slices = slice_errors(site.tap, site.expected, site.got, self.oracle.layout)
+        sizes = slice_sizes(site.tap, site.expected, self.oracle.layout) if slices else {}
+        return slices, place_of(slices, sizes)
+
+    def _show_pixels(self, free: Recording) -> None:
+        """Keep what the run's own way ends in, to be seen beside the oracle's, where it ends in a picture as large."""
+        expected, got = self.oracle.taps.get("pixels"), free.get("pixels")
+        if self.findings and expected is not None and got is not None and expected.array.shape == got.array.shape:
+            self.pictures.append(Picture(parse("pixels"), expected.array, got.array))
+
+    def _stop(self, message: str) -> None:
+        """Add what ended the steered run as the last finding: what comes after it was never seen."""
+        self.findings.append(Finding("run", "inputs/request", "inputs", STRUCTURE, None, 0.0, detail=message))
+
+    def _verdict(self, taps: Sequence[TapError], unstable: str | None, failure: str | None) -> tuple[str, str]:
+        if unstable:
+            return INCONCLUSIVE, f"two equal runs differ first at {unstable}: what is random cannot be compared"
+        if self.findings:
+            return DIVERGE, failure or ""
+        if failure:
+            return INCONCLUSIVE, failure
+        missing = [name for name in self.bundle.taps if name not in {tap.tap.name for tap in taps}]
+        if missing:
+            return INCONCLUSIVE, f"{len(missing)} of upstream's taps were not computed, the first is {missing[0]}"
+        if len(taps) < FEWEST_TAPS:
+            return INCONCLUSIVE, f"only {len(taps)} taps were compared: that says too little"
+        return AGREE, ""
+
+
+def _grouped(breaches: Sequence[Breach]) -> list[list[Breach]]:
+    """Breaches with one cause: what is derived from something wrong is wrong too."""
+    groups: dict[str, list[Breach]] = {}
+    for breach in breaches:
+        component = parse(breach.tap).component
+        key = _stripped(component) if breach.tap.startswith("weights/") else component
+        groups.setdefault(key, []).append(breach)
+    return list(groups.values())
+
+
+def _sentence(name: str, difference: Difference) -> str:
+    if difference.mismatch:
+        return f"{name}: {difference.mismatch}"
+    if difference.at is None:
+        return f"{name} is equal"
+    at = list(difference.at)
+    return f"{name} is {difference.got:.7g} at {at} where the oracle has {difference.expected:.7g}"
+
+
+def _kind(tap: TapError) -> str:
+    return _stripped(tap.tap.component)
+
+
+def _stripped(component: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in component.split("."))
+
+
+def _propagated(expected: Tap, local: Tap, own: Tap | None) -> float | None:
+    if own is None or not (expected.array.shape == local.array.shape == own.array.shape):
+        return None
+    norm = float(np.linalg.norm(expected.array.astype(np.float64)))
+    moved = float(np.linalg.norm(own.array.astype(np.float64) - local.array))
+    return moved / norm if norm else (0.0 if not moved else None)

@@ -1,0 +1,123 @@
+"""The oracle of a bundle: what upstream computed, and finer taps of the reference computed from it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from parity.boundaries_mlx import Contract, Split
+from parity.bundle import Bundle
+from parity.errors import ParityError
+from parity.implementations import one_line, replay_of
+from parity.recording import Recording, Tap
+from parity.replay_torch import TorchReplay
+from parity.splitting import split_passes
+from reference.layout import Layout, Mode, Role
+from reference.model import Pipeline
+from reference.numerics import Numerics
+from reference.request import Request
+from reference.sampler import time_grid
+
+# Integers of the sequence that every bundle holds among its inputs.
+_SEQUENCE = ("text_ids", "modality", "split_lens", "attn_modes")
+
+
+@dataclass(frozen=True, eq=False)
+class Oracle:
+    """What every part of a run must compute from what the parts before it should have computed.
+
+    Attributes:
+        run: the reference with the bundle's request, in the bundle's numerics.
+        taps: by name, in order of execution: upstream's values, and the reference's where the bundle has none.
+        own: what the reference itself computed at each tap, from upstream's values before it.
+        passes: the taps as the reference's own passes have them; in the full-sequence entry a pass holds all tokens.
+    """
+
+    bundle: Bundle
+    run: TorchReplay
+    taps: Recording
+    own: Recording
+    passes: Recording
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> "Oracle":
+        """Run the reference from the bundle's taps; raises ParityError when it cannot run the bundle."""
+        with one_line(f"reference cannot run bundle {bundle.name}"):
+            run = load_run(bundle, Numerics(bundle.dtype))
+            passes = run_passes(run, bundle.taps)
+            own = cut(run, passes)
+        taps = {name: bundle.taps.get(name, tap) for name, tap in own.items()}
+        lost = sorted(set(bundle.taps) - set(taps))
+        if lost:
+            raise ParityError(f"bundle {bundle.name} holds {lost[0]}, which the reference does not compute")
+        return cls(bundle, run, taps, own, {name: bundle.taps.get(name, tap) for name, tap in passes.items()})
+
+    @property
+    def layout(self) -> Layout:
+        """The request's sequence as the reference lays it out."""
+        return self.run.layout
+
+    def source(self, name: str) -> str:
+        """Whose value a tap is: upstream or reference."""
+        return "upstream" if name in self.bundle.taps else "reference"
+
+    @cached_property
+    def contract(self) -> Contract:
+        """What must be equal before any activation means anything; raises ParityError where the reference differs."""
+        layout, request = self.layout, self.run.request
+        arrays = layout.arrays()
+        for name in _SEQUENCE:
+            if not np.array_equal(arrays[name], self.bundle.inputs[name].array):
+                raise ParityError(f"the reference lays bundle {self.bundle.name} out with other {name}: it is no judge")
+        exact = {f"inputs/{name}": arrays[name] for name in _SEQUENCE}
+        exact["inputs/position_ids.cond"] = layout.position_ids[:, : layout.answer]
+        if request.understanding:
+            exact["inputs/answer"] = np.array([layout.answer], np.int32)
+        else:
+            exact["inputs/timesteps"] = time_grid(request.num_steps, request.timestep_shift).numpy()
+            exact["inputs/guided"] = np.array(self.run.guided or [False] * request.num_steps, np.int32)
+        if not request.understanding and request.guided:
+            exact["inputs/text_ids.uncond"] = layout.text_ids[layout.kept]
+            exact["inputs/position_ids.uncond"] = unconditional_ids(layout, self.run.entry)
+        splits = tuple(
+            Split(
+                int(split.role),
+                int(split.mode),
+                layout.text_ids[split.start : split.stop],
+                split.grid and (split.grid.frames, split.grid.rows, split.grid.columns),
+                layout.clean_frames if split.mode is Mode.NOISE else 0,
+            )
+            for split in layout.splits
+        )
+        return Contract(splits, layout.answer, exact)
+
+
+def load_run(bundle: Bundle, numerics: Numerics) -> TorchReplay:
+    """Load the reference for a bundle's request; raises ReferenceError."""
+    pipeline = Pipeline.load(bundle.checkpoint, bundle.variant, numerics)
+    return TorchReplay(pipeline, Request.from_dict(bundle.request), bundle.entry, replay_of(bundle))
+
+
+def run_passes(run: TorchReplay, force: Mapping[str, Tap]) -> Recording:
+    """Run the reference from given values: what it computes at every tap from the given values before it."""
+    recording = run.record(force=force)
+    for name in run.layout.arrays():
+        recording.pop(name, None)
+    return recording
+
+
+def cut(run: TorchReplay, passes: Recording) -> Recording:
+    """The taps of passes under the names of the cached entry's calls."""
+    if run.entry != "full_sequence":
+        return passes
+    return split_passes(passes, run.layout)
+
+
+def unconditional_ids(layout: Layout, entry: str) -> np.ndarray:
+    """Rotary ids of the unconditional arm, int32 [3, kept tokens]: in the cached entry the prefix keeps its own."""
+    own = layout.uncond_position_ids
+    if entry == "full_sequence":
+        return own
+    prefix = sum(split.length for split in layout.prefix if split.role is not Role.TEXT)
+    return np.concatenate([layout.position_ids[:, layout.kept][:, :prefix], own[:, prefix:]], 1)

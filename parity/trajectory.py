@@ -1,0 +1,119 @@
+"""Errors over denoising steps and guidance arms, and over the tokens of an answer."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import numpy as np
+
+from parity.findings import Departure, Margin
+from parity.metrics import compare
+from parity.oracle import Oracle
+from parity.recording import Recording, Tap
+from parity.registry import velocity_calls
+from parity.subject import Observed, Subject
+
+# Draws of one rounding of the first state that the envelope is the largest of.
+DRAWS = 3
+_ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
+_STATES = ("sampler.x_t", "sampler.x_init")
+
+
+def teacher_forced(subject: Subject, oracle: Oracle) -> Observed:
+    """Run with the oracle's states and tokens at the start of every step and everything else the subject's own."""
+    given = {n: t for n, t in oracle.passes.items() if n.startswith(_STATES) or n == "tokens"}
+    return subject.run(set(oracle.taps), given)
+
+
+def trajectory(oracle: Oracle, forced: Recording, free: Recording) -> list[Departure]:
+    """Every step's departure; empty for questions.
+
+    `forced` was run from the oracle's state at every step, `free` from the subject's own.
+    """
+    request = oracle.run.request
+    if request.understanding:
+        return []
+    envelope = _envelope(oracle)
+    calls = {call: f"velocity_call{i}" for i, call in enumerate(velocity_calls(oracle.bundle.guided))}
+    departures = []
+    for step, t in enumerate(oracle.bundle.timesteps):
+        names = {
+            "cond": _velocity_name(oracle, calls, "cond", step),
+            "uncond": _velocity_name(oracle, calls, "uncond", step),
+            "guided": f"sampler.velocity{step}",
+        }
+        errors = {arm: _error(oracle.taps, forced, name) for arm, name in names.items()}
+        velocity = {arm: error for arm, error in errors.items() if error is not None}
+        after = _after(oracle, step)
+        departures.append(Departure(step, t, velocity, _error(oracle.taps, free, after), envelope.get(step)))
+    return departures
+
+
+def first_departure(departures: list[Departure], threshold: float) -> int | None:
+    """The first step after which the state is farther than `threshold` times the envelope; None when none is."""
+    for departure in departures:
+        if departure.latent is not None and departure.envelope and departure.latent > threshold * departure.envelope:
+            return departure.step
+    return None
+
+
+def margins(oracle: Oracle, forced: Recording) -> list[Margin]:
+    """Every answered token with the reference's margin and the error of the logits; empty where nothing is answered.
+
+    Both sides were given the oracle's tokens before it.
+    """
+    tokens = oracle.taps.get("tokens")
+    if tokens is None:
+        return []
+    vocabulary = len(oracle.run.pipeline.tokenizer)
+    found = []
+    for step, token in enumerate(tokens.array.tolist()):
+        name = f"cond.decode{step}/language_model.lm_head"
+        if name not in oracle.taps or name not in forced:
+            continue
+        expected, got = (taps[name].array.reshape(-1)[:vocabulary] for taps in (oracle.taps, forced))
+        second, first = np.sort(expected)[-2:]
+        apart = float(np.abs(got.astype(np.float64) - expected).max())
+        found.append(Margin(step, int(token), int(got.argmax()), float(first - second), apart))
+    return found
+
+
+def _velocity_name(oracle: Oracle, calls: Mapping[tuple[str, int], str], arm: str, step: int) -> str:
+    return calls.get((arm, step), "") if oracle.run.entry == "full_sequence" else f"{arm}.step{step}/llm2vae"
+
+
+def _after(oracle: Oracle, step: int) -> str:
+    return f"sampler.x_t{step + 1}" if f"sampler.x_t{step + 1}" in oracle.taps else "latent"
+
+
+def _error(expected: Mapping[str, Tap], got: Mapping[str, Tap], name: str) -> float | None:
+    return compare(expected[name], got[name]).rel_l2 if name in expected and name in got else None
+
+
+@lru_cache(maxsize=2)
+def _envelope(oracle: Oracle) -> dict[int, float]:
+    """How far one rounding of the first state moves the reference's state after each step: the largest of the draws."""
+    start = oracle.taps.get("sampler.x_init") or oracle.taps["sampler.noise"]
+    steps = range(len(oracle.bundle.timesteps))
+    names = {_after(oracle, step) for step in steps}
+    plain = oracle.run.record(names)
+    moved: dict[int, float] = {}
+    for draw in range(DRAWS):
+        signs = np.random.default_rng(draw).choice([-1.0, 1.0], start.array.shape)
+        # A unit in the last place is two roundings: half a unit is what one may be off by.
+        perturbed = start.array * (1 + signs * _ULP[start.dtype])
+        given = {"sampler.x_init": Tap(_held(perturbed, start.dtype), start.dtype)}
+        other = oracle.run.record(names, force=given)
+        for step in steps:
+            error = _error(plain, other, _after(oracle, step))
+            moved[step] = max(moved.get(step, 0.0), error or 0.0)
+    return moved
+
+
+def _held(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Float32 values, rounded to bfloat16 where the tap is of that dtype."""
+    values = values.astype(np.float32)
+    if dtype != "bfloat16":
+        return values
+    bits = values.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return rounded.astype(np.uint32).view(np.float32)

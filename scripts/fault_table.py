@@ -1,0 +1,59 @@
+"""Try every fault of the catalogue on two bundles and write the table of what was found into reports/README.md.
+
+    python scripts/fault_table.py [FOLDER...] [--fault NAME]... [--output FILE]
+
+Beside the bundles given, a few are recorded from the reference: some faults need what no captured bundle has.
+FOLDERs hold oracle bundles (by default oracles/). With --fault only these are tried and the table is printed.
+Exit status: 0 when every fault is detected and named, 1 otherwise.
+"""
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parity.bundle import find_bundles
+from parity.cli import one_line_errors
+from parity.fault_table import markdown, record_more, summary, try_faults
+from parity.faults import CATALOGUE, load_fault
+from parity.recording import write_atomically
+from parity.runner import limit_threads
+from parity.terminal import progress_bar
+
+ORACLES = Path(__file__).parents[1] / "oracles"
+README = Path(__file__).parents[1] / "reports" / "README.md"
+PLACE = re.compile(r"(<!-- faults: begin -->\n).*?(<!-- faults: end -->)", re.DOTALL)
+
+
+def main(
+    folders: Annotated[list[Path] | None, typer.Argument(help="Folders of bundles.", show_default="oracles/")] = None,
+    fault: Annotated[list[str] | None, typer.Option("--fault", metavar="NAME", help="Try only these.")] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="File that holds the table.")] = README,
+) -> None:
+    """Try the faults and write the table."""
+    with one_line_errors():
+        limit_threads()
+        paths = find_bundles(folders or [Path("oracles")])
+        faults = [load_fault(name) for name in fault] if fault else list(CATALOGUE.values())
+        trials = []
+        with tempfile.TemporaryDirectory() as folder, progress_bar(len(paths), "bundle") as start:
+            paths += record_more(Path(folder), ORACLES, start)
+            for trial in try_faults(paths, faults, start):
+                trials.append(trial)
+                if not (trial.detected and trial.named):
+                    print(f"{trial.fault.name} on {trial.bundle}: found {trial.first or 'nothing'}", file=sys.stderr)
+        table = markdown(trials)
+        if fault:
+            print(table, end="")
+        else:
+            text = PLACE.sub(lambda match: match[1] + table + match[2], output.read_text(encoding="utf-8"))
+            write_atomically(output, text.encode())
+        print(summary(trials))
+        raise typer.Exit(0 if trials and all(trial.detected and trial.named for trial in trials) else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,229 @@
+"""What explains a place: alone, on a second input, together, beyond what is known, or nothing."""
+
+import numpy as np
+import pytest
+
+from parity.explain import BASES, DEPTH, FINALISTS, LISTED, explain, removed
+from parity.findings import EXPLAINS
+from parity.hypotheses import DoesNotApply, Hypothesis
+
+SIZE = 64
+
+
+class Place:
+    """A site of made-up arrays."""
+
+    def __init__(self, got, expected=None, exact=False, component="norm"):
+        self.expected = base() if expected is None else expected
+        self.got, self.exact, self.component = got, exact, component
+        self.computed = 0
+
+    def recompute(self):
+        self.computed += 1
+        return self.expected.copy()
+
+
+def base(seed=0):
+    return np.random.default_rng(seed).standard_normal(SIZE).astype(np.float32) + 2
+
+
+def at(index, name=None, amount=1.0, components=("*",)):
+    """A hypothesis that adds to some elements; those of others are left alone."""
+    hit = np.arange(SIZE) % 8 == index
+
+    def transform(site, array):
+        return (array + amount * hit).astype(np.float32)
+
+    return Hypothesis(name or f"h{index}", components, transform=transform)
+
+
+def caused_by(*hypotheses, **values):
+    array = base()
+    for hypothesis in hypotheses:
+        array = hypothesis.transform(None, array)
+    return Place(array, **values)
+
+
+def names(causes):
+    return [hypothesis.name for hypothesis in causes.together]
+
+
+ALL = [at(index) for index in range(8)]
+
+
+def test_the_right_hypothesis_removes_the_whole_residual():
+    site = caused_by(ALL[3])
+    causes = explain(site, None, ALL)
+    assert names(causes) == ["h3"] and causes.removed == pytest.approx(1)
+    assert causes.ranked[0].name == "h3" and causes.ranked[0].second is None
+    assert causes.ranked[0].residual_removed == pytest.approx(1)
+    # One that changes what is right makes it worse.
+    assert all(e.residual_removed < 0 for e in causes.ranked[1:])
+    assert len(causes.ranked) == LISTED
+
+
+def test_rounding_does_not_hide_the_right_one_and_a_part_is_told_as_such():
+    site = caused_by(ALL[3])
+    site.got = site.got + np.random.default_rng(1).standard_normal(SIZE).astype(np.float32) * 1e-4
+    causes = explain(site, None, ALL)
+    assert names(causes) == ["h3"] and EXPLAINS < causes.removed < 1
+    part = explain(caused_by(at(3, amount=1.5)), None, ALL)
+    assert names(part) == [] and part.removed == pytest.approx(2 / 3, rel=1e-3)
+    assert part.ranked[0].name == "h3"
+
+
+def test_only_hypotheses_about_the_component_are_tried():
+    tried = []
+
+    def spy(site, array):
+        tried.append(site.component)
+        return None
+
+    hypotheses = [Hypothesis("norms", ("norm*",), transform=spy), Hypothesis("heads", ("lm_head",), transform=spy)]
+    causes = explain(caused_by(ALL[0]), None, hypotheses)
+    assert tried == ["norm"] and causes.ranked == () and causes.together == ()
+
+
+def test_a_second_place_decides_between_equals():
+    def anywhere(site, array):
+        return ALL[2].transform(site, array)
+
+    def by_chance(site, array):
+        # Right at one place only.
+        return ALL[2].transform(site, array) if site.computed_first else array
+
+    right, lucky = Hypothesis("right", ("*",), transform=anywhere), Hypothesis("lucky", ("*",), transform=by_chance)
+    first, second = caused_by(ALL[2]), caused_by(ALL[2])
+    first.computed_first, second.computed_first = True, False
+    assert names(explain(first, None, [lucky, right])) == ["lucky"], "the earlier of two that explain equally well"
+    causes = explain(first, second, [lucky, right])
+    assert names(causes) == ["right"]
+    assert [(e.name, round(e.second, 6)) for e in causes.ranked] == [("right", 1), ("lucky", 0)]
+
+
+def test_what_does_not_apply_at_the_second_place_does_not_hold():
+    def sometimes(site, array):
+        return ALL[2].transform(site, array) if site is first else None
+
+    first, second = caused_by(ALL[2]), caused_by(ALL[2])
+    only_here = Hypothesis("only here", ("*",), transform=sometimes)
+    causes = explain(first, second, [only_here, ALL[2]])
+    assert names(causes) == ["h2"]
+    assert next(e for e in causes.ranked if e.name == "only here").second is None
+
+
+def test_only_finalists_are_tried_at_the_second_place():
+    seen = set()
+
+    def make(index):
+        def transform(site, array):
+            if site is second:
+                seen.add(index)
+            return array
+
+        return Hypothesis(f"n{index}", ("*",), transform=transform)
+
+    first, second = caused_by(ALL[1]), caused_by(ALL[1])
+    explain(first, second, [make(index) for index in range(2 * FINALISTS)])
+    assert len(seen) == FINALISTS
+
+
+@pytest.mark.parametrize("count", range(2, DEPTH + 1))
+@pytest.mark.parametrize("exact", [False, True])
+def test_causes_that_meet_in_a_place_are_found_together(count, exact):
+    causes = explain(caused_by(*ALL[:count], exact=exact), None, ALL[::-1])
+    assert sorted(names(causes)) == [f"h{index}" for index in range(count)]
+    assert causes.removed == pytest.approx(1)
+    # Ranked is what each does alone, which is not enough.
+    assert all(e.residual_removed < EXPLAINS for e in causes.ranked)
+
+
+def test_more_causes_than_that_are_not_guessed():
+    causes = explain(caused_by(*ALL[: DEPTH + 3]), None, ALL)
+    assert names(causes) == [] and causes.removed < EXPLAINS
+
+
+def test_one_cause_is_enough_where_another_adds_little():
+    # 93% are explained; a second hypothesis that removes a little more is no second cause.
+    noise = np.random.default_rng(5).standard_normal(SIZE).astype(np.float32)
+    site = caused_by(ALL[0])
+    site.got = site.got + noise * np.float32(0.07 * np.linalg.norm(site.got - site.expected) / np.linalg.norm(noise))
+    helps = Hypothesis("helps a little", ("*",), transform=lambda site, array: array + noise * np.float32(0.01))
+    causes = explain(site, None, [ALL[0], helps])
+    assert names(causes) == ["h0"] and EXPLAINS < causes.removed < 1 - (1 - EXPLAINS) / 2
+
+
+def test_integers_have_to_be_equal():
+    site = caused_by(ALL[0], at(5, amount=0.01), exact=True)
+    # 99% are explained by the first, but an integer that is almost right is wrong.
+    assert sorted(names(explain(site, None, [ALL[0], ALL[1], at(5, amount=0.01)]))) == ["h0", "h5"]
+    assert names(explain(caused_by(ALL[0], at(5, amount=0.01)), None, [ALL[0], ALL[1]])) == ["h0"]
+
+
+def test_what_fails_or_has_another_shape_explains_nothing():
+    def broken(site, array):
+        raise ZeroDivisionError
+
+    def patch(site):
+        raise DoesNotApply
+
+    bad = [
+        Hypothesis("broken", ("*",), transform=broken),
+        Hypothesis("inapplicable", ("*",), patch=patch),
+        Hypothesis("short", ("*",), transform=lambda site, array: array[:-1]),
+        Hypothesis("none", ("*",), transform=lambda site, array: None),
+    ]
+    site = caused_by(ALL[0])
+    assert [removed(site, [hypothesis]) for hypothesis in bad] == [None] * 4
+    assert explain(site, None, bad).ranked == ()
+    assert names(explain(site, None, [*bad, ALL[0]])) == ["h0"]
+    # Stacked on one that works they are skipped too.
+    assert sorted(names(explain(caused_by(ALL[0], ALL[1]), None, [*bad, *ALL]))) == ["h0", "h1"]
+
+
+def test_the_residual_of_another_shape_is_the_whole_of_what_was_computed():
+    site = caused_by()
+    site.got = site.expected[: SIZE // 2] * 2
+    halved = Hypothesis("halved", ("*",), transform=lambda site, array: array[: SIZE // 2] * 2)
+    assert removed(site, [halved]) == pytest.approx(1)
+    assert removed(site, [Hypothesis("cut", ("*",), transform=lambda site, array: array[: SIZE // 2])]) == (
+        pytest.approx(0.5)
+    )
+
+
+def test_where_nothing_is_wrong_only_what_changes_nothing_removes_it():
+    site = caused_by()
+    assert removed(site, [Hypothesis("same", ("*",))]) == 1
+    assert removed(site, [ALL[0]]) == 0
+
+
+def test_beyond_what_is_known_only_what_is_missing_is_named():
+    site = caused_by(ALL[0], ALL[4])
+    causes = explain(site, None, ALL, known=[ALL[0]])
+    assert names(causes) == ["h4"] and causes.removed == pytest.approx(1)
+    assert "h0" not in [e.name for e in causes.ranked]
+    # What is known suffices, or nothing that is known of does: no other cause.
+    assert names(explain(caused_by(ALL[0]), None, ALL, known=[ALL[0]])) == []
+    odd = caused_by(ALL[0])
+    odd.got = odd.got * np.linspace(1, 2, SIZE, dtype=np.float32)
+    assert names(explain(odd, None, ALL, known=[ALL[0]])) == []
+    assert BASES <= len(ALL)
+
+
+def test_patches_are_nested_and_undone_and_the_transforms_composed():
+    order = []
+
+    def patching(name):
+        from contextlib import contextmanager
+
+        @contextmanager
+        def patch(site):
+            order.append(f"+{name}")
+            yield
+            order.append(f"-{name}")
+
+        return Hypothesis(name, ("*",), patch, lambda site, array: order.append(name) or array)
+
+    site = caused_by()
+    removed(site, [patching("a"), patching("b")])
+    assert order == ["+a", "+b", "a", "b", "-b", "-a"] and site.computed == 1
