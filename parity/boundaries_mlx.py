@@ -130,6 +130,7 @@ class MlxBoundaries:
             self.note("inputs/modality", computed.roles)
             self.note("inputs/split_lens", [len(segment) for segment in computed.segments])
             self.note("inputs/attn_modes", [segment.mode for segment in computed.segments])
+            self.note("inputs/grids_thw", [segment.grid for segment in computed.segments if segment.grid is not None])
         return computed if self.contract is None else _sequence_of(self.contract.splits)
 
     def _answer_start(self, original: Callable, *args: Any, **values: Any) -> int:

@@ -15,7 +15,7 @@ from parity.bundle import Bundle, read_bundle
 from parity.diagnosis import name_component
 from parity.errors import ParityError
 from parity.findings import Alarm
-from parity.floors import free_floors
+from parity.floors_file import free_floors
 from parity.implementations import Implementation, Progress
 from parity.metrics import Difference, bits, compare
 from parity.recording import Recording, Tap

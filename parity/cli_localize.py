@@ -103,7 +103,7 @@ def _departures(profile: object, path: Path) -> list:
     from parity.errors import ParityError
 
     bundle = read_bundle(path)
-    found = profile.faults(bundle.task, bundle.dtype, bundle.entry)
+    found = profile.faults_of(bundle)
     if not found:
         raise ParityError(f"profile {profile.name} does nothing to a {bundle.task} bundle in {bundle.dtype}")
     return found
@@ -129,8 +129,10 @@ def floors(
     from parity.cli import one_line_errors
 
     with one_line_errors():
+        from parity.bounds import free_bounds, local_bounds
         from parity.bundle import find_bundles, read_bundle
-        from parity.floors import FILE, free_bounds, local_bounds, measure_free, measure_local, write_floors
+        from parity.floors import measure_free, measure_local
+        from parity.floors_file import FILE, write_floors
         from parity.oracle import Oracle
         from parity.runner import limit_threads
         from parity.terminal import progress_bar
@@ -144,9 +146,9 @@ def floors(
                 oracle = Oracle.of(read_bundle(path))
                 local, free = measure_local(oracle, tell), measure_free(oracle.bundle, tell)
                 write_floors(path / FILE, oracle, local, free)
-                steered, own = local_bounds(oracle, local)[1], free_bounds(oracle.bundle, free)[1]
+                steered, own = local_bounds(oracle, local).alarm, free_bounds(oracle.bundle, free).alarm
                 lines.append(
-                    f"{path / FILE}: {len(local.errors)} taps, {len(local.variants)} variants; a tap alarms from "
+                    f"{path / FILE}: {len(local.errors)} taps, {len(local.variants)} variants; a tap alarms from at most "
                     f"{steered.threshold:.1f} times its local floor, {own.threshold:.1f} times its free one"
                 )
         print("\n".join(lines))

@@ -18,6 +18,7 @@ ORDER = (
     "inputs/modality",
     "inputs/split_lens",
     "inputs/attn_modes",
+    "inputs/grids_thw",
     "inputs/answer",
     "inputs/text_ids.uncond",
     "inputs/position_ids.cond",
@@ -107,6 +108,9 @@ def check_preprocessed(computed: Mapping[str, np.ndarray] | None, inputs: Record
         if name not in inputs:
             continue
         expected = inputs[name].array
+        if name.startswith("vae_pixels") and got.shape[1] == 1:
+            # A picture that begins a video: what follows it in the oracle's input is a placeholder.
+            expected = expected[:, :1]
         frames = (expected, got)
         if name.startswith("vit_patches") and expected.shape == got.shape:
             grid = grids[int(name.removeprefix("vit_patches"))]

@@ -157,7 +157,7 @@ class Alarm:
     Attributes:
         rate: upper bound of the chance that any of the taps of a clean run alarms.
         taps: how many taps share it.
-        threshold: error over floor from which a tap alarms.
+        threshold: error over floor from which a tap alarms, the largest of all taps.
         samples: how many measured ratios the threshold was fitted to.
     """
 

@@ -5,52 +5,31 @@ float64, or a few queries at a time; products in float64, padded, by the process
 another order of summing would do; another number of threads; for float32 everything in float64, and every tap off by
 a unit in its last place. A tap's floor is the largest of their errors. The errors are measured twice: from the oracle's
 input (local) and from the run's own (free).
-
-The threshold on error / floor is measured too. Each variant in turn is taken for an implementation under test and the
-others for its floor; the logarithms of these ratios beyond their nine-tenth quantile are fitted by a generalized Pareto
-distribution (by its moments), and the threshold is where its tail, over all taps compared, leaves a chance of
-FALSE_ALARM for a false alarm anywhere in the run (Bonferroni's bound, which holds however the taps depend on each
-other).
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from parity.bundle import Bundle
-from parity.errors import ParityError
-from parity.findings import Alarm
 from parity.implementations import one_line
 from parity.metrics import compare
 from parity.oracle import Oracle, cut, load_run, run_passes
-from parity.recording import Recording, Tap, write_atomically
+from parity.recording import Recording, Tap
 from parity.registry import parse
 from parity.replay_torch import TorchReplay
+from parity.rounding import quantum
 from reference.numerics import Numerics
 
-FALSE_ALARM = 0.01
-"""Largest chance that a run of equally right implementations is called wrong anywhere."""
 LOCAL, FREE = "local", "free"
 """Kinds of floors: from the oracle's input, and from the run's own."""
-FILE = "floors.safetensors"
-_FORMAT = "lance-floors/1"
 # Ratios that are kept: the threshold hangs on the largest tenth alone.
 _LARGEST = 2000
 _LATER_TOKENS = re.compile(r"cond\.decode[1-9]")
 _OWN = "the reference itself:own"
-_TAIL = 0.1
-# The relative size of one unit in the last place is 2**-bits to 2**(1 - bits).
-_ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
-# Whatever the size of a tap, one element in 25 may be off by one unit.
-_FLIPPED_SHARE = 1 / 25
 # Components whose last sum is that of a norm, whichever way the products before it are summed.
 _NORMED = re.compile(r"norm|ln_q|guidance|residual\.[03]$|head\.0$")
 
@@ -84,17 +63,17 @@ class Floors:
     Attributes:
         variants: their names, and after a colon their families.
         errors: float32 [variants] by tap name.
-        ratios: how far families of variants are over the floors that the others give, the LARGEST of them in falling
-            order, float32; of all taps that the reference computes, also those without a floor here.
-        count: how many ratios there are in all.
+        ratios: how far families of variants are over the floors that the others give, the largest of them in falling
+            order, float32, by the taps' dtype; of all taps that the reference computes, those without a floor included.
+        count: how many ratios there are in all, by dtype.
         upstream: relative distance of upstream's bfloat16 taps from the reference's float32 ones; only for FREE.
         leading: how many tokens of an answer all variants share with upstream's; None when they share all.
     """
 
     variants: tuple[str, ...]
     errors: dict[str, np.ndarray]
-    ratios: np.ndarray
-    count: int
+    ratios: dict[str, np.ndarray]
+    count: dict[str, int]
     upstream: dict[str, float] = field(default_factory=dict)
     leading: int | None = None
 
@@ -118,27 +97,9 @@ def variants_of(dtype: str) -> list[Variant]:
     return [*found, Variant("the processor's own products", "native", Numerics(dtype, "math", "native"))]
 
 
-def local_floors(oracle: Oracle, progress: Progress | None = None) -> Floors:
-    """Floors from the oracle's input for all taps: those stored with the bundle, or measured where none fit it.
-
-    Raises ParityError when the reference cannot run.
-    """
-    stored = _read(oracle.bundle, LOCAL, _floats(oracle.taps), _names_sum(oracle.taps))
-    return stored or measure_local(oracle, progress)
-
-
-def free_floors(bundle: Bundle, progress: Progress | None = None) -> Floors:
-    """Floors from a run's own input for the bundle's taps: those stored with it, or measured where none fit it.
-
-    Raises ParityError when the reference cannot run.
-    """
-    stored = _read(bundle, FREE, _floats(bundle.taps), _names_sum(bundle.taps))
-    return stored or measure_free(bundle, progress)
-
-
 def measure_local(oracle: Oracle, progress: Progress | None = None) -> Floors:
     """Run every variant from the oracle's input; see local_floors."""
-    names = _floats(oracle.taps)
+    names = floats_of(oracle.taps)
 
     def steered(run: TorchReplay) -> Recording:
         return cut(run, run_passes(run, oracle.passes))
@@ -147,7 +108,8 @@ def measure_local(oracle: Oracle, progress: Progress | None = None) -> Floors:
     table = np.stack([_errors(oracle.taps, taps, names) for taps in (oracle.own, *recordings)], 1)
     least = np.array([quantum(oracle.taps[name]) for name in names])
     variants = [_OWN, *variants]
-    return Floors(tuple(variants), dict(zip(names, table, strict=True)), *_ratios(table, least, variants))
+    dtypes = np.array([oracle.taps[name].dtype for name in names])
+    return Floors(tuple(variants), dict(zip(names, table, strict=True)), *_ratios(table, least, dtypes, variants))
 
 
 def measure_free(bundle: Bundle, progress: Progress | None = None) -> Floors:
@@ -156,15 +118,17 @@ def measure_free(bundle: Bundle, progress: Progress | None = None) -> Floors:
         own = load_run(bundle, Numerics(bundle.dtype)).record()
     variants, recordings = _run_all(bundle, TorchReplay.record, progress)
     expected = {name: tap for name, tap in (own | bundle.taps).items() if name not in bundle.inputs}
-    names = _floats(expected)
+    names = floats_of(expected)
     table = np.stack([_errors(expected, taps, names) for taps in (own, *recordings)], 1)
     least = np.array([quantum(expected[name], bundle.dtype) for name in names])
     # Once the answers part, what follows is another text.
     alike = np.array([not _LATER_TOKENS.match(name) for name in names])
     variants = [_OWN, *variants]
-    ratios = _ratios(table[alike], least[alike], variants)
+    # A float32 tap of a bfloat16 run follows from states of that dtype.
+    dtypes = np.full(len(names), bundle.dtype)
+    ratios = _ratios(table[alike], least[alike], dtypes[alike], variants)
     upstream: dict[str, float] = {}
-    kept = _floats(bundle.taps)
+    kept = floats_of(bundle.taps)
     if bundle.dtype != "float32":
         exact = load_run(bundle, Numerics("float32")).record(set(kept))
         upstream = dict(zip(kept, _errors(bundle.taps, exact, kept).tolist(), strict=True))
@@ -174,15 +138,20 @@ def measure_free(bundle: Bundle, progress: Progress | None = None) -> Floors:
     return Floors(tuple(variants), {name: errors[name] for name in kept}, *ratios, upstream, leading)
 
 
-def _ratios(table: np.ndarray, least: np.ndarray, variants: Sequence[str]) -> tuple[np.ndarray, int]:
+def _ratios(
+    table: np.ndarray, least: np.ndarray, dtypes: np.ndarray, variants: Sequence[str]
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Errors of each family over the floors that the others give; see Floors.ratios and Floors.count."""
     families = np.array([variant.rpartition(":")[2] for variant in variants])
-    ratios = [np.zeros(0, np.float32)]
-    for family in dict.fromkeys(families.tolist()):
-        own, others = table[:, families == family], table[:, families != family]
-        ratios.append((own / np.maximum(others.max(1, initial=0.0), least)[:, None])[own > 0])
-    found = np.sort(np.concatenate(ratios).astype(np.float32))[::-1]
-    return found[:_LARGEST], len(found)
+    ratios: dict[str, np.ndarray] = {}
+    for dtype in ("float32", "bfloat16"):
+        rows = dtypes == dtype
+        found = [np.zeros(0, np.float32)]
+        for family in dict.fromkeys(families.tolist()):
+            own, others = table[rows][:, families == family], table[rows][:, families != family]
+            found.append((own / np.maximum(others.max(1, initial=0.0), least[rows])[:, None])[own > 0])
+        ratios[dtype] = np.sort(np.concatenate(found).astype(np.float32))[::-1]
+    return {d: found[:_LARGEST] for d, found in ratios.items()}, {d: len(found) for d, found in ratios.items()}
 
 
 def _run_all(
@@ -198,7 +167,8 @@ def _run_all(
     return names, recordings
 
 
-def _floats(taps: Mapping[str, Tap]) -> list[str]:
+def floats_of(taps: Mapping[str, Tap]) -> list[str]:
+    """Names of the taps that are no integers, which have floors."""
     return [name for name, tap in taps.items() if tap.dtype != "int32"]
 
 
@@ -257,124 +227,3 @@ def shared_start(a: Tap, b: Tap) -> int | None:
     if different.size:
         return int(different[0])
     return None if len(a.array) == len(b.array) else length
-
-
-def quantum(tap: Tap, dtype: str | None = None) -> float:
-    """The least floor of a tap: the error of one in 25, or sqrt(size), of its elements off by one last bit.
-
-    `dtype` is that of the states that the tap is computed from, where those may be off by a bit as well.
-    """
-    share = max(_FLIPPED_SHARE, max(tap.array.size, 1) ** -0.5)
-    return _ULP.get(dtype or tap.dtype, 0.0) * share**0.5
-
-
-def floor(errors: np.ndarray, least: float) -> float:
-    """The floor of a tap: the largest error of the variants, or the least that any tap has."""
-    return max(float(errors.max(initial=0.0)), least)
-
-
-def alarm(floors: Floors, taps: int) -> Alarm:
-    """Fit the threshold on error / floor of a run that compares so many taps to what the families are to each other."""
-    if not floors.count:
-        return Alarm(FALSE_ALARM, taps, 1.0, 0)
-    logs = np.log(floors.ratios.astype(np.float64))
-    start = max(float(logs[min(int(_TAIL * floors.count), len(logs) - 1)]), 0.0)
-    beyond = logs[logs > start] - start
-    chance = FALSE_ALARM / max(taps, 1) / max(beyond.size / floors.count, FALSE_ALARM / max(taps, 1))
-    far = _pareto_quantile(beyond, chance) if beyond.size > 1 else 0.0
-    # Never below what was seen.
-    return Alarm(FALSE_ALARM, taps, float(np.exp(max(start + far, logs[0]))), floors.count)
-
-
-def local_bounds(oracle: Oracle, floors: Floors) -> tuple[dict[str, float], Alarm]:
-    """The floor of every tap, and the threshold on errors over it."""
-    return _bounds(floors, {name: quantum(oracle.taps[name]) for name in floors.errors})
-
-
-def free_bounds(bundle: Bundle, floors: Floors) -> tuple[dict[str, float], Alarm]:
-    """The same for runs from their own input, whose states are of the run's dtype and may be off by a bit."""
-    return _bounds(floors, {name: quantum(bundle.taps[name], bundle.dtype) for name in floors.errors})
-
-
-def _bounds(floors: Floors, least: Mapping[str, float]) -> tuple[dict[str, float], Alarm]:
-    levels = {name: floor(errors, least[name]) for name, errors in floors.errors.items()}
-    return levels, alarm(floors, len(levels))
-
-
-def _pareto_quantile(excesses: np.ndarray, chance: float) -> float:
-    """The excess that is exceeded with a given chance, by a generalized Pareto distribution of the same moments."""
-    mean, spread = float(excesses.mean()), float(excesses.var())
-    if not spread:
-        return mean
-    # An error is bounded, so in logarithms no tail is heavier than the exponential one, whose shape is 0.
-    shape = min((1 - mean**2 / spread) / 2, 0.0)
-    scale = mean * (1 - shape)
-    return -scale * float(np.log(chance)) if shape > -1e-6 else scale / shape * (chance**-shape - 1)
-
-
-def write_floors(path: Path, oracle: Oracle, local: Floors, free: Floors) -> None:
-    """Write floors beside a bundle's taps, whole or not at all."""
-    arrays = {
-        LOCAL: _packed(np.stack(list(local.errors.values()))),
-        FREE: _packed(np.stack(list(free.errors.values()))),
-        f"{LOCAL}_ratios": _packed(local.ratios),
-        f"{FREE}_ratios": _packed(free.ratios),
-        "upstream": _packed(np.array(list(free.upstream.values()), np.float32)),
-    }
-    metadata = {
-        "format": _FORMAT,
-        "taps_sha256": _taps_sum(oracle.bundle),
-        f"{LOCAL}_names": _names_sum(oracle.taps),
-        f"{FREE}_names": _names_sum(oracle.bundle.taps),
-        "variants": json.dumps(local.variants),
-        f"{LOCAL}_count": str(local.count),
-        f"{FREE}_count": str(free.count),
-        "leading": json.dumps(free.leading),
-        "torch": torch.__version__,
-    }
-    write_atomically(path, save(arrays, metadata))
-
-
-def _packed(values: np.ndarray) -> np.ndarray:
-    """Binary logarithms in half precision: good to one part in a hundred, in half the room."""
-    with np.errstate(divide="ignore"):
-        return np.log2(values).astype(np.float16)
-
-
-def _unpacked(logarithms: np.ndarray) -> np.ndarray:
-    return np.exp2(logarithms.astype(np.float32))
-
-
-def _read(bundle: Bundle, kind: str, names: list[str], names_sum: str) -> Floors | None:
-    """The floors stored with a bundle; None where there are none or they were measured on another capture.
-
-    Raises ParityError for a file that is damaged.
-    """
-    path = bundle.path / FILE
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            wanted = {"format": _FORMAT, "taps_sha256": _taps_sum(bundle), f"{kind}_names": names_sum}
-            if any(metadata.get(key) != value for key, value in wanted.items()):
-                return None
-            errors = dict(zip(names, _unpacked(file.get_tensor(kind)), strict=True))
-            distances = _unpacked(file.get_tensor("upstream")).tolist() if kind == FREE else []
-            upstream = dict(zip(names, distances, strict=False))
-            ratios, count = _unpacked(file.get_tensor(f"{kind}_ratios")), int(metadata[f"{kind}_count"])
-            variants, leading = tuple(json.loads(metadata["variants"])), json.loads(metadata["leading"])
-            return Floors(variants, errors, ratios, count, upstream, leading)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ParityError(f"{path} is not a complete file of floors ({error}): remove or replace it") from None
-
-
-def _taps_sum(bundle: Bundle) -> str:
-    """What floors belong to: the capture."""
-    with (bundle.path / "taps.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _names_sum(taps: Mapping[str, Tap]) -> str:
-    """The names of taps in the order of the table's rows: finer ones come from the reference, which may get others."""
-    return hashlib.sha256("\n".join(taps).encode()).hexdigest()

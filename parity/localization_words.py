@@ -96,8 +96,8 @@ def false_alarms(localization: Localization) -> str:
         return "How often a right implementation would be called wrong was not measured for this run."
     return (
         f"A right implementation, which differs in its order of rounding alone, is called wrong in at most "
-        f"{percent(alarm.rate)} of such runs, all {alarm.taps:,} taps together: a tap alarms from "
-        f"{times(alarm.threshold)} times its floor, fitted to {alarm.samples:,} measured ratios."
+        f"{percent(alarm.rate)} of such runs, all {alarm.taps:,} taps together: a tap alarms from at "
+        f"most {times(alarm.threshold)} times its floor, fitted to {alarm.samples:,} measured ratios."
     )
 
 

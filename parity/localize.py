@@ -1,7 +1,7 @@
 """Localizing: which component is wrong by itself first, by how much more than rounding, and what explains it."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from parity import memory
+from parity.bounds import Bounds, local_bounds
 from parity.bundle import Bundle, read_bundle
 from parity.check import first_unequal
 from parity.contract import Breach, check_exact, check_preprocessed, check_weights
@@ -20,7 +21,6 @@ from parity.findings import (
     EXPLAINS,
     LOCAL,
     STRUCTURE,
-    Alarm,
     Explanation,
     Finding,
     Localization,
@@ -28,7 +28,7 @@ from parity.findings import (
     Picture,
     TapError,
 )
-from parity.floors import local_bounds, local_floors
+from parity.floors_file import local_floors
 from parity.hypotheses import HYPOTHESES, Hypothesis
 from parity.metrics import Difference, compare
 from parity.oracle import Oracle
@@ -94,7 +94,7 @@ class Investigation:
         """Run the subject free, steered and from the oracle's states, and judge what it computed."""
         started = time.perf_counter() if started is None else started
         self.tell("floors")
-        levels, found = local_bounds(self.oracle, local_floors(self.oracle, self.tell))
+        bounds = local_bounds(self.oracle, local_floors(self.oracle, self.tell))
         self.tell("weights")
         with ExitStack() as stack:
             if isinstance(self.subject, MlxSubject):
@@ -112,7 +112,7 @@ class Investigation:
             preprocessed = self.subject.preprocessed(self.bundle.path.parent)
         breaches = [*checked.breaches, *check_exact(self.contract, forced)]
         breaches += check_preprocessed(preprocessed, self.bundle.inputs)
-        taps = self._tap_errors(forced.recording, free.recording, levels, found)
+        taps = self._tap_errors(forced.recording, free.recording, bounds)
         answered = margins(self.oracle, led.recording)
         self._find(breaches, taps, forced, answered)
         if stuck:
@@ -131,7 +131,7 @@ class Investigation:
             findings=self.findings,
             taps=taps,
             exact=[name for name in self.contract.exact if name in forced.exact],
-            alarm=found,
+            alarm=bounds.alarm,
             trajectory=departures,
             margins=answered,
             pictures=self.pictures,
@@ -161,8 +161,7 @@ class Investigation:
         self,
         forced: Recording,
         free: Recording,
-        levels: Mapping[str, float],
-        found: Alarm,
+        bounds: Bounds,
     ) -> list[TapError]:
         errors: list[TapError] = []
         before: dict[str, float] = {}
@@ -175,7 +174,7 @@ class Investigation:
                 total = compare(Tap(expected.array, expected.dtype), Tap(free[name].array, free[name].dtype)).rel_l2
             propagated = _propagated(expected, forced[name], free.get(name))
             exact = expected.dtype == "int32"
-            level = 0.0 if exact else levels[name]
+            level = 0.0 if exact else bounds.levels[name]
             previous = before.get(tap.call)
             gain = propagated / previous if propagated is not None and previous else None
             if total is not None:
@@ -191,7 +190,7 @@ class Investigation:
                     total=total,
                     gain=gain,
                     floor=level,
-                    allowed=level * found.threshold,
+                    allowed=0.0 if exact else bounds.allowed(name),
                     mismatch=local.mismatch,
                 )
             )

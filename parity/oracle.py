@@ -71,6 +71,8 @@ class Oracle:
             if not np.array_equal(arrays[name], self.bundle.inputs[name].array):
                 raise ParityError(f"the reference lays bundle {self.bundle.name} out with other {name}: it is no judge")
         exact = {f"inputs/{name}": arrays[name] for name in _SEQUENCE}
+        grids = [split.grid for split in layout.splits if split.grid]
+        exact["inputs/grids_thw"] = np.array([(grid.frames, grid.rows, grid.columns) for grid in grids], np.int32)
         exact["inputs/position_ids.cond"] = layout.position_ids[:, : layout.answer]
         if request.understanding:
             exact["inputs/answer"] = np.array([layout.answer], np.int32)

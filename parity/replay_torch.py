@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parity.capture_torch import Reached, TorchCapture
 from parity.recording import Recording, Replay, Tap
-from parity.registry import parse
+from parity.registry import parse, velocity_calls
 from reference.arms import Inputs, build_arms
 from reference.errors import ReferenceError
 from reference.layout import Layout, VisualSize
@@ -133,6 +133,10 @@ class TorchReplay:
         return None if found is None else found.array
 
     def _run_call(self, call: str, numbers: dict[str, int], capture: TorchCapture, force: Mapping[str, Tap]) -> None:
+        if call == "velocity":
+            # The full-sequence entry numbers the velocities of its arms as they come.
+            arm, step = velocity_calls(self.guided or [False] * self.request.num_steps)[numbers["number"]]
+            call, numbers = f"{arm}.step{step}", {"step": step}
         if call.startswith("vit_model"):
             look(self, capture)
         elif call.startswith("vae.encode"):

@@ -115,7 +115,7 @@ class MlxSubject:
             prepared = visuals.prepare_visuals(asked)
         arrays: dict[str, np.ndarray] = {}
         for index, visual in enumerate(prepared):
-            if visual.pixels is not None and asked.task.value != "i2v":
+            if visual.pixels is not None:
                 arrays[f"vae_pixels{index}"] = visual.pixels.transpose(3, 0, 1, 2)
             if visual.vit_patches is not None:
                 arrays[f"vit_patches{index}"] = visual.vit_patches

@@ -64,7 +64,7 @@ def print_result(result: Result) -> None:
     if result.floor_median is not None and result.alarm is not None:
         median = significant(result.floor_median, 2)
         threshold = significant(result.alarm.threshold, 2)
-        console.print(f"median error: {median} times the floor; a tap alarms from {threshold} times its floor")
+        console.print(f"median error: {median} times the floor; a tap alarms from at most {threshold} times its own")
     if result.upstream_median is not None:
         console.print(f"median error: {significant(result.upstream_median, 2)} of upstream's own rounding error")
     if result.verdict != AGREE:

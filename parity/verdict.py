@@ -1,9 +1,9 @@
 """How far a tap may be from the oracle's when a run goes its own way, and how comparisons can end.
 
 The bound of a tap is its floor, measured for the bundle with equally right variants of the reference, times a threshold
-that is measured as well (parity/floors.py). The median tap may not be farther than MEDIAN floors: that sees what moves
-every tap by a little. Measured on all captured bundles, lance_mlx and the reference reach 1.0 in the median where every
-order of rounding is saturated, as in bfloat16 runs of a few steps, and 0.2 to 0.7 elsewhere.
+that is measured as well (parity/floors.py, parity/bounds.py). The median tap may not be farther than MEDIAN floors: that
+sees what moves every tap by a little. Measured on all captured bundles, lance_mlx and the reference reach 1.1 in the
+median of float32 runs and where every order of rounding is saturated, as in bfloat16 runs of a few steps.
 
 An answer's tokens are equal up to where the equally right variants themselves part: there two tokens are all but
 equally probable, and what follows hangs on which is taken.
@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
+from parity.bounds import free_bounds
 from parity.bundle import Bundle
 from parity.findings import Alarm
-from parity.floors import Floors, free_bounds
+from parity.floors import Floors
 from parity.metrics import Difference
 
 MEDIAN = 2.0
@@ -43,16 +44,16 @@ class Limit:
 
 def limits_from(bundle: Bundle, floors: Floors) -> tuple[dict[str, Limit], Alarm]:
     """The limit of every tap of a bundle, and how often they alarm falsely; integers must be equal."""
-    levels, alarm = free_bounds(bundle, floors)
+    bounds = free_bounds(bundle, floors)
     limits = {}
     for name in bundle.taps:
         if name == "tokens":
             limits[name] = Limit(0.0, leading=floors.leading)
-        elif name in levels:
-            limits[name] = Limit(levels[name] * alarm.threshold, levels[name], floors.upstream.get(name))
+        elif name in bounds.levels:
+            limits[name] = Limit(bounds.allowed(name), bounds.levels[name], floors.upstream.get(name))
         else:
             limits[name] = Limit(0.0)
-    return limits, alarm
+    return limits, bounds.alarm
 
 
 def median_over_floor(differences: Mapping[str, Difference], limits: Mapping[str, Limit]) -> float | None:

@@ -95,10 +95,28 @@ def recorded(made: Path, stored: Path) -> list[Path]:
 
 
 # To add a fixture, add a line here: a name and a function as `Fixture.build` describes it.
+def floors(made: Path, stored: Path) -> list[Path]:
+    """What rounding does to every stored bundle, measured again; another processor may round otherwise."""
+    from parity.bundle import read_bundle
+    from parity.floors import measure_free, measure_local
+    from parity.floors_file import FILE, write_floors
+    from parity.oracle import Oracle
+
+    torch.set_num_threads(1)
+    paths = []
+    for path in sorted((stored / ORACLES).glob(f"[!.]*/{FILE}")):
+        oracle = Oracle.of(read_bundle(path.parent))
+        name = path.relative_to(stored)
+        write_floors(made / name, oracle, measure_local(oracle), measure_free(oracle.bundle))
+        paths.append(name)
+    return paths
+
+
 FIXTURES = (
     Fixture("selection", selection),
     Fixture("tokenizer", tokenizer),
     Fixture("recorded", recorded),
+    Fixture("floors", floors),
 )
 
 

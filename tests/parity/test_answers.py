@@ -1,13 +1,17 @@
 """Answers under rounding: tokens are compared up to where equally right orders of rounding part."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from parity.bundle import read_bundle
 from parity.check import Run, check_recording
-from parity.floors import Floors, free_floors, measure_free, shared_start, variants_of
+from parity.floors import measure_free, shared_start, variants_of
+from parity.floors_file import free_floors
 from parity.implementations import Mlx
 from parity.recording import Recording, Tap
+from parity.replay_torch import TorchReplay
 from parity.verdict import limits_from
 
 
@@ -44,19 +48,14 @@ def test_only_the_tokens_before_the_first_variant_that_parts_are_compared(answer
     assert shared_start(bundle.taps["tokens"], bundle.taps["tokens"]) is None
     assert shared_start(bundle.taps["tokens"], Tap(tokens[:6], "int32")) == 6
 
-    class Answering:
-        """A reference whose variants answer in turn, the last again and again; all else is upstream's."""
-
-        def __init__(self, numerics, turns):
-            self.turns = turns
-
-        def record(self, names):
-            answer = self.turns.pop() if len(self.turns) > 1 else self.turns[0]
-            return bundle.taps | {"tokens": answer}
-
     def leading(*turns):
-        turns = [*turns]
-        monkeypatch.setattr("parity.floors.load_run", lambda bundle, numerics: Answering(numerics, turns))
+        """What measuring finds where the reference and its variants answer in turn; all else is upstream's."""
+        turns = list(turns)
+
+        def record(run, names=None):
+            return bundle.taps | {"tokens": turns.pop(0) if len(turns) > 1 else turns[0]}
+
+        monkeypatch.setattr(TorchReplay, "record", record)
         return measure_free(bundle).leading
 
     same = bundle.taps["tokens"]
@@ -70,7 +69,7 @@ def test_an_answer_that_parts_after_a_tie_agrees_and_before_it_does_not(answered
     bundle, recording = answered
     tokens = bundle.taps["tokens"].array
     measured = free_floors(bundle)
-    tied = Floors(measured.variants, measured.errors, measured.upstream, leading=4)
+    tied = replace(measured, leading=4)
     assert limits_from(bundle, measured)[0]["tokens"].leading is None
     assert limits_from(bundle, tied)[0]["tokens"].leading == 4
     monkeypatch.setattr("parity.check.limits_of", lambda bundle: limits_from(bundle, tied))

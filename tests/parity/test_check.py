@@ -6,12 +6,15 @@ import pytest
 
 import reference.sampler as sampler
 from parity import replay_torch
+from parity.bounds import FALSE_ALARM, free_bounds
 from parity.bundle import read_bundle, write_bundle
 from parity.check import UnsupportedTask, check_bundle, check_recording, limits_of, record_bundle
 from parity.errors import ParityError
-from parity.floors import FALSE_ALARM, Floors, quantum
+from parity.floors import Floors
+from parity.floors_file import free_floors
 from parity.implementations import Mlx, Reference, one_line, wanted
 from parity.recording import Tap, write_tensors
+from parity.rounding import quantum
 from parity.verdict import MEDIAN, Limit, limits_from
 from reference.request import Renorm
 
@@ -52,7 +55,7 @@ def test_the_oracle_agrees_with_itself(detailed_bundle, replayed):
 def test_the_bound_of_a_tap_is_its_floor_times_the_threshold(bundle, replayed, tap):
     limits, alarm = limits_of(read_bundle(bundle))
     limit = limits[tap].error
-    assert limit == limits[tap].floor * alarm.threshold
+    assert limit == pytest.approx(limits[tap].floor * alarm.threshold)
     result = check(bundle, replayed(changed={tap: moved(0.9 * limit)}))
     assert result.verdict == "agree" and result.alarm == alarm
     result = check(bundle, replayed(changed={tap: moved(1.2 * limit)}))
@@ -326,18 +329,19 @@ def to_bfloat16(values):
 
 
 @pytest.mark.parametrize("name", ["t2v-bf16-kv", "t2i-fp32-kv", "i2v-fp32-nokv"])
-def test_limits_are_floors_times_a_threshold(oracles, name):
+def test_limits_are_bounds_on_what_rounding_does(oracles, name):
     oracle = read_bundle(oracles / name)
     limits, alarm = limits_of(oracle)
+    bounds = free_bounds(oracle, free_floors(oracle))
     assert set(limits) == set(oracle.taps)
     for tap, limit in limits.items():
         if oracle.taps[tap].dtype == "int32":
             assert limit == Limit(0.0)
         else:
-            assert limit.floor >= quantum(oracle.taps[tap], oracle.dtype) > 0
-            assert limit.error == limit.floor * alarm.threshold
+            assert limit.floor == bounds.levels[tap] >= quantum(oracle.taps[tap], oracle.dtype) > 0
+            assert limit.floor <= limit.error == bounds.allowed(tap) <= limit.floor * alarm.threshold * (1 + 1e-9)
             assert (limit.upstream is None) == (oracle.dtype == "float32")
-    assert alarm.rate == FALSE_ALARM and alarm.threshold >= 1
+    assert alarm == bounds.alarm and alarm.rate == FALSE_ALARM
     assert alarm.taps == sum(tap.dtype != "int32" for tap in oracle.taps.values())
 
 
@@ -370,13 +374,18 @@ def test_what_moves_every_tap_by_a_little_is_seen_by_the_median(detailed_bundle,
     assert result.first_divergence["tap"] == "sampler.noise"
 
 
+def floors_of(error, names):
+    """Floors whose one variant has this error everywhere."""
+    ratios = {dtype: np.zeros(0, np.float32) for dtype in ("float32", "bfloat16")}
+    return Floors(("a:a",), {name: np.full(1, error, np.float32) for name in names}, ratios, dict.fromkeys(ratios, 0))
+
+
 def test_an_integer_tap_has_no_limit_and_a_tap_without_a_measured_error_the_least(rounded):
     oracle = read_bundle(rounded)
     names = [name for name, tap in oracle.taps.items() if tap.dtype != "int32"]
-    still = Floors(("a:a", "b:b"), {name: np.zeros(2, np.float32) for name in names})
-    limits, alarm = limits_from(oracle, still)
-    assert alarm.threshold == 1 and alarm.samples == 0
-    assert all(limits[name].error == quantum(oracle.taps[name], oracle.dtype) for name in names)
+    limits, alarm = limits_from(oracle, floors_of(0, names))
+    assert alarm.samples == 0 and limits["cond.step0/position_ids"] == Limit(0.0)
+    assert all(limits[name].floor == quantum(oracle.taps[name], oracle.dtype) for name in names)
 
 
 def test_limits_are_measured_once_for_a_bundle_that_stays_the_same(copy_bundle, monkeypatch):
@@ -386,7 +395,7 @@ def test_limits_are_measured_once_for_a_bundle_that_stays_the_same(copy_bundle, 
     def free_floors(bundle):
         measured.append(bundle.name)
         names = [name for name, tap in bundle.taps.items() if tap.dtype != "int32"]
-        return Floors(("a:a",), {name: np.ones(1, np.float32) for name in names})
+        return floors_of(1, names)
 
     monkeypatch.setattr("parity.check.free_floors", free_floors)
     for _ in range(2):

@@ -8,7 +8,6 @@ import pytest
 
 from parity.bundle import read_bundle
 from parity.errors import ParityError
-from parity.floors import floor, quantum
 from parity.metrics import compare
 from parity.oracle import Oracle, cut, load_run, run_passes
 from parity.recording import Tap
@@ -28,7 +27,7 @@ FINER = (
     "vae.decode.chunk0/conv2",
     "frames",
 )
-UNEQUAL = {"float32": 2e-6, "bfloat16": 2e-2}
+UNEQUAL = {"float32": 1e-6, "bfloat16": 1e-2}
 
 
 @pytest.mark.parametrize("name", BUNDLES)
@@ -46,8 +45,7 @@ def test_upstreams_taps_win_and_the_others_are_the_references(oracle_of, name):
     for tap, value in bundle.taps.items():
         difference = compare(value, oracle.own[tap])
         assert difference.mismatch is None, tap
-        limit = 0.0 if value.dtype == "int32" else UNEQUAL[value.dtype]
-        assert difference.rel_l2 <= max(limit, floor(np.zeros(1), quantum(value))), tap
+        assert difference.rel_l2 <= (0.0 if value.dtype == "int32" else UNEQUAL[bundle.dtype]), tap
 
 
 def test_finer_parts_than_upstreams_are_there(oracle_of):
@@ -91,6 +89,8 @@ def test_cut_passes_equal_the_cached_entrys_calls(oracle_of, name):
     # The unconditional arm has other positions in the two entries from the first split after the user's text on.
     other = [f"uncond.prefix{index}/*" for index in range(after_text(oracle.layout), 9)] + ["uncond.step*"]
     alone = ["*/llm2vae", "*/time_embedder", "velocity_call*"]
+    # A whole question is embedded before any pass.
+    alone += ["cond.prefill*/language_model.model.embed_tokens", "tokens"]
     compared = 0
     for tap, value in cached.items():
         assert tap in pieces or any(fnmatchcase(tap, pattern) for pattern in alone), tap
@@ -100,9 +100,13 @@ def test_cut_passes_equal_the_cached_entrys_calls(oracle_of, name):
         assert difference.mismatch is None and difference.rel_l2 < 5e-6, tap
         compared += 1
     assert compared > 300
-    extra = {tap for tap in pieces if tap not in cached and not tap.startswith("velocity_call")}
-    # An answer's context is read in every pass; a target's embedding belongs to both arms of one.
-    assert not extra, sorted(extra)[:3]
+    # The full-sequence entry answers up to a multiple of its block.
+    longer = [f"cond.decode{step}/*" for step in range(oracle.run.request.max_new_tokens or 0, 200)]
+    extra = [tap for tap in pieces if tap not in cached and not tap.startswith("velocity_call")]
+    assert [tap for tap in extra if not any(fnmatchcase(tap, pattern) for pattern in longer)] == []
+    if "tokens" in cached:
+        tokens = cached["tokens"].array
+        assert np.array_equal(pieces["tokens"].array[: len(tokens)], tokens)
 
 
 def after_text(layout):
@@ -153,7 +157,7 @@ def test_an_oracle_whose_reference_lays_out_something_else_does_not_judge(oracle
     wrong = oracle.bundle.inputs[integers].array.copy()
     wrong[0] += 1
     bundle = replace(oracle.bundle, inputs=oracle.bundle.inputs | {integers: Tap(wrong, "int32")})
-    with pytest.raises(ParityError, match=f"with other {integers}: it cannot judge"):
+    with pytest.raises(ParityError, match=f"with other {integers}: it is no judge"):
         replace(oracle, bundle=bundle).contract  # noqa: B018 -- it is computed when it is asked for
 
 

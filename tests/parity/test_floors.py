@@ -1,0 +1,446 @@
+"""Floors and the bounds on them: how often a right run alarms, what is left out, and what is kept beside a bundle."""
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+from parity import floors as measuring
+from parity import floors_file
+from parity.bounds import FALSE_ALARM, floor, free_bounds, local_bounds, threshold
+from parity.bundle import read_bundle, write_bundle
+from parity.cli import app
+from parity.errors import ParityError
+from parity.floors import Floors, floats_of, measure_free, measure_local, variants_of
+from parity.floors_file import FILE, free_floors, local_floors, write_floors
+from parity.metrics import compare
+from parity.oracle import Oracle
+from parity.recording import Tap
+from parity.rounding import ULP, quantum
+
+SMALL = "t2i-fp32-nokv"
+FAMILIES = 8
+
+
+def bits(draw, taps, families=FAMILIES, spread=0.3, shared=0.0):
+    """Errors [taps, families] of variants that round alike at every tap but for chance, which taps may share."""
+    scales = np.exp(draw.normal(-14, 1, (taps, 1)))
+    together = draw.normal(0, shared, (1, families)) if shared else 0.0
+    return scales * np.exp(draw.normal(0, spread, (taps, families)) + together)
+
+
+def ratios_of(table, families=None):
+    """What `measure_*` keep of a table of errors of float32 taps."""
+    families = families or [f"{index}:{index}" for index in range(table.shape[1])]
+    found, count = measuring._ratios(table, np.zeros(len(table)), np.full(len(table), "float32"), families)
+    return found["float32"], count["float32"]
+
+
+def alarms(draw, taps, trials, **kind):
+    """How many of so many fresh variants are called wrong anywhere, given the floor and the threshold of the others."""
+    wrong = 0
+    for _ in range(trials):
+        table = bits(draw, taps, FAMILIES + 1, **kind)
+        known, fresh = table[:, :-1], table[:, -1]
+        far = threshold(*ratios_of(known), taps)
+        wrong += bool((fresh > known.max(1) * far).any())
+    return wrong
+
+
+# The threshold.
+
+
+@pytest.mark.parametrize("kind", [{}, {"spread": 1.0}, {"spread": 0.05}])
+def test_a_fresh_variant_of_the_same_kind_alarms_rarely(kind):
+    # Bonferroni's bound is a bound: 1% of 300 runs are 3, and as many as 10 would have a chance of 1 in 1000.
+    assert alarms(np.random.default_rng(1), taps=150, trials=300, **kind) < 10
+
+
+def test_a_fresh_variant_whose_errors_hang_together_alarms_rarely():
+    assert alarms(np.random.default_rng(2), taps=150, trials=200, shared=0.2) < 15
+
+
+def test_a_variant_that_is_far_worse_alarms():
+    draw = np.random.default_rng(3)
+    table = bits(draw, 150)
+    far = threshold(*ratios_of(table), 150)
+    assert 1 <= far < 10
+    worse = table.max(1) * np.where(np.arange(150) == 77, 20, 0.5)
+    assert np.flatnonzero(worse > table.max(1) * far).tolist() == [77]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), taps=st.integers(2, 200), scale=st.floats(1e-9, 1e9))
+def test_the_threshold_is_never_below_what_was_seen_and_has_no_unit(seed, taps, scale):
+    table = bits(np.random.default_rng(seed), taps)
+    found, count = ratios_of(table)
+    assert count == table.size and np.all(np.diff(found) <= 0)
+    far = threshold(found, count, taps)
+    assert far >= max(1.0, float(found[0]) * (1 - 1e-6))
+    assert threshold(*ratios_of(table * scale), taps) == pytest.approx(far, rel=1e-3)
+    # More taps share the chance of a false alarm.
+    assert threshold(found, count, 100 * taps) >= far
+
+
+def test_without_a_measured_error_the_threshold_is_the_floor():
+    assert threshold(np.zeros(0, np.float32), 0, 100) == 1.0
+    assert ratios_of(np.zeros((5, 3)))[1] == 0
+
+
+def test_few_or_equal_ratios_are_enough():
+    assert threshold(np.array([0.5], np.float32), 1, 10) == 1.0
+    assert threshold(np.array([3.0], np.float32), 1, 10) == pytest.approx(3)
+    assert threshold(np.full(50, 2.0, np.float32), 50, 10) >= 2
+
+
+def test_families_are_left_out_as_a_whole():
+    # Two that round alike say nothing about each other: with one left out the other would vouch for it.
+    table = np.tile(np.array([[1.0, 8.0, 8.0]]), (20, 1))
+    apart, alike = (ratios_of(table, names)[0] for names in (["a:a", "b:b", "c:c"], ["a:a", "b:b", "c:b"]))
+    assert apart[0] == 1 and alike[0] == 8
+    assert threshold(apart, 60, 20) == pytest.approx(1) and threshold(alike, 60, 20) >= 8
+
+
+def test_ratios_are_kept_by_dtype_and_not_below_the_least_floor():
+    table = np.array([[1e-9, 4e-9], [1e-3, 4e-3], [0, 1e-3]])
+    found, count = measuring._ratios(
+        table, np.array([1e-8, 1e-4, 1e-4]), np.array(["float32", "bfloat16", "bfloat16"]), ["a:a", "b:b"]
+    )
+    assert count == {"float32": 2, "bfloat16": 3}
+    assert found["float32"].tolist() == pytest.approx([0.4, 0.1])
+    assert found["bfloat16"].tolist() == pytest.approx([10, 4, 0.25])
+
+
+# The least floor, and bounds.
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 20000), ("bfloat16", 20000), ("float32", 9)])
+def test_the_quantum_is_one_element_in_25_off_by_one_bit(dtype, size):
+    draw = np.random.default_rng(4)
+    values = draw.normal(0, 1, size).astype(np.float32)
+    if dtype == "bfloat16":
+        values = (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    off = values.copy()
+    # Of few elements the root of their number.
+    flipped = draw.permutation(size)[: max(size // 25, round(size**0.5))]
+    off.view(np.uint32)[flipped] += 1 if dtype == "float32" else 1 << 16
+    tap = Tap(values, dtype)
+    error = compare(tap, Tap(off, dtype)).rel_l2
+    assert quantum(tap) < 1.2 * error and error < 3 * quantum(tap)
+
+
+def test_the_quantum_of_a_tap_that_follows_from_bfloat16_states_is_that_of_bfloat16():
+    tap = Tap(np.ones(100, np.float32), "float32")
+    assert quantum(tap, "bfloat16") / quantum(tap) == ULP["bfloat16"] / ULP["float32"]
+    assert quantum(Tap(np.ones(100, np.int32), "int32")) == 0
+    assert quantum(Tap(np.ones(0, np.float32), "float32")) > 0
+    assert floor(np.array([1e-9, 3e-9]), 2e-9) == pytest.approx(3e-9) and floor(np.zeros(0), 2e-9) == 2e-9
+
+
+@pytest.mark.parametrize("name", ["t2i-fp32-kv", "t2v-bf16-kv", "x2t_image-bf16-kv", "i2v-fp32-nokv"])
+def test_bounds_lie_between_what_was_seen_and_the_widest(oracle_of, name):
+    oracle = oracle_of(name)
+    local, free = local_floors(oracle), free_floors(oracle.bundle)
+    for floors, bounds in ((local, local_bounds(oracle, local)), (free, free_bounds(oracle.bundle, free))):
+        assert bounds.alarm.rate == FALSE_ALARM and bounds.alarm.taps == len(floors.errors)
+        assert bounds.alarm.samples == sum(floors.count.values()) > len(floors.errors)
+        widest = 1.0
+        for tap, errors in floors.errors.items():
+            # No variant that was measured is called wrong.
+            assert bounds.allowed(tap) >= errors.max() and bounds.levels[tap] >= errors.max()
+            widest = max(widest, bounds.allowed(tap) / bounds.levels[tap])
+        assert bounds.alarm.threshold == pytest.approx(widest)
+
+
+def test_a_small_bfloat16_tap_may_have_a_few_more_elements_off(oracle_of):
+    oracle = oracle_of("t2v-bf16-kv")
+    bounds = local_bounds(oracle, local_floors(oracle))
+    over = {tap: bounds.allowed(tap) / level for tap, level in bounds.levels.items()}
+    sizes = {tap: oracle.taps[tap].array.size for tap in over if oracle.taps[tap].dtype == "bfloat16"}
+    # Of two taps on the least floor the smaller one's bound is the wider.
+    least = [tap for tap in sizes if bounds.levels[tap] == quantum(oracle.taps[tap])]
+    small, large = min(least, key=sizes.get), max(least, key=sizes.get)
+    assert sizes[small] < sizes[large] and over[small] > over[large]
+    wide = [tap for tap in over if oracle.taps[tap].dtype == "float32"]
+    assert {round(over[tap], 9) for tap in wide} == {round(bounds.thresholds["float32"], 9)}
+
+
+# Variants.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_variants_have_names_and_several_families(dtype):
+    variants = variants_of(dtype)
+    assert len({variant.name for variant in variants}) == len(variants)
+    assert not any(":" in variant.name for variant in variants)
+    assert len({variant.family for variant in variants}) >= 5
+    assert all(variant.numerics.dtype in (dtype, "float64") for variant in variants)
+
+
+@pytest.fixture(scope="module")
+def measured(oracle_of):
+    """Both kinds of floors of the smallest bundle, measured here."""
+    oracle = oracle_of(SMALL)
+    return measure_local(oracle), measure_free(oracle.bundle)
+
+
+def test_what_is_measured_is_what_is_kept(oracle_of, measured):
+    oracle = oracle_of(SMALL)
+    for now, kept in zip(measured, (local_floors(oracle), free_floors(oracle.bundle)), strict=True):
+        assert now.variants == kept.variants and list(now.errors) == list(kept.errors)
+        assert now.count.keys() == kept.count.keys() and now.leading == kept.leading
+        # Another processor rounds otherwise, but not by another order of magnitude.
+        mine, stored = (np.array([errors.max() for errors in floors.errors.values()]) for floors in (now, kept))
+        assert np.median(mine / np.maximum(stored, 1e-12)) == pytest.approx(1, abs=0.3)
+
+
+def test_every_variant_rounds_in_its_own_way_and_none_computes_something_else(oracle_of, measured):
+    local, free = measured
+    assert local.variants[0] == "the reference itself:own"
+    for floors, limit in ((local, 2e-5), (free, 2e-4)):
+        table = np.stack(list(floors.errors.values()))
+        assert table.shape == (len(floors.errors), len(floors.variants)) and np.all(table < limit)
+        for name, column in zip(floors.variants[1:], table.T[1:], strict=True):
+            assert name.startswith("two threads") or np.count_nonzero(column), name
+    # A unit in the last place, drawn evenly, is an error of 2**-23 / sqrt(3).
+    errors = np.stack([values for name, values in local.errors.items() if name.endswith("hidden_in")])
+    drawn = [index for index, name in enumerate(local.variants) if name.endswith(":last place")]
+    assert np.allclose(errors[:, drawn], 2.0**-23 / 3**0.5, rtol=0.3)
+
+
+def test_threads_are_given_back(oracle_of, monkeypatch):
+    import torch
+
+    before, seen = torch.get_num_threads(), set()
+
+    def record(run, names=None):
+        seen.add(torch.get_num_threads())
+        return oracle_of(SMALL).bundle.taps
+
+    monkeypatch.setattr(measuring.TorchReplay, "record", record)
+    measure_free(oracle_of(SMALL).bundle)
+    assert 2 in seen and torch.get_num_threads() == before
+
+    def fails(run, names=None):
+        if torch.get_num_threads() == 2:
+            raise ValueError("no")
+        return oracle_of(SMALL).bundle.taps
+
+    monkeypatch.setattr(measuring.TorchReplay, "record", fails)
+    with pytest.raises(ParityError, match="^reference cannot run bundle t2i-fp32-nokv: ValueError: no$"):
+        measure_free(oracle_of(SMALL).bundle)
+    assert torch.get_num_threads() == before
+
+
+# What is kept beside a bundle.
+
+
+@pytest.fixture
+def never_measured(monkeypatch):
+    """Measuring fails: floors can only be read."""
+
+    def measure(*arguments):
+        raise AssertionError("measured")
+
+    for name in ("measure_local", "measure_free"):
+        monkeypatch.setattr(floors_file, name, measure)
+
+
+def test_all_embedded_bundles_have_floors_that_fit_them(oracles, oracle_of, never_measured):
+    found = sorted(path.parent.name for path in oracles.glob("*/manifest.json"))
+    assert len(found) >= 8
+    for name in found:
+        local, free = local_floors(oracle_of(name)), free_floors(oracle_of(name).bundle)
+        assert list(local.errors) == floats_of(oracle_of(name).taps)
+        assert list(free.errors) == floats_of(oracle_of(name).bundle.taps)
+        assert local.variants == free.variants
+        assert [v.rpartition(":")[0] for v in local.variants[1:]] == [
+            v.name for v in variants_of(oracle_of(name).bundle.dtype)
+        ]
+        assert bool(free.upstream) == (oracle_of(name).bundle.dtype == "bfloat16") and not local.upstream
+
+
+def test_reading_free_floors_needs_no_weights(bundle, never_measured):
+    read = read_bundle(bundle)
+    assert not list(read.checkpoint.rglob("*.safetensors"))
+    assert set(free_floors(read).errors) == set(floats_of(read.taps))
+
+
+def invented(names, seed, upstream=()):
+    draw = np.random.default_rng(seed)
+    errors = {name: np.exp2(draw.uniform(-25, -3, 3)).astype(np.float32) for name in names}
+    errors[next(iter(errors))][1] = 0
+    ratios = {"float32": np.array([5.0, 1, 0.25], np.float32), "bfloat16": np.zeros(0, np.float32)}
+    distances = {name: float(value) for name, value in zip(upstream, draw.uniform(0.001, 0.1, 999), strict=False)}
+    return Floors(("a:a", "b:a", "c:c"), errors, ratios, {"float32": 77, "bfloat16": 0}, distances, 3 + seed)
+
+
+@pytest.fixture
+def stored(oracle_of, copy_bundle):
+    """The smallest bundle with invented floors beside it, and those."""
+    path = copy_bundle(SMALL)
+    own = read_bundle(path)
+    oracle = replace(oracle_of(SMALL), bundle=own)
+    local = invented(floats_of(oracle.taps), 0)
+    free = invented(floats_of(own.taps), 1, upstream=floats_of(own.taps))
+    write_floors(path / FILE, oracle, local, free)
+    return oracle, local, free
+
+
+def test_what_is_written_is_read(stored, never_measured):
+    oracle, local, free = stored
+    for given, read in ((local, local_floors(oracle)), (free, free_floors(oracle.bundle))):
+        assert read.variants == given.variants and read.count == given.count
+        assert list(read.errors) == list(given.errors)
+        for name, errors in given.errors.items():
+            assert read.errors[name] == pytest.approx(errors, rel=0.01), name
+        for dtype, values in given.ratios.items():
+            assert read.ratios[dtype] == pytest.approx(values, rel=0.01)
+    assert local_floors(oracle).leading == free_floors(oracle.bundle).leading == free.leading
+    assert free_floors(oracle.bundle).upstream == pytest.approx(free.upstream, rel=0.01)
+
+
+def test_the_same_floors_make_the_same_bytes(stored):
+    oracle, local, free = stored
+    path = oracle.bundle.path / FILE
+    first = hashlib.sha256(path.read_bytes()).hexdigest()
+    write_floors(path, oracle, local, free)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == first
+    assert [item.name for item in path.parent.iterdir() if item.name.startswith(".")] == []
+
+
+class Measured(Exception):
+    pass
+
+
+@pytest.fixture
+def measuring_is_seen(monkeypatch):
+    def measure(*arguments):
+        raise Measured
+
+    for name in ("measure_local", "measure_free"):
+        monkeypatch.setattr(floors_file, name, measure)
+
+
+def test_floors_of_another_capture_are_measured_again(stored, measuring_is_seen):
+    oracle, _, _ = stored
+    bundle = oracle.bundle
+    kept = (bundle.path / FILE).read_bytes()
+    taps = dict(bundle.taps)
+    taps["latent"] = Tap(np.nextafter(taps["latent"].array, np.float32(9)), "float32")
+    write_bundle(bundle.path, bundle.manifest, bundle.inputs, taps)
+    again = read_bundle(bundle.path)
+    for _ in range(2):
+        with pytest.raises(Measured):
+            free_floors(again)
+        with pytest.raises(Measured):
+            local_floors(replace(oracle, bundle=again))
+        (bundle.path / FILE).write_bytes(kept)
+
+
+def test_floors_of_other_taps_of_the_reference_are_measured_again(stored, measuring_is_seen):
+    oracle, _, _ = stored
+    fewer = {name: tap for name, tap in oracle.taps.items() if name != "frames"}
+    with pytest.raises(Measured):
+        local_floors(replace(oracle, taps=fewer))
+    # The same in another order are other rows of the table.
+    names = list(oracle.taps)
+    with pytest.raises(Measured):
+        local_floors(replace(oracle, taps={name: oracle.taps[name] for name in [*names[1:], names[0]]}))
+    # Those of the bundle's own taps still fit.
+    assert free_floors(oracle.bundle).leading == 4
+
+
+def test_floors_of_another_format_are_measured_again(stored, measuring_is_seen):
+    path = stored[0].bundle.path / FILE
+    with safe_open(path, "np") as file:
+        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    save_file(arrays, path, metadata | {"format": "lance-floors/0"})
+    with pytest.raises(Measured):
+        free_floors(stored[0].bundle)
+    save_file(arrays, path)
+    with pytest.raises(Measured):
+        free_floors(stored[0].bundle)
+
+
+def damages():
+    def cut(path, arrays, metadata):
+        path.write_bytes(path.read_bytes()[:-10])
+
+    def without(name):
+        return lambda path, arrays, metadata: save_file(
+            {key: value for key, value in arrays.items() if key != name}, path, metadata
+        )
+
+    def shorter(path, arrays, metadata):
+        save_file(arrays | {"free": arrays["free"][:-1], "local": arrays["local"][:-1]}, path, metadata)
+
+    def unnamed(path, arrays, metadata):
+        save_file(arrays, path, {key: value for key, value in metadata.items() if key != "variants"})
+
+    def garbled(path, arrays, metadata):
+        save_file(arrays, path, metadata | {"free_count": "{", "local_count": "{"})
+
+    def empty(path, arrays, metadata):
+        path.write_bytes(b"")
+
+    def folder(path, arrays, metadata):
+        path.write_bytes(b"\0" * 20)
+
+    return [cut, without("free"), shorter, unnamed, garbled, empty, folder]
+
+
+@pytest.mark.parametrize("damage", damages())
+def test_damaged_floors_are_named_in_one_line(stored, damage, never_measured):
+    oracle = stored[0]
+    path = oracle.bundle.path / FILE
+    with safe_open(path, "np") as file:
+        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    damage(path, arrays, metadata)
+    with pytest.raises(ParityError) as caught:
+        free_floors(oracle.bundle)
+    text = str(caught.value)
+    assert "floors.safetensors is not a complete file of floors" in text and "\n" not in text
+
+
+# The command.
+
+
+@pytest.fixture
+def lance_parity(monkeypatch):
+    def invoke(*arguments):
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result
+
+    return invoke
+
+
+def test_floors_writes_them_beside_the_taps(lance_parity, linked_bundle, stored, monkeypatch):
+    path = linked_bundle(SMALL)
+    (path / FILE).unlink()
+    _, local, free = stored
+    monkeypatch.setattr(measuring, "measure_local", lambda oracle, progress: local)
+    monkeypatch.setattr(measuring, "measure_free", lambda bundle, progress: free)
+    before = {item.name: item.read_bytes() for item in path.iterdir()}
+    result = lance_parity("floors", path)
+    assert result.exit_code == 0 and result.stderr == ""
+    assert f"{path / FILE}: {len(local.errors)} taps, 3 variants" in result.stdout.replace("\n", "")
+    after = {item.name: item.read_bytes() for item in path.iterdir()}
+    assert after.keys() - before.keys() == {FILE} and after.items() >= before.items()
+    oracle = Oracle.of(read_bundle(path))
+    assert local_floors(oracle).variants == local.variants
+
+
+def test_floors_of_bad_folders_are_one_line(lance_parity, tmp_path, bundle):
+    for folder, words in ((tmp_path / "nothing", "nothing"), (bundle, "reference cannot run bundle")):
+        result = lance_parity("floors", folder)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("lance-parity: ") and result.stderr.count("\n") == 1
+        assert words in result.stderr
