@@ -1,10 +1,10 @@
 """From floors to bounds: how far over its floor a tap must be for a run to be called wrong.
 
 The threshold on error / floor is measured. Each family of variants in turn is taken for an implementation under test
-and the others for its floor; the logarithms of these ratios beyond their nine-tenth quantile are fitted by a generalized
-Pareto distribution (by its moments), for each dtype by itself, and the threshold is where its tail, over all taps
-compared, leaves a chance of FALSE_ALARM for a false alarm anywhere in the run (Bonferroni's bound, which holds however
-the taps depend on each other).
+and the others for its floor; the logarithms of these ratios beyond their nine-tenth quantile are fitted by a
+generalized Pareto distribution (by its moments), for each dtype by itself, and the threshold is where its tail, over
+all taps compared, leaves a chance of FALSE_ALARM for a false alarm anywhere in the run (Bonferroni's bound, which holds
+however the taps depend on each other).
 """
 
 from collections.abc import Mapping

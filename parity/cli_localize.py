@@ -148,7 +148,8 @@ def floors(
                 write_floors(path / FILE, oracle, local, free)
                 steered, own = local_bounds(oracle, local).alarm, free_bounds(oracle.bundle, free).alarm
                 lines.append(
-                    f"{path / FILE}: {len(local.errors)} taps, {len(local.variants)} variants; a tap alarms from at most "
+                    f"{path / FILE}: {len(local.errors)} taps, {len(local.variants)} variants; a tap alarms from at "
+                    "most "
                     f"{steered.threshold:.1f} times its local floor, {own.threshold:.1f} times its free one"
                 )
         print("\n".join(lines))

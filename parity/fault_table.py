@@ -9,6 +9,8 @@ from parity.bundle import Bundle, read_bundle
 from parity.errors import ParityError
 from parity.faults import Fault
 from parity.findings import Localization
+from parity.floors import measure_free, measure_local
+from parity.floors_file import FILE, write_floors
 from parity.hypotheses import HYPOTHESES
 from parity.localize import Investigation
 from parity.oracle import Oracle
@@ -67,7 +69,11 @@ def record_more(folder: Path, oracles: Path, start: Callable[[str], Callable[[st
         images = () if task in ("t2i", "t2v") else (oracles / "media" / "garden.png",)
         steps = {} if task.startswith("x2t") else {"steps": 4}
         request = build_request(task, Options(images=images, **(steps | values)))
-        paths.append(record(folder / name, oracles / "checkpoint-a", request, dtype=dtype, progress=start(name)))
+        tell = start(name)
+        path = record(folder / name, oracles / "checkpoint-a", request, dtype=dtype, progress=tell)
+        oracle = Oracle.of(read_bundle(path))
+        write_floors(path / FILE, oracle, measure_local(oracle, tell), measure_free(oracle.bundle, tell))
+        paths.append(path)
     return paths
 
 
@@ -107,11 +113,15 @@ def try_faults(
 def try_fault(fault: Fault, bundle: Bundle, oracle: Oracle, subject: MlxSubject) -> Trial:
     """Localize one fault on one bundle."""
     try:
-        found = Investigation(bundle, oracle, subject, [fault], HYPOTHESES, lambda what: None).run()
+        found = Investigation(bundle, oracle, subject, [fault], HYPOTHESES, _say_nothing, thorough=False).run()
     except ParityError as error:
         explained = None if fault.explanation is None else False
         return Trial(fault, bundle.name, False, False, explained, str(error), "", 0.0)
     return judge(fault, found)
+
+
+def _say_nothing(what: str) -> None:
+    """The progress of a single trial is of no interest."""
 
 
 def judge(fault: Fault, found: Localization) -> Trial:

@@ -14,6 +14,8 @@ VERDICTS = {
     verdict.INCONCLUSIVE: "? INCONCLUSIVE",
     verdict.UNUSABLE: "! UNUSABLE",
 }
+# Findings after the first that the sentence names.
+FURTHER = 12
 ARMS = {"cond": "conditional", "uncond": "unconditional"}
 
 
@@ -31,10 +33,20 @@ def said(localization: Localization) -> str:
         # What is to be equal is told by what was done instead; an error is a number that asks for an explanation.
         text = (
             f"{_beginning(first)}{'explanation: ' if first.explained and first.kind != EXACT else ''}{explained(first)}"
+            f"{_further(localization.findings[1:])}"
         )
     else:
         text = localization.reason or "nothing was compared"
     return f"{text.strip().rstrip('.')}."
+
+
+def _further(findings: Sequence[Finding]) -> str:
+    """Return what else is wrong by itself, by its cause where that is known."""
+    if not findings:
+        return ""
+    causes = [next(iter(f.explanations)).name if f.explained else f.component for f in findings]
+    shown = ", ".join(dict.fromkeys(causes[:FURTHER]))
+    return f"; wrong by itself too: {shown}" + (f" and {len(causes) - FURTHER} more" if len(causes) > FURTHER else "")
 
 
 def explained(finding: Finding) -> str:

@@ -45,6 +45,7 @@ from parity.verdict import AGREE, DIVERGE, INCONCLUSIVE
 FEWEST_TAPS = 10
 # Taps of one kind that an explanation is tried on before it is believed for all of them.
 SAMPLED = 4
+_NOTHING = Observed({}, {}, {})
 Progress = Callable[[str], None]
 
 
@@ -73,7 +74,12 @@ def localize(
 
 
 class Investigation:
-    """One localization under way."""
+    """One localization under way.
+
+    Attributes:
+        thorough: whether the request is also run free, twice, and from the oracle's states: without that there are no
+            propagated errors, no trajectory and no check of determinism, only what is wrong by itself.
+    """
 
     def __init__(
         self,
@@ -83,7 +89,9 @@ class Investigation:
         faults: list[Fault],
         hypotheses: list[Hypothesis],
         tell: Progress,
+        thorough: bool = True,
     ) -> None:
+        self.thorough = thorough
         self.bundle, self.oracle, self.subject = bundle, oracle, subject
         self.faults, self.hypotheses, self.tell = faults, hypotheses, tell
         self.contract = oracle.contract
@@ -103,12 +111,12 @@ class Investigation:
             broken = {breach.tap.removeprefix("weights/"): breach.expected for breach in checked.breaches}
             given = {name: array for name, array in broken.items() if array is not None}
             self.tell("determinism")
-            free, failure, unstable = self._free_runs()
+            free, failure, unstable = self._free_runs() if self.thorough else (_NOTHING, None, None)
             with self.subject.with_weights(given) if given else nullcontext():
                 self.tell("steered run")
                 forced, stuck = self._attempt(lambda: self.subject.steered(self.oracle))
             self.tell("trajectory")
-            led, _ = self._attempt(lambda: teacher_forced(self.subject, self.oracle))
+            led = self._attempt(lambda: teacher_forced(self.subject, self.oracle))[0] if self.thorough else _NOTHING
             preprocessed = self.subject.preprocessed(self.bundle.path.parent)
         breaches = [*checked.breaches, *check_exact(self.contract, forced)]
         breaches += check_preprocessed(preprocessed, self.bundle.inputs)
@@ -118,7 +126,7 @@ class Investigation:
         if stuck:
             self._stop(stuck)
         self._show_pixels(free.recording)
-        departures = trajectory(self.oracle, led.recording, free.recording)
+        departures = trajectory(self.oracle, led.recording, free.recording) if self.thorough else []
         verdict, reason = self._verdict(taps, unstable, failure)
         return Localization(
             bundle=self.bundle.name,
@@ -155,7 +163,7 @@ class Investigation:
         try:
             return run(), None
         except ParityError as error:
-            return Observed({}, {}, {}), str(error)
+            return _NOTHING, str(error)
 
     def _tap_errors(
         self,
@@ -202,8 +210,8 @@ class Investigation:
         """Explain what is wrong, first things first; what an explanation covers is no finding of its own."""
         for group in _grouped(breaches):
             self._exact_finding(group)
-        # Flipped ties are no error of the choice: the logits, which are compared too, are what counts.
-        ties = {margin.step for margin in answered if margin.tie}
+        # A steered run chooses from the oracle's logits: only of two that are equal may it take either.
+        ties = {margin.step for margin in answered if not margin.margin}
         wrong = [tap for tap in taps if tap.wrong and not self._only_ties(tap, forced.recording, ties)]
         while wrong:
             wrong = self._local_finding(wrong, forced.recording)

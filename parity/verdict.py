@@ -1,9 +1,9 @@
 """How far a tap may be from the oracle's when a run goes its own way, and how comparisons can end.
 
-The bound of a tap is its floor, measured for the bundle with equally right variants of the reference, times a threshold
-that is measured as well (parity/floors.py, parity/bounds.py). The median tap may not be farther than MEDIAN floors: that
-sees what moves every tap by a little. Measured on all captured bundles, lance_mlx and the reference reach 1.1 in the
-median of float32 runs and where every order of rounding is saturated, as in bfloat16 runs of a few steps.
+The bound of a tap is its floor, measured for the bundle with equally right variants of the reference, times a
+threshold that is measured as well (parity/floors.py, parity/bounds.py). The median tap may not be farther than MEDIAN
+floors: that sees what moves every tap by a little. Measured on all captured bundles, lance_mlx and the reference reach
+1.1 in the median of float32 runs and where every order of rounding is saturated, as in bfloat16 runs of a few steps.
 
 An answer's tokens are equal up to where the equally right variants themselves part: there two tokens are all but
 equally probable, and what follows hangs on which is taken.

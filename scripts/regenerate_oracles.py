@@ -97,6 +97,8 @@ def recorded(made: Path, stored: Path) -> list[Path]:
 # To add a fixture, add a line here: a name and a function as `Fixture.build` describes it.
 def floors(made: Path, stored: Path) -> list[Path]:
     """What rounding does to every stored bundle, measured again; another processor may round otherwise."""
+    import torch
+
     from parity.bundle import read_bundle
     from parity.floors import measure_free, measure_local
     from parity.floors_file import FILE, write_floors

@@ -1,7 +1,7 @@
 """Counting rotary ids in ways that differ from upstream's, and where a tap's ids lie in their sequence."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -14,7 +14,7 @@ from reference.positions import SUBJECT_ANCHOR, VIT_ANCHOR
 if TYPE_CHECKING:
     from parity.site import Site
 
-# Several hypotheses at a site are tried on top of each other, and each counts anew.
+# What recipes make at a site: several hypotheses are tried on top of each other, and each would count anew.
 _COUNTED: WeakKeyDictionary["Site", dict["Recipe", np.ndarray]] = WeakKeyDictionary()
 VISUAL = (Role.VIT, Role.SOURCE, Role.SUBJECT, Role.NOISE)
 CLEAN = (Role.SOURCE, Role.SUBJECT)
@@ -36,6 +36,8 @@ class Recipe:
         on_grid: roles whose first cell is put there, and not their bracket.
         taken_over: whether the target takes over the ids of a source of its size.
         always: whether ids are moved by role in a sequence without given visuals too.
+        unconditional: ids of the unconditional arm: "entry" as the run's entry has them, "recomputed" throughout,
+            "prefix" conditional before the target, "conditional" throughout, or the "first" of the conditional ones.
     """
 
     stride: float | None = None
@@ -48,6 +50,7 @@ class Recipe:
     on_grid: tuple[Role, ...] = ()
     taken_over: bool = True
     always: bool = False
+    unconditional: str = "entry"
 
     def ids(self, splits: Sequence[Split], tokens_per_second: int, moves: bool = True) -> np.ndarray:
         """Rotary ids int32 [3, n] of splits; `moves` tells whether any is moved by role at all."""
@@ -94,26 +97,23 @@ class Recipe:
 
 def counted(site: "Site", recipe: Recipe) -> np.ndarray:
     """Rotary ids of the site's arm by a recipe, as its entry puts them together; an answer's go on behind them."""
-    known = _COUNTED.setdefault(site, {})
-    if recipe not in known:
-        known[recipe] = _counted(site, recipe)
-    return known[recipe]
-
-
-def _counted(site: "Site", recipe: Recipe) -> np.ndarray:
     tokens_per_second = site.pipeline.model.config.tokens_per_second
-    moves = not site.request.understanding
-    cond = recipe.ids(site.layout.splits, tokens_per_second, moves)
+    moves, layout = not site.request.understanding, site.layout
+    cond = recipe.ids(layout.splits, tokens_per_second, moves)
     if site.tap.arm != "uncond":
         return cond
+    way = recipe.unconditional
+    if way == "entry":
+        way = "recomputed" if site.entry == "full_sequence" else "prefix"
+    if way == "conditional":
+        return cond[:, layout.kept]
+    if way == "first":
+        return cond[:, : len(layout.kept)]
     own = recipe.ids(arm_splits(site), tokens_per_second, moves)
-    return own if site.entry == "full_sequence" else kept_prefix(site, cond, own)
-
-
-def kept_prefix(site: "Site", cond: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """Unconditional ids whose prefix keeps the conditional ones."""
-    prefix = sum(split.length for split in site.layout.prefix if split.role is not Role.TEXT)
-    return np.concatenate([cond[:, site.layout.kept][:, :prefix], own[:, prefix:]], 1)
+    if way == "prefix":
+        prefix = sum(split.length for split in layout.prefix if split.role is not Role.TEXT)
+        own[:, :prefix] = cond[:, layout.kept][:, :prefix]
+    return own
 
 
 def columns(site: "Site", ids: np.ndarray) -> slice:
@@ -137,10 +137,20 @@ def of_tap(site: "Site", ids: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return whole[:, rows]
 
 
-def recounted(site: "Site", ids: np.ndarray, recipe: Recipe) -> np.ndarray | None:
-    """Ids moved by what a recipe changes, so that several changes add up; None where it changes nothing."""
-    change = of_tap(site, ids, counted(site, recipe)) - of_tap(site, ids, counted(site, Recipe()))
-    return (ids + change).astype(np.int32) if change.any() else None
+def recounted(site: "Site", ids: np.ndarray, changes: dict[str, object]) -> np.ndarray:
+    """Ids counted with changes to the recipe that made them; where none did, as much is added as the changes make."""
+    known = _COUNTED.setdefault(site, {})
+
+    def by(recipe: Recipe) -> np.ndarray:
+        if recipe not in known:
+            known[recipe] = of_tap(site, ids, counted(site, recipe)).astype(np.int32)
+        return known[recipe]
+
+    by(Recipe())
+    made = next((recipe for recipe, own in known.items() if np.array_equal(own, ids)), None)
+    if made is not None:
+        return by(replace(made, **changes)).copy()
+    return (ids + by(Recipe(**changes)) - by(Recipe())).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from reference.layout import Mode, Role
+from reference.layout import Layout, Mode, Role
+from reference.positions import Grid
 from reference.prompt import template
 from reference.sequence import asked
 
@@ -16,12 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
-    """A split: its tokens, role and mode; `visual` where it is bracket, cells, bracket."""
+    """A split: its tokens, role and mode; a visual one's is bracket, cells, bracket, and has a grid."""
 
     tokens: tuple[int, ...]
     role: Role
     mode: Mode
-    visual: bool = False
+    grid: Grid | None = None
+
+    @property
+    def visual(self) -> bool:
+        return self.grid is not None
 
 
 Draft = list[Piece]
@@ -62,7 +67,7 @@ def draft_of(site: "Site", arm: str) -> Draft:
             tuple(layout.text_ids[split.rows].tolist()),
             split.role,
             split.mode,
-            split.grid is not None,
+            split.grid,
         )
         for split in layout.splits
         if arm == "cond" or split.role is not Role.TEXT
@@ -77,12 +82,25 @@ def array_of(name: str, draft: Draft) -> np.ndarray | None:
         "modality": lambda: [role for piece in draft for role in [piece.role] * len(piece.tokens)],
         "split_lens": lambda: [len(piece.tokens) for piece in draft],
         "attn_modes": lambda: [piece.mode for piece in draft],
+        "grids_thw": lambda: [(g.frames, g.rows, g.columns) for g in (piece.grid for piece in draft) if g],
     }
     return np.array(arrays[name](), np.int32) if name in arrays else None
 
 
+def answer_of(layout: Layout, draft: Draft) -> np.ndarray | None:
+    """Index of an answer's first token in a draft, int32 [1]; None where what follows it is not upstream's."""
+    if layout.answer is None:
+        return None
+    after = layout.text_ids[layout.answer :]
+    tokens = [token for piece in draft for token in piece.tokens]
+    start = len(tokens) - len(after)
+    return np.array([start], np.int32) if np.array_equal(tokens[start:], after) else None
+
+
 def added(base: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray | None:
     """What two changes of a list make together; None where they touch the same part of it."""
+    if np.array_equal(base, second):
+        return first
     if np.array_equal(base, first):
         return second
     if len(first) == len(base) == len(second):
@@ -97,9 +115,13 @@ def added(base: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray
 def hunk(base: np.ndarray, changed: np.ndarray) -> tuple[int, int, np.ndarray]:
     """The part of a list that changed: from where to where, and into what."""
     shared = min(len(base), len(changed))
-    differ = np.flatnonzero(base[:shared] != changed[:shared])
+
+    def differing(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+        return np.flatnonzero((ours != theirs).reshape(len(ours), -1).any(1))
+
+    differ = differing(base[:shared], changed[:shared])
     start = int(differ[0]) if len(differ) else shared
-    differ = np.flatnonzero(base[::-1][: shared - start] != changed[::-1][: shared - start])
+    differ = differing(base[::-1][: shared - start], changed[::-1][: shared - start])
     end = int(differ[0]) if len(differ) else shared - start
     return start, len(base) - end, changed[start : len(changed) - end]
 

@@ -45,8 +45,8 @@ def gated(combine: Callable[[Tensor, Tensor], Tensor]) -> Patch:
 
 
 def activation(name: str, other: Callable[[Tensor], Tensor]) -> Patch:
-    """Another function in the place of one of torch.nn.functional's."""
-    return function(F, name, lambda site, original, x, *args, **values: other(x))
+    """Another function in the place of one of torch.nn.functional's, computed in float32 and rounded once."""
+    return function(F, name, lambda site, original, x, *args, **values: other(x.float()).to(x.dtype))
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def narrow(gate: Tensor, up: Tensor) -> Tensor:
 
 def stepwise_silu(x: Tensor) -> Tensor:
     narrow = x.bfloat16()
-    return (narrow * torch.sigmoid(narrow)).to(x.dtype)
+    return narrow * torch.sigmoid(narrow)
 
 
 def rounded_once(gate: Tensor, up: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from parity.hypotheses.counting import (
     chosen,
     columns,
     counted,
-    kept_prefix,
     of_tap,
     recounted,
     runs,
@@ -35,12 +34,11 @@ ANCHORS = (0, 1000, 2000)
 
 def recipe(name: str, needs: Role | None = None, **changes: object) -> Hypothesis:
     """A hypothesis that the whole sequence is counted in another way, where it holds a block with the role needed."""
-    way = Recipe(**changes)
 
     def transform(site: "Site", ids: np.ndarray) -> np.ndarray | None:
         if not is_ids(ids) or (needs is not None and needs not in site.layout.roles):
             return None
-        return recounted(site, ids, way)
+        return recounted(site, ids, changes)
 
     return Hypothesis(name, POSITIONS, transform=transform)
 
@@ -63,10 +61,9 @@ def blocks(name: str, roles: Sequence[Role], change: InPlace) -> Hypothesis:
     """A hypothesis that the ids of some visual blocks are changed in place."""
 
     def of_blocks(site: "Site", ids: np.ndarray) -> np.ndarray | None:
-        found = chosen(roles)(site, ids)
-        for run in found:
+        for run in chosen(roles)(site, ids):
             change(ids, run)
-        return ids if found else None
+        return ids
 
     return changed(name, of_blocks)
 
@@ -157,19 +154,6 @@ def text_on_time_alone(site: "Site", ids: np.ndarray) -> np.ndarray:
     return ids
 
 
-def unconditional(choose: Callable[["Site", np.ndarray, np.ndarray], np.ndarray]):
-    """Unconditional ids put together in another way, of the conditional ones [3, all] and recomputed ones [3, kept]."""
-
-    def change(site: "Site", ids: np.ndarray) -> np.ndarray | None:
-        if site.tap.arm != "uncond":
-            return None
-        layout = site.layout
-        whole = choose(site, layout.position_ids, layout.uncond_position_ids)
-        return ids + of_tap(site, ids, whole) - of_tap(site, ids, counted(site, Recipe()))
-
-    return change
-
-
 def answers(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Change:
     """Ids of answer tokens, given those and their places in the sequence."""
 
@@ -180,8 +164,9 @@ def answers(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Change:
         rows = columns(site, ids)
         places = np.arange(rows.start, rows.stop)
         late = places >= answer - site.tap.call.startswith("cond.decode")
-        ids[:, late] = change(ids[:, late], places[late])
-        return ids if late.any() else None
+        if late.any():
+            ids[:, late] = change(ids[:, late], places[late])
+        return ids
 
     return of_answer
 
@@ -226,6 +211,10 @@ def per_group() -> list[Hypothesis]:
 
 
 HYPOTHESES = [
+    *(changed(f"answer positions are off by {n:+d}", answers(lambda ids, places, n=n: ids + n))
+      for n in (-2, -1, 1, 2)),
+    changed("answer positions are places in the sequence", answers(lambda ids, places: np.stack([places] * 3))),
+    changed("answer positions do not advance", answers(lambda ids, places: np.repeat(ids[:, :1], ids.shape[1], 1))),
     *(recipe(f"the temporal stride is {n}", stride=n) for n in (0, 1, 3, 4)),
     recipe("the temporal stride follows 12 frames a second", stride=2 * 4 / 12),
     recipe("the temporal stride follows 24 frames a second", stride=2 * 4 / 24),
@@ -253,12 +242,10 @@ HYPOTHESES = [
     *(changed(f"all positions are off by {n:+d}", lambda site, ids, n=n: ids + n) for n in (-2, -1, 1, 2)),
     *(changed(f"text after a visual block is off by {n:+d}", after_blocks(lambda ids, n=n: ids + n))
       for n in (-2, -1, 1, 2)),
-    changed("the unconditional prefix is recomputed", unconditional(lambda site, cond, own: own)),
-    changed("the unconditional prefix keeps the conditional ids", unconditional(kept_prefix)),
-    changed("the unconditional block keeps the conditional ids", unconditional(
-        lambda site, cond, own: cond[:, site.layout.kept])),
-    changed("the unconditional ids are the first of the conditional ones", unconditional(
-        lambda site, cond, own: cond[:, : own.shape[1]])),
+    recipe("the unconditional prefix is recomputed", unconditional="recomputed"),
+    recipe("the unconditional prefix keeps the conditional ids", unconditional="prefix"),
+    recipe("the unconditional block keeps the conditional ids", unconditional="conditional"),
+    recipe("the unconditional ids are the first of the conditional ones", unconditional="first"),
     changed("text goes on from the largest id of a block", goes_on),
     changed("every split starts at 0", every_split_from_zero),
     changed("text counts on the t axis alone", text_on_time_alone),
@@ -267,8 +254,4 @@ HYPOTHESES = [
     blocks("rows and columns advance by 2 and nothing else moves", VISUAL, spread(lambda d: 2 * d)),
     blocks("rows and columns advance by a half", VISUAL, spread(lambda d: d // 2)),
     *per_group(),
-    *(changed(f"answer positions are off by {n:+d}", answers(lambda ids, places, n=n: ids + n))
-      for n in (-2, -1, 1, 2)),
-    changed("answer positions are places in the sequence", answers(lambda ids, places: np.stack([places] * 3))),
-    changed("answer positions do not advance", answers(lambda ids, places: np.repeat(ids[:, :1], ids.shape[1], 1))),
 ]  # fmt: skip

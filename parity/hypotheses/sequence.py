@@ -13,6 +13,7 @@ from parity.hypotheses.drafts import (
     Edit,
     Piece,
     added,
+    answer_of,
     array_of,
     draft_of,
     encoded,
@@ -26,25 +27,39 @@ from reference.prompt import PROMPTS, template
 if TYPE_CHECKING:
     from parity.site import Site
 
-SEQUENCE = ("sequence",)
+SEQUENCE = ("sequence", "grids")
 CLEAN = (Role.SOURCE, Role.SUBJECT)
 QWEN = "You are a helpful assistant."
 INSTRUCTIONS = tuple(json.loads(PROMPTS.read_text(encoding="utf-8"))["instructions"])
 
 
 def edited(name: str, edit: Edit) -> Hypothesis:
-    """A hypothesis that the sequence is laid out in another way; several add up where they touch different parts."""
+    """A hypothesis that the sequence is laid out in another way; several add up where they touch different parts.
+
+    What an edit leaves alone stays as it is.
+    """
 
     def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
         key = site.tap.name.removeprefix("inputs/")
         draft = draft_of(site, "uncond" if key.endswith(".uncond") else "cond")
-        base, changed = array_of(key, draft), edit(site, draft)
-        if base is None or changed is None:
+        changed = edit(site, draft)
+        if changed is None:
             return None
-        new = array_of(key, changed)
-        return None if np.array_equal(new, base) else added(base, array, new)
+        base, new = (
+            answer_of(site.layout, each) if key == "answer" else array_of(key, each) for each in (draft, changed)
+        )
+        return None if base is None or new is None else added(base, array, new)
 
     return Hypothesis(name, SEQUENCE, transform=transform)
+
+
+def grids(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Hypothesis:
+    """A hypothesis about grids [visuals, 3] of frames, rows, columns."""
+
+    def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
+        return change(array).astype(array.dtype) if site.tap.name == "inputs/grids_thw" else None
+
+    return Hypothesis(name, ("grids",), transform=transform)
 
 
 def text(change: Callable[[str, str, str, str], tuple[str, str, str, str]]) -> Edit:
@@ -280,4 +295,9 @@ HYPOTHESES = [
     edited("the unconditional arm lacks the clean block", unconditional(without(*CLEAN))),
     edited("the unconditional arm lacks all given visuals", unconditional(without(Role.VIT, *CLEAN))),
     edited("the unconditional arm lacks the template", unconditional(pieces(lambda p: p if p.visual else None))),
+    grids("grids count patches instead of cells", lambda thw: thw * np.array([1, 2, 2])),
+    grids("rows and columns of grids are exchanged", lambda thw: thw[:, [0, 2, 1]]),
+    grids("grids have one frame too many", lambda thw: thw + np.array([1, 0, 0])),
+    grids("grids have one frame too few", lambda thw: thw - np.array([1, 0, 0])),
+    grids("grids have one frame", lambda thw: np.maximum(thw * np.array([0, 1, 1]), 1)),
 ]  # fmt: skip

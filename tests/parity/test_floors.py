@@ -1,6 +1,5 @@
 """Floors and the bounds on them: how often a right run alarms, what is left out, and what is kept beside a bundle."""
 
-import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -38,32 +37,36 @@ def bits(draw, taps, families=FAMILIES, spread=0.3, shared=0.0):
 def ratios_of(table, families=None):
     """What `measure_*` keep of a table of errors of float32 taps."""
     families = families or [f"{index}:{index}" for index in range(table.shape[1])]
-    found, count = measuring._ratios(table, np.zeros(len(table)), np.full(len(table), "float32"), families)
+    found, count = measuring._ratios(table, np.full(len(table), 1e-30), np.full(len(table), "float32"), families)
     return found["float32"], count["float32"]
 
 
-def alarms(draw, taps, trials, **kind):
-    """How many of so many fresh variants are called wrong anywhere, given the floor and the threshold of the others."""
+def alarms(draw, taps, compared, trials, **kind):
+    """How many of so many fresh variants are called wrong anywhere, given the floors and the threshold of the others.
+
+    The threshold is fitted to more taps than the bundle has, and that are compared.
+    """
     wrong = 0
     for _ in range(trials):
         table = bits(draw, taps, FAMILIES + 1, **kind)
-        known, fresh = table[:, :-1], table[:, -1]
-        far = threshold(*ratios_of(known), taps)
-        wrong += bool((fresh > known.max(1) * far).any())
+        known, fresh = table[:, :-1], table[:compared, -1]
+        far = threshold(*ratios_of(known), compared)
+        wrong += bool((fresh > known[:compared].max(1) * far).any())
     return wrong
 
 
 # The threshold.
 
 
-@pytest.mark.parametrize("kind", [{}, {"spread": 1.0}, {"spread": 0.05}])
+@pytest.mark.parametrize("kind", [{}, {"spread": 1.0}, {"spread": 0.05}, {"shared": 0.2}])
 def test_a_fresh_variant_of_the_same_kind_alarms_rarely(kind):
-    # Bonferroni's bound is a bound: 1% of 300 runs are 3, and as many as 10 would have a chance of 1 in 1000.
-    assert alarms(np.random.default_rng(1), taps=150, trials=300, **kind) < 10
+    # As in check: a bundle has some of the taps that the reference computes. 1% of 200 runs are 2.
+    assert alarms(np.random.default_rng(1), taps=1200, compared=150, trials=200, **kind) <= 6
 
 
-def test_a_fresh_variant_whose_errors_hang_together_alarms_rarely():
-    assert alarms(np.random.default_rng(2), taps=150, trials=200, shared=0.2) < 15
+def test_where_all_taps_are_compared_a_fresh_variant_alarms_seldom():
+    # As in localize. The fit sees no farther than a few hundred ratios do: measured, 4% of the runs alarm.
+    assert alarms(np.random.default_rng(2), taps=1200, compared=1200, trials=100) <= 10
 
 
 def test_a_variant_that_is_far_worse_alarms():
@@ -104,7 +107,7 @@ def test_families_are_left_out_as_a_whole():
     table = np.tile(np.array([[1.0, 8.0, 8.0]]), (20, 1))
     apart, alike = (ratios_of(table, names)[0] for names in (["a:a", "b:b", "c:c"], ["a:a", "b:b", "c:b"]))
     assert apart[0] == 1 and alike[0] == 8
-    assert threshold(apart, 60, 20) == pytest.approx(1) and threshold(alike, 60, 20) >= 8
+    assert threshold(apart, 60, 20) == pytest.approx(1) and threshold(alike, 60, 20) == pytest.approx(8)
 
 
 def test_ratios_are_kept_by_dtype_and_not_below_the_least_floor():
@@ -123,7 +126,7 @@ def test_ratios_are_kept_by_dtype_and_not_below_the_least_floor():
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 20000), ("bfloat16", 20000), ("float32", 9)])
 def test_the_quantum_is_one_element_in_25_off_by_one_bit(dtype, size):
     draw = np.random.default_rng(4)
-    values = draw.normal(0, 1, size).astype(np.float32)
+    values = draw.uniform(1, 2, size).astype(np.float32)
     if dtype == "bfloat16":
         values = (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
     off = values.copy()
@@ -132,7 +135,7 @@ def test_the_quantum_is_one_element_in_25_off_by_one_bit(dtype, size):
     off.view(np.uint32)[flipped] += 1 if dtype == "float32" else 1 << 16
     tap = Tap(values, dtype)
     error = compare(tap, Tap(off, dtype)).rel_l2
-    assert quantum(tap) < 1.2 * error and error < 3 * quantum(tap)
+    assert 0.9 * quantum(tap) < error < 2.1 * quantum(tap)
 
 
 def test_the_quantum_of_a_tap_that_follows_from_bfloat16_states_is_that_of_bfloat16():
@@ -149,7 +152,7 @@ def test_bounds_lie_between_what_was_seen_and_the_widest(oracle_of, name):
     local, free = local_floors(oracle), free_floors(oracle.bundle)
     for floors, bounds in ((local, local_bounds(oracle, local)), (free, free_bounds(oracle.bundle, free))):
         assert bounds.alarm.rate == FALSE_ALARM and bounds.alarm.taps == len(floors.errors)
-        assert bounds.alarm.samples == sum(floors.count.values()) > len(floors.errors)
+        assert bounds.alarm.samples == sum(floors.count.values()) > 100
         widest = 1.0
         for tap, errors in floors.errors.items():
             # No variant that was measured is called wrong.
@@ -207,7 +210,8 @@ def test_every_variant_rounds_in_its_own_way_and_none_computes_something_else(or
         table = np.stack(list(floors.errors.values()))
         assert table.shape == (len(floors.errors), len(floors.variants)) and np.all(table < limit)
         for name, column in zip(floors.variants[1:], table.T[1:], strict=True):
-            assert name.startswith("two threads") or np.count_nonzero(column), name
+            # Of few rows, and on some processors, these two change nothing.
+            assert name.startswith(("two threads", "padded")) or np.count_nonzero(column), name
     # A unit in the last place, drawn evenly, is an error of 2**-23 / sqrt(3).
     errors = np.stack([values for name, values in local.errors.items() if name.endswith("hidden_in")])
     drawn = [index for index, name in enumerate(local.variants) if name.endswith(":last place")]
@@ -295,23 +299,25 @@ def stored(oracle_of, copy_bundle):
 
 def test_what_is_written_is_read(stored, never_measured):
     oracle, local, free = stored
-    for given, read in ((local, local_floors(oracle)), (free, free_floors(oracle.bundle))):
-        assert read.variants == given.variants and read.count == given.count
-        assert list(read.errors) == list(given.errors)
-        for name, errors in given.errors.items():
+    for written, read in ((local, local_floors(oracle)), (free, free_floors(oracle.bundle))):
+        assert read.variants == written.variants and read.count == written.count
+        assert list(read.errors) == list(written.errors)
+        for name, errors in written.errors.items():
             assert read.errors[name] == pytest.approx(errors, rel=0.01), name
-        for dtype, values in given.ratios.items():
+        for dtype, values in written.ratios.items():
             assert read.ratios[dtype] == pytest.approx(values, rel=0.01)
     assert local_floors(oracle).leading == free_floors(oracle.bundle).leading == free.leading
     assert free_floors(oracle.bundle).upstream == pytest.approx(free.upstream, rel=0.01)
 
 
-def test_the_same_floors_make_the_same_bytes(stored):
+def test_writing_replaces_the_whole_file_or_nothing(stored, monkeypatch):
     oracle, local, free = stored
     path = oracle.bundle.path / FILE
-    first = hashlib.sha256(path.read_bytes()).hexdigest()
-    write_floors(path, oracle, local, free)
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == first
+    before = path.read_bytes()
+    monkeypatch.setattr("parity.recording.os.replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_floors(path, oracle, free, local)
+    assert path.read_bytes() == before
     assert [item.name for item in path.parent.iterdir() if item.name.startswith(".")] == []
 
 
