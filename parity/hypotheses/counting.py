@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -14,8 +15,8 @@ from reference.positions import SUBJECT_ANCHOR, VIT_ANCHOR
 if TYPE_CHECKING:
     from parity.site import Site
 
-# What recipes make at a site: several hypotheses are tried on top of each other, and each would count anew.
-_COUNTED: WeakKeyDictionary["Site", dict["Recipe", np.ndarray]] = WeakKeyDictionary()
+# Which recipe made which ids at a site: hypotheses that are tried on top of each other change one recipe.
+_MADE_BY: WeakKeyDictionary["Site", dict[bytes, "Recipe"]] = WeakKeyDictionary()
 VISUAL = (Role.VIT, Role.SOURCE, Role.SUBJECT, Role.NOISE)
 CLEAN = (Role.SOURCE, Role.SUBJECT)
 
@@ -139,18 +140,22 @@ def of_tap(site: "Site", ids: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def recounted(site: "Site", ids: np.ndarray, changes: dict[str, object]) -> np.ndarray:
     """Ids counted with changes to the recipe that made them; where none did, as much is added as the changes make."""
-    known = _COUNTED.setdefault(site, {})
+    made_by = _MADE_BY.setdefault(site, {})
 
     def by(recipe: Recipe) -> np.ndarray:
-        if recipe not in known:
-            known[recipe] = of_tap(site, ids, counted(site, recipe)).astype(np.int32)
-        return known[recipe]
+        own = of_tap(site, ids, counted(site, recipe)).astype(np.int32)
+        made_by.setdefault(digest(own), recipe)
+        return own
 
-    by(Recipe())
-    made = next((recipe for recipe, own in known.items() if np.array_equal(own, ids)), None)
-    if made is not None:
-        return by(replace(made, **changes)).copy()
-    return (ids + by(Recipe(**changes)) - by(Recipe())).astype(np.int32)
+    upstream = by(Recipe())
+    recipe = made_by.get(digest(ids))
+    if recipe is not None:
+        return by(replace(recipe, **changes))
+    return (ids + by(Recipe(**changes)) - upstream).astype(np.int32)
+
+
+def digest(ids: np.ndarray) -> bytes:
+    return blake2b(np.ascontiguousarray(ids, np.int32).tobytes()).digest()
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def empty_prompt(site: "Site", draft: Draft) -> Draft:
     ids = site.pipeline.tokenizer
     own = Piece((ids.im_start, ids.im_end), Role.TEXT, Mode.CAUSAL)
     blocks = [piece for piece in draft if piece.visual]
-    return [own, *blocks] if len(blocks) == 1 else [*blocks[:-1], own, blocks[-1]]
+    return [own, *blocks]
 
 
 def target_alone(site: "Site", draft: Draft) -> Draft:

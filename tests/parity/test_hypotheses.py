@@ -110,7 +110,7 @@ SITES = {
         *(f"cond.step0/{ATTENTION}.{part}" for part in ("v_proj_moe_gen", "q_norm_moe_gen", "k_rope")),
         f"cond.prefix0/{ATTENTION}.k_rope",
         *(f"cond.step0/{part}" for part in (LAYER, "hidden_in", "latent_pos_embed", f"{LAYER}.mlp.down_proj")),
-        *("inputs/position_ids.cond", "sampler.velocity0", "sampler.x_t1"),
+        *("inputs/position_ids.cond", "inputs/grids_thw", "sampler.velocity0", "sampler.x_t1"),
         *(f"vae.decode.chunk2/decoder.{part}" for part in ("conv1", "upsamples.0")),
         *("vae.decode.chunk1/decoder.upsamples.0.upsamples.3.time_conv", "vae.decode.chunk0/conv2", "frames"),
         *("vae.decode.chunk1/decoder.upsamples.1.upsamples.3.resample.1", "cond.step0/time_embedder"),
