@@ -46,7 +46,7 @@ class Trial:
 
 
 # Requests that no embedded bundle has and some faults need: steps that are not guided, more than one attention window
-# in the ViT, pictures that are not square.
+# in the ViT, given frames, pictures that are not square.
 _SMALL = {"steps": 4, "vae_resolution": 64}
 _DRAWN = {"prompt": "a bird", "width": 64, "height": 48}
 _WINDOWED = {"vit_resolution": 224, **_SMALL}
@@ -58,6 +58,8 @@ RECORDED = {
     "image_edit-bf16-windows": ("image_edit", "bfloat16", {"prompt": "make it blue", **_WINDOWED}),
     "x2t_image-windows": ("x2t_image", "float32", _QUESTION),
     "x2t_image-bf16-windows": ("x2t_image", "bfloat16", _QUESTION),
+    "i2v-fp32": ("i2v", "float32", {"prompt": "a bird", "num_frames": 9, **_SMALL}),
+    "i2v-bf16": ("i2v", "bfloat16", {"prompt": "a bird", "num_frames": 9, **_SMALL}),
     "idip-fp32": ("image_idip", "float32", {**_DRAWN, **_WINDOWED}),
 }
 

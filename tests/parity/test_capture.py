@@ -192,6 +192,23 @@ def test_both_sides_use_what_they_are_given(oracle_of, subject_of, bundle, name,
         assert compare(theirs[tap], ours[tap]).rel_l2 < limit, tap
 
 
+def test_both_sides_answer_the_tokens_that_they_are_given(oracle_of, subject_of):
+    oracle, subject = oracle_of("x2t_image-bf16-kv"), subject_of("x2t_image-bf16-kv")
+    tokens = oracle.taps["tokens"].array
+    other = {"tokens": Tap(np.roll(tokens, 1), "int32")}
+    ours, theirs = subject.run(set(oracle.taps), other).recording, oracle.run.record(force=other)
+    embedded = "cond.decode3/language_model.model.embed_tokens"
+    for recording in (ours, theirs):
+        # The token before decides what is embedded, and what is answered where nothing wrong precedes is as it was.
+        assert np.array_equal(
+            recording[embedded].array, oracle.own["cond.decode2/language_model.model.embed_tokens"].array
+        )
+        assert recording["cond.decode0/hidden_out"].array.shape == oracle.taps["cond.decode0/hidden_out"].array.shape
+    assert np.array_equal(theirs["tokens"].array, np.roll(tokens, 1))
+    # What would have been answered is told beside it.
+    assert ours["tokens"].array[0] == tokens[0] and len(ours["tokens"].array) == len(tokens)
+
+
 def test_a_steered_run_takes_the_integers_of_the_contract(oracle_of, subject_of):
     oracle, subject = oracle_of("t2i-fp32-kv"), subject_of("t2i-fp32-kv")
     moved = oracle.contract.exact["inputs/position_ids.cond"] + np.int32(3)
