@@ -197,13 +197,10 @@ def test_both_sides_answer_the_tokens_that_they_are_given(oracle_of, subject_of)
     tokens = oracle.taps["tokens"].array
     other = {"tokens": Tap(np.roll(tokens, 1), "int32")}
     ours, theirs = subject.run(set(oracle.taps), other).recording, oracle.run.record(force=other)
-    embedded = "cond.decode3/language_model.model.embed_tokens"
+    after, before = (f"cond.decode{step}/language_model.model.embed_tokens" for step in (3, 2))
     for recording in (ours, theirs):
-        # The token before decides what is embedded, and what is answered where nothing wrong precedes is as it was.
-        assert np.array_equal(
-            recording[embedded].array, oracle.own["cond.decode2/language_model.model.embed_tokens"].array
-        )
-        assert recording["cond.decode0/hidden_out"].array.shape == oracle.taps["cond.decode0/hidden_out"].array.shape
+        # The token before it decides what is embedded.
+        assert np.array_equal(recording[after].array, oracle.own[before].array)
     assert np.array_equal(theirs["tokens"].array, np.roll(tokens, 1))
     # What would have been answered is told beside it.
     assert ours["tokens"].array[0] == tokens[0] and len(ours["tokens"].array) == len(tokens)

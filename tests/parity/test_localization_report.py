@@ -25,8 +25,8 @@ SENTENCES = {
     "(removes 100 % of the difference).",
     "several": "✗ DIVERGES: layers.1.self_attn.q_norm_moe_gen is wrong first, in cond.step0: local error 0.412, "
     "270,000 times the floor, most of it in head 3 (97 %); explanation: the weights of the other expert are used "
-    "(removes 100 % of the difference); wrong by itself too: vae.decoder.upsamples.2.upsamples.1.residual.6, t advances "
-    "by 1 a latent frame instead of 2, layers.2.mlp.down_proj, vae.pixels.",
+    "(removes 100 % of the difference); wrong by itself too: vae.decoder.upsamples.2.upsamples.1.residual.6, t "
+    "advances by 1 a latent frame instead of 2, layers.2.mlp.down_proj, vae.pixels.",
     "large": "✗ DIVERGES: layers.29.self_attn.sdpa is wrong first, in cond.step0: local error 0.2, 200,000 times the "
     "floor, most of it in tokens 0 to 11; no hypothesis explains it (the best of 1 removes 40 %).",
     "answer": "✗ DIVERGES: lm_head is wrong first, in cond.decode0: local error 0.31, 77.5 times the floor, most of it "
