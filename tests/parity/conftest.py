@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from parity.bundle import Bundle, read_bundle
+from parity.findings import Localization
 from parity.oracle import Oracle
 from parity.recording import Recording, Tap
 from parity.requests import SUPPORTED_TASKS
@@ -67,6 +68,26 @@ def replayed() -> type[ReplayedOracle]:
     return ReplayedOracle
 
 
+class Unsteady(ReplayedOracle):
+    """Computes what a ReplayedOracle does, and one tap a little differently every time."""
+
+    def __init__(self, tap: str, **values: object) -> None:
+        super().__init__(**values)
+        self.tap, self.runs = tap, 0
+
+    def record(self, bundle: Bundle, progress: Callable[[str], None] | None = None) -> Recording:
+        recording, self.runs = super().record(bundle, progress), self.runs + 1
+        tap = recording[self.tap]
+        changed = np.nextafter(tap.array, np.float32(np.inf if self.runs % 2 else -np.inf))
+        return recording | {self.tap: Tap(changed, tap.dtype)}
+
+
+@pytest.fixture
+def unsteady() -> type[Unsteady]:
+    """An implementation of which no two runs are alike."""
+    return Unsteady
+
+
 @pytest.fixture
 def oracles() -> Path:
     """The embedded bundles, read only."""
@@ -116,6 +137,22 @@ def oracle_of() -> Callable[[str], Oracle]:
 def subject_of(oracle_of) -> Callable[..., Subject]:
     """An implementation with an embedded bundle's request loaded; each is loaded once."""
     return cache(lambda name, impl="mlx": make_subject(impl, oracle_of(name).bundle))
+
+
+@pytest.fixture(scope="session")
+def localized(oracle_of, subject_of) -> Callable[..., Localization]:
+    """What an investigation of an embedded bundle finds, broken by faults or their names; each is made once."""
+    from parity.faults import CATALOGUE
+    from parity.hypotheses import HYPOTHESES
+    from parity.localize import Investigation
+
+    def run(name, *faults, impl="mlx", hypotheses=tuple(HYPOTHESES), subject=None, thorough=True):
+        chosen = [CATALOGUE[fault] if isinstance(fault, str) else fault for fault in faults]
+        oracle, subject = oracle_of(name), subject or subject_of(name, impl)
+        parts = (oracle.bundle, oracle, subject, chosen, list(hypotheses), lambda what: None, thorough)
+        return Investigation(*parts).run()
+
+    return cache(run)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from reference.sampler import denoise
 from reference.understanding import build_reader
 
 CHECKPOINT = Path(__file__).parents[2] / "oracles" / "checkpoint-a"
-# The bound of a float32 run's first step. Both agree to 1e-6; a wrong mask or position costs 2e-4 or more.
+# Both agree to 1e-6; a wrong mask or position costs 2e-4 or more.
 BOUND = 2e-5
 cells = st.integers(1, 3)
 

@@ -108,6 +108,23 @@ def test_check_exits_2_where_taps_are_missing(lance_parity, use, bundle, replaye
     assert result.exit_code == 2 and "missing: pixels" in result.stdout
 
 
+def test_check_exits_2_and_says_why_where_nothing_can_be_said(lance_parity, use, bundle, unsteady, tmp_path):
+    use(mlx=unsteady("velocity_call1"))
+    result = lance_parity("check", bundle, "--impl", "mlx", "--json", "r.json")
+    assert result.exit_code == 2 and result.stderr == ""
+    assert "? inconclusive" in result.stdout and "two equal runs differ first at velocity_call1" in result.stdout
+    document = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert document["verdict"] == "inconclusive" and document["first_divergence"] is None
+    assert document["reason"] == "two equal runs differ first at velocity_call1"
+
+
+def test_check_exits_2_where_there_is_no_floor(lance_parity, use, bundle, replayed):
+    (bundle / "floors.safetensors").unlink()
+    use(mlx=replayed())
+    result = lance_parity("check", bundle, "--impl", "mlx")
+    assert result.exit_code == 2 and "? inconclusive" in result.stdout and "no floor" in result.stdout
+
+
 def test_check_exits_2_in_one_line_where_the_bundle_is_broken(lance_parity, use, bundle, replayed, tmp_path):
     use(mlx=replayed())
     (bundle / "taps.safetensors").write_bytes(b"\0" * 20)
@@ -160,7 +177,7 @@ def test_run_ends_with_the_path_of_the_report(lance_parity, use, bundle, copy_bu
     assert sum("✓ agree" in line for line in lines) == 4
 
 
-def test_run_reports_every_kind_of_outcome(lance_parity, use, bundle, copy_bundle, replayed):
+def test_run_reports_every_kind_of_outcome(lance_parity, use, bundle, copy_bundle, replayed, unsteady):
     others = [copy_bundle("t2v-fp32-nokv"), copy_bundle("t2i-fp32-kv")]
     (others[0] / "inputs.safetensors").unlink()
     manifest = json.loads((others[1] / "manifest.json").read_text(encoding="utf-8"))
@@ -174,6 +191,10 @@ def test_run_reports_every_kind_of_outcome(lance_parity, use, bundle, copy_bundl
     use(mlx=replayed(changed={"pixels": doubled}))
     assert lance_parity("run", bundle.parent).exit_code == 1
     assert lance_parity("run", bundle).exit_code == 1
+    # What is inconclusive is no success either.
+    use(mlx=unsteady("latent"))
+    result = lance_parity("run", bundle)
+    assert result.exit_code == 2 and "? inconclusive" in result.stdout
     # Unsupported bundles alone are no success, and beside others no failure.
     use(mlx=replayed())
     assert lance_parity("run", others[1]).exit_code == 2

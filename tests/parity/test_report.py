@@ -88,6 +88,16 @@ def test_the_index_shows_what_failed_in_words(rows, tmp_path):
     assert "nothing was compared" in nothing
 
 
+def test_what_is_inconclusive_says_why(bundle, unsteady, rows, tmp_path):
+    random = row_of(check_bundle(bundle, unsteady("latent")), {"index.html"})
+    text = write_report(tmp_path / "latest", [rows[0], random], ["oracles"]).read_text(encoding="utf-8")
+    assert "? 1 of 2 comparisons are inconclusive" in text and "comparisons agree" not in text
+    # In the banner and in the table.
+    assert text.count("? inconclusive") == 1 and text.count("two equal runs differ first at latent") == 1
+    page = (tmp_path / "latest" / random.page).read_text(encoding="utf-8")
+    assert "two equal runs differ first at latent" in page
+
+
 def test_a_page_lists_every_tap_with_its_error(rows, tmp_path):
     write_report(tmp_path / "latest", rows, ["oracles"])
     text = (tmp_path / "latest" / rows[1].page).read_text(encoding="utf-8")
