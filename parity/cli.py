@@ -89,9 +89,9 @@ def check(
 ) -> None:
     """Compare one implementation with one bundle, integers first.
 
-    Replays the bundle's request from its noise under its numerics policy and compares every tap. float32 taps may be
-    off by 2e-5 up to and including the first step and by 1e-4 later, relative L2; bfloat16 taps by what rounding alone
-    does to this very run, measured with the reference. The first divergence is the first in order of execution.
+    Replays the bundle's request from its noise under its numerics policy, twice, and compares every tap. A tap may be
+    off by its floor, which is what equally right orders of rounding do to this very run, times a threshold that is
+    measured as well. The first divergence is the first in order of execution.
     """
     with one_line_errors():
         from parity.check import check_recording, record_bundle, unusable_json
