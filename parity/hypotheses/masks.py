@@ -112,7 +112,7 @@ def text_both_ways(tokens: Tokens, mask: np.ndarray) -> np.ndarray:
 
 
 def at_first_key(tokens: Tokens, mask: np.ndarray) -> np.ndarray:
-    """Token number i of a split sees the keys up to number i of all."""
+    """Token number i of a call sees the keys up to number i of all."""
     text = tokens.mode == Mode.CAUSAL
     early = np.arange(len(mask))[None] <= tokens.index[:, None]
     return np.where(text[:, None], early, mask)
@@ -136,7 +136,7 @@ HYPOTHESES = [
     seen("latents and brackets do not see each other as they should", brackets_apart(True, True)),
     seen("latents do not see their closing bracket", brackets_apart(False, True)),
     seen("the opening bracket does not see its block", brackets_apart(True, False)),
-    seen("the pass sees nothing before it", lambda tokens, mask: mask & own(tokens)),
+    seen("the pass sees nothing before it", lambda tokens, mask: mask & (tokens.call[:, None] == tokens.call[None])),
     seen("the causal mask lets tokens see the next one", one_ahead),
     seen("the causal mask hides tokens from themselves", never_itself),
     seen("the causal mask is aligned to the first key", at_first_key),

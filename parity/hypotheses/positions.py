@@ -215,6 +215,8 @@ HYPOTHESES = [
       for n in (-2, -1, 1, 2)),
     changed("answer positions are places in the sequence", answers(lambda ids, places: np.stack([places] * 3))),
     changed("answer positions do not advance", answers(lambda ids, places: np.repeat(ids[:, :1], ids.shape[1], 1))),
+    *(changed(f"position axes are {', '.join('thw'[i] for i in axes)}", lambda site, ids, axes=axes: ids[list(axes)])
+      for axes in ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))),
     *(recipe(f"the temporal stride is {n}", stride=n) for n in (0, 1, 3, 4)),
     recipe("the temporal stride follows 12 frames a second", stride=2 * 4 / 12),
     recipe("the temporal stride follows 24 frames a second", stride=2 * 4 / 24),
@@ -237,8 +239,6 @@ HYPOTHESES = [
     recipe("nothing is moved by its role", anchors=(), taken_over=False),
     changed("the target takes over the source's frames alone", take_over((0,))),
     changed("the target takes over the source's rows and columns alone", take_over((1, 2))),
-    *(changed(f"position axes are {', '.join('thw'[i] for i in axes)}", lambda site, ids, axes=axes: ids[list(axes)])
-      for axes in ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))),
     *(changed(f"all positions are off by {n:+d}", lambda site, ids, n=n: ids + n) for n in (-2, -1, 1, 2)),
     *(changed(f"text after a visual block is off by {n:+d}", after_blocks(lambda ids, n=n: ids + n))
       for n in (-2, -1, 1, 2)),

@@ -26,17 +26,19 @@ GEN = "_moe_gen"
 class Tokens:
     """The tokens that a pass sees, of which it computes the last `queries`.
 
-    split, role, mode: int [m], of each token its split's number, role and mode; index: int [m], its place in the split;
-    inner: bool [m], whether it lies between two brackets; clean: bool [m], whether it is a latent that is given.
+    split, role, mode: int [m], of each token its split's number, role and mode; inner: bool [m], whether it lies
+    between two brackets; clean: bool [m], whether it is a latent that is given.
+    call, index: int [m], the number of the cached entry's call that computes a token, and its place in that.
     """
 
     queries: int
     split: np.ndarray
     role: np.ndarray
     mode: np.ndarray
-    index: np.ndarray
     inner: np.ndarray
     clean: np.ndarray
+    call: np.ndarray
+    index: np.ndarray
 
     @property
     def gen(self) -> np.ndarray:
@@ -93,7 +95,7 @@ def pass_tokens(site: "Site") -> Tokens:
             clean[1 : 1 + given] = split.mode is Mode.NOISE
             clean[1:-1] |= split.mode is Mode.FULL_NOISE
         alike = (np.full(split.length, value) for value in (number, split.role, split.mode))
-        columns.append(np.stack([*alike, np.arange(split.length), inner, clean]))
+        columns.append(np.stack([*alike, inner, clean]))
     table = np.concatenate(columns, 1)
     if site.entry == "kv_cache":
         rows = call_rows(site)
@@ -105,10 +107,23 @@ def pass_tokens(site: "Site") -> Tokens:
             queries = keys = -(-(layout.answer + site.request.max_new_tokens) // BLOCK) * BLOCK
     if table.shape[1] < keys:
         more = np.repeat(table[:, -1:], keys - table.shape[1], 1)
-        more[3] += np.arange(1, more.shape[1] + 1)
         table = np.concatenate([table, more], 1)
-    split, role, mode, index, inner, clean = table[:, :keys]
-    return Tokens(queries, split, role, mode, index, inner.astype(bool), clean.astype(bool))
+    split, role, mode, inner, clean = table[:, :keys]
+    first = np.diff(split, prepend=-1) != 0
+    if layout.answer is not None:
+        # The last token of a question, and those of its answer, are read one by one.
+        first[layout.answer - 1 :] = True
+    starts = np.maximum.accumulate(np.where(first, np.arange(keys), 0))
+    return Tokens(
+        queries,
+        split,
+        role,
+        mode,
+        inner.astype(bool),
+        clean.astype(bool),
+        np.cumsum(first),
+        np.arange(keys) - starts,
+    )
 
 
 def cached_count(site: "Site") -> int:
