@@ -21,33 +21,7 @@ from lance_mlx.sampling.conditions import Conditions
 from lance_mlx.sequence import AttentionMode, Role, Segment
 from lance_mlx.sequence import Sequence as TokenSequence
 from parity.capture_mlx import MlxCapture
-from parity.recording import Recording, Tap
-
-
-@dataclass(frozen=True)
-class Split:
-    """A run of tokens as the oracle has it: role, mode, token ids int32 [n], grid (t, h, w) in cells or None."""
-
-    role: int
-    mode: int
-    ids: np.ndarray
-    grid: tuple[int, int, int] | None
-    clean_frames: int = 0
-
-
-@dataclass(frozen=True)
-class Contract:
-    """What must be equal before any activation means anything, as the oracle has it.
-
-    Attributes:
-        splits: the sequence.
-        answer: index of an answer's first token, None for what is drawn.
-        exact: int32 and float32 arrays by name: inputs/text_ids, inputs/position_ids.cond, inputs/timesteps ...
-    """
-
-    splits: tuple[Split, ...]
-    answer: int | None
-    exact: dict[str, np.ndarray]
+from parity.recording import Contract, Recording, Split, Tap
 
 
 @dataclass
@@ -73,6 +47,7 @@ class MlxBoundaries:
     _calls: int = 0
     _step: int = 0
     _guided: list[int] = field(default_factory=list)
+    _answered: list[int] = field(default_factory=list)
     _arms: int = 0
 
     def __enter__(self) -> "MlxBoundaries":
@@ -202,12 +177,12 @@ class MlxBoundaries:
     def _choose(self, original: Callable, *args: Any, **values: Any) -> int:
         computed = original(*args, **values)
         tokens = self.capture.force.get("tokens")
-        self._step += 1
-        if tokens is None or self._step > len(tokens.array):
+        place = len(self._answered)
+        if tokens is None or place >= len(tokens.array):
             return computed
-        self._guided.append(computed)
-        self.computed["tokens"] = Tap(np.array(self._guided, np.int32), "int32")
-        return int(tokens.array[self._step - 1])
+        self._answered.append(computed)
+        self.computed["tokens"] = Tap(np.array(self._answered, np.int32), "int32")
+        return int(tokens.array[place])
 
 
 def _sequence_of(splits: Sequence[Split]) -> TokenSequence:

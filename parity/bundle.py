@@ -171,10 +171,20 @@ def verify_checksums(root: Path, folders: Sequence[Path]) -> None:
         path = root / name
         if not path.is_file():
             raise ParityError(f"{name} is listed in {listing.name} but missing: copy it again")
-        status = path.stat()
-        computed = _sha256(path, status.st_size, status.st_mtime_ns)
-        if not isinstance(expected, dict) or computed != expected.get("sha256"):
+        if not isinstance(expected, dict) or sha256(path) != expected.get("sha256"):
             raise ParityError(f"{name} does not match its checksum in {listing.name}: copy it again")
+
+
+def sha256(path: Path) -> str:
+    """Return the checksum of a file, computed once for as long as it does not change.
+
+    Raises ParityError where it cannot be read.
+    """
+    try:
+        status = path.stat()
+        return _sha256(path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise ParityError(f"{path} cannot be read: {error.strerror}") from error
 
 
 @cache

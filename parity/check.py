@@ -14,7 +14,7 @@ from parity import memory
 from parity.bundle import Bundle, read_bundle
 from parity.diagnosis import name_component
 from parity.errors import ParityError
-from parity.findings import Alarm
+from parity.findings import Alarm, finite
 from parity.floors_file import free_floors
 from parity.implementations import Implementation, Progress
 from parity.metrics import Difference, bits, compare
@@ -300,8 +300,3 @@ def _compare(name: TapName, oracle: Tap, ours: Tap, limit: Limit) -> TapResult:
 def _badness(result: TapResult) -> tuple[bool, float]:
     error = result.difference.rel_l2
     return result.difference.mismatch is not None, math.inf if error is None else error
-
-
-def finite(value: float | None) -> float | None:
-    """Return the value, or None where JSON has no number for it."""
-    return value if value is not None and math.isfinite(value) else None

@@ -6,8 +6,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from parity.check import Result, check_recording, finite, read_bundle
+from parity.check import Result, check_recording, read_bundle
 from parity.errors import ParityError
+from parity.findings import finite
 from parity.metrics import Difference, compare
 from parity.recording import Recording, Tap
 from parity.registry import parse

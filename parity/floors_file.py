@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from parity.bundle import Bundle
+from parity.bundle import Bundle, sha256
 from parity.errors import ParityError
 from parity.floors import FREE, LOCAL, Floors, Progress, floats_of, measure_free, measure_local
 from parity.oracle import Oracle
@@ -97,8 +97,7 @@ def _read(bundle: Bundle, kind: str, names: list[str], names_sum: str) -> Floors
 
 def _taps_sum(bundle: Bundle) -> str:
     """What floors belong to: the capture."""
-    with (bundle.path / "taps.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(bundle.path / "taps.safetensors")
 
 
 def _names_sum(taps: Mapping[str, Tap]) -> str:

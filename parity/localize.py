@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from parity import memory
-from parity.bounds import Bounds, local_bounds
+from parity.bounds import local_bounds
 from parity.bundle import Bundle, read_bundle
 from parity.check import first_unequal
 from parity.contract import Breach, check_exact, check_preprocessed, check_weights
@@ -33,11 +33,12 @@ from parity.hypotheses import HYPOTHESES, Hypothesis
 from parity.metrics import Difference, compare
 from parity.oracle import Oracle
 from parity.provenance import provenance_of
-from parity.recording import Recording, Tap
+from parity.recording import Observed, Recording
 from parity.registry import parse
 from parity.site import Site, site_of
 from parity.slices import place_of, slice_errors, slice_sizes
-from parity.subject import MlxSubject, Observed, Subject, make_subject
+from parity.subject import MlxSubject, Subject, make_subject
+from parity.tap_errors import tap_errors
 from parity.trajectory import margins, teacher_forced, trajectory
 from parity.verdict import AGREE, DIVERGE, INCONCLUSIVE
 
@@ -120,7 +121,7 @@ class Investigation:
             preprocessed = self.subject.preprocessed(self.bundle.path.parent)
         breaches = [*checked.breaches, *check_exact(self.contract, forced)]
         breaches += check_preprocessed(preprocessed, self.bundle.inputs)
-        taps = self._tap_errors(forced.recording, free.recording, bounds)
+        taps = tap_errors(self.oracle, forced.recording, free.recording, bounds)
         answered = margins(self.oracle, led.recording)
         self._find(breaches, taps, forced, answered)
         if stuck:
@@ -164,45 +165,6 @@ class Investigation:
             return run(), None
         except ParityError as error:
             return _NOTHING, str(error)
-
-    def _tap_errors(
-        self,
-        forced: Recording,
-        free: Recording,
-        bounds: Bounds,
-    ) -> list[TapError]:
-        errors: list[TapError] = []
-        before: dict[str, float] = {}
-        for name, expected in self.oracle.taps.items():
-            if name not in forced:
-                continue
-            tap = self.bundle.locate(name)
-            local, total = compare(expected, forced[name]), None
-            if name in free and free[name].array.shape == expected.array.shape:
-                total = compare(Tap(expected.array, expected.dtype), Tap(free[name].array, free[name].dtype)).rel_l2
-            propagated = _propagated(expected, forced[name], free.get(name))
-            exact = expected.dtype == "int32"
-            level = 0.0 if exact else bounds.levels[name]
-            previous = before.get(tap.call)
-            gain = propagated / previous if propagated is not None and previous else None
-            if total is not None:
-                before[tap.call] = total
-            errors.append(
-                TapError(
-                    tap=tap,
-                    source=self.oracle.source(name),
-                    shape=expected.array.shape,
-                    dtype=expected.dtype,
-                    local=local.rel_l2,
-                    propagated=propagated,
-                    total=total,
-                    gain=gain,
-                    floor=level,
-                    allowed=0.0 if exact else bounds.allowed(name),
-                    mismatch=local.mismatch,
-                )
-            )
-        return errors
 
     def _find(
         self, breaches: Sequence[Breach], taps: Sequence[TapError], forced: Observed, answered: Sequence[Margin]
@@ -264,13 +226,11 @@ class Investigation:
         """Explain the first of the wrong taps; return those that have another cause."""
         first = wrong[0]
         name = first.tap.name
-        site = site_of(self.oracle, name, recording[name].array, self.contract.exact)
+        site = self._site(first, recording)
         alike = [tap for tap in wrong[1:] if _kind(tap) == _kind(first)]
         # Another call of the same component says more than another layer of the same call.
         alike.sort(key=lambda tap: (tap.tap.component != first.tap.component, tap.tap.call == first.tap.call))
-        second = None
-        if alike:
-            second = site_of(self.oracle, alike[0].tap.name, recording[alike[0].tap.name].array, self.contract.exact)
+        second = self._site(alike[0], recording) if alike else None
         self.tell(f"hypotheses about {first.tap.component}")
         causes = explain(site, second, self.hypotheses)
         covered = self._covered(first, wrong[1:], causes, recording)
@@ -335,9 +295,11 @@ class Investigation:
         return covered
 
     def _explained(self, tap: TapError, causes: Causes, recording: Recording) -> bool:
-        site = site_of(self.oracle, tap.tap.name, recording[tap.tap.name].array, self.contract.exact)
-        amount = removed(site, causes.together)
+        amount = removed(self._site(tap, recording), causes.together)
         return amount is not None and amount >= EXPLAINS
+
+    def _site(self, tap: TapError, recording: Recording) -> Site:
+        return site_of(self.oracle, tap.tap.name, recording[tap.tap.name].array, self.contract.exact)
 
     def _slices(self, site: Site) -> tuple[list, str | None]:
         slices = slice_errors(site.tap, site.expected, site.got, self.oracle.layout)
@@ -361,7 +323,8 @@ class Investigation:
             return DIVERGE, failure or ""
         if failure:
             return INCONCLUSIVE, failure
-        missing = [name for name in self.bundle.taps if name not in {tap.tap.name for tap in taps}]
+        compared = {tap.tap.name for tap in taps}
+        missing = [name for name in self.bundle.taps if name not in compared]
         if missing:
             return INCONCLUSIVE, f"{len(missing)} of upstream's taps were not computed, the first is {missing[0]}"
         if len(taps) < FEWEST_TAPS:
@@ -394,11 +357,3 @@ def _kind(tap: TapError) -> str:
 
 def _stripped(component: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in component.split("."))
-
-
-def _propagated(expected: Tap, local: Tap, own: Tap | None) -> float | None:
-    if own is None or not (expected.array.shape == local.array.shape == own.array.shape):
-        return None
-    norm = float(np.linalg.norm(expected.array.astype(np.float64)))
-    moved = float(np.linalg.norm(own.array.astype(np.float64) - local.array))
-    return moved / norm if norm else (0.0 if not moved else None)

@@ -136,11 +136,6 @@ def axis_errors(expected: np.ndarray, got: np.ndarray, axis: int | tuple[int, ..
     return AxisErrors(errors.transpose(order), norms.transpose(order))
 
 
-def row_errors(expected: np.ndarray, got: np.ndarray) -> AxisErrors:
-    """Return the squared errors and norms of every row, [n] for arrays [n, ...]; see `axis_errors`."""
-    return axis_errors(expected, got, 0)
-
-
 def bits(array: np.ndarray) -> np.ndarray:
     """Return an array that is equal where, and only where, two arrays of one dtype are equal bit for bit."""
     return float_bits(array) if array.dtype == np.float32 else array

@@ -6,11 +6,11 @@ from functools import cached_property
 
 import numpy as np
 
-from parity.boundaries_mlx import Contract, Split
 from parity.bundle import Bundle
 from parity.errors import ParityError
+from parity.findings import REFERENCE, UPSTREAM
 from parity.implementations import one_line, replay_of
-from parity.recording import Recording, Tap
+from parity.recording import Contract, Recording, Split, Tap
 from parity.replay_torch import TorchReplay
 from parity.splitting import split_passes
 from reference.layout import Layout, Mode, Role
@@ -60,7 +60,7 @@ class Oracle:
 
     def source(self, name: str) -> str:
         """Whose value a tap is: upstream or reference."""
-        return "upstream" if name in self.bundle.taps else "reference"
+        return UPSTREAM if name in self.bundle.taps else REFERENCE
 
     @cached_property
     def contract(self) -> Contract:
@@ -78,7 +78,7 @@ class Oracle:
             exact["inputs/answer"] = np.array([layout.answer], np.int32)
         else:
             exact["inputs/timesteps"] = time_grid(request.num_steps, request.timestep_shift).numpy()
-            exact["inputs/guided"] = np.array(self.run.guided or [False] * request.num_steps, np.int32)
+            exact["inputs/guided"] = np.array(self.run.guided, np.int32)
         if not request.understanding and request.guided:
             exact["inputs/text_ids.uncond"] = layout.text_ids[layout.kept]
             exact["inputs/position_ids.uncond"] = unconditional_ids(layout, self.run.entry)

@@ -19,21 +19,20 @@ def provenance_of(bundle: Bundle, subject: Subject, checksum: str, weights: int)
         "weights": f"{weights} tensors, {checksum}",
         "numerics": bundle.dtype,
         "entry": bundle.entry,
-        "this code": _commit(),
+        "this code": code_commit(12) or "unknown",
         "machine": f"{platform.system()} {platform.machine()}",
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     return found | subject.versions()
 
 
-def _commit() -> str:
-    """The commit of this repository, or "unknown" outside of one."""
+def code_commit(digits: int = 40) -> str | None:
+    """The commit that this working copy is at, with -dirty behind it where files differ; None outside of one."""
     root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", f"--abbrev={digits}", "--exclude=*"]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        return None

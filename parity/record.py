@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,14 +14,15 @@ import numpy as np
 import torch
 
 from lance_mlx.visuals import PreparedVisual, prepare_visuals
-from parity.bundle import read_bundle, write_bundle
+from parity.bundle import read_bundle, sha256, write_bundle
 from parity.errors import ParityError
 from parity.implementations import one_line
+from parity.provenance import code_commit
 from parity.recording import Recording, Replay, Tap
 from parity.registry import parse
 from parity.replay_mlx import request_from_bundle
 from parity.replay_torch import record_pipeline
-from parity.store import seal, sha256
+from parity.store import seal
 from reference.layout import Layout, VisualSize
 from reference.model import VIT_FOLDER, Pipeline
 from reference.numerics import Numerics
@@ -171,21 +171,10 @@ def source(entry: str, dtype: str) -> dict[str, str]:
         known["version"] = importlib.metadata.version("lance-mlx")
     except importlib.metadata.PackageNotFoundError:
         pass
-    commit = _commit(Path(__file__).parents[1])
+    commit = code_commit()
     if commit:
         known["commit"] = commit
     return known | {"entry": entry, "torch": torch.__version__, "device": "cpu", "dtype": dtype}
-
-
-def _commit(root: Path) -> str | None:
-    """The commit that a working copy is at, with -dirty behind it where files differ."""
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def size_of(visual: PreparedVisual) -> VisualSize:

@@ -66,6 +66,41 @@ class Replay:
     eps: tuple[np.ndarray, ...] = ()
 
 
+@dataclass(frozen=True)
+class Split:
+    """A run of tokens as the oracle has it: role, mode, token ids int32 [n], grid (t, h, w) in cells or None."""
+
+    role: int
+    mode: int
+    ids: np.ndarray
+    grid: tuple[int, int, int] | None
+    clean_frames: int = 0
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What must be equal before any activation means anything, as the oracle has it.
+
+    Attributes:
+        splits: the sequence.
+        answer: index of an answer's first token, None for what is drawn.
+        exact: int32 and float32 arrays by name: inputs/text_ids, inputs/position_ids.cond, inputs/timesteps ...
+    """
+
+    splits: tuple[Split, ...]
+    answer: int | None
+    exact: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a run computed: the taps, the exact arrays by their names in `inputs/`, and what functions raised."""
+
+    recording: Recording
+    exact: Recording
+    failures: dict[str, str]
+
+
 def float_bits(array: np.ndarray) -> np.ndarray:
     """Return the uint32 bit patterns of a float32 array, as a view."""
     return array.view(np.uint32)

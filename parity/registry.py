@@ -232,9 +232,3 @@ def locate(name: str, guided: Sequence[bool]) -> TapName:
     arm, step = calls[tap.numbers["number"]]
     place = (tap.place[0], step, tap.place[2], int(arm == "uncond"), *tap.place[4:])
     return replace(tap, arm=arm, call=f"{arm}.step{step}", component=f"velocity.{arm}", place=place)
-
-
-def within_first_step(tap: TapName) -> bool:
-    """Tell whether a tap belongs to what a run does up to and including its first step, x_t1 and all t included."""
-    stage, step, order = tap.place[:3]
-    return stage < STEPS or (stage == STEPS and (step == 0 or (step, order) <= (1, 1) or tap.component == "schedule"))

@@ -1,7 +1,6 @@
 """Replaying a bundle's request on lance_mlx, and laying out requests with it."""
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,9 +18,9 @@ from lance_mlx.sampling.schedule import timesteps
 from lance_mlx.sequence import AttentionMode, Sequence
 from lance_mlx.tokenizer import LanceTokenizer
 from lance_mlx.visuals import PreparedVisual, prepare_visuals, sized_by_source
-from parity.boundaries_mlx import Contract, MlxBoundaries
+from parity.boundaries_mlx import MlxBoundaries
 from parity.capture_mlx import MlxCapture, channels_first
-from parity.recording import Recording, Replay, Tap
+from parity.recording import Contract, Observed, Recording, Replay, Tap
 
 _REQUEST_KEYS = {
     "height": "height",
@@ -41,15 +40,6 @@ _TASKS = {"idip": "subject", "image_idip": "subject", "video_idip": "subject"}
 _IMAGE_TASKS = ("t2i", "image_edit", "image_idip")
 _LAYOUT_TOKENS = 16
 """Answer tokens whose positions a layout of a question holds when its request names no number."""
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """What a replay computed: the taps, the exact arrays of its functions, and what those raised."""
-
-    recording: Recording
-    exact: Recording
-    failures: dict[str, str]
 
 
 def request_from_bundle(request: dict, entry: str, media: Path | None = None) -> Request | Question:
@@ -116,9 +106,12 @@ def record_mlx(
     guidance. `progress` is told the name of each call before it runs. Raises LanceError for bad input.
     """
     asked = request_from_bundle(request, entry)
-    looks = asked.task.takes is not None
-    pipeline = load(checkpoint_dir / variant, asked.variant, policy(numerics), looks)
-    return record_pipeline(pipeline, asked, replay, names, progress)
+    return record_pipeline(load_for(asked, checkpoint_dir / variant, numerics), asked, replay, names, progress)
+
+
+def load_for(request: Request | Question, folder: Path, numerics: str) -> Pipeline:
+    """Load what a request needs of the variant in a folder, under the policy of that name; raises LanceError."""
+    return load(folder, request.variant, policy(numerics), request.task.takes is not None)
 
 
 def record_pipeline(
@@ -140,7 +133,7 @@ def replay_pipeline(
     progress: Callable[[str], None] | None = None,
     force: Mapping[str, Tap] | None = None,
     contract: Contract | None = None,
-) -> Replayed:
+) -> Observed:
     """Replay a request on a loaded pipeline, and with `force` and `contract` every part of it from the given values."""
     tell = progress or (lambda call: None)
     with MlxCapture(pipeline, names, force) as capture, MlxBoundaries(capture, contract) as boundaries:
@@ -151,7 +144,7 @@ def replay_pipeline(
         recording = capture.recording
     if "tokens" in boundaries.computed and force and "tokens" in force:
         recording["tokens"] = boundaries.computed.pop("tokens")
-    return Replayed(recording, boundaries.computed, boundaries.failures)
+    return Observed(recording, boundaries.computed, boundaries.failures)
 
 
 def _record_answer(

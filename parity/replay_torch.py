@@ -20,7 +20,7 @@ from reference.model import Pipeline
 from reference.numerics import Numerics
 from reference.prompt import Tokenizer
 from reference.request import Request
-from reference.sampler import denoise, start, time_grid
+from reference.sampler import denoise, is_guided, start, time_grid
 from reference.sequence import build_layout
 from reference.understanding import Reader, answer, build_reader
 from reference.vae import Posterior
@@ -81,12 +81,11 @@ class TorchReplay:
 
     @cached_property
     def guided(self) -> list[bool]:
-        """Whether each step is guided."""
-        if self.request.understanding or not self.request.guided:
+        """Whether each step is guided; empty for questions."""
+        if self.request.understanding:
             return []
-        low, high = self.request.cfg_interval
         times = time_grid(self.request.num_steps, self.request.timestep_shift)[:-1]
-        return [bool(t > low and t <= high) for t in times]
+        return [self.request.guided and is_guided(t, *self.request.cfg_interval) for t in times]
 
     def capture(
         self,
@@ -96,9 +95,7 @@ class TorchReplay:
         until: str | None = None,
     ) -> TorchCapture:
         """A capture of this replay; see TorchCapture."""
-        guided = None
-        if self.entry == "full_sequence" and not self.request.understanding:
-            guided = self.guided or [False] * self.request.num_steps
+        guided = self.guided if self.entry == "full_sequence" else None
         return TorchCapture(self.pipeline, names, progress, force, until, guided)
 
     def record(
@@ -135,7 +132,7 @@ class TorchReplay:
     def _run_call(self, call: str, numbers: dict[str, int], capture: TorchCapture, force: Mapping[str, Tap]) -> None:
         if call == "velocity":
             # The full-sequence entry numbers the velocities of its arms as they come.
-            arm, step = velocity_calls(self.guided or [False] * self.request.num_steps)[numbers["number"]]
+            arm, step = velocity_calls(self.guided)[numbers["number"]]
             call, numbers = f"{arm}.step{step}", {"step": step}
         if call.startswith("vit_model"):
             look(self, capture)

@@ -1,6 +1,9 @@
 """The size of roundings."""
 
-from parity.recording import Tap
+import numpy as np
+import torch
+
+from parity.recording import DTYPES, Tap
 
 # The relative size of one unit in the last place is 2**-bits to 2**(1 - bits).
 ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
@@ -15,3 +18,8 @@ def quantum(tap: Tap, dtype: str | None = None) -> float:
     """
     share = max(_FLIPPED_SHARE, max(tap.array.size, 1) ** -0.5)
     return ULP.get(dtype or tap.dtype, 0.0) * share**0.5
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values as a dtype has them, held as float32."""
+    return torch.from_numpy(np.array(values, np.float32)).to(DTYPES[dtype]).float().numpy()

@@ -1,13 +1,12 @@
 """Bundles that are kept: what lies in a folder, and the checksums that tell whether it is still what it was."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parity.bundle import CHECKSUMS, CHECKSUMS_FORMAT, FILES, FORMAT, find_bundles, read_json
+from parity.bundle import CHECKSUMS, CHECKSUMS_FORMAT, FILES, FORMAT, find_bundles, read_json, sha256
 from parity.errors import ParityError
 from parity.recording import write_atomically
 
@@ -145,15 +144,6 @@ def compare_files(root: Path, expected: dict[str, Any]) -> Checksums:
         if not isinstance(entry, dict) or not file.is_file() or sha256(file) != entry.get("sha256"):
             wrong.append(name)
     return Checksums(DAMAGED if wrong else INTACT if expected else NONE, tuple(wrong), len(expected))
-
-
-def sha256(path: Path) -> str:
-    """Return the checksum of a file; raises ParityError where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ParityError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def entry_of(path: Path) -> dict[str, Any]:

@@ -2,30 +2,19 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from parity.boundaries_mlx import Contract
 from parity.bundle import Bundle
 from parity.errors import ParityError
 from parity.implementations import one_line, replay_of, versions
 from parity.oracle import Oracle, cut, load_run, unconditional_ids
-from parity.recording import Recording, Tap
+from parity.recording import Contract, Observed, Tap
 from reference.numerics import Numerics
 
 Weights = Iterator[tuple[str, np.ndarray]]
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What a run computed: the taps, the exact arrays by their names in `inputs/`, and what functions raised."""
-
-    recording: Recording
-    exact: Recording
-    failures: dict[str, str]
 
 
 class Subject(Protocol):
@@ -63,17 +52,13 @@ class MlxSubject:
 
     name = "mlx"
 
-    def __init__(self, bundle: Bundle, numerics: str | None = None) -> None:
-        from lance_mlx.numerics import policy
-        from lance_mlx.pipeline import load
-        from parity.replay_mlx import request_from_bundle
+    def __init__(self, bundle: Bundle) -> None:
+        from parity.replay_mlx import load_for, request_from_bundle
 
         self._bundle, self._replay = bundle, replay_of(bundle)
         with one_line(f"mlx cannot run bundle {bundle.name}"):
             self._asked = request_from_bundle(bundle.request, bundle.entry)
-            looks = self._asked.task.takes is not None
-            folder = bundle.checkpoint / bundle.variant
-            self.pipeline = load(folder, self._asked.variant, policy(numerics or bundle.dtype), looks)
+            self.pipeline = load_for(self._asked, bundle.checkpoint / bundle.variant, bundle.dtype)
 
     def run(
         self, names: set[str], force: Mapping[str, Tap] | None = None, contract: Contract | None = None
@@ -82,8 +67,7 @@ class MlxSubject:
         from parity.replay_mlx import replay_pipeline
 
         with one_line(f"mlx cannot run bundle {self._bundle.name}"):
-            replayed = replay_pipeline(self.pipeline, self._asked, self._replay, names, force=force, contract=contract)
-        return Observed(replayed.recording, replayed.exact, replayed.failures)
+            return replay_pipeline(self.pipeline, self._asked, self._replay, names, force=force, contract=contract)
 
     def steered(self, oracle: Oracle) -> Observed:
         """See Subject.steered."""
@@ -131,9 +115,9 @@ class ReferenceSubject:
 
     name = "reference"
 
-    def __init__(self, bundle: Bundle, numerics: Numerics | None = None) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         with one_line(f"reference cannot run bundle {bundle.name}"):
-            self._run = load_run(bundle, numerics or Numerics(bundle.dtype))
+            self._run = load_run(bundle, Numerics(bundle.dtype))
 
     def run(
         self, names: set[str], force: Mapping[str, Tap] | None = None, contract: Contract | None = None

@@ -8,13 +8,13 @@ import numpy as np
 from parity.findings import Departure, Margin
 from parity.metrics import compare
 from parity.oracle import Oracle
-from parity.recording import Recording, Tap
+from parity.recording import Observed, Recording, Tap
 from parity.registry import velocity_calls
-from parity.subject import Observed, Subject
+from parity.rounding import ULP, rounded
+from parity.subject import Subject
 
 # Draws of one rounding of the first state that the envelope is the largest of.
 DRAWS = 3
-_ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 _STATES = ("sampler.x_t", "sampler.x_init")
 
 
@@ -100,20 +100,10 @@ def _envelope(oracle: Oracle) -> dict[int, float]:
     for draw in range(DRAWS):
         signs = np.random.default_rng(draw).choice([-1.0, 1.0], start.array.shape)
         # A unit in the last place is two roundings: half a unit is what one may be off by.
-        perturbed = start.array * (1 + signs * _ULP[start.dtype])
-        given = {"sampler.x_init": Tap(_held(perturbed, start.dtype), start.dtype)}
+        perturbed = start.array * (1 + signs * ULP[start.dtype])
+        given = {"sampler.x_init": Tap(rounded(perturbed, start.dtype), start.dtype)}
         other = oracle.run.record(names, force=given)
         for step in steps:
             error = _error(plain, other, _after(oracle, step))
             moved[step] = max(moved.get(step, 0.0), error or 0.0)
     return moved
-
-
-def _held(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Float32 values, rounded to bfloat16 where the tap is of that dtype."""
-    values = values.astype(np.float32)
-    if dtype != "bfloat16":
-        return values
-    bits = values.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
-    return rounded.astype(np.uint32).view(np.float32)

@@ -122,6 +122,20 @@ class Fault:
         return touched and (self.needs is None or self.needs.met(bundle))
 
 
+def explained(
+    name: str,
+    component: str,
+    explanation: str,
+    patch: Patch,
+    about: str,
+    tasks: frozenset[str] = ALL,
+    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+    needs: Need | None = None,
+) -> Fault:
+    """A fault that a hypothesis explains, its parts in the order in which a list of them reads best."""
+    return Fault(name, about, component, patch, tasks, dtypes, explanation=explanation, needs=needs)
+
+
 def rounded(x: mx.array) -> mx.array:
     """The values of `x` as bfloat16 has them, in the dtype of `x`."""
     return x.astype(mx.bfloat16).astype(x.dtype)

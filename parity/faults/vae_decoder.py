@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +23,7 @@ from parity.faults.base import (
     Patch,
     Target,
     calls,
+    explained,
     function,
     method,
     parameter,
@@ -145,11 +147,7 @@ def _blue_first(target: Target) -> AbstractContextManager[None]:
     return function(media, "to_uint8", to_uint8)(target)
 
 
-def _fault(
-    name: str, component: str, explanation: str, patch: Patch, about: str, tasks: frozenset[str] = DRAWS
-) -> Fault:
-    return Fault(name, about, component, patch, tasks, explanation=explanation)
-
+_fault = partial(explained, tasks=DRAWS)
 
 FAULTS = [
     _fault(
@@ -165,7 +163,7 @@ FAULTS = [
         "the temporal convolution remembers the first frame",
         method(Resample, "__call__", _remembers_the_first),
         "The temporal convolutions of the second latent frame see the first one instead of zeros.",
-        VIDEOS,
+        tasks=VIDEOS,
     ),
     _fault(
         "vae-latents-not-unnormalised",
@@ -217,7 +215,7 @@ FAULTS = [
         "the temporal up-sampling splits channels alternately",
         _resampled(halves_alternate=True),
         "The two frames that a temporal convolution makes take its channels in turn instead of half each.",
-        VIDEOS,
+        tasks=VIDEOS,
     ),
     _fault(
         "vae-shortcut-missing",

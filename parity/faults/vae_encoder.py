@@ -1,6 +1,7 @@
 """Faults of the VAE's encoder and of the latents that it gives."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +10,7 @@ from lance_mlx.model import vae
 from lance_mlx.model.vae import VAE, LatentStatistics
 from lance_mlx.model.vae_encoder import DownBlock, TimeConv
 from lance_mlx.model.vae_layers import Conv2d, StreamState, convolve
-from parity.faults.base import ENCODES, VIDEOS, Fault, Patch, function, method
+from parity.faults.base import ENCODES, VIDEOS, Patch, explained, function, method
 
 _DOWNSAMPLES = "vae.encoder.downsamples.*"
 
@@ -89,11 +90,7 @@ def _sample(draw: Callable[[LatentStatistics, mx.array], mx.array]) -> Patch:
     return method(LatentStatistics, "sample", lambda original, statistics, eps: draw(statistics, eps))
 
 
-def _fault(
-    name: str, component: str, explanation: str, patch: Patch, about: str, tasks: frozenset[str] = ENCODES
-) -> Fault:
-    return Fault(name, about, component, patch, tasks, explanation=explanation)
-
+_fault = partial(explained, tasks=ENCODES)
 
 FAULTS = [
     _fault(
@@ -137,7 +134,7 @@ FAULTS = [
         "convolutions forget the frames of the chunk before",
         method(TimeConv, "__call__", _forgets),
         "The temporal down-sampling starts every chunk with zeros instead of with the frame before it.",
-        ENCODES & VIDEOS,
+        tasks=ENCODES & VIDEOS,
     ),
     _fault(
         "encoder-mean-not-normalised",

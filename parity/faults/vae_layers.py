@@ -1,6 +1,7 @@
 """Faults of the convolutions and norms that both of the VAE's coders are made of."""
 
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 
@@ -9,9 +10,8 @@ from lance_mlx.model.vae_layers import CausalConv3d, ChannelNorm, StreamState, c
 from parity.faults.base import (
     DRAWS,
     VIDEOS,
-    Fault,
-    Patch,
     calls,
+    explained,
     function,
     method,
 )
@@ -64,11 +64,7 @@ def _eps_1e_3(original: Callable, module: ChannelNorm, x: mx.array) -> mx.array:
     return mx.fast.rms_norm(x, module["gamma"], 1e-3)
 
 
-def _fault(
-    name: str, component: str, explanation: str, patch: Patch, about: str, tasks: frozenset[str] = DRAWS
-) -> Fault:
-    return Fault(name, about, component, patch, tasks, explanation=explanation)
-
+_fault = partial(explained, tasks=DRAWS)
 
 FAULTS = [
     _fault(
@@ -98,7 +94,7 @@ FAULTS = [
         "convolutions forget the frames of the chunk before",
         method(CausalConv3d, "__call__", _forget),
         "Every chunk is coded as if it were the first one: nothing is kept between chunks.",
-        VIDEOS,
+        tasks=VIDEOS,
     ),
     _fault(
         "vae-norm-without-sqrt",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,11 +15,11 @@ from parity.bundle import Bundle
 from parity.faults.base import (
     FLOAT32,
     LOOKS,
-    Fault,
     Need,
     Patch,
     Target,
     calls,
+    explained,
     function,
     method,
     wrapped,
@@ -114,18 +115,7 @@ def _gelu(approximate: Callable[[mx.array], mx.array]) -> Patch:
     return method(GELU, "__call__", call)
 
 
-def _fault(
-    name: str,
-    component: str,
-    explanation: str,
-    patch: Patch,
-    about: str,
-    tasks: frozenset[str] = LOOKS,
-    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
-    needs: Need | None = None,
-) -> Fault:
-    return Fault(name, about, component, patch, tasks, dtypes, explanation=explanation, needs=needs)
-
+_fault = partial(explained, tasks=LOOKS)
 
 FAULTS = [
     _fault(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -15,11 +16,11 @@ from lance_mlx.numerics import Numerics
 from parity.faults.base import (
     BFLOAT16,
     LOOKS,
-    Fault,
     Need,
     Patch,
     Target,
     calls,
+    explained,
     method,
     replaced,
     wrapped,
@@ -85,18 +86,7 @@ def _head_by_head(
     return module.proj(segments.attend(turned[:, :heads], turned[:, heads:], values).flatten(1))
 
 
-def _fault(
-    name: str,
-    component: str,
-    explanation: str,
-    patch: Patch,
-    about: str,
-    tasks: frozenset[str] = LOOKS,
-    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
-    needs: Need | None = None,
-) -> Fault:
-    return Fault(name, about, component, patch, tasks, dtypes, explanation=explanation, needs=needs)
-
+_fault = partial(explained, tasks=LOOKS)
 
 FAULTS = [
     _fault(
@@ -121,7 +111,7 @@ FAULTS = [
         "blocks attend across frames",
         lambda target: wrapped(vit, "run_lengths", lambda original, keys: original(keys[:1])),
         "The blocks with full attention attend to the whole video instead of to each temporal slice.",
-        frozenset({"video_edit", "x2t_video"}),
+        tasks=frozenset({"video_edit", "x2t_video"}),
         needs=_FRAMES,
     ),
     _fault(

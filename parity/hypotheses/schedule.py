@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from parity.hypotheses.base import Hypothesis
+from parity.rounding import rounded
 from reference.sampler import time_grid
 
 if TYPE_CHECKING:
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
-    return torch.from_numpy(np.array(x, np.float32)).bfloat16().float().numpy()
+    """The values as bfloat16 has them."""
+    return rounded(x, "bfloat16")
 
 
 def timed(name: str, times: Callable[[np.ndarray, int, float], np.ndarray]) -> Hypothesis:

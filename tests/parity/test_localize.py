@@ -15,7 +15,7 @@ from parity.fault_table import judge
 from parity.faults import CATALOGUE, Fault
 from parity.findings import EXACT, EXPLAINS, LOCAL, STRUCTURE
 from parity.localize import Investigation, localize
-from parity.subject import Observed
+from parity.recording import Observed
 
 EMBEDDED = (
     "t2i-fp32-kv",

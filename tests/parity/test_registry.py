@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parity.errors import ParityError
-from parity.registry import CALLS, PATHS, SINGLES, WORDS, locate, parse, velocity_calls, within_first_step
+from parity.registry import CALLS, PATHS, SINGLES, WORDS, locate, parse, velocity_calls
 
 LAYER = "language_model.model.layers.1"
 
@@ -98,14 +98,6 @@ def test_places_are_in_order_of_execution():
     assert sorted(names, key=lambda name: parse(name).place) == names
     calls = [f"velocity_call{number}" for number in range(5)]
     assert sorted(calls, key=lambda name: locate(name, [True, False, True]).place) == calls
-
-
-def test_first_step_ends_with_the_state_after_it():
-    guided = [True] * 4
-    early = ["sampler.noise", "cond.prefix2/hidden_out", "uncond.step0/llm2vae", "velocity_call1", "sampler.x_t1"]
-    late = ["cond.step1/llm2vae", "velocity_call2", "sampler.x_t2", "latent", "vae.decode.chunk0/decoder", "pixels"]
-    assert all(within_first_step(locate(name, guided)) for name in [*early, "sampler.timestep3", "time_embedder"])
-    assert not any(within_first_step(locate(name, guided)) for name in late)
 
 
 def test_knows_every_tap_of_every_oracle(oracle):

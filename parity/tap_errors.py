@@ -1,0 +1,56 @@
+"""Every tap's local, propagated and total error."""
+
+import numpy as np
+
+from parity.bounds import Bounds
+from parity.findings import TapError
+from parity.metrics import compare
+from parity.oracle import Oracle
+from parity.recording import Recording, Tap
+
+
+def tap_errors(oracle: Oracle, forced: Recording, free: Recording, bounds: Bounds) -> list[TapError]:
+    """The errors of all taps that a steered run computed, in order of execution.
+
+    `forced` was computed from the oracle's input, `free` from the run's own; it may lack taps.
+    """
+    errors: list[TapError] = []
+    before: dict[str, float] = {}
+    for name, expected in oracle.taps.items():
+        if name not in forced:
+            continue
+        tap = oracle.bundle.locate(name)
+        local, total = compare(expected, forced[name]), None
+        if name in free and free[name].array.shape == expected.array.shape:
+            total = compare(expected, free[name]).rel_l2
+        propagated = _propagated(expected, forced[name], free.get(name))
+        exact = expected.dtype == "int32"
+        level = 0.0 if exact else bounds.levels[name]
+        previous = before.get(tap.call)
+        gain = propagated / previous if propagated is not None and previous else None
+        if total is not None:
+            before[tap.call] = total
+        errors.append(
+            TapError(
+                tap=tap,
+                source=oracle.source(name),
+                shape=expected.array.shape,
+                dtype=expected.dtype,
+                local=local.rel_l2,
+                propagated=propagated,
+                total=total,
+                gain=gain,
+                floor=level,
+                allowed=0.0 if exact else bounds.allowed(name),
+                mismatch=local.mismatch,
+            )
+        )
+    return errors
+
+
+def _propagated(expected: Tap, local: Tap, own: Tap | None) -> float | None:
+    if own is None or not (expected.array.shape == local.array.shape == own.array.shape):
+        return None
+    norm = float(np.linalg.norm(expected.array.astype(np.float64)))
+    moved = float(np.linalg.norm(own.array.astype(np.float64) - local.array))
+    return moved / norm if norm else (0.0 if not moved else None)
