@@ -17,7 +17,8 @@ from parity.oracle import Oracle
 from parity.recording import Tap, write_atomically
 
 FILE = "floors.safetensors"
-_FORMAT = "lance-floors/1"
+_FORMAT = "lance-floors/2"
+_FACTS = "floors"
 
 
 def local_floors(oracle: Oracle, progress: Progress | None = None) -> Floors:
@@ -47,17 +48,18 @@ def write_floors(path: Path, oracle: Oracle, local: Floors, free: Floors) -> Non
         **{f"{kind}_{d}": _packed(found) for kind, f in both.items() for d, found in f.ratios.items()},
         "upstream": _packed(np.array(list(free.upstream.values()), np.float32)),
     }
-    metadata = {
+    facts = {
         "format": _FORMAT,
         "taps_sha256": _taps_sum(oracle.bundle),
         f"{LOCAL}_names": _names_sum(oracle.taps),
         f"{FREE}_names": _names_sum(oracle.bundle.taps),
-        "variants": json.dumps(local.variants),
-        **{f"{kind}_count": json.dumps(f.count) for kind, f in both.items()},
-        "leading": json.dumps(free.leading),
+        "variants": local.variants,
+        **{f"{kind}_count": f.count for kind, f in both.items()},
+        "leading": free.leading,
         "torch": torch.__version__,
     }
-    write_atomically(path, save(arrays, metadata))
+    # One entry: safetensors writes several in no order, and the same floors are to make the same bytes.
+    write_atomically(path, save(arrays, {_FACTS: json.dumps(facts)}))
 
 
 def _packed(values: np.ndarray) -> np.ndarray:
@@ -80,18 +82,17 @@ def _read(bundle: Bundle, kind: str, names: list[str], names_sum: str) -> Floors
         return None
     try:
         with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
+            facts = dict(json.loads((file.metadata() or {}).get(_FACTS, "{}")))
             wanted = {"format": _FORMAT, "taps_sha256": _taps_sum(bundle), f"{kind}_names": names_sum}
-            if any(metadata.get(key) != value for key, value in wanted.items()):
+            if any(facts.get(key) != value for key, value in wanted.items()):
                 return None
             errors = dict(zip(names, _unpacked(file.get_tensor(kind)), strict=True))
             distances = _unpacked(file.get_tensor("upstream")).tolist() if kind == FREE else []
             upstream = dict(zip(names, distances, strict=False))
-            count = json.loads(metadata[f"{kind}_count"])
+            count = facts[f"{kind}_count"]
             ratios = {dtype: _unpacked(file.get_tensor(f"{kind}_{dtype}")) for dtype in count}
-            variants, leading = tuple(json.loads(metadata["variants"])), json.loads(metadata["leading"])
-            return Floors(variants, errors, ratios, count, upstream, leading)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+            return Floors(tuple(facts["variants"]), errors, ratios, count, upstream, facts["leading"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ParityError(f"{path} is not a complete file of floors ({error}): remove or replace it") from None
 
 

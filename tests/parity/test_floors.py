@@ -1,5 +1,6 @@
 """Floors: what the equally right variants do, and what is kept of it beside a bundle."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -213,8 +214,9 @@ def test_floors_of_other_taps_of_the_reference_are_measured_again(stored, measur
 def test_floors_of_another_format_are_measured_again(stored, measuring_is_seen):
     path = stored[0].bundle.path / FILE
     with safe_open(path, "np") as file:
-        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-    save_file(arrays, path, metadata | {"format": "lance-floors/0"})
+        facts = json.loads(file.metadata()["floors"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}
+    save_file(arrays, path, {"floors": json.dumps(facts | {"format": "lance-floors/0"})})
     with pytest.raises(Measured):
         free_floors(stored[0].bundle)
     save_file(arrays, path)
@@ -223,30 +225,36 @@ def test_floors_of_another_format_are_measured_again(stored, measuring_is_seen):
 
 
 def damages():
-    def cut(path, arrays, metadata):
+    def told(facts):
+        return {"floors": json.dumps(facts)}
+
+    def cut(path, arrays, facts):
         path.write_bytes(path.read_bytes()[:-10])
 
     def without(name):
-        return lambda path, arrays, metadata: save_file(
-            {key: value for key, value in arrays.items() if key != name}, path, metadata
+        return lambda path, arrays, facts: save_file(
+            {key: value for key, value in arrays.items() if key != name}, path, told(facts)
         )
 
-    def shorter(path, arrays, metadata):
-        save_file(arrays | {"free": arrays["free"][:-1], "local": arrays["local"][:-1]}, path, metadata)
+    def shorter(path, arrays, facts):
+        save_file(arrays | {"free": arrays["free"][:-1], "local": arrays["local"][:-1]}, path, told(facts))
 
-    def unnamed(path, arrays, metadata):
-        save_file(arrays, path, {key: value for key, value in metadata.items() if key != "variants"})
+    def unnamed(path, arrays, facts):
+        save_file(arrays, path, told({key: value for key, value in facts.items() if key != "variants"}))
 
-    def garbled(path, arrays, metadata):
-        save_file(arrays, path, metadata | {"free_count": "{", "local_count": "{"})
+    def garbled(path, arrays, facts):
+        save_file(arrays, path, {"floors": json.dumps(facts)[:-1]})
 
-    def empty(path, arrays, metadata):
+    def listed(path, arrays, facts):
+        save_file(arrays, path, {"floors": "[1, 2]"})
+
+    def empty(path, arrays, facts):
         path.write_bytes(b"")
 
-    def folder(path, arrays, metadata):
+    def folder(path, arrays, facts):
         path.write_bytes(b"\0" * 20)
 
-    return [cut, without("free"), shorter, unnamed, garbled, empty, folder]
+    return [cut, without("free"), shorter, unnamed, garbled, listed, empty, folder]
 
 
 @pytest.mark.parametrize("damage", damages())
@@ -254,8 +262,9 @@ def test_damaged_floors_are_named_in_one_line(stored, damage, never_measured):
     oracle = stored[0]
     path = oracle.bundle.path / FILE
     with safe_open(path, "np") as file:
-        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
-    damage(path, arrays, metadata)
+        facts = json.loads(file.metadata()["floors"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}
+    damage(path, arrays, facts)
     with pytest.raises(ParityError) as caught:
         free_floors(oracle.bundle)
     text = str(caught.value)
