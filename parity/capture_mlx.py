@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -29,16 +30,22 @@ _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "int32": mx.int32}
 _UNNAMED = ("language_model", "language_model.model")
 
 
-def to_tap(value: mx.array | np.ndarray) -> Tap:
-    """Hold an evaluated array as a tap: bfloat16 values as float32, integers as int32.
+Rows = mx.array | np.ndarray | ExpertRows
+
+
+def to_tap(value: Rows) -> Tap:
+    """Hold an evaluated array as a tap: bfloat16 values as float32, integers as int32, experts' rows in sequence order.
 
     Float32 values are not copied: MLX never writes into memory that something else sees.
     """
+    if isinstance(value, ExpertRows):
+        und, gen = to_tap(value.und), to_tap(value.gen)
+        return replace(und, array=np.concatenate([und.array[:1], gen.array, und.array[1:]]))
     if isinstance(value, np.ndarray):
         held = np.float32 if value.dtype.kind == "f" else np.int32
         return Tap(np.array(value, held), np.dtype(held).name)
     if value.dtype == mx.bfloat16:
-        return Tap(torch.from_dlpack(value).float().numpy(), "bfloat16")
+        return Tap.widened(torch.from_dlpack(value).float().numpy())
     if value.dtype == mx.float32:
         array = np.asarray(value)
         array.flags.writeable = False
@@ -58,6 +65,13 @@ def channels_last(codes: mx.array) -> mx.array:
     return codes[0].transpose(1, 2, 3, 0)
 
 
+def _held(value: Rows) -> Rows:
+    """Other arrays of the same memory: what is assigned to the elements of the first ones is not seen by these."""
+    if isinstance(value, mx.array):
+        return value.astype(value.dtype)
+    return ExpertRows(*map(_held, value)) if isinstance(value, ExpertRows) else value
+
+
 class MlxCapture:
     """Context manager that records what a loaded pipeline computes, under the oracles' tap names.
 
@@ -74,7 +88,7 @@ class MlxCapture:
     ) -> None:
         self.force = force or {}
         self._taken: Recording = {}
-        self._pending: dict[str, mx.array | np.ndarray] = {}
+        self._pending: dict[str, Rows] = {}
         self._names = names
         self._call = ""
         self._embedding: list[str] = []
@@ -101,17 +115,25 @@ class MlxCapture:
         self._flush()
         return self._taken
 
-    def keep(self, name: str, value: mx.array | np.ndarray) -> None:
+    def keep(self, name: str, value: Rows) -> None:
         """Record an array under a name, if the name is wanted and not yet taken."""
         if (self._names is None or name in self._names) and name not in self._taken and name not in self._pending:
-            # Another array of the same memory: what is assigned to the first one's elements is not seen by this one.
-            self._pending[name] = value.astype(value.dtype) if isinstance(value, mx.array) else value
+            self._pending[name] = _held(value)
 
     def observe(self, name: str, value: mx.array) -> mx.array:
         """Record an array and return what is to be used in its place: the forced value, or the array itself."""
         self.keep(name, value)
-        given = self.force.get(name)
-        return value if given is None else mx.array(given.array).astype(_DTYPES[given.dtype])
+        return self._forced(name) if name in self.force else value
+
+    def observe_rows(self, name: str, rows: ExpertRows) -> ExpertRows:
+        """The same for rows parted by expert."""
+        # Parted rows are recorded as they are: to merge them takes MLX longer than NumPy.
+        self.keep(name, rows if rows.gen is not None else rows.und)
+        return rows.parted(self._forced(name)) if name in self.force else rows
+
+    def _forced(self, name: str) -> mx.array:
+        given = self.force[name]
+        return mx.array(given.array).astype(_DTYPES[given.dtype])
 
     def __enter__(self) -> "MlxCapture":
         for kind in self._classes:
@@ -162,7 +184,7 @@ class MlxCapture:
         self.wrap(kind, method, wrapper)
 
     def _flush(self) -> None:
-        mx.eval([value for value in self._pending.values() if isinstance(value, mx.array)])
+        mx.eval([value for value in self._pending.values() if not isinstance(value, np.ndarray)])
         self._taken |= {name: to_tap(value) for name, value in self._pending.items()}
         self._pending.clear()
 
@@ -179,9 +201,7 @@ class MlxCapture:
         name = f"{self._call}{separator}{path.removeprefix(f'{_VIT}.')}"
         rows = output[0] if isinstance(output, tuple) and not isinstance(output, ExpertRows) else output
         if isinstance(rows, ExpertRows):
-            merged = rows.merged()
-            used = self.observe(name, merged)
-            rows = rows if used is merged else rows.parted(used)
+            rows = self.observe_rows(name, rows)
         elif id(module) in self._codes:
             rows = channels_last(self.observe(name, channels_first(rows)))
         else:
@@ -201,13 +221,9 @@ class MlxCapture:
         given = self.force.get(f"{self._call}/position_ids")
         if given is not None and not np.array_equal(given.array, rotary.position_ids):
             rotary = rotary_table(given.array, self._pipeline.model.config, self._pipeline.model.numerics)
-        merged = inputs_embeds.merged()
-        used = self.observe(f"{self._call}/hidden_in", merged)
-        inputs_embeds = inputs_embeds if used is merged else inputs_embeds.parted(used)
+        inputs_embeds = self.observe_rows(f"{self._call}/hidden_in", inputs_embeds)
         hidden, cache = original(model, inputs_embeds, rotary, *rest, **values)
-        merged = hidden.merged()
-        used = self.observe(f"{self._call}/hidden_out", merged)
-        return hidden if used is merged else hidden.parted(used), cache
+        return self.observe_rows(f"{self._call}/hidden_out", hidden), cache
 
     def _embed_time(self, original: Callable, module: TimestepEmbedder, timesteps: np.ndarray) -> mx.array:
         output = self.observe(f"{self._call}/time_embedder", original(module, timesteps))

@@ -27,11 +27,10 @@ class Reached(Exception):
 def to_tap(tensor: Tensor) -> Tap:
     """Hold a tensor as a tap: bfloat16 values as float32, integers as int32; the tap owns its memory."""
     tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return Tap(tensor.float().numpy(), "bfloat16")
-    if tensor.is_floating_point():
-        return Tap(np.array(tensor.numpy(), np.float32, order="C"), "float32")
-    return Tap(np.array(tensor.numpy(), np.int32, order="C"), "int32")
+    if tensor.dtype is torch.bfloat16:
+        return Tap.widened(tensor.float().contiguous().numpy())
+    held = "float32" if tensor.is_floating_point() else "int32"
+    return Tap(tensor.numpy().astype(held, order="C"), held)
 
 
 def frames_second(frames: Tensor) -> Tensor:

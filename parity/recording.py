@@ -42,6 +42,13 @@ class Tap:
         if self.dtype == "bfloat16" and np.bitwise_or.reduce(float_bits(self.array), axis=None) & 0xFFFF:
             raise ParityError("a bfloat16 tap holds values that bfloat16 cannot represent: it was not captured as such")
 
+    @classmethod
+    def widened(cls, array: np.ndarray) -> "Tap":
+        """A bfloat16 tap of float32 values that were bfloat16 a moment ago: nothing is looked at again."""
+        tap = cls.__new__(cls)
+        tap.__dict__.update(array=array, dtype="bfloat16")
+        return tap
+
 
 Recording = dict[str, Tap]
 """Tap name -> Tap; the order of insertion is the order of execution."""
