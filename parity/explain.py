@@ -18,6 +18,7 @@ WORTH_ANOTHER = 0.5
 LISTED = 5
 # What a hypothesis removes that makes a sequence of another length.
 UNFIT = -1.0
+_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ def removed(site: Site, hypotheses: Sequence[Hypothesis]) -> float | None:
     subtracted = site.expected if site.expected.shape == site.got.shape else np.zeros_like(site.got)
     residual = _distance(site.got, subtracted)
     left = _distance(site.got, array)
-    return 1 - left / residual if residual else (1.0 if not left else 0.0)
+    if not residual:
+        return 0.0 if left else 1.0
+    # Rounded, so that equal explanations stay in their order and float noise does not rank them.
+    return 1 - left / residual if site.exact else round(1 - left / residual, _DIGITS)
 
 
 def _ranked(tried: Sequence[tuple[Hypothesis, float]], second: Site | None) -> list[Tried]:

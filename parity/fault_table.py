@@ -46,7 +46,7 @@ class Trial:
 
 
 # Requests that no embedded bundle has and some faults need: steps that are not guided, more than one attention window
-# in the ViT, given frames, pictures that are not square.
+# in the ViT, many of them, given frames, pictures that are not square.
 _SMALL = {"steps": 4, "vae_resolution": 64}
 _DRAWN = {"prompt": "a bird", "width": 64, "height": 48}
 _WINDOWED = {"vit_resolution": 224, **_SMALL}
@@ -61,6 +61,8 @@ RECORDED = {
     "i2v-fp32": ("i2v", "float32", {"prompt": "a bird", "num_frames": 9, **_SMALL}),
     "i2v-bf16": ("i2v", "bfloat16", {"prompt": "a bird", "num_frames": 9, **_SMALL}),
     "idip-fp32": ("image_idip", "float32", {**_DRAWN, **_WINDOWED}),
+    "x2t_image-bf16-large": ("x2t_image", "bfloat16", {**_QUESTION, "vit_resolution": 672, "max_new_tokens": 1}),
+    "image_edit-bf16-large": ("image_edit", "bfloat16", {"prompt": "make it blue", **_SMALL, "vit_resolution": 672}),
 }
 
 
@@ -85,7 +87,7 @@ def plan(faults: Iterable[Fault], bundles: Sequence[Bundle]) -> list[tuple[Bundl
     chosen: dict[Path, list[Fault]] = {bundle.path: [] for bundle in bundles}
     for fault in faults:
         fit = [bundle for bundle in bundles if fault.suits(bundle)]
-        # The second bundle is of another task or numerics where there is one.
+        # The second bundle is of another task where there is one.
         picked: list[Bundle] = []
         for _ in range(min(BUNDLES, len(fit))):
             rest = [bundle for bundle in fit if bundle not in picked]
@@ -95,6 +97,17 @@ def plan(faults: Iterable[Fault], bundles: Sequence[Bundle]) -> list[tuple[Bundl
         for bundle in picked:
             chosen[bundle.path].append(fault)
     return [(bundle, chosen[bundle.path]) for bundle in bundles if chosen[bundle.path]]
+
+
+def untried(faults: Iterable[Fault], bundles: Sequence[Bundle]) -> list[str]:
+    """Say of each fault that shows in none of the bundles what it would need, in a line."""
+    lines = []
+    for fault in faults:
+        if not any(fault.suits(bundle) for bundle in bundles):
+            runs = f"a {'/'.join(sorted(fault.tasks))} run in {' or '.join(fault.dtypes)}"
+            besides = f", {fault.needs.words}" if fault.needs else ""
+            lines.append(f"{fault.name} is not tried: it needs {runs}{besides}")
+    return lines
 
 
 def try_faults(

@@ -4,7 +4,7 @@
 
 Beside the bundles given, a few are recorded from the reference: some faults need what no captured bundle has.
 FOLDERs hold oracle bundles (by default oracles/). With --fault only these are tried and the table is printed.
-Exit status: 0 when every fault is detected and named, 1 otherwise.
+Exit status: 0 when every fault is tried, detected and named, 1 otherwise.
 """
 
 import re
@@ -15,9 +15,9 @@ from typing import Annotated
 
 import typer
 
-from parity.bundle import find_bundles
+from parity.bundle import find_bundles, read_bundle
 from parity.cli import one_line_errors
-from parity.fault_table import markdown, record_more, summary, try_faults
+from parity.fault_table import markdown, record_more, summary, try_faults, untried
 from parity.faults import CATALOGUE, load_fault
 from parity.recording import write_atomically
 from parity.runner import limit_threads
@@ -41,6 +41,8 @@ def main(
         trials = []
         with tempfile.TemporaryDirectory() as folder, progress_bar(len(paths), "bundle") as start:
             paths += record_more(Path(folder), ORACLES, start)
+            left_out = untried(faults, [read_bundle(path) for path in paths])
+            print("".join(f"{line}\n" for line in left_out), end="", file=sys.stderr)
             for trial in try_faults(paths, faults, start):
                 trials.append(trial)
                 if not (trial.detected and trial.named):
@@ -52,7 +54,8 @@ def main(
             text = PLACE.sub(lambda match: match[1] + table + match[2], output.read_text(encoding="utf-8"))
             write_atomically(output, text.encode())
         print(summary(trials))
-        raise typer.Exit(0 if trials and all(trial.detected and trial.named for trial in trials) else 1)
+        found = all(trial.detected and trial.named for trial in trials)
+        raise typer.Exit(0 if trials and found and not left_out else 1)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ FAULTS = [
         calls(CausalConv3d, _convolution_in_bfloat16, "vae.decoder.conv1"),
         DRAWS,
         dtypes=FLOAT32,
-        explanation="the product computes in bfloat16",
+        explanation="the product computes in bfloat16 but for its bias",
     ),
     Fault(
         "llm2vae-in-float32",

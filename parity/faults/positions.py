@@ -150,7 +150,7 @@ FAULTS = [
     ),
     _fault(
         "grid-origin-0",
-        "visual grids start at 0",
+        "the target's grid starts at 0",
         shifted(origin_zero),
         DRAWS,
         "The denoised grid starts at 0 on all axes instead of after the text.",

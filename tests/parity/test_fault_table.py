@@ -9,7 +9,7 @@ import pytest
 
 from parity.bundle import read_bundle
 from parity.errors import ParityError
-from parity.fault_table import BUNDLES, Trial, judge, markdown, plan, summary, try_fault, try_faults
+from parity.fault_table import BUNDLES, Trial, judge, markdown, plan, summary, try_fault, try_faults, untried
 from parity.faults import CATALOGUE, Fault
 from parity.faults.base import Need, replaced
 from parity.findings import LOCAL, STRUCTURE, Explanation, Finding, Localization
@@ -55,7 +55,11 @@ def test_numerics_entry_and_needs_decide_too():
     assert chosen([fault(dtypes=("bfloat16",))], bundles)["f"] == ["b"]
     assert chosen([fault(entries=("full_sequence",))], bundles)["f"] == ["c"]
     assert chosen([fault(needs=Need("to be c", lambda b: b.name == "c"))], bundles)["f"] == ["c"]
-    assert chosen([fault(needs=Need("nothing has it", lambda b: False))], bundles)["f"] == []
+    never = fault(needs=Need("a picture of the moon", lambda b: False))
+    assert chosen([never], bundles)["f"] == []
+    assert untried([never, fault()], bundles) == [
+        "f is not tried: it needs a t2i run in float32 or bfloat16, a picture of the moon"
+    ]
 
 
 def test_faults_are_spread_over_the_bundles():
