@@ -1,11 +1,26 @@
 """ByteDance's Lance on MLX: `load` a checkpoint, then `generate` from requests and `answer` questions."""
 
-from lance_mlx.api import Answer, Generated, LanceModel, load
-from lance_mlx.errors import LanceError
-from lance_mlx.numerics import BFLOAT16, FLOAT32, Numerics, policy
-from lance_mlx.request import Entry, Question, Renorm, Request, Task, Variant, Visual, VisualKind
-from lance_mlx.weights import ViTSource
+from typing import TYPE_CHECKING, Any
 
+from lance_mlx import blas
+
+# Before anything imports MLX.
+blas.load()
+
+if TYPE_CHECKING:
+    from lance_mlx.api import Answer, Generated, LanceModel, load
+    from lance_mlx.errors import LanceError
+    from lance_mlx.numerics import BFLOAT16, FLOAT32, Numerics, policy
+    from lance_mlx.request import Entry, Question, Renorm, Request, Task, Variant, Visual, VisualKind
+    from lance_mlx.weights import ViTSource
+
+_PLACES = {
+    "api": ("Answer", "Generated", "LanceModel", "load"),
+    "errors": ("LanceError",),
+    "numerics": ("BFLOAT16", "FLOAT32", "Numerics", "policy"),
+    "request": ("Entry", "Question", "Renorm", "Request", "Task", "Variant", "Visual", "VisualKind"),
+    "weights": ("ViTSource",),
+}
 __all__ = [
     "BFLOAT16",
     "FLOAT32",
@@ -26,3 +41,13 @@ __all__ = [
     "load",
     "policy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: the libraries for media and tokenizing take a while."""
+    place = next((module for module, names in _PLACES.items() if name in names), None)
+    if place is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{place}"), name)

@@ -2,6 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+# PyTorch first: lance_mlx loads an OpenBLAS for MLX, with which PyTorch would round otherwise than by itself.
+import torch  # noqa: F401
+
+import lance_mlx  # noqa: F401
+
 if TYPE_CHECKING:
     from parity.api import assert_agrees, compare
     from parity.comparison import Comparison
@@ -13,7 +18,7 @@ _PLACES = {"Comparison": "comparison", "ParityError": "errors"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: PyTorch and MLX take seconds."""
+    """Import a public name when it is first asked for: MLX, pandas and the rest take a second."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -1,0 +1,88 @@
+"""A fast BLAS for MLX's CPU backend on Linux.
+
+MLX's Linux wheel brings the plain netlib BLAS, which multiplies float32 at 4 to 8 GFLOP/s a core. An OpenBLAS that is
+loaded before MLX takes its place, because the linker resolves `cblas_sgemm` to the first library that has it: some
+twenty times as fast. On other systems, and on a GPU, BLAS does not matter.
+
+Where PyTorch is loaded after it, PyTorch multiplies with it too, and rounds otherwise than by itself.
+"""
+
+import ctypes
+import os
+import sys
+from ctypes.util import find_library
+from pathlib import Path
+
+VARIABLE = "LANCE_MLX_BLAS"
+"""Environment variable with the path of the BLAS to load, or `none`."""
+_NAMES = ("libopenblas.so.0", "libopenblas.so")
+_KERNEL = "OPENBLAS_CORETYPE"
+_AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+
+def load() -> None:
+    """Load an OpenBLAS where there is one and MLX is not loaded yet; never fails."""
+    chosen = os.environ.get(VARIABLE)
+    if sys.platform != "linux" or chosen == "none" or "mlx.core" in sys.modules or loaded():
+        return
+    if _KERNEL not in os.environ and _AVX512 <= _cpu_flags():
+        # OpenBLAS knows processors by their model, and takes slower kernels for those newer than itself.
+        os.environ[_KERNEL] = "SKYLAKEX"
+    for name in (chosen,) if chosen else (*_NAMES, find_library("openblas"), _beside_python()):
+        if name and _load(name):
+            return
+
+
+def loaded() -> Path | None:
+    """The OpenBLAS that is in the process with plain names, None where there is none.
+
+    The copies inside the wheels of NumPy and SciPy, whose names have prefixes, are no use to MLX and do not count.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    files = dict.fromkeys(line.split(maxsplit=5)[5] for line in maps.splitlines() if "openblas" in line.lower())
+    return next((Path(file) for file in files if ".libs" not in file and _is_plain(file)), None)
+
+
+def describe() -> str:
+    """Say in words which BLAS MLX's CPU backend multiplies with, and how to get a faster one."""
+    if sys.platform != "linux":
+        return "the system's"
+    found = loaded()
+    if found is not None:
+        kernel = os.environ.get(_KERNEL)
+        return f"OpenBLAS, {found}" + (f", {kernel} kernels" if kernel else "")
+    chosen = os.environ.get(VARIABLE)
+    if chosen not in (None, "none"):
+        return f"MLX's own, which is slow: {VARIABLE} names {chosen}, which is no BLAS that can be loaded"
+    return f"MLX's own, which is slow: apt install libopenblas0-pthread, or give a path in {VARIABLE}"
+
+
+def _load(name: str) -> bool:
+    if not _is_plain(name):
+        return False
+    ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+    return True
+
+
+def _is_plain(name: str) -> bool:
+    try:
+        return hasattr(ctypes.CDLL(name), "cblas_sgemm")
+    except OSError:
+        return False
+
+
+def _beside_python() -> str | None:
+    """Conda's, which the linker's own search does not see."""
+    path = Path(sys.prefix) / "lib" / "libopenblas.so.0"
+    return str(path) if path.is_file() else None
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return set()
+    return set(next((line.split(":", 1)[1] for line in text.splitlines() if line.startswith("flags")), "").split())
