@@ -18,12 +18,17 @@ VARIABLE = "LANCE_MLX_BLAS"
 _NAMES = ("libopenblas.so.0", "libopenblas.so")
 _KERNEL = "OPENBLAS_CORETYPE"
 _AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_too_late = False
 
 
 def load() -> None:
     """Load an OpenBLAS where there is one and MLX is not loaded yet; never fails."""
+    global _too_late
     chosen = os.environ.get(VARIABLE)
-    if sys.platform != "linux" or chosen == "none" or "mlx.core" in sys.modules or loaded():
+    if sys.platform != "linux" or chosen == "none" or loaded():
+        return
+    _too_late = "mlx.core" in sys.modules
+    if _too_late:
         return
     if _KERNEL not in os.environ and _AVX512 <= _cpu_flags():
         # OpenBLAS knows processors by their model, and takes slower kernels for those newer than itself.
@@ -54,6 +59,8 @@ def describe() -> str:
     if found is not None:
         kernel = os.environ.get(_KERNEL)
         return f"OpenBLAS, {found}" + (f", {kernel} kernels" if kernel else "")
+    if _too_late:
+        return "MLX's own, which is slow: import lance_mlx before mlx.core"
     chosen = os.environ.get(VARIABLE)
     if chosen not in (None, "none"):
         return f"MLX's own, which is slow: {VARIABLE} names {chosen}, which is no BLAS that can be loaded"

@@ -1,0 +1,211 @@
+"""Measure what the parts of lance_mlx cost, beside the rate at which the same process multiplies matrices.
+
+    python scripts/bench.py [--quick] [--only TEXT] [--json FILE] [--plots FOLDER]
+
+Every case runs in a process of its own, on one thread, with random weights at the sizes that its row names. Seconds are
+CPU time, which a busy machine disturbs less than the clock: the best of several runs. Memory is the most that MLX
+allocates while it runs, the weights left out. GFLOP/s are those of the transformer's products, and their share is of a
+1024 x 2048 x 2048 float32 product's in the same process.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+# Set before a child loads any library.
+ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+LATENTS = (256, 1024, 2304, 4096)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: a name of bench_cases.CASES and its arguments."""
+
+    name: str
+    arguments: tuple[Any, ...]
+
+    @property
+    def label(self) -> str:
+        """The arguments in words."""
+        return ", ".join(str(argument) for argument in self.arguments)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a case took: seconds of CPU time, megabytes, GFLOP/s, and the product rate of the same process."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    seconds: float
+    megabytes: float
+    items: int
+    gflops: float | None
+    product_gflops: float
+
+
+def cases(quick: bool) -> list[Case]:
+    """All cases, or those of small sizes that show whether each works."""
+    if quick:
+        sizes, wide, pictures = (64,), (64, 64, 1), (1, 32)
+        texts, vit = (4, 64, 2), 112
+    else:
+        sizes, wide, pictures = LATENTS, (1024, 2048, 1), (2, 128)
+        texts, vit = (128, 512, 4), 672
+    hidden, layers = (64, 2) if quick else (512, 4)
+    kinds = ("step", "step, both experts", "step, PyTorch")
+    found = [Case(kind, ("t2i", *wide, dtype)) for dtype in ("float32", "bfloat16") for kind in kinds]
+    found += [Case("step", ("t2i", n, hidden, layers, "float32")) for n in sizes]
+    found += [Case("step, PyTorch", ("t2i", n, hidden, layers, "float32")) for n in sizes]
+    edit = ("image_edit", sizes[min(1, len(sizes) - 1)], hidden, layers, "float32")
+    found += [Case(name, edit) for name in ("step", "step, no prefix cache", "prefix")]
+    found += [Case("text", (*texts, dtype)) for dtype in ("float32", "bfloat16")]
+    found += [Case("ViT, 4 blocks", (vit, "float32")), Case("VAE decode", (*pictures, "float32"))]
+    found += [Case("VAE decode", (frames, 64, "float32", True)) for frames in ((1, 2) if quick else (4, 31))]
+    found.append(Case("VAE encode", (*pictures, "float32")))
+    return found
+
+
+def measure(case: Case, repeats: int) -> Result:
+    """Run a case; called in a process of its own."""
+    # PyTorch and an OpenBLAS come before MLX.
+    import parity  # noqa: F401, I001
+    import mlx.core as mx
+    import torch
+    from bench_cases import CASES, product_rate
+
+    torch.set_num_threads(1)
+    work = CASES[case.name](*case.arguments)
+    rate = product_rate()
+    with torch.inference_mode():
+        work.run()
+        times, most = [], 0
+        for _ in range(repeats):
+            mx.clear_cache()
+            held = mx.get_active_memory()
+            mx.reset_peak_memory()
+            start = time.process_time()
+            work.run()
+            times.append(time.process_time() - start)
+            most = max(most, mx.get_peak_memory() - held)
+    seconds = min(times)
+    gflops = work.operations / seconds / 1e9 if work.operations else None
+    return Result(case.name, case.arguments, seconds, most / 1e6, work.items, gflops, max(rate, product_rate()))
+
+
+def exponent(points: list[tuple[float, float]]) -> float:
+    """The exponent of a power law through points, fitted in logarithms."""
+    import numpy as np
+
+    x, y = np.log(np.array(points, float)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def summary(results: list[Result]) -> list[str]:
+    """The ratios that tell whether the port wastes anything, in words."""
+    at = {(r.name, r.arguments): r for r in results}
+    lines = []
+    for (name, arguments), r in at.items():
+        if name != "step":
+            continue
+        for other, what in (
+            ("step, both experts", "that of both experts for all tokens"),
+            ("step, no prefix cache", "that without a prefix cache"),
+            ("step, PyTorch", "PyTorch's"),
+        ):
+            if (other, arguments) in at:
+                ratio = r.seconds / at[other, arguments].seconds
+                lines.append(f"step ({Case(name, arguments).label}): {ratio:.2f} of {what}")
+    grown = [r for r in results if r.name == "step" and r.arguments[0] == "t2i" and r.arguments[2] in (64, 512)]
+    grown = [r for r in grown if r.arguments[3] > 1]
+    if len(grown) > 1:
+        power = exponent([(r.arguments[1], r.seconds) for r in grown])
+        memory = exponent([(r.arguments[1], r.megabytes) for r in grown])
+        lines.append(f"step cost grows with latents to the power {power:.2f}, memory to the power {memory:.2f}")
+    narrow = [r for r in results if r.name == "VAE decode" and len(r.arguments) == 4]
+    if len(narrow) == 2:
+        few, many = narrow
+        ratio = many.megabytes / few.megabytes
+        lines.append(f"VAE decode: {many.items} latent frames take {ratio:.2f} of the memory of {few.items}")
+    lines += [f"text ({Case(r.name, r.arguments).label}): {r.items / r.seconds:.0f} tokens/s"
+              for r in results if r.name == "text"]  # fmt: skip
+    return lines
+
+
+def print_table(results: list[Result]) -> None:
+    """Print a row for each result."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("case", "sizes", "CPU ms", "MB", "GFLOP/s", "share of product")
+    for r in results:
+        rates = ("–", "–") if r.gflops is None else (f"{r.gflops:.0f}", f"{r.gflops / r.product_gflops:.0%}")
+        memory = "–" if "PyTorch" in r.name else f"{r.megabytes:.0f}"
+        table.add_row(r.name, Case(r.name, r.arguments).label, f"{1000 * r.seconds:.1f}", memory, *rates)
+    Console(width=120).print(table)
+
+
+def plot(results: list[Result], folder: Path) -> Path:
+    """Draw the step's cost against its size, with the fitted exponents."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, label in (("step", "MLX"), ("step, PyTorch", "PyTorch")):
+        rows = [r for r in results if r.name == name and r.arguments[0] == "t2i" and r.arguments[3] > 1]
+        if len(rows) < 2:
+            continue
+        latents = [r.arguments[1] for r in rows]
+        for axes, values in ((left, [r.seconds for r in rows]), (right, [r.megabytes for r in rows])):
+            if axes is left or name == "step":
+                power = exponent(list(zip(latents, values, strict=True)))
+                axes.loglog(latents, values, marker="o", label=f"{label}, exponent {power:.2f}")
+    for axes, title, unit in ((left, "a guided step", "CPU seconds"), (right, "its memory beyond the weights", "MB")):
+        axes.set(title=title, xlabel="latents", ylabel=unit)
+        axes.grid(True, which="both", alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "bench.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: shows that all cases run.")] = False,
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Only cases whose name holds this.")] = "",
+    repeats: Annotated[int, typer.Option(help="Runs of which the best counts.", min=1)] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON.")] = None,
+    plots: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Draw cost against size.")] = None,
+) -> None:
+    """Run the cases, print the table and what follows from it."""
+    os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
+    chosen = [case for case in cases(quick) if only in case.name]
+    if not chosen:
+        print(f"no case's name holds {only!r}", file=sys.stderr)
+        raise typer.Exit(2)
+    results = []
+    for case in tqdm(chosen, unit="case"):
+        # A process of its own: its peak memory is its own, and no case warms another's caches.
+        with get_context("spawn").Pool(1) as pool:
+            results.append(pool.apply(measure, (case, repeats)))
+    print_table(results)
+    print("\n".join(summary(results)))
+    if json_file:
+        json_file.write_text(json.dumps([asdict(r) for r in results], indent=1), encoding="utf-8")
+    if plots:
+        print(plot(results, plots))
+
+
+if __name__ == "__main__":
+    typer.run(main)

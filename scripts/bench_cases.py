@@ -1,0 +1,301 @@
+"""The cases of bench.py: each builds a model with random weights and returns what is to be timed."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest.mock import patch
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+import lance_mlx.model.mot as mot
+from lance_mlx.config import LanceConfig
+from lance_mlx.cost import pass_operations, step_operations
+from lance_mlx.model.lance import Lance
+from lance_mlx.model.mot import ExpertRows
+from lance_mlx.model.vae import VAE
+from lance_mlx.model.vae_decoder import DecoderShape, UpBlockShape
+from lance_mlx.model.vae_encoder import DownBlockShape, EncoderShape
+from lance_mlx.model.vit import VisionTransformer, ViTConfig
+from lance_mlx.numerics import policy
+from lance_mlx.prompt import build_sequence
+from lance_mlx.request import Request, Task, Visual, VisualKind
+from lance_mlx.sampling.conditions import Conditions
+from lance_mlx.sampling.flow import State, make_arms
+from lance_mlx.sampling.text import Reader
+from lance_mlx.sequence import AttentionMode, Role, Segment, Sequence
+from lance_mlx.tokenizer import LanceTokenizer
+from lance_mlx.visuals import PreparedVisual
+
+CHECKPOINT = Path(__file__).parents[1] / "oracles" / "checkpoint-a" / "Lance_3B"
+PROMPT = "a small red bird flies over the river"
+# Heads and feed-forward width by hidden size: the official ratios.
+WIDTHS = {64: (4, 2, 160), 512: (4, 2, 2752), 2048: (16, 2, 11008)}
+VIT = ViTConfig(32, 1280, 3420, 16, 2048, 14, 2, 2, 112, (7, 15, 23, 31))
+DECODER = DecoderShape(
+    1024,
+    (
+        UpBlockShape(1024, 1024, 3, True, True),
+        UpBlockShape(1024, 1024, 3, True, True),
+        UpBlockShape(1024, 512, 3, True, False),
+        UpBlockShape(512, 256, 3, False, False),
+    ),
+)
+ENCODER = EncoderShape(
+    160,
+    (
+        DownBlockShape(160, 160, 2, True, False),
+        DownBlockShape(160, 320, 2, True, True),
+        DownBlockShape(320, 640, 2, True, True),
+        DownBlockShape(640, 640, 2, False, False),
+    ),
+)
+# The VAE at a quarter of its width, where the question is how memory grows.
+NARROW = DecoderShape(
+    256, tuple(replace(b, in_channels=b.in_channels // 4, out_channels=b.out_channels // 4) for b in DECODER.up_blocks)
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed: `run` computes and evaluates; `operations` is how many it needs, None where not counted; `items`
+    is how many things it makes, such as tokens."""
+
+    run: Callable[[], object]
+    operations: int | None = None
+    items: int = 1
+
+
+def config_of(hidden: int, layers: int) -> LanceConfig:
+    """The official configuration at another width and depth, with the vocabulary of the tokenizer at hand."""
+    config = LanceConfig.from_file(CHECKPOINT / "llm_config.json")
+    heads, kv_heads, intermediate = WIDTHS[hidden]
+    head_dim = hidden // heads
+    section = (head_dim // 8, head_dim * 3 // 16, head_dim // 2 - head_dim // 8 - head_dim * 3 // 16)
+    return replace(
+        config,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=layers,
+        head_dim=head_dim,
+        mrope_section=section,
+    )
+
+
+def randomized(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """Give a module weights that keep activations near unit size."""
+    mx.random.seed(0)
+
+    def draw(parameter: mx.array) -> mx.array:
+        fan_in = parameter[0].size if parameter.ndim > 1 else 0
+        values = mx.random.normal(parameter.shape) * fan_in**-0.5 if fan_in else mx.ones(parameter.shape)
+        return values.astype(dtype)
+
+    module.update(tree_map(draw, module.parameters()))
+    mx.eval(module.parameters())
+    return module
+
+
+def _model(hidden: int, layers: int, dtype: str) -> Lance:
+    numerics = policy(dtype)
+    return randomized(Lance(config_of(hidden, layers), numerics), numerics.dtype)
+
+
+def _request(task: str, latents: int) -> tuple[Request, list[PreparedVisual]]:
+    side = 16 * round(latents**0.5)
+    if task == "t2i":
+        return Request(Task.T2I, PROMPT, side, side), []
+    # The ViT looks at 28 pixels a token where the VAE has 16 a cell: 672 for 768.
+    patches = 2 * max(1, round(latents**0.5 * 7 / 8 * 16 / 28))
+    visual = PreparedVisual(vit_grid=(1, patches, patches), pixels=np.zeros((1, side, side, 3), np.float32))
+    return Request(Task.IMAGE_EDIT, PROMPT, side, side, visuals=(Visual("x", VisualKind.IMAGE),)), [visual]
+
+
+def _conditions(model: Lance, request: Request, sequence: Sequence) -> Conditions:
+    dtype = model.numerics.dtype
+    vit = [s for s in sequence.prefix if s.role is Role.VIT]
+    clean = [s for s in sequence.prefix if s.is_latent]
+    return Conditions(
+        tuple(mx.random.normal((len(s) - 2, model.config.hidden_size)).astype(dtype) for s in vit),
+        tuple(mx.random.normal((len(s) - 2, 48)).astype(dtype) for s in clean),
+    )
+
+
+def _sampling(task: str, latents: int, hidden: int, layers: int, dtype: str):
+    model = _model(hidden, layers, dtype)
+    request, visuals = _request(task, latents)
+    sequence = build_sequence(request, LanceTokenizer(CHECKPOINT), visuals)
+    arms = make_arms(model, request, sequence, _conditions(model, request, sequence))
+    for arm in arms.values():
+        mx.eval([[rows.und, *([] if rows.gen is None else [rows.gen])] for rows in arm.prefix])
+    count = len(sequence.target) - 2
+    x_t = mx.random.normal((count, 48)).astype(model.numerics.dtype)
+    timestep = np.full(count, 0.5, np.float32)
+    positions = model.latent_pos_embed(sequence.target.grid)
+    brackets = model.language_model.model.embed_tokens(mx.array(sequence.target.ids[[0, -1]]))
+    mx.eval(x_t, positions, brackets)
+
+    def step() -> None:
+        embeds = ExpertRows(brackets, model.embed_latents(x_t, timestep, positions))
+        state = State(1, 0.5, timestep, x_t, embeds)
+        # One arm after the other, as the sampler does.
+        mx.eval([arm.velocity(state) for arm in arms.values()])
+
+    def prefix() -> None:
+        for arm in arms.values():
+            arm._cache = ()
+            for index in range(len(arm.prefix)):
+                arm.prefill(index)
+
+    return model, arms, step, prefix
+
+
+def step(task: str, latents: int, hidden: int, layers: int, dtype: str) -> Work:
+    """A guided denoising step behind a cached prefix."""
+    model, arms, run, prefix = _sampling(task, latents, hidden, layers, dtype)
+    prefix()
+    return Work(run, step_operations(model.config, [arm.sequence for arm in arms.values()]))
+
+
+def prefix(task: str, latents: int, hidden: int, layers: int, dtype: str) -> Work:
+    """Reading the prefix of both arms into their caches."""
+    model, arms, _, run = _sampling(task, latents, hidden, layers, dtype)
+    operations = sum(
+        pass_operations(model.config, len(segment), start + len(segment))
+        for arm in arms.values()
+        for segment, start in zip(arm.sequence.prefix, arm.sequence.starts, strict=False)
+    )
+    return Work(run, operations)
+
+
+def step_uncached(task: str, latents: int, hidden: int, layers: int, dtype: str) -> Work:
+    """The same step where the prefix is computed anew, as ports without a prefix cache do."""
+    _, _, run, prefix = _sampling(task, latents, hidden, layers, dtype)
+
+    def both() -> None:
+        prefix()
+        run()
+
+    return Work(both)
+
+
+def step_both_experts(task: str, latents: int, hidden: int, layers: int, dtype: str) -> Work:
+    """The same step where both experts compute every token and half of it is thrown away."""
+    _, _, run, prefix = _sampling(task, latents, hidden, layers, dtype)
+    prefix()
+
+    def wasteful() -> None:
+        with both_experts():
+            run()
+
+    return Work(wasteful)
+
+
+@contextmanager
+def both_experts() -> Iterator[None]:
+    """Let both experts' norms, feed-forward networks and q/k/v projections compute all rows of a pass."""
+
+    def apart(x: ExpertRows, und: mx.array, gen: mx.array) -> ExpertRows:
+        return ExpertRows(x.parted(und).und, x.parted(gen).gen)
+
+    def by_expert(module: nn.Module, name: str, x: ExpertRows) -> ExpertRows:
+        rows = x.merged()
+        return apart(x, module[name](rows), module[f"{name}_moe_gen"](rows))
+
+    def heads(self: mot.SelfAttention, x: ExpertRows, kind: str) -> ExpertRows:
+        rows = x.merged()
+        both = (self[f"{kind}_proj{suffix}"](rows).reshape(len(rows), -1, self.head_dim) for suffix in ("", "_moe_gen"))
+        return apart(x, *both)
+
+    with patch.object(mot, "_by_expert", by_expert), patch.object(mot.SelfAttention, "_heads", heads):
+        yield
+
+
+def text(tokens: int, hidden: int, layers: int, dtype: str) -> Work:
+    """Decoding so many tokens of an answer, one by one, behind a prefix of 256."""
+    model = _model(hidden, layers, dtype)
+    ids = np.arange(256, dtype=np.int32) % 300
+    sequence = Sequence((Segment(Role.TEMPLATE, AttentionMode.CAUSAL, ids),))
+    positions = np.tile(np.arange(256 + tokens, dtype=np.int32), (3, 1))
+    rows = ExpertRows(model.language_model.model.embed_tokens(mx.array(ids)), None)
+    reader = Reader("cond", model, sequence, positions, [rows], wide=False)
+    reader.prefill(0)
+    cache = reader._cache
+
+    def run() -> None:
+        reader._cache, token = cache, 1
+        for index in range(tokens):
+            token = mx.argmax(reader.decode(index, token)).item()
+
+    return Work(run, items=tokens)
+
+
+def vit(side: int, dtype: str) -> Work:
+    """The official ViT on a picture of side x side pixels, at an eighth of its depth."""
+    numerics, patches = policy(dtype), side // 14
+    config = replace(VIT, depth=4, fullatt_block_indexes=(3,))
+    model = randomized(VisionTransformer(config, numerics), numerics.dtype)
+    values = mx.random.normal((patches * patches, 1176))
+    n, h = patches * patches, config.hidden_size
+    products = 2 * n * config.depth * (4 * h * h + 3 * h * config.intermediate_size)
+    return Work(lambda: mx.eval(model(values, [(1, patches, patches)])), products)
+
+
+def vae_decode(frames: int, side: int, dtype: str, narrow: bool = False) -> Work:
+    """Wan's decoder on latent frames of side x side pixels."""
+    numerics = policy(dtype)
+    vae = randomized(VAE(NARROW if narrow else DECODER, None, numerics), numerics.dtype)
+    latents = mx.random.normal((frames, side // 16, side // 16, 48)).astype(numerics.dtype)
+
+    def run() -> None:
+        for pixels in vae.decode(latents):
+            # As when frames are written one by one.
+            np.asarray(pixels)
+
+    return Work(run, items=frames)
+
+
+def vae_encode(frames: int, side: int, dtype: str) -> Work:
+    """Wan's encoder on so many latent frames' worth of pixels."""
+    numerics = policy(dtype)
+    vae = randomized(VAE(NARROW, ENCODER, numerics), numerics.dtype)
+    pixels = np.random.default_rng(0).uniform(-1, 1, (4 * frames - 3, side, side, 3)).astype(np.float32)
+    return Work(lambda: vae.encode(pixels), items=frames)
+
+
+def torch_step(task: str, latents: int, hidden: int, layers: int, dtype: str) -> Work:
+    """The guided step of the PyTorch reference, behind cached prefixes too."""
+    from bench_torch import guided_step
+
+    return Work(guided_step(config_of(hidden, layers), PROMPT, latents, dtype))
+
+
+def product_rate() -> float:
+    """GFLOP/s of CPU time of a float32 product as wide as the official model's: what a step can reach at most."""
+    a, b = mx.random.normal((1024, 2048)), mx.random.normal((2048, 2048))
+    mx.eval(a, b, a @ b)
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        mx.eval(a @ b)
+        times.append(time.process_time() - start)
+    return 2 * 1024 * 2048 * 2048 / min(times) / 1e9
+
+
+CASES: dict[str, Callable[..., Work]] = {
+    "step": step,
+    "step, no prefix cache": step_uncached,
+    "step, both experts": step_both_experts,
+    "step, PyTorch": torch_step,
+    "prefix": prefix,
+    "text": text,
+    "ViT, 4 blocks": vit,
+    "VAE decode": vae_decode,
+    "VAE encode": vae_encode,
+}
