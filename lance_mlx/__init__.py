@@ -9,17 +9,17 @@ blas.load()
 
 if TYPE_CHECKING:
     from lance_mlx.api import Answer, Generated, LanceModel, load
+    from lance_mlx.checkpoint import ViTSource
     from lance_mlx.errors import LanceError
     from lance_mlx.numerics import BFLOAT16, FLOAT32, Numerics, policy
     from lance_mlx.request import Entry, Question, Renorm, Request, Task, Variant, Visual, VisualKind
-    from lance_mlx.weights import ViTSource
 
 _PLACES = {
     "api": ("Answer", "Generated", "LanceModel", "load"),
+    "checkpoint": ("ViTSource",),
     "errors": ("LanceError",),
     "numerics": ("BFLOAT16", "FLOAT32", "Numerics", "policy"),
     "request": ("Entry", "Question", "Renorm", "Request", "Task", "Variant", "Visual", "VisualKind"),
-    "weights": ("ViTSource",),
 }
 __all__ = [
     "BFLOAT16",

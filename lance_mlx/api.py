@@ -12,6 +12,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from lance_mlx.checkpoint import ViTSource
+from lance_mlx.layouts import check_folder
 from lance_mlx.media import VideoWriter, check_output, save_image, to_uint8
 from lance_mlx.model.vae import VAE, num_decoded_frames
 from lance_mlx.numerics import BFLOAT16, Numerics
@@ -22,7 +24,7 @@ from lance_mlx.request import Question, Request, Task, Variant, Visual, VisualKi
 from lance_mlx.sampling.flow import Step
 from lance_mlx.sampling.noise import check_noise
 from lance_mlx.visuals import PreparedVisual, prepare_visuals, sized_by_source
-from lance_mlx.weights import Tracker, ViTSource, check_folder
+from lance_mlx.weights import Tracker
 
 PREVIOUS_TURN = "previous turn"
 """Path of the visual of a request that goes on from what was generated before it."""

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lance_mlx.api import load
+from lance_mlx.checkpoint import ViTSource
 from lance_mlx.commands import DEFAULT_FRAMES, DEFAULT_SIDE, Console, Interrupted, Settings, answer, draw, work_through
 from lance_mlx.convert import convert_vae
 from lance_mlx.errors import LanceError
@@ -16,7 +17,6 @@ from lance_mlx.preprocess import RESOLUTIONS
 from lance_mlx.request import Entry, Renorm, Task, Visual, VisualKind
 from lance_mlx.requests_file import read_requests
 from lance_mlx.rewrite import REWRITABLE, Rewriter
-from lance_mlx.weights import ViTSource
 
 _EXIT = "Exit status: 0 done, 2 bad input (one line on stderr says what and how to mend it), 130 interrupted."
 _INTERRUPTED = 130

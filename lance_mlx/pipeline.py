@@ -7,6 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from lance_mlx.checkpoint import ViTSource
+from lance_mlx.layouts import find_checkpoint
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.vae import VAE
 from lance_mlx.numerics import BFLOAT16, Numerics
@@ -19,7 +21,7 @@ from lance_mlx.sampling.text import Reader, answer_tokens, make_reader, token_bu
 from lance_mlx.sequence import Sequence as TokenSequence
 from lance_mlx.tokenizer import LanceTokenizer
 from lance_mlx.visuals import PreparedVisual, prepare_visuals, sized_by_source
-from lance_mlx.weights import Tracker, ViTSource, find_checkpoint, load_lance, load_vae
+from lance_mlx.weights import Tracker, load_lance, load_vae
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,10 +182,10 @@ def load(
     vit_source: ViTSource = ViTSource.LANCE,
     track: Tracker = iter,
 ) -> Pipeline:
-    """Load one variant of an official checkpoint.
+    """Load one variant of a checkpoint, in any layout that `find_checkpoint` knows.
 
     Args:
-        path: the folder that holds Lance_3B, Lance_3B_Video, the ViT and the VAE, or one of the first two.
+        path: its folder.
         numerics: the launcher's bfloat16, or float32.
         looks: load the ViT and the VAE's encoder too, for tasks that are given pictures.
         vit_source: whose ViT weights win where two files hold them.
@@ -193,7 +195,8 @@ def load(
         LanceError: a file, key or tensor is missing or wrong.
     """
     checkpoint = find_checkpoint(Path(path), variant)
+    checkpoint.check(numerics)
     tokenizer = LanceTokenizer(checkpoint.folder)
     model = load_lance(checkpoint, numerics, looks, vit_source, track)
     tokenizer.check(model.config)
-    return Pipeline(model, load_vae(checkpoint, numerics, looks), tokenizer)
+    return Pipeline(model, load_vae(checkpoint.vae(), numerics, looks), tokenizer)

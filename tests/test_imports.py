@@ -17,8 +17,6 @@ FORBIDDEN = {
     "reference": {"mlx", "lance_mlx", "parity"},
     "parity": set(),
 }
-# The VAE's pickled checkpoint can be read by torch alone, so its converter asks for torch when it runs.
-LAZY_TORCH = Path("lance_mlx/convert.py")
 MODULE_OF = {"pillow": "PIL"}
 
 
@@ -56,8 +54,8 @@ def distributions(*requirements: str) -> set[str]:
 def test_no_file_imports_what_its_package_must_not_know(package):
     found = [
         f"{path} imports {name}"
-        for path, name, inside_function in imports_of(package)
-        if name in FORBIDDEN[package] | {"*"} and not (path == LAZY_TORCH and name == "torch" and inside_function)
+        for path, name, _ in imports_of(package)
+        if name in FORBIDDEN[package] | {"*"}
     ]
     assert found == []
 
@@ -115,6 +113,5 @@ def test_declared_dependencies_are_those_imported():
     known = set(PACKAGES) | set(sys.stdlib_module_names)
     imported = {package: {name for _, name, _ in imports_of(package)} - known for package in PACKAGES}
 
-    # torch is the lazy exception of LAZY_TORCH.
-    assert imported["lance_mlx"] - {"torch"} == base
+    assert imported["lance_mlx"] == base
     assert (imported["reference"] | imported["parity"]) - base == extra

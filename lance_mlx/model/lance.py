@@ -14,8 +14,8 @@ from lance_mlx.model.vit import VisionTransformer, ViTConfig
 from lance_mlx.numerics import Numerics
 from lance_mlx.positions import latent_position_ids
 
-_TIMESTEP_FEATURES = 256
-_MAX_PERIOD = 10000
+TIMESTEP_FEATURES = 256
+MAX_PERIOD = 10000
 
 
 class TimestepEmbedder(nn.Module):
@@ -23,12 +23,12 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = [Linear(_TIMESTEP_FEATURES, hidden_size), SiLU(), Linear(hidden_size, hidden_size)]
+        self.mlp = [Linear(TIMESTEP_FEATURES, hidden_size), SiLU(), Linear(hidden_size, hidden_size)]
 
     def __call__(self, timesteps: np.ndarray) -> mx.array:
         """t in [0, 1], float32 [n] -> [n, hidden]; cosines come before sines."""
-        half = _TIMESTEP_FEATURES // 2
-        exponents = -math.log(_MAX_PERIOD) * np.arange(half) / half
+        half = TIMESTEP_FEATURES // 2
+        exponents = -math.log(MAX_PERIOD) * np.arange(half) / half
         angles = timesteps.astype(np.float32)[:, None] * np.exp(exponents).astype(np.float32)
         x = mx.array(np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32))
         for layer in self.mlp:

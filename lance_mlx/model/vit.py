@@ -31,7 +31,7 @@ from lance_mlx.model.windows import (
 from lance_mlx.numerics import Numerics, runs_on_cpu
 
 _COLOR_CHANNELS = 3
-_NORM_EPS = 1e-6
+NORM_EPS = 1e-6
 _SIZE_KEYS = (
     "depth",
     "hidden_size",
@@ -177,8 +177,8 @@ class VisionBlock(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.hidden_size, _NORM_EPS)
-        self.norm2 = nn.RMSNorm(config.hidden_size, _NORM_EPS)
+        self.norm1 = nn.RMSNorm(config.hidden_size, NORM_EPS)
+        self.norm2 = nn.RMSNorm(config.hidden_size, NORM_EPS)
         self.attn = VisionAttention(config)
         self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=True)
 
@@ -207,7 +207,7 @@ class PatchMerger(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self._width = config.hidden_size * config.spatial_merge_size**2
-        self.ln_q = nn.RMSNorm(config.hidden_size, _NORM_EPS)
+        self.ln_q = nn.RMSNorm(config.hidden_size, NORM_EPS)
         self.mlp = [Linear(self._width, self._width), GELU(), Linear(self._width, config.out_hidden_size)]
 
     def __call__(self, x: mx.array) -> mx.array:

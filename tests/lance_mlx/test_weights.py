@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lance_mlx import FLOAT32, LanceError, Variant
-from lance_mlx.convert import convert_vae, read_pth
+from lance_mlx.convert import convert_vae
+from lance_mlx.layouts import find_checkpoint
 from lance_mlx.pipeline import load
-from lance_mlx.weights import find_checkpoint
+from lance_mlx.pth_file import read_pth
 
 
 def refusal(path) -> str:
@@ -38,7 +39,7 @@ def test_a_misshapen_tensor_is_named(checkpoint_copy):
 
 def test_an_integer_tensor_is_named(checkpoint_copy):
     checkpoint_copy.edit_weights(llm2vae__bias=mx.zeros(48, mx.int32))
-    assert "tensor 'llm2vae.bias' is mlx.core.int32" in refusal(checkpoint_copy.path)
+    assert "tensor 'llm2vae.bias' is int32" in refusal(checkpoint_copy.path)
 
 
 def test_the_stored_position_table_is_never_read(checkpoint_copy, checkpoint):
@@ -60,11 +61,14 @@ def test_missing_files_are_named(checkpoint_copy):
     vae = checkpoint_copy.path / "Wan2.2_VAE.pth"
     vae.rename(vae.with_suffix(".away"))
     assert "the VAE belongs there" in refusal(checkpoint_copy.path)
-    (checkpoint_copy.variant / "model.safetensors").unlink()
-    assert "model.safetensors is missing" in refusal(checkpoint_copy.path)
-    assert "Lance_3B_Video/llm_config.json" in str(
+    vae.with_suffix(".away").rename(vae)
+    assert "holds Lance_3B and this needs Lance_3B_Video" in str(
         pytest.raises(LanceError, find_checkpoint, checkpoint_copy.path, Variant.VIDEO).value
     )
+    (checkpoint_copy.variant / "model.safetensors").unlink()
+    assert "model.safetensors is missing" in refusal(checkpoint_copy.path)
+    (checkpoint_copy.variant / "llm_config.json").unlink()
+    assert "holds neither llm_config.json" in refusal(checkpoint_copy.path)
     assert "does not exist" in refusal(checkpoint_copy.path / "nowhere")
 
 
@@ -81,7 +85,9 @@ def test_damaged_tokenizer_files_are_named(checkpoint_copy):
 
 
 def test_a_variant_folder_serves_as_well_as_the_one_above(checkpoint):
-    assert find_checkpoint(checkpoint, Variant.IMAGE) == find_checkpoint(checkpoint / "Lance_3B", Variant.IMAGE)
+    above, itself = (find_checkpoint(path, Variant.IMAGE) for path in (checkpoint, checkpoint / "Lance_3B"))
+    assert above.folder == itself.folder
+    assert above.lance() == itself.lance() and above.vae() == itself.vae()
 
 
 def test_the_converted_vae_decodes_to_the_same_bits(checkpoint_copy):
@@ -95,9 +101,14 @@ def test_the_converted_vae_decodes_to_the_same_bits(checkpoint_copy):
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_without_torch_the_line_says_how_to_convert(checkpoint_copy, monkeypatch):
+def test_the_pickled_vae_is_read_without_torch(checkpoint, monkeypatch):
+    path = checkpoint / "Wan2.2_VAE.pth"
+    expected = torch.load(path, weights_only=True)
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert "lance-mlx convert-vae" in refusal(checkpoint_copy.path)
+    found = read_pth(path)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert np.array_equal(np.array(tensor.read(mx.float32)), expected[name].numpy()), name
 
 
 class Hostile:
@@ -120,7 +131,7 @@ def test_a_vae_with_wrong_tensors_is_named(checkpoint_copy):
     torch.save(state | {"decoder.extra": torch.zeros(1)}, path)
     assert "unexpected tensor 'decoder.extra'" in refusal(checkpoint_copy.path)
     torch.save(state | {"conv2.bias": torch.zeros(48, dtype=torch.float64)}, path)
-    assert "tensor 'conv2.bias' is torch.float64" in refusal(checkpoint_copy.path)
+    assert "tensor 'conv2.bias' is torch.DoubleStorage" in refusal(checkpoint_copy.path)
     path.write_bytes(b"not a pickle")
     assert "is not a readable PyTorch state dict" in refusal(checkpoint_copy.path)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from lance_mlx.layouts import read_vae
 from lance_mlx.numerics import FLOAT32
-from lance_mlx.weights import Checkpoint
 from lance_mlx.weights import load_vae as load_mlx
 from reference.numerics import Numerics
 from reference.vae import DEVIATION, MEAN
@@ -84,11 +84,10 @@ def autoencoders(tmp_path_factory):
     theirs.load_state_dict(weights)
     names = {name: diffusers_name(name) for name in torch.load(STORED, weights_only=True)}
     assert sorted(names.values()) == sorted(weights)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    path = folder / "Wan2.2_VAE.pth"
+    path = tmp_path_factory.mktemp("checkpoint") / "Wan2.2_VAE.pth"
     torch.save({name: weights[other] for name, other in names.items()}, path)
     reference = load_reference(path, Numerics("float32"), torch.device("cpu"))
-    ours = load_mlx(Checkpoint(folder, folder, path, None), FLOAT32, with_encoder=True)
+    ours = load_mlx(read_vae(path), FLOAT32, with_encoder=True)
     return theirs, reference, ours
 
 
