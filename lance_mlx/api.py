@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from lance_mlx.checkpoint import ViTSource
+from lance_mlx.hub import fetch, is_repository
 from lance_mlx.layouts import check_folder
 from lance_mlx.media import VideoWriter, check_output, save_image, to_uint8
 from lance_mlx.model.vae import VAE, num_decoded_frames
@@ -123,12 +124,22 @@ class Answer:
 
 
 class LanceModel:
-    """An official checkpoint, whose two models are loaded when a task first needs one; one is in memory at a time."""
+    """A checkpoint, whose two models are loaded when a task first needs one; one is in memory at a time."""
 
-    def __init__(self, path: Path, numerics: Numerics, vit_source: ViTSource, track: Tracker) -> None:
-        self.path = path
+    def __init__(
+        self,
+        model: str,
+        numerics: Numerics,
+        vit_source: ViTSource,
+        track: Tracker,
+        variant: Variant | None,
+        quiet: bool,
+    ) -> None:
+        self.model = model
         self.numerics = numerics
         self._vit_source = vit_source
+        self._variant = variant
+        self._quiet = quiet
         self._track = track
         self._pipeline: Pipeline | None = None
         self._loaded: tuple[Variant, bool] | None = None
@@ -139,12 +150,14 @@ class LanceModel:
         Raises:
             LanceError: a file of the checkpoint is missing or wrong.
         """
+        variant = self._variant or variant
         if self._pipeline is not None and self._loaded in ((variant, looks), (variant, True)):
             return self._pipeline
         # The other model goes first, so that two are never in memory.
         self._pipeline = None
         mx.clear_cache()
-        self._pipeline = load_pipeline(self.path, variant, self.numerics, looks, self._vit_source, self._track)
+        path = fetch(self.model, variant, self._quiet) if is_repository(self.model) else Path(self.model)
+        self._pipeline = load_pipeline(path, variant, self.numerics, looks, self._vit_source, self._track)
         self._loaded = variant, looks
         return self._pipeline
 
@@ -260,25 +273,31 @@ class LanceModel:
 
 
 def load(
-    path: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     numerics: Numerics = BFLOAT16,
     vit_source: ViTSource = ViTSource.LANCE,
     track: Tracker = iter,
+    variant: Variant | None = None,
+    quiet: bool = False,
 ) -> LanceModel:
-    """Open an official checkpoint; its models are read when a task first needs one.
+    """Open a checkpoint; its models are fetched and read when a task first needs one.
 
     Args:
-        path: the folder that holds Lance_3B, Lance_3B_Video, the ViT and the VAE, or one of the first two.
+        model: the folder that holds Lance_3B, Lance_3B_Video, the ViT and the VAE, or one of the first two; a converted
+            checkpoint or one of mlx-community; or a repository on the hub with any of these, as OWNER/NAME.
         numerics: the launcher's bfloat16, or float32.
         vit_source: whose ViT weights win where two files hold them.
         track: wraps the list of tensors while they are read, as tqdm does, to show progress.
+        variant: use this model for every task; by default each task has the one that was trained for it.
+        quiet: show no progress of fetching.
 
     Raises:
         LanceError: there is no such folder.
     """
-    path = Path(path)
-    check_folder(path)
-    return LanceModel(path, numerics, vit_source, track)
+    name = os.fspath(model)
+    if not is_repository(name):
+        check_folder(Path(name))
+    return LanceModel(name, numerics, vit_source, track, variant, quiet)
 
 
 def next_turn(request: Request, prompt: str) -> Request:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from lance_mlx.errors import LanceError
 from lance_mlx.numerics import Numerics
+from lance_mlx.request import Variant
 from lance_mlx.safetensors_file import Tensors
 
 Config = TypeVar("Config")
@@ -39,10 +40,12 @@ class Checkpoint(ABC):
 
     Attributes:
         folder: where the tokenizer's files lie.
-        rounded: whether its float32 weights were rounded to bfloat16 when it was made.
+        variant: which of the two models it is.
+        rounded: whether its weights were rounded to bfloat16 when it was made.
     """
 
     folder: Path
+    variant: Variant
     rounded: bool
 
     @abstractmethod
@@ -60,6 +63,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def vit(self, source: ViTSource) -> Part:
         """The ViT, names beginning with `vit_model.`; raises LanceError where there is none."""
+
+    @abstractmethod
+    def vit_origin(self, source: ViTSource) -> ViTSource:
+        """Which file `vit` takes, or the checkpoint was made from."""
 
     @abstractmethod
     def vae(self) -> Part:

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
+from lance_mlx import cli_convert
 from lance_mlx.api import load
 from lance_mlx.checkpoint import ViTSource
 from lance_mlx.commands import DEFAULT_FRAMES, DEFAULT_SIDE, Console, Interrupted, Settings, answer, draw, work_through
-from lance_mlx.convert import convert_vae
 from lance_mlx.errors import LanceError
 from lance_mlx.numerics import BFLOAT16, POLICIES, policy
 from lance_mlx.preprocess import RESOLUTIONS
-from lance_mlx.request import Entry, Renorm, Task, Visual, VisualKind
+from lance_mlx.request import Entry, Renorm, Task, Variant, Visual, VisualKind
 from lance_mlx.requests_file import read_requests
 from lance_mlx.rewrite import REWRITABLE, Rewriter
 
@@ -44,7 +44,13 @@ def _commands() -> None:
 @app.command(epilog=_EXIT)
 def generate(
     context: typer.Context,
-    model: Annotated[Path, typer.Option(help="Folder of an official checkpoint, or of one of its variants.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Folder of an official checkpoint, or of one of its variants; of a converted one; of one by "
+            "mlx-community; or any of these on the hub, as OWNER/NAME."
+        ),
+    ],
     task: Annotated[
         Task | None,
         typer.Argument(
@@ -141,6 +147,13 @@ def generate(
     entry: Annotated[
         Entry, typer.Option(help="Which of upstream's two sampling functions to follow.")
     ] = Entry.KV_CACHE,
+    variant: Annotated[
+        VisualKind | None,
+        typer.Option(
+            help="Use the model for images, or the one for videos. [default: the one trained for the task]",
+            show_default=False,
+        ),
+    ] = None,
     vit_source: Annotated[
         ViTSource, typer.Option(help="Whose ViT is used where the Lance file and the ViT file both hold one.")
     ] = ViTSource.LANCE,
@@ -181,7 +194,9 @@ def generate(
         fps=fps,
     )
     console = Console(quiet)
-    opened = partial(load, model, policy(numerics), vit_source, partial(console.bar, desc="loading", unit="tensor"))
+    track = partial(console.bar, desc="loading", unit="tensor")
+    used = None if variant is None else Variant.of(variant)
+    opened = partial(load, model, policy(numerics), vit_source, track, used, quiet)
     if requests is not None:
         _refuse(given, _IN_THE_FILE, "goes with a single request, not with --requests")
         read = read_requests(requests, task)
@@ -224,16 +239,7 @@ def _refuse(given: list[str], options: list[str], why: str) -> None:
         raise LanceError(f"--{refused.replace('_', '-')} {why}")
 
 
-@app.command("convert-vae", epilog=_EXIT)
-def convert_vae_command(
-    source: Annotated[Path, typer.Argument(help="The official Wan2.2_VAE.pth.")],
-    destination: Annotated[
-        Path, typer.Argument(help="The .safetensors file to write; generate looks for Wan2.2_VAE.safetensors.")
-    ],
-) -> None:
-    """Convert the VAE once, where torch is installed, so that generating needs no torch."""
-    count = convert_vae(source, destination)
-    typer.echo(f"{destination}: {count} tensors")
+cli_convert.register(app, _EXIT)
 
 
 def main() -> None:

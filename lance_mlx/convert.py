@@ -1,11 +1,206 @@
-"""The VAE's pickled state dict as a safetensors file."""
+"""Conversion of a checkpoint in any layout to shards of safetensors, tensor by tensor, in bounded memory.
 
+Shards are written to a hidden folder beside the destination, which takes its name when it is whole. A conversion that
+was stopped goes on from there: a finished shard is kept if its tensors still have the checksums that were noted.
+"""
+
+import errno
+import hashlib
+import json
 import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from lance_mlx.checkpoint import POSITION_TABLE, Checkpoint, ViTSource
+from lance_mlx.converted_config import converted_config
 from lance_mlx.errors import LanceError
+from lance_mlx.layouts import INDEX, VAE
+from lance_mlx.model.lance import Lance
+from lance_mlx.model.vae import VAE as VAEModel
+from lance_mlx.model_card import model_card
+from lance_mlx.numerics import policy
 from lance_mlx.pth_file import read_pth
-from lance_mlx.safetensors_file import write_safetensors
+from lance_mlx.safetensors_file import StoredTensor, TensorInfo, read_header, write_safetensors
+from lance_mlx.tokenizer import TOKENIZER_FILES, LanceTokenizer
+from lance_mlx.weights import check_tensors, decoder_shape, encoder_shape, inspect_lance
+
+REPORT = "conversion_report.json"
+_PLAN = "plan.json"
+_METADATA = {"format": "mlx"}
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes of the source that were done since the last call."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to convert, and to what; everything is checked and nothing but headers is read before the first shard.
+
+    Attributes:
+        source: what the user named, for the report and the model card.
+        dtype: float32 or bfloat16, of every tensor.
+        shard_size: most bytes of a shard, unless one tensor is larger.
+    """
+
+    source: str
+    checkpoint: Checkpoint
+    destination: Path
+    dtype: str
+    shard_size: int
+    vit_source: ViTSource
+
+    @property
+    def staging(self) -> Path:
+        """The hidden folder that becomes the destination."""
+        return self.destination.with_name(f".{self.destination.name}.converting")
+
+    def run(self, started: Callable[[int, int], Progress]) -> dict[str, Any]:
+        """Convert; returns the report.
+
+        Args:
+            started: called with the bytes to read and those of them that are done already; returns what is called with
+                progress.
+
+        Raises:
+            LanceError: something cannot be read or written; finished shards are kept.
+        """
+        self.checkpoint.check(policy(self.dtype))
+        tensors, config = self._inspect()
+        shards = _shards(tensors, self.dtype, self.shard_size)
+        try:
+            return self._write(tensors, config, shards, started)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise LanceError(f"{self.destination.parent} is full: make room and run this again") from None
+            raise LanceError(f"{self.destination} cannot be written ({error.strerror})") from None
+
+    def _inspect(self) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+        """Every tensor by its new name, and config.json; raises LanceError for a checkpoint that would not load."""
+        checkpoint, numerics = self.checkpoint, policy(self.dtype)
+        architecture = inspect_lance(checkpoint, True, self.vit_source)
+        check_tensors(Lance(architecture.config, numerics, architecture.vit_config), architecture.parts)
+        vae = checkpoint.vae()
+        decoder, encoder = decoder_shape(vae), encoder_shape(vae)
+        check_tensors(VAEModel(decoder, encoder, numerics), [vae])
+        LanceTokenizer(checkpoint.folder).check(architecture.config)
+        llm, vit = checkpoint.llm_config(dict), checkpoint.vit_config(dict)
+        origin = checkpoint.vit_origin(self.vit_source)
+        config = converted_config(self.checkpoint.variant, self.dtype, origin, llm, vit, decoder, encoder)
+        tensors = {name: tensor for part in architecture.parts for name, tensor in sorted(part.tensors.items())}
+        return tensors | {f"{VAE}{name}": tensor for name, tensor in sorted(vae.tensors.items())}, config
+
+    def _write(
+        self,
+        tensors: dict[str, StoredTensor],
+        config: dict[str, Any],
+        shards: list[list[str]],
+        started: Callable[[int, int], Progress],
+    ) -> dict[str, Any]:
+        staging, plan = self.staging, self._plan(tensors)
+        if not _is_json(staging / _PLAN, plan):
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir()
+            _save(staging / _PLAN, plan)
+        names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+        notes = [staging / f"{name}.json" for name in names]
+        kept = {name for name, note in zip(names, notes, strict=True) if _is_whole(staging / name, note)}
+        sizes = {name: sum(tensors[t].info.nbytes for t in shard) for name, shard in zip(names, shards, strict=True)}
+        self._check_room(tensors, [shard for name, shard in zip(names, shards, strict=True) if name not in kept])
+        progress = started(sum(sizes.values()), sum(sizes[name] for name in kept))
+        for name, note, shard in zip(names, notes, shards, strict=True):
+            if name not in kept:
+                _save(note, self._write_shard(staging / name, {t: tensors[t] for t in shard}, progress))
+        entries = {t: entry for note in notes for t, entry in json.loads(note.read_text(encoding="utf-8")).items()}
+        report = self._report(entries)
+        total = sum(TensorInfo(self.dtype, tensor.shape).nbytes for tensor in tensors.values())
+        weight_map = {t: entry["converted"]["file"] for t, entry in entries.items()}
+        _save(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _save(staging / "config.json", config)
+        _save(staging / REPORT, report)
+        card = model_card(self.checkpoint.variant, self.dtype, self.source)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        for file in TOKENIZER_FILES:
+            shutil.copyfile(self.checkpoint.folder / file, staging / file)
+        for path in (*notes, staging / _PLAN):
+            path.unlink()
+        staging.rename(self.destination)
+        return report
+
+    def _plan(self, tensors: dict[str, StoredTensor]) -> dict[str, Any]:
+        """What a staged shard depends on."""
+        files = sorted({tensor.path for tensor in tensors.values()})
+        stats = {str(path.resolve()): path.stat() for path in files}
+        return {
+            "files": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()},
+            "options": [self.checkpoint.variant, self.dtype, self.shard_size, self.vit_source],
+        }
+
+    def _check_room(self, tensors: dict[str, StoredTensor], shards: list[list[str]]) -> None:
+        needed = sum(TensorInfo(self.dtype, tensors[name].shape).nbytes for shard in shards for name in shard)
+        free = shutil.disk_usage(self.staging).free
+        if needed > free:
+            room = f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed"
+            raise LanceError(f"{self.destination.parent} has {room}: make room, or choose another folder")
+
+    def _write_shard(self, path: Path, tensors: dict[str, StoredTensor], progress: Progress) -> dict[str, Any]:
+        """Write one shard; returns an entry of the report for each tensor."""
+        entries: dict[str, Any] = {}
+
+        def blocks(name: str) -> Iterator[np.ndarray]:
+            tensor, before, after = tensors[name], hashlib.sha256(), hashlib.sha256()
+
+            def watch(block: np.ndarray) -> None:
+                before.update(block)
+                progress(block.nbytes)
+
+            for block in tensor.blocks(self.dtype, watch):
+                block = np.ascontiguousarray(block)
+                after.update(block)
+                yield block
+            entries[name] = _entry(tensor, before.hexdigest(), path.name, self.dtype, after.hexdigest())
+
+        beside = path.with_suffix(".partial")
+        with beside.open("wb") as file:
+            infos = {name: TensorInfo(self.dtype, tensor.shape) for name, tensor in tensors.items()}
+            write_safetensors(file, infos, blocks, _METADATA)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+        return entries
+
+    def _report(self, entries: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "variant": str(self.checkpoint.variant),
+            "dtype": self.dtype,
+            "vit_source": str(self.checkpoint.vit_origin(self.vit_source)),
+            "left_out": [POSITION_TABLE],
+            "tensors": entries,
+        }
+
+
+def prepare(
+    source: str,
+    checkpoint: Checkpoint,
+    destination: Path,
+    dtype: str,
+    shard_size: int,
+    vit_source: ViTSource,
+) -> Conversion:
+    """A conversion whose options can be used; raises LanceError for those that cannot."""
+    policy(dtype)
+    if shard_size <= 0:
+        raise LanceError("--shard-size must be more than 0 GB")
+    if destination.exists():
+        raise LanceError(f"{destination} exists already: choose another folder, or remove it")
+    if not destination.parent.is_dir():
+        raise LanceError(f"{destination.parent} is not a folder: make it first")
+    return Conversion(source, checkpoint, destination, dtype, shard_size, vit_source)
 
 
 def convert_vae(source: Path, destination: Path) -> int:
@@ -29,3 +224,54 @@ def convert_vae(source: Path, destination: Path) -> int:
     finally:
         temporary.unlink(missing_ok=True)
     return len(tensors)
+
+
+def _shards(tensors: dict[str, StoredTensor], dtype: str, shard_size: int) -> list[list[str]]:
+    shards, room = [], 0
+    for name, tensor in tensors.items():
+        size = TensorInfo(dtype, tensor.shape).nbytes
+        if not shards or size > room:
+            shards.append([])
+            room = shard_size
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _entry(tensor: StoredTensor, before: str, file: str, dtype: str, after: str) -> dict[str, Any]:
+    stored, shape = tensor.info, list(tensor.shape)
+    source = {"file": str(tensor.path), "name": tensor.name, "shape": list(stored.shape), "dtype": stored.dtype}
+    converted = {"file": file, "shape": shape, "dtype": dtype, "sha256": after}
+    return {"source": source | {"sha256": before}, "converted": converted}
+
+
+def _is_whole(shard: Path, note: Path) -> bool:
+    """Whether a staged shard holds what was noted when it was finished."""
+    try:
+        entries, tensors = json.loads(note.read_text(encoding="utf-8")), read_header(shard)
+        return entries.keys() == tensors.keys() and all(
+            _sha256(tensor) == entries[name]["converted"]["sha256"] for name, tensor in tensors.items()
+        )
+    except (OSError, ValueError, KeyError, LanceError):
+        return False
+
+
+def _sha256(tensor: StoredTensor) -> str:
+    digest = hashlib.sha256()
+    for block in tensor.stored_blocks():
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _is_json(path: Path, values: dict[str, Any]) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) == values
+    except (OSError, ValueError):
+        return False
+
+
+def _save(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON beside its place and rename it there."""
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
+    beside.rename(path)

@@ -86,11 +86,10 @@ def check_facts(values: dict[str, Any], path: Path) -> None:
             raise LanceError(f"{path}: '{key}' must be an object")
 
 
-def check_vae(config: dict[str, Any], decoder: DecoderShape, encoder: EncoderShape | None, path: Path) -> None:
+def check_vae(config: dict[str, Any], decoder: DecoderShape, encoder: EncoderShape, path: Path) -> None:
     """Raise LanceError where config.json's vae_config contradicts the tensors."""
-    found = {"decoder": decoder, "encoder": encoder}
-    for name, shape in found.items():
-        if shape is not None and config.get(name) != _plain(shape):
+    for name, shape in {"decoder": decoder, "encoder": encoder}.items():
+        if config.get(name) != _plain(shape):
             raise LanceError(f"{path}: vae_config.{name} contradicts the tensors: convert the checkpoint again")
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from lance_mlx.checkpoint import POSITION_TABLE, VIT, Checkpoint, Config, Part, ViTSource, channels_last, is_lance
 from lance_mlx.config import MAX_LATENT_SIDE, read_config
-from lance_mlx.converted_config import MODEL_TYPE, check_facts
+from lance_mlx.converted_config import MODEL_TYPE, check_facts, check_vae
 from lance_mlx.errors import LanceError
 from lance_mlx.pth_file import read_pth
 from lance_mlx.request import Variant
 from lance_mlx.safetensors_file import Tensors, read_header
+from lance_mlx.weights import decoder_shape, encoder_shape
 
 INDEX = "model.safetensors.index.json"
 VAE = "vae."
@@ -75,6 +76,9 @@ class OfficialCheckpoint(Checkpoint):
         path = self._vit_file("vit.safetensors")
         return Part(path, {f"{VIT}{name}": tensor for name, tensor in read_header(path).items()})
 
+    def vit_origin(self, source: ViTSource) -> ViTSource:
+        return source if any(name.startswith(VIT) for name in read_header(self._weights)) else ViTSource.VIT_FILE
+
     def vae(self) -> Part:
         return read_vae(self._vae)
 
@@ -95,7 +99,7 @@ class ConvertedCheckpoint(Checkpoint):
         check_facts(values, path)
         self.variant, self.rounded = Variant(values["variant"]), values["dtype"] == "bfloat16"
         self._vit_source = ViTSource(values["vit_source"])
-        self._values = values
+        self._vae_config = values["vae_config"]
 
     def llm_config(self, build: Callable[[dict[str, Any]], Config]) -> Config:
         return read_config(self.folder / _CONFIG, lambda values: build(values["llm_config"]), _GIVE_ONE)
@@ -111,9 +115,14 @@ class ConvertedCheckpoint(Checkpoint):
             raise LanceError(f"{self.folder} holds the Lance file's ViT: convert once more with --vit-source {source}")
         return self._part(lambda name: name.startswith(VIT))
 
+    def vit_origin(self, source: ViTSource) -> ViTSource:
+        return self._vit_source
+
     def vae(self) -> Part:
         path, tensors = self._part(lambda name: name.startswith(VAE))
-        return Part(path, {name.removeprefix(VAE): tensor for name, tensor in tensors.items()})
+        part = Part(path, {name.removeprefix(VAE): tensor for name, tensor in tensors.items()})
+        check_vae(self._vae_config, decoder_shape(part), encoder_shape(part), path / _CONFIG)
+        return part
 
     def _part(self, belongs: Callable[[str], bool]) -> Part:
         path = self.folder / INDEX
@@ -159,6 +168,9 @@ class CommunityCheckpoint(Checkpoint):
         if not (self.folder / "vit.safetensors").is_file():
             raise LanceError(f"{self.folder / 'vit.safetensors'} is missing: {_VIT_NEEDED}")
         return Part(self.folder, {f"{VIT}{name}": tensor for name, tensor in self._read("vit.safetensors").items()})
+
+    def vit_origin(self, source: ViTSource) -> ViTSource:
+        return ViTSource.LANCE if self.variant is Variant.VIDEO else ViTSource.VIT_FILE
 
     def vae(self) -> Part:
         tensors = self._read("vae.safetensors")
@@ -220,10 +232,10 @@ def find_checkpoint(path: Path, variant: Variant) -> Checkpoint:
     for checkpoint in found:
         if checkpoint.variant is variant:
             return checkpoint
-    held, option = found[0].variant, "image" if found[0].variant is Variant.IMAGE else "video"
+    held = found[0].variant
     raise LanceError(
         f"{path} holds {held} and this needs {variant}: give a checkpoint with that, or use what is there all the same "
-        f"with --variant {option}"
+        f"with --variant {held.kind}"
     )
 
 

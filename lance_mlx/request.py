@@ -61,6 +61,16 @@ class Variant(StrEnum):
     IMAGE = "Lance_3B"
     VIDEO = "Lance_3B_Video"
 
+    @classmethod
+    def of(cls, kind: VisualKind) -> "Variant":
+        """The variant for images or for videos."""
+        return cls.VIDEO if kind is VisualKind.VIDEO else cls.IMAGE
+
+    @property
+    def kind(self) -> VisualKind:
+        """What the variant is for."""
+        return VisualKind.VIDEO if self is Variant.VIDEO else VisualKind.IMAGE
+
 
 class Entry(StrEnum):
     """Which of upstream's two sampling functions is followed.

@@ -10,6 +10,8 @@ from lance_mlx.config import LanceConfig
 from lance_mlx.errors import LanceError
 from lance_mlx.prompt_data import PROMPT_DATA
 
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+
 
 class LanceTokenizer:
     """Text to token ids, as upstream's Qwen2Tokenizer with `add_special_tokens=False`.
@@ -19,13 +21,13 @@ class LanceTokenizer:
 
     def __init__(self, folder: Path) -> None:
         """Read vocab.json, merges.txt and tokenizer_config.json; raises LanceError naming an unusable file."""
-        vocab, merges = folder / "vocab.json", folder / "merges.txt"
-        for path in (vocab, merges, folder / "tokenizer_config.json"):
+        vocab, merges, config = (folder / name for name in TOKENIZER_FILES)
+        for path in (vocab, merges, config):
             if not path.is_file():
                 raise LanceError(f"{path} is missing: the tokenizer files belong beside model.safetensors")
         try:
             bpe = models.BPE.from_file(str(vocab), str(merges))
-            added = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
+            added = json.loads(config.read_text(encoding="utf-8"))["added_tokens_decoder"]
             specials = [(int(index), entry["content"], entry["special"]) for index, entry in added.items()]
         except Exception as error:  # the tokenizers library raises bare Exception for malformed files
             raise LanceError(f"tokenizer files in {folder} are not usable ({error})") from None
@@ -42,7 +44,7 @@ class LanceTokenizer:
             token = AddedToken(content, special=special, normalized=False)
             (self._tokenizer.add_special_tokens if special else self._tokenizer.add_tokens)([token])
             if self._tokenizer.token_to_id(content) != index:
-                raise LanceError(f"{folder / 'tokenizer_config.json'}: '{content}' cannot have id {index}")
+                raise LanceError(f"{config}: '{content}' cannot have id {index}")
 
     def __len__(self) -> int:
         """Number of ids, added tokens included."""

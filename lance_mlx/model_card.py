@@ -1,0 +1,46 @@
+"""README.md of a converted checkpoint, as model hubs show it."""
+
+from lance_mlx.request import Variant
+
+_TASKS = {Variant.IMAGE: "t2i, image_edit, subject and x2t_image", Variant.VIDEO: "t2v, i2v, video_edit and x2t_video"}
+_EXAMPLE = {
+    Variant.IMAGE: 't2i --model DIR --prompt "A tabby cat." --output cat.png',
+    Variant.VIDEO: 't2v --model DIR --prompt "A red bird flies." --output bird.mp4',
+}
+_CARD = """---
+license: apache-2.0
+library_name: mlx
+base_model: bytedance-research/Lance
+pipeline_tag: {pipeline}
+tags:
+- mlx
+- lance
+---
+
+# {variant}, {dtype}, for MLX
+
+The `{variant}` checkpoint of [bytedance-research/Lance](https://huggingface.co/bytedance-research/Lance), converted by
+`lance-mlx convert` from `{source}`. It serves {tasks}.
+
+    lance-mlx generate {example}
+
+Every tensor is {dtype}, norms included, {rounding}. Names are the official
+ones; the VAE's begin with `vae.` and have their channels last. `config.json` holds the architecture,
+`conversion_report.json` the origin and the SHA-256 of every tensor before and after. The stored position table is left
+out: it is computed.
+
+Lance is by ByteDance, the VAE Wan 2.2's by Alibaba, the ViT Qwen2.5-VL's by Alibaba; all are under Apache-2.0.
+"""
+
+
+def model_card(variant: Variant, dtype: str, source: str) -> str:
+    """The text of the card; `source` is what was converted."""
+    return _CARD.format(
+        pipeline="text-to-video" if variant is Variant.VIDEO else "text-to-image",
+        variant=variant,
+        dtype=dtype,
+        source=source,
+        tasks=_TASKS[variant],
+        example=_EXAMPLE[variant],
+        rounding="as upstream's launcher runs it" if dtype == "bfloat16" else "so that nothing is rounded",
+    )
