@@ -42,7 +42,7 @@ def fetch(repository: str, variant: Variant, quiet: bool = False) -> Path:
         ) from None
     except LocalEntryNotFoundError:
         raise LanceError(
-            f"the hub cannot be reached, and its cache does not hold all of {repository} that {variant} needs: connect "
+            f"the hub does not answer, and its cache does not hold all of {repository} that {variant} needs: connect "
             "or give a folder"
         ) from None
     except Exception as error:  # the client raises many kinds for what can go wrong on the way

@@ -67,7 +67,9 @@ def read_pth(path: Path) -> Tensors:
             if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
                 raise ValueError("it is big-endian")
             state = _TensorsOnly(archive.open(f"{root}data.pkl")).load()
-            if not isinstance(state, dict) or not all(isinstance(value, _Tensor) for value in state.values()):
+            if not isinstance(state, dict) or not all(
+                isinstance(name, str) and isinstance(value, _Tensor) for name, value in state.items()
+            ):
                 raise LanceError(f"{path} does not hold a flat dict of tensors")
             return {name: _stored(path, name, tensor, root, members, file) for name, tensor in state.items()}
     except FileNotFoundError:
@@ -101,4 +103,4 @@ def _stored(
     header = file.read(_LOCAL_HEADER)
     start = member.header_offset + _LOCAL_HEADER
     start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    return StoredTensor(path, str(name), info, start + tensor.offset * width)
+    return StoredTensor(path, name, info, start + tensor.offset * width, tensor.shape)

@@ -41,28 +41,24 @@ class StoredTensor:
     Attributes:
         name: what the file calls it.
         info: dtype and shape in the file.
-        axes: the order of the file's axes here, None for the same.
+        shape: that of the tensor that is read.
+        axes: the order of the file's axes in it, None for the same.
     """
 
     path: Path
     name: str
     info: TensorInfo
     offset: int
+    shape: tuple[int, ...]
     axes: tuple[int, ...] | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        if self.axes is None:
-            return self.info.shape
-        return tuple(self.info.shape[axis] for axis in self.axes)
 
     def permuted(self, *axes: int) -> "StoredTensor":
         """The same tensor with its axes in another order."""
-        return replace(self, axes=axes)
+        return replace(self, shape=tuple(self.info.shape[axis] for axis in axes), axes=axes)
 
     def flat(self) -> "StoredTensor":
         """The same tensor as a vector."""
-        return replace(self, info=TensorInfo(self.info.dtype, (math.prod(self.info.shape),)))
+        return replace(self, shape=(math.prod(self.info.shape),))
 
     def blocks(self, dtype: str, watch: Callable[[np.ndarray], None] = lambda block: None) -> Iterator[np.ndarray]:
         """Yield the values in float32 or bfloat16 (as uint16 bits), flat; of a permuted tensor all at once.
@@ -157,7 +153,7 @@ def _stored(path: Path, name: str, entry: dict, start: int) -> StoredTensor:
     info = TensorInfo(_DTYPES[code], shape)
     if min(shape, default=1) < 0 or end - begin != info.nbytes:
         raise ValueError(f"tensor '{name}' has another size than its shape")
-    return StoredTensor(path, name, info, start + begin)
+    return StoredTensor(path, name, info, start + begin, shape)
 
 
 def write_safetensors(
