@@ -145,7 +145,7 @@ def test_the_vae_converts_once(run, refused, tmp_path, checkpoint):
 def test_help_names_every_option(run):
     text = run("generate", "--help").stdout
     options = """model prompt image video question instruction requests output seed steps guidance width height
-        num-frames resolution vae-resolution vit-resolution reencode fps max-tokens temp top-p rewrite variant vit-source
-        noise numerics entry quiet""".split()
+        num-frames resolution vae-resolution vit-resolution reencode fps max-tokens temp top-p rewrite variant
+        vit-source noise numerics entry quiet""".split()
     assert all(f"--{option}" in text for option in options)
     assert "Exit status" in text
