@@ -1,7 +1,7 @@
 """The layouts that a checkpoint comes in, and how one is found in a folder."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +228,9 @@ def find_checkpoint(path: Path, variant: Variant) -> Checkpoint:
         LanceError: there is no such variant, or a file is missing.
     """
     check_folder(path)
+    if not (path / _LLM_CONFIG).is_file() and (path / variant / _LLM_CONFIG).is_file():
+        # Whatever state the other variant is in.
+        return OfficialCheckpoint(path / variant)
     found = _checkpoints(path)
     for checkpoint in found:
         if checkpoint.variant is variant:
@@ -239,7 +242,7 @@ def find_checkpoint(path: Path, variant: Variant) -> Checkpoint:
     )
 
 
-def _checkpoints(path: Path) -> Iterable[Checkpoint]:
+def _checkpoints(path: Path) -> Sequence[Checkpoint]:
     if (path / _LLM_CONFIG).is_file():
         return [OfficialCheckpoint(path)]
     if (path / _CONFIG).is_file():

@@ -81,6 +81,13 @@ def test_a_model_for_images_makes_videos_only_when_it_is_told_to(checkpoint, tmp
     assert np.isfinite(np.array(told.latents.astype(mx.float32))).all()
 
 
+def test_a_variant_is_found_whatever_state_the_other_is_in(checkpoint_copy):
+    other = checkpoint_copy.path / "Lance_3B_Video"
+    other.mkdir()
+    (other / "llm_config.json").write_text("{")
+    assert find_checkpoint(checkpoint_copy.path, Variant.IMAGE).folder == checkpoint_copy.variant
+
+
 def test_a_task_that_draws_reads_neither_the_output_head_nor_the_stored_position_table(checkpoint_copy):
     path = checkpoint_copy.variant / "model.safetensors"
     name = "language_model.lm_head.weight"
