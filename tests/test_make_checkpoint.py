@@ -84,6 +84,14 @@ def test_a_tensor_depends_on_no_other(script, made, tmp_path):
     assert mx.array_equal(*found)
 
 
+def test_bfloat16_files_hold_the_same_values_rounded(script, made, tmp_path):
+    assert script.main([str(tmp_path / "half"), "--seed", "5", "--variant", "image", "--dtype", "bfloat16"]) == 0
+    wide, half = (read_header(path / FILES[0]) for path in (made, tmp_path / "half"))
+    for name, tensor in half.items():
+        assert tensor.info == ("bfloat16", wide[name].shape)
+        assert mx.array_equal(tensor.read(mx.bfloat16), wide[name].read(mx.float32).astype(mx.bfloat16)), name
+
+
 @pytest.mark.parametrize("profile", ["plain", "outlier"])
 def test_activations_stay_sane_through_all_layers_in_bfloat16(script, tmp_path, profile):
     folder = tmp_path / profile
