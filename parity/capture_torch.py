@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import reference.sampler
-from parity.recording import DTYPES, Recording, Tap
+from parity.recording import DTYPES, Recording, Tap, to_tap
 from parity.registry import velocity_calls
 from reference.model import Pipeline
 from reference.sampler import Arm
@@ -22,15 +22,6 @@ NORMS = ("language_model.model.norm", "language_model.model.norm_moe_gen")
 
 class Reached(Exception):
     """Ends a replay that was asked for one tap only."""
-
-
-def to_tap(tensor: Tensor) -> Tap:
-    """Hold a tensor as a tap: bfloat16 values as float32, integers as int32; the tap owns its memory."""
-    tensor = tensor.detach().cpu()
-    if tensor.dtype is torch.bfloat16:
-        return Tap.widened(tensor.float().contiguous().numpy())
-    held = "float32" if tensor.is_floating_point() else "int32"
-    return Tap(tensor.numpy().astype(held, order="C"), held)
 
 
 def frames_second(frames: Tensor) -> Tensor:

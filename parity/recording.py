@@ -113,6 +113,15 @@ def float_bits(array: np.ndarray) -> np.ndarray:
     return array.view(np.uint32)
 
 
+def to_tap(tensor: torch.Tensor) -> Tap:
+    """Hold a tensor as a tap: bfloat16 values as float32, integers as int32; the tap owns its memory."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype is torch.bfloat16:
+        return Tap.widened(tensor.float().contiguous().numpy())
+    held = "float32" if tensor.is_floating_point() else "int32"
+    return Tap(tensor.numpy().astype(held, order="C"), held)
+
+
 class TensorFile(Mapping[str, Tap]):
     """An open safetensors file; a tap is read, into memory of its own, when it is asked for and not kept.
 

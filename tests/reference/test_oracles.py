@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from parity.capture_torch import to_tap
 from parity.recording import Recording, Replay
 from parity.replay_torch import layout_reference, record_reference
 from reference.numerics import Numerics
