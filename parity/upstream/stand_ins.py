@@ -164,7 +164,8 @@ def masked_attention(
 ) -> Tensor:
     """flex_attention for a mask, without its compiler: [1, heads, n, head_dim] of queries, fewer heads of the others."""
     n = torch.arange(query.shape[2], device=query.device)
-    mask = block_mask.mask_mod(0, 0, n[:, None], n[None, :])
+    batch = head = torch.zeros((), dtype=n.dtype, device=n.device)
+    mask = block_mask.mask_mod(batch, head, n[:, None], n[None, :])
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=enable_gqa)
 
 

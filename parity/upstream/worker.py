@@ -139,6 +139,11 @@ def run(job: Mapping[str, Any], progress: Callable[[str], None]) -> None:
     (out / "versions.json").write_text(json.dumps({"versions": versions, "stood_in": stood_in}), encoding="utf-8")
 
 
+def cpu_autocast(device_type: str, dtype: torch.dtype, enabled: bool = True) -> torch.autocast:
+    """What upstream asks of the GPU's mixed precision, of the CPU's."""
+    return torch.autocast("cpu", dtype=dtype, enabled=enabled and dtype != torch.float32)
+
+
 def in_float32(clone: Path) -> None:
     """Let every file of the clone find float32 under the name bfloat16, which it has no option for."""
     torch.backends.cudnn.allow_tf32 = False
@@ -152,7 +157,9 @@ def on_cpu(launcher: ModuleType, navit: ModuleType, vae: ModuleType) -> None:
     """Let the launcher run where there is no GPU: what it asks of one is answered by the CPU."""
     cuda = Overlaid(torch.cuda, is_available=lambda: True, device_count=Cpu)
     cuda.set_device = cuda.empty_cache = cuda.ipc_collect = nothing
-    launcher.torch = Overlaid(launcher.torch, cuda=cuda)
+    amp = Overlaid(torch.amp, autocast=cpu_autocast)
+    launcher.torch = Overlaid(launcher.torch, cuda=cuda, amp=amp)
+    vae.torch = Overlaid(vae.torch, autocast=cpu_autocast)
     vae.get_device = lambda: torch.device("cpu")
     navit.flex_attention = stand_ins.masked_attention
 
