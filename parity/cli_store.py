@@ -1,5 +1,6 @@
 """The commands of lance-parity that record, list, verify and compare."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,13 @@ OutputOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+class Weights(StrEnum):
+    """What of a checkpoint a recording reads."""
+
+    ALL = "all"
+    NONE = "none"
 
 
 def register(app: typer.Typer) -> None:
@@ -86,12 +94,32 @@ def record(
     copy_checkpoint: Annotated[
         bool, typer.Option("--copy-checkpoint", help="Copy the checkpoint beside the bundle; else it is linked there.")
     ] = False,
+    upstream: Annotated[
+        Path | None,
+        typer.Option(metavar="CLONE", help="A clone of bytedance/Lance to run in place of the reference."),
+    ] = None,
+    upstream_python: Annotated[
+        Path | None,
+        typer.Option(metavar="PYTHON", help="The Python of the clone's own environment. [default: this one]"),
+    ] = None,
+    inputs_of: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BUNDLE", help="With --upstream: run this bundle's request again, from its noise and pixels."
+        ),
+    ] = None,
+    weights: Annotated[
+        Weights,
+        typer.Option(help="With --upstream none keeps the sequence alone, BUNDLE.npz and .json, and reads no weights."),
+    ] = Weights.ALL,
 ) -> None:
-    """Run a request on the PyTorch reference and keep what it computes as a bundle.
+    """Run a request on the PyTorch reference, or on a clone of upstream, and keep what it computes as a bundle.
 
     The bundle has the form of those captured from upstream, and every other command takes it. Its checkpoint has to lie
     beside it; images and videos are copied into media/ there. Noise is drawn by PyTorch from the seed. The bundle
     appears under its name only when it is whole.
+
+    Of a clone nothing is changed: its launcher runs in a process of its own, on the GPU where there is one.
     """
     from parity.cli import one_line_errors
 
@@ -122,11 +150,28 @@ def record(
             max_new_tokens=max_new_tokens,
             seed=seed,
         )
+        if upstream is not None:
+            from parity.upstream.command import Asked, record_from_clone
+
+            asked = Asked(task, options, out, checkpoint, entry, numerics, copy_checkpoint, weights is Weights.NONE)
+            print(record_from_clone(asked, upstream, upstream_python, inputs_of))
+            return
+        refuse_without_upstream(upstream_python, inputs_of, weights)
         request = build_request(task, options)
         with progress_bar(1, "bundle") as start:
             recorder.record(out, checkpoint, request, entry, numerics, copy_checkpoint, start(f"{out.name} {task}"))
         kept = describe(out)
         print(f"{out}: {kept.taps} taps, {kept.dtype}, {kept.entry}, {sizes(kept.size)}")
+
+
+def refuse_without_upstream(python: Path | None, inputs_of: Path | None, weights: Weights) -> None:
+    """Raise ParityError for an option that only a clone of upstream has a use for."""
+    from parity.errors import ParityError
+
+    given = (("--upstream-python", python), ("--inputs-of", inputs_of), ("--weights none", weights is Weights.NONE))
+    for option, value in given:
+        if value:
+            raise ParityError(f"{option} needs --upstream: name a clone of bytedance/Lance there")
 
 
 def oracles(

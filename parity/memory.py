@@ -23,3 +23,9 @@ def peak() -> int | None:
         pass
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
+
+
+def peak_of_children() -> int | None:
+    """Return the largest resident memory that a process started by this one has had, in bytes."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return (used if sys.platform == "darwin" else used * 1024) or None

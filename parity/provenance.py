@@ -27,8 +27,12 @@ def provenance_of(bundle: Bundle, subject: Subject, checksum: str, weights: int)
 
 
 def code_commit(digits: int = 40) -> str | None:
-    """The commit that this working copy is at, with -dirty behind it where files differ; None outside of one."""
-    root = Path(__file__).parents[1]
+    """The commit of this project's working copy; see commit_of."""
+    return commit_of(Path(__file__).parents[1], digits)
+
+
+def commit_of(root: Path, digits: int = 40) -> str | None:
+    """The commit that a working copy is at, with -dirty behind it where files differ; None outside of one."""
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", f"--abbrev={digits}", "--exclude=*"]

@@ -1,12 +1,7 @@
 """Records what the reference computes for a request, as a bundle in the format of those captured from upstream."""
 
 import importlib.metadata
-import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +9,24 @@ import numpy as np
 import torch
 
 from lance_mlx.visuals import PreparedVisual, prepare_visuals
-from parity.bundle import read_bundle, sha256, write_bundle
 from parity.errors import ParityError
 from parity.implementations import one_line
+from parity.placing import checkpoint_name, publish, staging_beside, with_media
 from parity.provenance import code_commit
+from parity.recorded_taps import RecordedTaps
 from parity.recording import Recording, Replay, Tap
-from parity.registry import parse
 from parity.replay_mlx import request_from_bundle
 from parity.replay_torch import record_pipeline
-from parity.store import seal
 from reference.layout import Layout, VisualSize
-from reference.model import VIT_FOLDER, Pipeline
+from reference.model import Pipeline
 from reference.numerics import Numerics
-from reference.request import Medium, Request
+from reference.request import Request
 from reference.vae_layers import LATENT_CHANNELS
 
 IMPLEMENTATION = "lance-mlx reference"
 """What a recorded bundle's manifest names as its source."""
 
 NUMERICS = ("float32", "bfloat16")
-VARIANTS = ("Lance_3B", "Lance_3B_Video")
 
 INPUTS = (
     *("text_ids", "modality", "split_lens", "attn_modes", "video_grid_thw", "video_sizes", "vae_video_grid_thw"),
@@ -66,13 +59,13 @@ def record(
     """
     if dtype not in NUMERICS:
         raise ParityError(f"numerics {dtype!r} is not one of {', '.join(NUMERICS)}")
-    name = _checkpoint_name(out, checkpoint)
+    name = checkpoint_name(out, checkpoint)
     with one_line("the request cannot be recorded"):
         ours = request_from_bundle(request, entry)
         asked = Request.from_dict(request)
     if not 0 <= request.get("seed", 0) < 2**64:
         raise ParityError(f"seed {request['seed']} must be between 0 and 2**64 - 1")
-    with _staging(out) as staging:
+    with staging_beside(out) as staging:
         with one_line("the request cannot be recorded"):
             visuals = prepare_visuals(ours)
             pipeline = Pipeline.load(Path(checkpoint), ours.variant.value, Numerics(dtype))
@@ -80,21 +73,13 @@ def record(
             replay = draw(asked, layout, visuals, dtype, request.get("seed", 0))
             kept = RecordedTaps(entry, asked.num_steps)
             taps = record_pipeline(pipeline, asked, entry, replay, kept, progress)
-        _check_finite(taps)
         manifest = {
             "source": source(entry, dtype),
             "checkpoint": name,
             "variant": ours.variant.value,
-            "request": _with_media(request, asked, out.parent, staging),
+            "request": with_media(request, asked, out.parent, staging),
         }
-        # Beside the staged bundle as beside the final one, so that it is read once before anybody sees it.
-        (staging / name).symlink_to(Path(checkpoint).resolve(), target_is_directory=True)
-        write_bundle(staging / out.name, manifest, _inputs(layout, replay), taps)
-        seal(staging / out.name)
-        read_bundle(staging / out.name)
-        _place_checkpoint(out.parent, name, Path(checkpoint), ours.variant.value, staging, copy_checkpoint)
-        _place_media(out.parent, staging)
-        os.rename(staging / out.name, out)
+        publish(out, staging, Path(checkpoint), manifest, _inputs(layout, replay), taps, copy_checkpoint)
     return out
 
 
@@ -145,91 +130,3 @@ def _inputs(layout: Layout, replay: Replay) -> Recording:
     for kind, given in (("vae_pixels", replay.vae_pixels), ("vit_patches", replay.vit_patches)):
         inputs |= {f"{kind}{index}": Tap(array, "float32") for index, array in enumerate(given)}
     return inputs
-
-
-def _check_finite(taps: Recording) -> None:
-    for name in sorted(taps, key=lambda name: parse(name).place):
-        if not np.isfinite(taps[name].array).all():
-            raise ParityError(f"{name} holds NaN or infinity: nothing is written; check the checkpoint's weights")
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, removed at the end; what is left of it when a process is killed is no bundle."""
-    staging = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        yield staging
-    except (OSError, ParityError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if not isinstance(cause, OSError):
-            raise
-        raise ParityError(f"{out} cannot be written: {cause.strerror or cause}") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _checkpoint_name(out: Path, checkpoint: Path) -> str:
-    """The name under which the checkpoint is to lie beside the bundle; raises ParityError where that is impossible."""
-    if os.path.lexists(out):
-        raise ParityError(f"{out} exists already: remove it, or record under another name")
-    if not any((Path(checkpoint) / variant).is_dir() for variant in VARIANTS):
-        raise ParityError(f"{checkpoint} is no checkpoint: name the folder that holds {' or '.join(VARIANTS)}")
-    name = Path(os.path.abspath(checkpoint)).name
-    if name in ("", out.name, "media"):
-        raise ParityError(f"checkpoint {checkpoint} cannot lie beside {out.name}: rename the bundle or the checkpoint")
-    there = out.parent / name
-    if os.path.lexists(there) and there.resolve() != Path(checkpoint).resolve():
-        raise ParityError(f"{there} is another checkpoint than {checkpoint}: name that one, or record elsewhere")
-    return name
-
-
-def _place_checkpoint(root: Path, name: str, checkpoint: Path, variant: str, staging: Path, copy: bool) -> None:
-    there = root / name
-    if os.path.lexists(there) and not (copy and there.is_symlink()):
-        return
-    if not copy:
-        # A relative link survives when both move together.
-        there.symlink_to(os.path.relpath(checkpoint.resolve(), root.resolve()), target_is_directory=True)
-        return
-    copied = staging / "checkpoint"
-    for folder in (variant, VIT_FOLDER):
-        if (checkpoint / folder).is_dir():
-            shutil.copytree(checkpoint / folder, copied / folder)
-    for file in checkpoint.glob("Wan2.2_VAE.*"):
-        shutil.copy2(file, copied)
-    if there.is_symlink():
-        there.unlink()
-    os.rename(copied, there)
-
-
-def _with_media(request: dict[str, Any], asked: Request, root: Path, staging: Path) -> dict[str, Any]:
-    """The request with the paths of its images and videos relative to the bundle's folder; copies are staged."""
-    if not asked.visuals:
-        return request
-    elements = []
-    for element in asked.elements:
-        content = element.content if isinstance(element.content, str) else list(element.content)
-        elements.append(content if element.medium is Medium.TEXT else _stage(Path(content), root, staging))
-    return request | {"spec": request["spec"] | {"interleave_array": elements}}
-
-
-def _stage(file: Path, root: Path, staging: Path) -> str:
-    if file.resolve().is_relative_to(root.resolve()):
-        return file.resolve().relative_to(root.resolve()).as_posix()
-    name, digest = file.name, sha256(file)
-    for taken in (root / "media" / name, staging / "media" / name):
-        if taken.exists() and sha256(taken) != digest:
-            name = f"{file.stem}-{digest[:12]}{file.suffix}"
-    (staging / "media").mkdir(exist_ok=True)
-    shutil.copyfile(file, staging / "media" / name)
-    return f"media/{name}"
-
-
-def _place_media(root: Path, staging: Path) -> None:
-    for file in sorted((staging / "media").glob("*")):
-        (root / "media").mkdir(exist_ok=True)
-        if not (root / "media" / file.name).exists():
-            os.rename(file, root / "media" / file.name)

@@ -1,1 +1,1 @@
-"""Capturing from a clone of bytedance/Lance: its launcher runs unmodified in a process of its own, watched from outside."""
+"""Capturing from a clone of bytedance/Lance: its launcher runs unmodified in a process of its own, and is watched."""

@@ -193,9 +193,9 @@ class Capture:
     def _watch_vae(self, vae: Any) -> None:
         coder = vae.vae.model
         for part in ("encoder", "decoder"):
-            part_of = coder.get_submodule(part)
-            part_of.register_forward_pre_hook(lambda module, args: self.enter(f"{self._coding}.chunk{self.next('chunk')}"))
-            for name, module in part_of.named_modules(prefix=part):
+            whole = coder.get_submodule(part)
+            whole.register_forward_pre_hook(lambda *seen: self.enter(f"{self._coding}.chunk{self.next('chunk')}"))
+            for name, module in whole.named_modules(prefix=part):
                 module.register_forward_hook(lambda module, args, output, name=name: self._keep_below(name, output))
         encode, encode_all, decode_all = vae.vae.encode, vae.vae_encode, vae.vae_decode
 

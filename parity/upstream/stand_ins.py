@@ -1,4 +1,4 @@
-"""Small stand-ins for the packages that upstream imports and this Python lacks; where the real one is there, it is used.
+"""Small stand-ins for packages that upstream imports and this Python lacks; where the real one is there, it is used.
 
 What upstream's inference calls of them computes the same; everything else of them is a name that raises when used.
 """
@@ -107,13 +107,14 @@ class VideoReader:
     def __init__(self, uri: str, ctx: object = None) -> None:
         import av
 
-        with av.open(uri) as container:
+        self._open = lambda: av.open(uri)
+        with self._open() as container:
             stream = container.streams.video[0]
             self._rate = float(stream.average_rate)
-            self._frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+            self._count = sum(1 for _ in container.decode(stream))
 
     def __len__(self) -> int:
-        return len(self._frames)
+        return self._count
 
     def get_avg_fps(self) -> float:
         """Frames a second."""
@@ -121,7 +122,11 @@ class VideoReader:
 
     def get_batch(self, indices: Sequence[int]) -> "Batch":
         """The frames of some numbers."""
-        return Batch([self._frames[index] for index in indices])
+        wanted = set(indices)
+        with self._open() as container:
+            numbered = enumerate(container.decode(video=0))
+            frames = {number: frame.to_ndarray(format="rgb24") for number, frame in numbered if number in wanted}
+        return Batch(frames[index] for index in indices)
 
 
 class Batch(list):
@@ -162,7 +167,7 @@ def attention(
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, block_mask: Any = None, enable_gqa: bool = False
 ) -> Tensor:
-    """flex_attention for a mask, without its compiler: [1, heads, n, head_dim] of queries, fewer heads of the others."""
+    """flex_attention for a mask, without its compiler: [1, heads, n, head_dim], fewer heads of keys and values."""
     n = torch.arange(query.shape[2], device=query.device)
     batch = head = torch.zeros((), dtype=n.dtype, device=n.device)
     mask = block_mask.mask_mod(batch, head, n[:, None], n[None, :])

@@ -16,8 +16,9 @@ from parity.check import check_bundle
 from parity.comparison import compare_runs
 from parity.errors import ParityError
 from parity.implementations import Mlx, Reference
-from parity.record import RecordedTaps, record
+from parity.record import record
 from parity.record_options import Options, build_request
+from parity.recorded_taps import RecordedTaps
 from parity.recording import Tap, read_tensors
 from parity.replay_torch import record_pipeline
 from parity.store import list_bundles

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from parity.recording import Recording, Replay
+from parity.recording import Recording, Replay, to_tap
 from parity.replay_torch import layout_reference, record_reference
 from reference.numerics import Numerics
 
