@@ -71,7 +71,7 @@ def record_layout(
     launcher.MAX_GENERATION_LENGTH = TOKENS
     launcher.load_file = lambda path: {}
     launcher.init_from_model_path_if_needed = lambda model, arguments: None
-    seen: dict[str, Any] = {"positions": [], "times": []}
+    seen: dict[str, Any] = {"positions": [], "times": [], "contexts": []}
     _compute_nothing(upstream, seen)
     upstream.before_sampling(lambda values: _watch(values, seen))
     launch(_folders(job))
@@ -119,9 +119,7 @@ def _watch(values: Mapping[str, Any], seen: dict[str, Any]) -> None:
     model, batch = values["fsdp_model"], values["val_data_cpu"]
     seen["inputs"] = inputs_of(batch)
     model.latent_pos_embed.register_forward_pre_hook(lambda module, args: seen.update(places=args[0]))
-    model.language_model.lm_head.register_forward_pre_hook(
-        lambda module, args: seen.setdefault("context_len", seen["before"])
-    )
+    model.language_model.lm_head.register_forward_pre_hook(lambda module, args: seen["contexts"].append(seen["before"]))
     model.time_embedder.register_forward_pre_hook(lambda module, args: seen["times"].append(args[0].max()))
 
 
@@ -134,7 +132,7 @@ def _arrays(seen: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, np
             arrays[name] = np.array(shapes, np.int32)
     if request["task"].startswith("x2t"):
         arrays["position_ids.cond"] = seen["unshifted"][:, 0].numpy().astype(np.int32)
-        arrays["context_len"] = np.array([seen["context_len"]], np.int32)
+        arrays["context_len"] = np.array([seen["contexts"][0]], np.int32)
         return arrays
     for arm, ids in zip(("cond", "uncond"), seen["positions"], strict=False):
         arrays[f"position_ids.{arm}"] = ids[:, 0].numpy().astype(np.int32)
