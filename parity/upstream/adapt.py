@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parity.errors import ParityError
 from parity.recording import Recording, to_tap
 from parity.upstream import stand_ins
 from parity.upstream.namespace import Overlaid
@@ -43,14 +44,23 @@ class Upstream:
 
 
 def load(clone: Path) -> Upstream:
-    """Import a clone's modules, with stand-ins for what they need and this Python lacks."""
+    """Import a clone's modules, with stand-ins for what they need and this Python lacks.
+
+    Raises ParityError where something else is missing, or there in a version that upstream cannot use.
+    """
     sys.path.insert(0, str(clone))
     stood_in = stand_ins.install()
     names = (
         *("inference_lance", "config.config_factory", "data.datasets_custom.validation_dataset"),
         *("modeling.lance.lance", "modeling.lance.qwen2_navit", "modeling.vae.wan.model", "modeling.vae.wan.vae2_2"),
     )
-    return Upstream(*map(import_module, names), stood_in)
+    try:
+        return Upstream(*map(import_module, names), stood_in)
+    except ImportError as error:
+        raise ParityError(
+            f"{sys.executable} cannot import the clone ({error}): name the Python of the clone's own environment with "
+            "--upstream-python, or install what the clone's requirements.txt lists"
+        ) from error
 
 
 def adapt(upstream: Upstream, clone: Path, dtype: str, on_gpu: bool) -> None:

@@ -52,7 +52,8 @@ def run_worker(python: Path, job: Mapping[str, Any], folder: Path, progress: Cal
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 )  # fmt: skip
         except OSError as error:
-            raise ParityError(f"{python} cannot be run: {error.strerror}") from error
+            # Not from the error, which would read as one of the folder that is written to.
+            raise ParityError(f"{python} cannot be run: {error.strerror}") from None
         finally:
             os.close(outward)
         try:
