@@ -34,7 +34,7 @@ def check_clone(clone: Path) -> tuple[str | None, str | None]:
         raise ParityError(f"{clone} is no clone of bytedance/Lance, or an incomplete one: it lacks {missing[0]}")
     commit = commit_of(clone)
     if commit is None:
-        return None, f"{clone} does not tell its commit, being no git clone: it may be other code than {COMMIT[:7]}"
+        return None, f"{clone} does not tell its commit, as git's clones do: it may be other code than {COMMIT[:7]}"
     if commit != COMMIT:
         return commit, f"{clone} is at commit {commit[:7]}{commit[40:]}, not {COMMIT[:7]}: it may compute otherwise"
     return commit, None
