@@ -179,7 +179,7 @@ def run(when, out, checkpoint):
         write, written = bundle.write_tensors, []
         bundle.write_tensors = lambda path, taps: die() if written else written.append(write(path, taps))
     if when == "written":
-        record.os.rename = die
+        os.rename = die
     request = build_request("t2i", Options(prompt="a bird", width=48, height=32, steps=2))
     record.record(out, checkpoint, request, dtype="float32", progress=progress)
 
