@@ -35,6 +35,7 @@ INPUTS = (
 )
 """The integers of a layout that a bundle's inputs hold."""
 
+
 def record(
     out: Path,
     checkpoint: Path,
