@@ -5,10 +5,13 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from lance_mlx.numerics import runs_on_cpu
+from lance_mlx.numerics import exp, runs_on_cpu
 
-_SCORE_BUDGET = 1 << 26
-"""Attention scores held at once where the backend materialises them: 256 MiB of float32."""
+_SCORE_BUDGET = 1 << 22
+"""Attention scores held at once where the backend materialises them: 16 MiB of float32, which stay in cache."""
+_FEW_ROWS, _LARGE = 4, 1 << 22
+_FEW_SCORES = 1 << 16
+"""Scores below which MLX's own kernel is as fast."""
 
 
 class Linear(nn.Linear):
@@ -16,8 +19,9 @@ class Linear(nn.Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         dtype = self.weight.dtype
-        if dtype != mx.float32 and runs_on_cpu():
-            # The CPU backend multiplies half precision outside BLAS; float32 gives the same bits sooner.
+        if dtype != mx.float32 and runs_on_cpu() and not (len(x) <= _FEW_ROWS and self.weight.size >= _LARGE):
+            # The CPU backend multiplies half precision outside BLAS; float32 gives the same bits sooner, but where a few
+            # rows meet a large matrix, which takes longer to convert than to multiply with.
             x, weight = x.astype(dtype).astype(mx.float32), self.weight.astype(mx.float32)
             y = mx.addmm(self.bias.astype(mx.float32), x, weight.T) if "bias" in self else x @ weight.T
             return y.astype(dtype)
@@ -34,7 +38,7 @@ class SiLU(nn.Module):
 def silu(x: mx.array) -> mx.array:
     """x * sigmoid(x), computed in float32 and rounded once; same shape and dtype."""
     wide = x.astype(mx.float32)
-    return (wide * mx.sigmoid(wide)).astype(x.dtype)
+    return (wide / (1 + exp(-wide))).astype(x.dtype)
 
 
 def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -83,7 +87,8 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, causal: bool)
     batch, heads, n, _ = queries.shape
     m = keys.shape[2]
     rows = max(1, _SCORE_BUDGET // (batch * heads * m))
-    attend = _attend if queries.dtype == mx.float32 else _attend_half
+    few = queries.dtype == mx.float32 and batch * heads * n * m < _FEW_SCORES
+    attend = _attend if few else _attend_exposed
     pieces = []
     for start in range(0, n, rows):
         stop = min(start + rows, n)
@@ -101,9 +106,11 @@ def _attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float, c
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
-def _attend_half(queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> mx.array:
-    """Half-precision attention with flash attention's one rounding inside: of the weights before they meet the
-    values."""
+def _attend_exposed(queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: bool) -> mx.array:
+    """Attention whose scores are computed in float32 and exist: the CPU backend's kernel does no better.
+
+    In half precision it rounds once inside, as flash attention does: the weights before they meet the values.
+    """
     dtype = queries.dtype
     batch, heads, n, head_dim = queries.shape
     kv_heads, m = keys.shape[1:3]
@@ -113,7 +120,7 @@ def _attend_half(queries: mx.array, keys: mx.array, values: mx.array, scale: flo
     if causal:
         hidden = mx.arange(m) > mx.arange(m - n, m)[:, None]
         scores = mx.where(hidden, -mx.inf, scores)
-    weights = mx.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = exp(scores - scores.max(axis=-1, keepdims=True))
     total = weights.sum(axis=-1, keepdims=True)
     attended = weights.astype(dtype).astype(mx.float32) @ values[:, :, None]
     return (attended / total).astype(dtype).reshape(batch, heads, n, head_dim)
