@@ -127,6 +127,17 @@ def _conditions(model: Lance, request: Request, sequence: Sequence) -> Condition
     )
 
 
+def state_of(model: Lance, sequence: Sequence) -> State:
+    """A state of the sampler in the middle of its way, with random latents."""
+    count = len(sequence.target) - 2
+    x_t = mx.random.normal((count, 48)).astype(model.numerics.dtype)
+    timestep = np.full(count, 0.5, np.float32)
+    brackets = model.language_model.model.embed_tokens(mx.array(sequence.target.ids[[0, -1]]))
+    embeds = model.embed_latents(x_t, timestep, model.latent_pos_embed(sequence.target.grid))
+    mx.eval(embeds, brackets)
+    return State(1, 0.5, timestep, x_t, ExpertRows(brackets, embeds))
+
+
 def _sampling(task: str, latents: int, hidden: int, layers: int, dtype: str):
     model = _model(hidden, layers, dtype)
     request, visuals = _request(task, latents)
@@ -134,18 +145,14 @@ def _sampling(task: str, latents: int, hidden: int, layers: int, dtype: str):
     arms = make_arms(model, request, sequence, _conditions(model, request, sequence))
     for arm in arms.values():
         mx.eval([[rows.und, *([] if rows.gen is None else [rows.gen])] for rows in arm.prefix])
-    count = len(sequence.target) - 2
-    x_t = mx.random.normal((count, 48)).astype(model.numerics.dtype)
-    timestep = np.full(count, 0.5, np.float32)
+    state = state_of(model, sequence)
     positions = model.latent_pos_embed(sequence.target.grid)
-    brackets = model.language_model.model.embed_tokens(mx.array(sequence.target.ids[[0, -1]]))
-    mx.eval(x_t, positions, brackets)
 
     def step() -> None:
-        embeds = ExpertRows(brackets, model.embed_latents(x_t, timestep, positions))
-        state = State(1, 0.5, timestep, x_t, embeds)
-        # One arm after the other, as the sampler does.
-        mx.eval([arm.velocity(state) for arm in arms.values()])
+        # The latents are embedded once for both arms, as the sampler does.
+        latents = model.embed_latents(state.x_t, state.timestep, positions)
+        rows = ExpertRows(state.inputs_embeds.und, latents)
+        mx.eval([arm.velocity(replace(state, inputs_embeds=rows)) for arm in arms.values()])
 
     def prefix() -> None:
         for arm in arms.values():

@@ -1,5 +1,7 @@
-"""PyTorch before lance_mlx, in every process that runs tests."""
+"""What every process that runs tests loads first: PyTorch, then lance_mlx, which finds MLX an OpenBLAS."""
 
-# lance_mlx loads an OpenBLAS for MLX. Where PyTorch comes after it, it multiplies with it too, and no longer bit for
-# bit as when upstream was captured.
+# In this order: PyTorch would multiply with an OpenBLAS that is there before it, and no longer bit for bit as when
+# upstream was captured.
 import torch  # noqa: F401
+
+import lance_mlx  # noqa: F401

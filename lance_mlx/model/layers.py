@@ -20,8 +20,8 @@ class Linear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         dtype = self.weight.dtype
         if dtype != mx.float32 and runs_on_cpu() and not (len(x) <= _FEW_ROWS and self.weight.size >= _LARGE):
-            # The CPU backend multiplies half precision outside BLAS; float32 gives the same bits sooner, but where a few
-            # rows meet a large matrix, which takes longer to convert than to multiply with.
+            # The CPU backend multiplies half precision outside BLAS; float32 gives the same bits sooner. Where few rows
+            # meet a large matrix, that takes longer to convert than to multiply with.
             x, weight = x.astype(dtype).astype(mx.float32), self.weight.astype(mx.float32)
             y = mx.addmm(self.bias.astype(mx.float32), x, weight.T) if "bias" in self else x @ weight.T
             return y.astype(dtype)

@@ -1,0 +1,49 @@
+"""The cases of scripts/bench.py at small sizes; `pytest tests/bench --benchmark-enable` times them.
+
+Without that option every case runs once, and is checked for what holds whatever the time.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import bench  # noqa: E402
+import bench_cases  # noqa: E402
+
+
+@pytest.mark.parametrize("case", bench.cases(quick=True), ids=lambda case: f"{case.name} {case.label}")
+def test_case(benchmark, case):
+    work = bench_cases.CASES[case.name](*case.arguments)
+    benchmark(work.run)
+    assert work.items >= 1 and (work.operations is None or work.operations > 0)
+
+
+def test_wasted_work_gives_the_same_velocities():
+    task = ("t2i", 16, 64, 2, "float32")
+    model, arms, _, prefix = bench_cases._sampling(*task)
+    prefix()
+    state = bench_cases.state_of(model, next(iter(arms.values())).sequence)
+    plain = arms["cond"].velocity(state)
+    with bench_cases.both_experts():
+        wasteful = arms["cond"].velocity(state)
+    assert float(abs(plain - wasteful).max()) < 1e-4 * float(abs(plain).max())
+
+
+def test_a_power_law_is_fitted():
+    assert bench.exponent([(n, 3 * n**1.5) for n in (10, 100, 1000)]) == pytest.approx(1.5)
+
+
+def test_the_script_prints_a_table_and_writes_json_and_a_plot(tmp_path):
+    command = [sys.executable, SCRIPTS / "bench.py", "--quick", "--repeats", "1", "--only", "text"]
+    done = subprocess.run([*command, "--json", tmp_path / "b.json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stdout and "share of product" in done.stdout
+    assert {entry["name"] for entry in json.loads((tmp_path / "b.json").read_text())} == {"text"}
+    done = subprocess.run([*command[:-1], "nothing"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr == "no case's name holds 'nothing'\n"
