@@ -1,6 +1,6 @@
 """Measure the parity engine: how fast runs are compared, in how much memory, and what capturing costs a forward pass.
 
-    OPENBLAS_NUM_THREADS=1 LD_PRELOAD=.../openblas-pthread/libopenblas.so.0 python scripts/bench_parity.py
+    OPENBLAS_NUM_THREADS=1 python scripts/bench_parity.py
 
 Without an OpenBLAS, MLX's products on a Linux CPU are so slow that no capture could be seen beside them. Every number
 is the median of several runs; plain and captured passes alternate in one process, so that a busy machine slows both.
@@ -16,6 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import parity  # noqa: F401
+
+# isort: split
+# Behind parity, which loads PyTorch and an OpenBLAS first.
 import mlx.core as mx
 import numpy as np
 import torch
