@@ -15,6 +15,7 @@ from lance_mlx.request import Request, Task
 from lance_mlx.sampling import flow
 from lance_mlx.sequence import AttentionMode, Role, Segment, Sequence
 from lance_mlx.tokenizer import LanceTokenizer
+from parity.bundle import Bundle
 from parity.faults.base import (
     ALL,
     DRAWS,
@@ -23,6 +24,7 @@ from parity.faults.base import (
     LOOKS,
     VIDEOS,
     Fault,
+    Need,
     Patch,
     Target,
     function,
@@ -159,8 +161,19 @@ def _fault(name: str, explanation: str, patch: Patch, tasks: frozenset[str], abo
     return Fault(name, about, "sequence", patch, tasks, explanation=explanation)
 
 
-def _preprocess(name: str, patch: Patch, tasks: frozenset[str], about: str) -> Fault:
-    return Fault(name, about, "preprocess", patch, tasks)
+def _is_oblong(bundle: Bundle) -> bool:
+    """Whether a picture became one that is higher than wide, or the other way round."""
+    grids = bundle.inputs.get("vit_video_grid_thw")
+    sides = [] if grids is None else [(h, w) for _, h, w in grids.array.tolist()]
+    sides += [tap.array.shape[-2:] for name, tap in bundle.inputs.items() if name.startswith("vae_pixels")]
+    return any(h != w for h, w in sides)
+
+
+_OBLONG = Need("a picture that is not square", _is_oblong)
+
+
+def _preprocess(name: str, patch: Patch, tasks: frozenset[str], about: str, needs: Need | None = None) -> Fault:
+    return Fault(name, about, "preprocess", patch, tasks, needs=needs)
 
 
 FAULTS = [
@@ -263,6 +276,7 @@ FAULTS = [
         ),
         LOOKS | {"i2v"},
         "Pictures are stretched to a square of the resolution instead of going to the bucket of nearest aspect.",
+        _OBLONG,
     ),
     _preprocess(
         "visuals-resized-bilinearly",
