@@ -78,17 +78,18 @@ def local_bounds(oracle: Oracle, floors: Floors) -> Bounds:
     taps = oracle.taps
     least = {name: quantum(taps[name]) for name in floors.errors}
     kinds = {name: (taps[name].dtype, taps[name].array.size) for name in floors.errors}
-    return _bounds(floors, least, kinds, oracle.bundle.dtype)
+    return bounds_of(floors, least, kinds, oracle.bundle.dtype)
 
 
 def free_bounds(bundle: Bundle, floors: Floors) -> Bounds:
     """The same for runs from their own input, whose states are of the run's dtype and may be off by a bit."""
     least = {name: quantum(bundle.taps[name], bundle.dtype) for name in floors.errors}
     kinds = {name: (bundle.dtype, bundle.taps[name].array.size) for name in floors.errors}
-    return _bounds(floors, least, kinds, bundle.dtype)
+    return bounds_of(floors, least, kinds, bundle.dtype)
 
 
-def _bounds(floors: Floors, least: Mapping[str, float], kinds: dict[str, tuple[str, int]], dtype: str) -> Bounds:
+def bounds_of(floors: Floors, least: Mapping[str, float], kinds: dict[str, tuple[str, int]], dtype: str) -> Bounds:
+    """The bounds of taps of given least floors, dtypes and sizes, in a run of a dtype."""
     levels = {name: floor(errors, least[name]) for name, errors in floors.errors.items()}
     thresholds = {d: threshold(found, floors.count[d], len(levels)) for d, found in floors.ratios.items()}
     count = sum(floors.count.values())

@@ -115,6 +115,11 @@ class MlxCapture:
         self._flush()
         return self._taken
 
+    @property
+    def call(self) -> str:
+        """The name of the call that what follows belongs to."""
+        return self._call
+
     def keep(self, name: str, value: Rows) -> None:
         """Record an array under a name, if the name is wanted and not yet taken."""
         if (self._names is None or name in self._names) and name not in self._taken and name not in self._pending:

@@ -60,6 +60,11 @@ class TorchCapture:
         self.last_step: int | None = None
         self._stack = ExitStack()
 
+    @property
+    def call(self) -> str:
+        """The name of the call that what follows belongs to."""
+        return self._call
+
     def keep(self, name: str, tensor: Tensor) -> None:
         """Record a tensor under a name, if the name is wanted and not yet taken."""
         if (self._names is None or name in self._names) and name not in self.recording:

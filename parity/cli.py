@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from parity import cli_localize, cli_store
+from parity import cli_localize, cli_store, cli_stream
 from parity.cli_store import FormatOption, OutputOption, deliver
 from parity.errors import ParityError, interrupted
 
@@ -163,6 +163,7 @@ def layouts(
 
 cli_localize.register(app)
 cli_store.register(app)
+cli_stream.register(app)
 
 
 @contextmanager

@@ -26,10 +26,11 @@ from reference.numerics import Numerics
 
 LOCAL, FREE = "local", "free"
 """Kinds of floors: from the oracle's input, and from the run's own."""
+OWN = "the reference itself:own"
+"""The first variant: the reference as it is."""
 # Ratios that are kept: the threshold hangs on the largest tenth alone.
 _LARGEST = 2000
 _LATER_TOKENS = re.compile(r"cond\.decode[1-9]")
-_OWN = "the reference itself:own"
 # Components whose last sum is that of a norm, whichever way the products before it are summed.
 _NORMED = re.compile(r"norm|ln_q|guidance|residual\.[03]$|head\.0$")
 
@@ -105,11 +106,11 @@ def measure_local(oracle: Oracle, progress: Progress | None = None) -> Floors:
         return cut(run, run_passes(run, oracle.passes))
 
     variants, recordings = _run_all(oracle.bundle, steered, progress)
-    table = np.stack([_errors(oracle.taps, taps, names) for taps in (oracle.own, *recordings)], 1)
+    table = np.stack([errors_of(oracle.taps, taps, names) for taps in (oracle.own, *recordings)], 1)
     least = np.array([quantum(oracle.taps[name]) for name in names])
-    variants = [_OWN, *variants]
+    variants = [OWN, *variants]
     dtypes = np.array([oracle.taps[name].dtype for name in names])
-    return Floors(tuple(variants), dict(zip(names, table, strict=True)), *_ratios(table, least, dtypes, variants))
+    return Floors(tuple(variants), dict(zip(names, table, strict=True)), *ratios_of(table, least, dtypes, variants))
 
 
 def measure_free(bundle: Bundle, progress: Progress | None = None) -> Floors:
@@ -119,26 +120,26 @@ def measure_free(bundle: Bundle, progress: Progress | None = None) -> Floors:
     variants, recordings = _run_all(bundle, TorchReplay.record, progress)
     expected = {name: tap for name, tap in (own | bundle.taps).items() if name not in bundle.inputs}
     names = floats_of(expected)
-    table = np.stack([_errors(expected, taps, names) for taps in (own, *recordings)], 1)
+    table = np.stack([errors_of(expected, taps, names) for taps in (own, *recordings)], 1)
     least = np.array([quantum(expected[name], bundle.dtype) for name in names])
     # Once the answers part, what follows is another text.
     alike = np.array([not _LATER_TOKENS.match(name) for name in names])
-    variants = [_OWN, *variants]
+    variants = [OWN, *variants]
     # A float32 tap of a bfloat16 run follows from states of that dtype.
     dtypes = np.full(len(names), bundle.dtype)
-    ratios = _ratios(table[alike], least[alike], dtypes[alike], variants)
+    ratios = ratios_of(table[alike], least[alike], dtypes[alike], variants)
     upstream: dict[str, float] = {}
     kept = floats_of(bundle.taps)
     if bundle.dtype != "float32":
         exact = load_run(bundle, Numerics("float32")).record(set(kept))
-        upstream = dict(zip(kept, _errors(bundle.taps, exact, kept).tolist(), strict=True))
+        upstream = dict(zip(kept, errors_of(bundle.taps, exact, kept).tolist(), strict=True))
     errors = {name: values for name, values in zip(names, table, strict=True) if name in bundle.taps}
     answers = [taps.get("tokens") for taps in (own, *recordings)]
     leading = _leading(bundle.taps.get("tokens"), answers)
     return Floors(tuple(variants), {name: errors[name] for name in kept}, *ratios, upstream, leading)
 
 
-def _ratios(
+def ratios_of(
     table: np.ndarray, least: np.ndarray, dtypes: np.ndarray, variants: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Errors of each family over the floors that the others give; see Floors.ratios and Floors.count."""
@@ -181,10 +182,10 @@ def _run(bundle: Bundle, variant: Variant, run: Callable[[TorchReplay], Recordin
         torch.set_num_threads(threads)
     if not variant.draw:
         return taps
-    return {name: _disturbed(name, tap, [variant.draw, i], variant.sums) for i, (name, tap) in enumerate(taps.items())}
+    return {name: disturbed(name, tap, [variant.draw, i], variant.sums) for i, (name, tap) in enumerate(taps.items())}
 
 
-def _disturbed(name: str, tap: Tap, seed: list[int], sums: bool) -> Tap:
+def disturbed(name: str, tap: Tap, seed: list[int], sums: bool) -> Tap:
     """A float32 tap with the errors of one unit in its last place, or of the sums that norm each of its rows."""
     if tap.dtype != "float32":
         return tap
@@ -204,7 +205,7 @@ def _disturbed(name: str, tap: Tap, seed: list[int], sums: bool) -> Tap:
     return Tap((tap.array * (1 + noise)).astype(np.float32), tap.dtype)
 
 
-def _errors(expected: Mapping[str, Tap], got: Mapping[str, Tap], names: Sequence[str]) -> np.ndarray:
+def errors_of(expected: Mapping[str, Tap], got: Mapping[str, Tap], names: Sequence[str]) -> np.ndarray:
     """Relative errors, float32 [names]; 0 where one side has no value or another shape: it says nothing of rounding."""
     errors = np.zeros(len(names), np.float32)
     for index, name in enumerate(names):

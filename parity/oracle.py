@@ -65,34 +65,40 @@ class Oracle:
     @cached_property
     def contract(self) -> Contract:
         """What must be equal before any activation means anything; raises ParityError where the reference differs."""
-        layout, request = self.layout, self.run.request
-        arrays = layout.arrays()
+        arrays = self.layout.arrays()
         for name in _SEQUENCE:
             if not np.array_equal(arrays[name], self.bundle.inputs[name].array):
                 raise ParityError(f"the reference lays bundle {self.bundle.name} out with other {name}: it is no judge")
-        exact = {f"inputs/{name}": arrays[name] for name in _SEQUENCE}
-        grids = [split.grid for split in layout.splits if split.grid]
-        exact["inputs/grids_thw"] = np.array([(grid.frames, grid.rows, grid.columns) for grid in grids], np.int32)
-        exact["inputs/position_ids.cond"] = layout.position_ids[:, : layout.answer]
-        if request.understanding:
-            exact["inputs/answer"] = np.array([layout.answer], np.int32)
-        else:
-            exact["inputs/timesteps"] = time_grid(request.num_steps, request.timestep_shift).numpy()
-            exact["inputs/guided"] = np.array(self.run.guided, np.int32)
-        if not request.understanding and request.guided:
-            exact["inputs/text_ids.uncond"] = layout.text_ids[layout.kept]
-            exact["inputs/position_ids.uncond"] = unconditional_ids(layout, self.run.entry)
-        splits = tuple(
-            Split(
-                int(split.role),
-                int(split.mode),
-                layout.text_ids[split.start : split.stop],
-                split.grid and (split.grid.frames, split.grid.rows, split.grid.columns),
-                layout.clean_frames if split.mode is Mode.NOISE else 0,
-            )
-            for split in layout.splits
+        return contract_of(self.run)
+
+
+def contract_of(run: TorchReplay) -> Contract:
+    """What must be equal before any activation means anything, as the reference lays a request out."""
+    layout, request = run.layout, run.request
+    arrays = layout.arrays()
+    exact = {f"inputs/{name}": arrays[name] for name in _SEQUENCE}
+    grids = [split.grid for split in layout.splits if split.grid]
+    exact["inputs/grids_thw"] = np.array([(grid.frames, grid.rows, grid.columns) for grid in grids], np.int32)
+    exact["inputs/position_ids.cond"] = layout.position_ids[:, : layout.answer]
+    if request.understanding:
+        exact["inputs/answer"] = np.array([layout.answer], np.int32)
+    else:
+        exact["inputs/timesteps"] = time_grid(request.num_steps, request.timestep_shift).numpy()
+        exact["inputs/guided"] = np.array(run.guided, np.int32)
+    if not request.understanding and request.guided:
+        exact["inputs/text_ids.uncond"] = layout.text_ids[layout.kept]
+        exact["inputs/position_ids.uncond"] = unconditional_ids(layout, run.entry)
+    splits = tuple(
+        Split(
+            int(split.role),
+            int(split.mode),
+            layout.text_ids[split.start : split.stop],
+            split.grid and (split.grid.frames, split.grid.rows, split.grid.columns),
+            layout.clean_frames if split.mode is Mode.NOISE else 0,
         )
-        return Contract(splits, layout.answer, exact)
+        for split in layout.splits
+    )
+    return Contract(splits, layout.answer, exact)
 
 
 def load_run(bundle: Bundle, numerics: Numerics) -> TorchReplay:

@@ -23,7 +23,7 @@ def tap_errors(oracle: Oracle, forced: Recording, free: Recording, bounds: Bound
         local, total = compare(expected, forced[name]), None
         if name in free and free[name].array.shape == expected.array.shape:
             total = compare(expected, free[name]).rel_l2
-        propagated = _propagated(expected, forced[name], free.get(name))
+        propagated = propagated_error(expected, forced[name], free.get(name))
         exact = expected.dtype == "int32"
         level = 0.0 if exact else bounds.levels[name]
         previous = before.get(tap.call)
@@ -48,7 +48,8 @@ def tap_errors(oracle: Oracle, forced: Recording, free: Recording, bounds: Bound
     return errors
 
 
-def _propagated(expected: Tap, local: Tap, own: Tap | None) -> float | None:
+def propagated_error(expected: Tap, local: Tap, own: Tap | None) -> float | None:
+    """What earlier errors do to a tap, relative to the oracle's; None where there is no run of its own to tell."""
     if own is None or not (expected.array.shape == local.array.shape == own.array.shape):
         return None
     norm = float(np.linalg.norm(expected.array.astype(np.float64)))

@@ -45,18 +45,7 @@ class Pipeline:
         except (RuntimeError, AssertionError) as error:
             raise ReferenceError(f"device '{device}' is not available ({str(error).splitlines()[0]})") from None
         folder, place = variant_folder(checkpoint, variant), torch.device(device)
-        config = LanguageConfig.from_file(folder / "llm_config.json")
-        tokenizer = Tokenizer(folder)
-        for key, token in (
-            ("vision_start_token_id", tokenizer.vision_start),
-            ("vision_end_token_id", tokenizer.vision_end),
-            ("image_token_id", tokenizer.image_pad),
-            ("video_token_id", tokenizer.video_pad),
-        ):
-            if getattr(config, key) != token:
-                raise ReferenceError(f"{folder}: {key} is {getattr(config, key)}, the tokenizer says {token}")
-        with torch.device("meta"):
-            model = Lance(config, numerics)
+        tokenizer, model = outline(folder, numerics)
         load_transformer(model, folder / "model.safetensors", numerics, place)
         vae = load_vae(Path(checkpoint) / "Wan2.2_VAE.pth", numerics, place)
         return cls(Path(checkpoint), variant, tokenizer, model.eval(), vae, numerics, place)
@@ -84,3 +73,21 @@ class Pipeline:
     def inputs(self, layout: Layout, vit: Tensor | None = None) -> Inputs:
         """What a layout's tokens are embedded from; `vit` are the vision tower's tokens."""
         return Inputs(self.model, layout, vit, self.device)
+
+
+def outline(folder: Path, numerics: Numerics) -> tuple[Tokenizer, Lance]:
+    """The tokenizer of a variant's folder, and its transformer on the meta device, without weights.
+
+    Raises ReferenceError where configuration and tokenizer are missing or disagree.
+    """
+    config, tokenizer = LanguageConfig.from_file(folder / "llm_config.json"), Tokenizer(folder)
+    for key, token in (
+        ("vision_start_token_id", tokenizer.vision_start),
+        ("vision_end_token_id", tokenizer.vision_end),
+        ("image_token_id", tokenizer.image_pad),
+        ("video_token_id", tokenizer.video_pad),
+    ):
+        if getattr(config, key) != token:
+            raise ReferenceError(f"{folder}: {key} is {getattr(config, key)}, the tokenizer says {token}")
+    with torch.device("meta"):
+        return tokenizer, Lance(config, numerics)

@@ -51,9 +51,27 @@ def opened(path: Path) -> Iterator[safe_open]:
 def load_transformer(model: nn.Module, path: Path, numerics: Numerics, device: torch.device) -> None:
     """Fill a model built on the meta device from model.safetensors, in the policy's dtype."""
     with opened(path) as file:
-        names = [name for name in file.keys() if not name.startswith(ELSEWHERE)]
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        fill(model, shapes, file.get_tensor, path, numerics, device)
+        fill(model, _transformer_shapes(file), file.get_tensor, path, numerics, device)
+
+
+def check_transformer(model: nn.Module, path: Path) -> None:
+    """Raise ReferenceError unless model.safetensors holds just the tensors of a model; none is read."""
+    with opened(path) as file:
+        check_shapes(model, _transformer_shapes(file), path)
+
+
+def load_part(model: nn.Module, part: str, path: Path, numerics: Numerics, device: torch.device) -> None:
+    """Fill one submodule of a model built on the meta device, and read nothing else of model.safetensors."""
+    with opened(path) as file:
+        below = f"{part}."
+        shapes = _transformer_shapes(file)
+        own = {name.removeprefix(below): shape for name, shape in shapes.items() if name.startswith(below)}
+        fill(model.get_submodule(part), own, lambda name: file.get_tensor(below + name), path, numerics, device)
+
+
+def _transformer_shapes(file: safe_open) -> dict[str, tuple[int, ...]]:
+    names = [name for name in file.keys() if not name.startswith(ELSEWHERE)]
+    return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
 def load_vit(tower: VisionTower, path: Path, over: Path, numerics: Numerics, device: torch.device) -> None:
@@ -112,6 +130,14 @@ def fill(
     device: torch.device,
 ) -> None:
     """Give every parameter its tensor; a missing, extra or misshapen tensor is a ReferenceError that names it."""
+    wanted = check_shapes(model, shapes, path)
+    ready = {name: checked(read(name), name, path).to(device=device, dtype=numerics.torch_dtype) for name in wanted}
+    model.load_state_dict(ready, assign=True)
+    model.requires_grad_(False)
+
+
+def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's parameters, by name; raises ReferenceError unless a file holds the same."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for complaint, names in (
         ("lacks", sorted(wanted.keys() - shapes.keys())),
@@ -123,9 +149,7 @@ def fill(
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise ReferenceError(f"{path}: tensor {name} has shape {shapes[name]}, the configuration asks for {shape}")
-    ready = {name: checked(read(name), name, path).to(device=device, dtype=numerics.torch_dtype) for name in wanted}
-    model.load_state_dict(ready, assign=True)
-    model.requires_grad_(False)
+    return wanted
 
 
 def checked(tensor: Tensor, name: str, path: Path) -> Tensor:

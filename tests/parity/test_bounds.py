@@ -25,7 +25,7 @@ def bits(draw, taps, families=FAMILIES, spread=0.3, shared=0.0):
 def ratios_of(table, families=None):
     """What `measure_*` keep of a table of errors of float32 taps."""
     families = families or [f"{index}:{index}" for index in range(table.shape[1])]
-    found, count = measuring._ratios(table, np.full(len(table), 1e-30), np.full(len(table), "float32"), families)
+    found, count = measuring.ratios_of(table, np.full(len(table), 1e-30), np.full(len(table), "float32"), families)
     return found["float32"], count["float32"]
 
 
@@ -100,7 +100,7 @@ def test_families_are_left_out_as_a_whole():
 
 def test_ratios_are_kept_by_dtype_and_not_below_the_least_floor():
     table = np.array([[1e-9, 4e-9], [1e-3, 4e-3], [0, 1e-3]])
-    found, count = measuring._ratios(
+    found, count = measuring.ratios_of(
         table, np.array([1e-8, 1e-4, 1e-4]), np.array(["float32", "bfloat16", "bfloat16"]), ["a:a", "b:b"]
     )
     assert count == {"float32": 2, "bfloat16": 3}
