@@ -83,8 +83,8 @@ def local_bounds(oracle: Oracle, floors: Floors) -> Bounds:
 
 def free_bounds(bundle: Bundle, floors: Floors) -> Bounds:
     """The same for runs from their own input, whose states are of the run's dtype and may be off by a bit."""
-    least = {name: quantum(bundle.taps[name], bundle.dtype) for name in floors.errors}
-    kinds = {name: (bundle.dtype, bundle.taps[name].array.size) for name in floors.errors}
+    least = {name: quantum(bundle.expected[name], bundle.dtype) for name in floors.errors}
+    kinds = {name: (bundle.dtype, bundle.expected[name].size) for name in floors.errors}
     return bounds_of(floors, least, kinds, bundle.dtype)
 
 

@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ import numpy as np
 
 from parity import registry
 from parity.errors import ParityError
-from parity.recording import DTYPES, Recording, read_tensors, write_tensors
+from parity.recording import DTYPES, Recording, Tap, read_tensors, write_tensors
 from parity.requests import check_request
+from parity.sketch import Sketch
+from parity.sketch_file import FILE, SKETCH, groups_entry, read_sketches, write_sketches
 
 FORMAT = "lance-oracle/1"
 CHECKSUMS = "MANIFEST.json"
@@ -29,13 +31,22 @@ ATTN_MODES = range(4)
 
 @dataclass(frozen=True)
 class Bundle:
-    """One oracle: `request` is what was asked for, `inputs` what the model was given, `taps` what it computed."""
+    """One oracle: `request` is what was asked for, `inputs` what the model was given, `taps` what it computed.
+
+    Of taps that a bundle of the level "sketch" does not hold whole, `sketches` holds sketches.
+    """
 
     path: Path
     manifest: dict[str, Any]
     inputs: Recording
     taps: Recording
     checkpoint: Path
+    sketches: dict[str, Sketch] = field(default_factory=dict)
+
+    @property
+    def expected(self) -> dict[str, Tap | Sketch]:
+        """All taps: those that are whole, and the sketches of the others."""
+        return self.taps | self.sketches if self.sketches else self.taps
 
     @property
     def name(self) -> str:
@@ -105,19 +116,33 @@ def read_bundle(path: Path) -> Bundle:
     verify_checksums(root, [path, checkpoint])
     inputs = read_tensors(path / "inputs.safetensors")
     taps = read_tensors(path / "taps.safetensors")
-    bundle = Bundle(path, manifest, inputs, taps, checkpoint)
+    bundle = Bundle(path, manifest, inputs, taps, checkpoint, read_sketches(path, manifest))
     _check_taps(bundle)
     _check_inputs(bundle)
     return bundle
 
 
-def write_bundle(path: Path, manifest: dict[str, Any], inputs: Recording, taps: Recording) -> None:
-    """Write a bundle folder, replacing one of the same name, with the list of taps filled in from `taps`.
+def write_bundle(
+    path: Path,
+    manifest: dict[str, Any],
+    inputs: Recording,
+    taps: Recording,
+    sketches: Mapping[str, Sketch] | None = None,
+) -> None:
+    """Write a bundle folder, replacing one of the same name, with the list of taps filled in from what it is given.
 
-    `manifest` holds the other keys: source, checkpoint, variant, request. Raises ParityError when that fails.
+    `manifest` holds the other keys: source, checkpoint, variant, request. With `sketches`, also with none of them, the
+    bundle is of the level "sketch". Raises ParityError when that fails.
     """
-    listed = [{"name": n, "shape": list(t.array.shape), "dtype": t.dtype} for n, t in sorted(taps.items())]
-    complete = {**manifest, "format": FORMAT, "name": path.name, "taps": listed}
+    listed = [{"name": n, "shape": list(t.shape), "dtype": t.dtype} for n, t in taps.items()]
+    complete = {**manifest, "format": FORMAT, "name": path.name}
+    if sketches is not None:
+        complete["level"] = SKETCH
+        listed += [
+            {"name": n, "shape": list(s.shape), "dtype": s.dtype, "groups": groups_entry(s.runs)}
+            for n, s in sketches.items()
+        ]
+    complete["taps"] = sorted(listed, key=lambda entry: entry["name"])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -125,6 +150,8 @@ def write_bundle(path: Path, manifest: dict[str, Any], inputs: Recording, taps: 
             (beside / "manifest.json").write_text(json.dumps(complete, indent=1), encoding="utf-8")
             write_tensors(beside / "inputs.safetensors", inputs)
             write_tensors(beside / "taps.safetensors", taps)
+            if sketches is not None:
+                write_sketches(beside / FILE, sketches)
             beside.chmod(0o755)
             if path.exists():
                 shutil.rmtree(path)
@@ -258,6 +285,10 @@ def _check_taps(bundle: Bundle) -> None:
         name = entry["name"]
         what = f"tap {name} of bundle {bundle.name}"
         integer = registry.parse(name).integer
+        if name in bundle.sketches:
+            if bundle.sketches[name].statistics[:, -1].any():
+                raise ParityError(f"{what} holds NaN or infinity: the capture is broken, repeat it")
+            continue
         if name not in bundle.taps:
             raise ParityError(f"{what} is listed in the manifest but missing from taps.safetensors: copy it again")
         tap = bundle.taps[name]

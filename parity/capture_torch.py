@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import reference.sampler
 from parity.recording import DTYPES, Recording, Tap, to_tap
 from parity.registry import velocity_calls
+from parity.sketch import Sketch
 from reference.model import Pipeline
 from reference.sampler import Arm
 from reference.understanding import Reader
@@ -20,8 +21,17 @@ HEAD = "language_model.lm_head"
 NORMS = ("language_model.model.norm", "language_model.model.norm_moe_gen")
 
 
+Hold = Callable[[str, Tensor], Tap | Sketch]
+"""Makes of a tap's name and tensor what is recorded."""
+
+
 class Reached(Exception):
     """Ends a replay that was asked for one tap only."""
+
+
+def whole(name: str, tensor: Tensor) -> Tap:
+    """Keep all of a tap."""
+    return to_tap(tensor)
 
 
 def frames_second(frames: Tensor) -> Tensor:
@@ -37,6 +47,7 @@ class TorchCapture:
         force: taps whose values replace what is computed, after that was recorded: all that follows sees them.
         until: the tap after which `Reached` is raised.
         guided: for the full-sequence entry, whether each step is guided: it numbers the velocities.
+        hold: makes of a tap's name and tensor what is recorded.
 
     `last_step` is the number of the last denoising step, whose result is no state of another one. Nothing of the model
     changes. The hooks have to know which call they are in: `follow` and `enter` say so, and tell
@@ -51,10 +62,12 @@ class TorchCapture:
         force: Mapping[str, Tap] | None = None,
         until: str | None = None,
         guided: list[bool] | None = None,
+        hold: Hold = whole,
     ) -> None:
         self.recording: Recording = {}
         self.force = force or {}
         self._pipeline, self._names, self._progress, self._until = pipeline, names, progress, until
+        self._hold = hold
         self._velocities = {call: i for i, call in enumerate(velocity_calls(guided or []))}
         self._call, self._step = "", 0
         self.last_step: int | None = None
@@ -68,7 +81,7 @@ class TorchCapture:
     def keep(self, name: str, tensor: Tensor) -> None:
         """Record a tensor under a name, if the name is wanted and not yet taken."""
         if (self._names is None or name in self._names) and name not in self.recording:
-            self.recording[name] = to_tap(tensor)
+            self.recording[name] = self._hold(name, tensor)
             if name == self._until:
                 raise Reached(name)
 

@@ -21,6 +21,7 @@ from parity.metrics import Difference, bits, compare
 from parity.recording import Recording, Tap
 from parity.registry import TapName, parse
 from parity.requests import SUPPORTED_TASKS
+from parity.sketch import Sketch
 from parity.verdict import (
     AGREE,
     DIVERGE,
@@ -75,6 +76,8 @@ class TapResult:
             "value": finite(d.got),
             "cosine": finite(d.cosine),
             "bits_equal": finite(d.bits_equal),
+            "accuracy": finite(d.accuracy),
+            "groups": {group: finite(error) for group, error in d.groups.items()},
             "upstream_floor": finite(self.limit.upstream),
             "floor": finite(self.limit.floor),
             "leading": self.limit.leading,
@@ -204,15 +207,16 @@ def check_recording(run: Run) -> Result:
     except ParityError as error:
         # Without floors only what must be equal can be judged.
         reason = reason or f"no floor: {error}"
-        limits = {name: Limit(0.0 if tap.dtype == "int32" else math.inf) for name, tap in bundle.taps.items()}
+        limits = {name: Limit(0.0 if tap.dtype == "int32" else math.inf) for name, tap in bundle.expected.items()}
         alarm = None
-    names = sorted(bundle.taps, key=lambda name: bundle.locate(name).place)
+    names = sorted(bundle.expected, key=lambda name: bundle.locate(name).place)
     integers = {f"inputs/{name}": tap for name, tap in bundle.inputs.items() if tap.dtype == "int32"}
     integers = dict(sorted(integers.items(), key=lambda item: parse(item[0]).place))
     computed = {f"inputs/{name}": tap for name, tap in recording.items()}
     missing = [name for name in integers if name not in computed] + [name for name in names if name not in recording]
     inputs = [_compare(parse(n), oracle, computed[n], Limit(0.0)) for n, oracle in integers.items() if n in computed]
-    taps = [_compare(bundle.locate(n), bundle.taps[n], recording[n], limits[n]) for n in names if n in recording]
+    expected = bundle.expected
+    taps = [_compare(bundle.locate(n), expected[n], recording[n], limits[n]) for n in names if n in recording]
     differences = {result.tap.name: result.difference for result in taps}
     over_floor = median_over_floor(differences, limits)
     first = _first_divergence(bundle, recording, [*inputs, *taps], (over_floor or 0.0) > MEDIAN)
@@ -290,11 +294,11 @@ def _first_divergence(
     return {"tap": first.tap.name, "call": first.tap.call, "component": component, "rel_l2": rel_l2}
 
 
-def _compare(name: TapName, oracle: Tap, ours: Tap, limit: Limit) -> TapResult:
+def _compare(name: TapName, oracle: Tap | Sketch, ours: Tap, limit: Limit) -> TapResult:
     given, computed = oracle, ours
     if limit.leading is not None:
         given, computed = (Tap(tap.array[: limit.leading], tap.dtype) for tap in (oracle, ours))
-    return TapResult(name, oracle.array.shape, oracle.dtype, compare(given, computed), limit)
+    return TapResult(name, oracle.shape, oracle.dtype, compare(given, computed), limit)
 
 
 def _badness(result: TapResult) -> tuple[bool, float]:

@@ -112,6 +112,19 @@ def record(
         Weights,
         typer.Option(help="With --upstream none keeps the sequence alone, BUNDLE.npz and .json, and reads no weights."),
     ] = Weights.ALL,
+    level: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="whole: every tap as it is; sketch: at most 16 kB of each that is larger."),
+    ] = "whole",
+    whole: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="At level sketch, keep taps or components of this name whole, such as 'layers.?'; may be given "
+            "several times.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Run a request on the PyTorch reference, or on a clone of upstream, and keep what it computes as a bundle.
 
@@ -151,7 +164,11 @@ def record(
             seed=seed,
         )
         if upstream is not None:
+            from parity.errors import ParityError
             from parity.upstream.command import Asked, record_from_clone
+
+            if level != "whole":
+                raise ParityError("a clone of upstream is recorded whole: leave --level out")
 
             asked = Asked(task, options, out, checkpoint, entry, numerics, copy_checkpoint, weights is Weights.NONE)
             print(record_from_clone(asked, upstream, upstream_python, inputs_of))
@@ -159,7 +176,8 @@ def record(
         refuse_without_upstream(upstream_python, inputs_of, weights)
         request = build_request(task, options)
         with progress_bar(1, "bundle") as start:
-            recorder.record(out, checkpoint, request, entry, numerics, copy_checkpoint, start(f"{out.name} {task}"))
+            tell, patterns = start(f"{out.name} {task}"), tuple(whole or ())
+            recorder.record(out, checkpoint, request, entry, numerics, copy_checkpoint, tell, level, patterns)
         kept = describe(out)
         print(f"{out}: {kept.taps} taps, {kept.dtype}, {kept.entry}, {sizes(kept.size)}")
 

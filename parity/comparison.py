@@ -10,7 +10,7 @@ from parity.check import Result, check_recording, read_bundle
 from parity.errors import ParityError
 from parity.findings import finite
 from parity.metrics import Difference, compare
-from parity.recording import Recording, Tap
+from parity.recording import Recording
 from parity.registry import parse
 from parity.runs import Given, Source, opened
 from parity.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
@@ -57,6 +57,8 @@ class TapComparison:
             "got": finite(d.got),
             "cosine": finite(d.cosine),
             "bits_equal": finite(d.bits_equal),
+            "accuracy": finite(d.accuracy),
+            "groups": {group: finite(error) for group, error in d.groups.items()},
             "mismatch": d.mismatch,
         }
 
@@ -204,7 +206,8 @@ def _by_floors(a: Source, b: Source, allow_missing: bool) -> Comparison | None:
         # The other replay stands in for the oracle; the limits are still those of the bundle.
         expected: Recording = a.replay.recording
         inputs = {name: expected.get(name, tap) for name, tap in bundle.inputs.items()}
-        bundle = replace(bundle, inputs=inputs, taps={n: expected[n] for n in bundle.taps if n in expected})
+        taps = {name: expected[name] for name in bundle.expected if name in expected}
+        bundle = replace(bundle, inputs=inputs, taps=taps, sketches={})
     result = check_recording(replace(b.replay, bundle=bundle))
     return _from_result(result, a, b, allow_missing)
 
@@ -290,7 +293,7 @@ def _compare(name: str, a: Source, b: Source, within: float | None, check_dtype:
     floats = "int32" not in (expected.dtype, got.dtype)
     kept = (expected, got)
     if floats and not check_dtype:
-        kept = (Tap(expected.array, "float32"), Tap(got.array, "float32"))
+        kept = (replace(expected, dtype="float32"), replace(got, dtype="float32"))
     difference = compare(*kept)
     limit = within if floats else 0.0
     error = difference.rel_l2

@@ -221,12 +221,12 @@ def _schedule(facts: Facts) -> Iterator[Derived]:
             yield _near("timesteps", f"sampler.timestep{step}", tap, expected, expected)
     if facts.bundle.entry == "full_sequence":
         what = "velocity_call"
-        ran = {parse(name).numbers["number"] for name in facts.taps if name.startswith(what)}
+        ran = {parse(name).numbers["number"] for name in facts.bundle.expected if name.startswith(what)}
         expected = set(range(len(velocity_calls(facts.guided)))) if ran else set()
     else:
         what = "uncond.step"
-        steps = {parse(name).numbers["step"] for name in facts.taps if name.startswith("cond.step")}
-        ran = {parse(name).numbers["step"] for name in facts.taps if name.startswith(what)}
+        steps = {parse(name).numbers["step"] for name in facts.bundle.expected if name.startswith("cond.step")}
+        ran = {parse(name).numbers["step"] for name in facts.bundle.expected if name.startswith(what)}
         expected = {step for step, both in enumerate(facts.guided) if both and step in steps}
     for number in sorted(ran | expected):
         wrong = number in ran ^ expected

@@ -1,5 +1,7 @@
 """Names the component behind a divergence that no single tap of the oracle stands for."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from parity.bundle import Bundle
@@ -24,7 +26,7 @@ def name_component(bundle: Bundle, recording: Recording, name: str, diverging: s
         step = tap.numbers.get("step", len(bundle.timesteps))
         return _after_step(bundle, recording, step - 1, diverging) if step else "noise"
     if "number" in tap.numbers:
-        if _velocity_calls(recording) != _velocity_calls(bundle.taps):
+        if _velocity_calls(recording) != _velocity_calls(bundle.expected):
             return "guidance"
         if _positions_differ(bundle, recording):
             return "positions"
@@ -41,7 +43,7 @@ def _positions_differ(bundle: Bundle, recording: Recording) -> bool:
     return any(not np.array_equal(recording[name].array, expected[name]) for name in known)
 
 
-def _velocity_calls(taps: Recording) -> int:
+def _velocity_calls(taps: Mapping[str, object]) -> int:
     return sum(name.startswith("velocity_call") for name in taps)
 
 

@@ -9,7 +9,7 @@ input (local) and from the run's own (free).
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from parity.recording import Recording, Tap
 from parity.registry import parse
 from parity.replay_torch import TorchReplay
 from parity.rounding import quantum
+from parity.sketch import Sketch
 from reference.numerics import Numerics
 
 LOCAL, FREE = "local", "free"
@@ -106,7 +107,7 @@ def measure_local(oracle: Oracle, progress: Progress | None = None) -> Floors:
         return cut(run, run_passes(run, oracle.passes))
 
     variants, recordings = _run_all(oracle.bundle, steered, progress)
-    table = np.stack([errors_of(oracle.taps, taps, names) for taps in (oracle.own, *recordings)], 1)
+    table = np.stack([errors_of(oracle.judged, taps, names) for taps in (oracle.own, *recordings)], 1)
     least = np.array([quantum(oracle.taps[name]) for name in names])
     variants = [OWN, *variants]
     dtypes = np.array([oracle.taps[name].dtype for name in names])
@@ -118,7 +119,7 @@ def measure_free(bundle: Bundle, progress: Progress | None = None) -> Floors:
     with one_line(f"reference cannot run bundle {bundle.name}"):
         own = load_run(bundle, Numerics(bundle.dtype)).record()
     variants, recordings = _run_all(bundle, TorchReplay.record, progress)
-    expected = {name: tap for name, tap in (own | bundle.taps).items() if name not in bundle.inputs}
+    expected = {name: tap for name, tap in (own | bundle.expected).items() if name not in bundle.inputs}
     names = floats_of(expected)
     table = np.stack([errors_of(expected, taps, names) for taps in (own, *recordings)], 1)
     least = np.array([quantum(expected[name], bundle.dtype) for name in names])
@@ -129,11 +130,11 @@ def measure_free(bundle: Bundle, progress: Progress | None = None) -> Floors:
     dtypes = np.full(len(names), bundle.dtype)
     ratios = ratios_of(table[alike], least[alike], dtypes[alike], variants)
     upstream: dict[str, float] = {}
-    kept = floats_of(bundle.taps)
+    kept = floats_of(bundle.expected)
     if bundle.dtype != "float32":
         exact = load_run(bundle, Numerics("float32")).record(set(kept))
-        upstream = dict(zip(kept, errors_of(bundle.taps, exact, kept).tolist(), strict=True))
-    errors = {name: values for name, values in zip(names, table, strict=True) if name in bundle.taps}
+        upstream = dict(zip(kept, errors_of(bundle.expected, exact, kept).tolist(), strict=True))
+    errors = {name: values for name, values in zip(names, table, strict=True) if name in bundle.expected}
     answers = [taps.get("tokens") for taps in (own, *recordings)]
     leading = _leading(bundle.taps.get("tokens"), answers)
     return Floors(tuple(variants), {name: errors[name] for name in kept}, *ratios, upstream, leading)
@@ -168,7 +169,7 @@ def _run_all(
     return names, recordings
 
 
-def floats_of(taps: Mapping[str, Tap]) -> list[str]:
+def floats_of(taps: Mapping[str, Tap | Sketch]) -> list[str]:
     """Names of the taps that are no integers, which have floors."""
     return [name for name, tap in taps.items() if tap.dtype != "int32"]
 
@@ -205,13 +206,13 @@ def disturbed(name: str, tap: Tap, seed: list[int], sums: bool) -> Tap:
     return Tap((tap.array * (1 + noise)).astype(np.float32), tap.dtype)
 
 
-def errors_of(expected: Mapping[str, Tap], got: Mapping[str, Tap], names: Sequence[str]) -> np.ndarray:
+def errors_of(expected: Mapping[str, Tap | Sketch], got: Mapping[str, Tap], names: Sequence[str]) -> np.ndarray:
     """Relative errors, float32 [names]; 0 where one side has no value or another shape: it says nothing of rounding."""
     errors = np.zeros(len(names), np.float32)
     for index, name in enumerate(names):
         if name in got:
             # The dtypes differ where one side is wider on purpose: only values count here.
-            error = compare(Tap(expected[name].array, "float32"), Tap(got[name].array, "float32")).rel_l2
+            error = compare(replace(expected[name], dtype="float32"), replace(got[name], dtype="float32")).rel_l2
             errors[index] = error if error is not None and np.isfinite(error) else 0.0
     return errors
 

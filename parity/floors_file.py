@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ from parity.bundle import Bundle, sha256
 from parity.errors import ParityError
 from parity.floors import FREE, LOCAL, Floors, Progress, floats_of, measure_free, measure_local
 from parity.oracle import Oracle
-from parity.recording import Tap, write_atomically
+from parity.recording import write_atomically
+from parity.sketch_file import FILE as SKETCHES
 
 FILE = "floors.safetensors"
 _FORMAT = "lance-floors/2"
@@ -35,7 +36,7 @@ def free_floors(bundle: Bundle, progress: Progress | None = None) -> Floors:
 
     Raises ParityError when the reference cannot run.
     """
-    stored = _read(bundle, FREE, floats_of(bundle.taps), _names_sum(bundle.taps))
+    stored = _read(bundle, FREE, floats_of(bundle.expected), _names_sum(bundle.expected))
     return stored or measure_free(bundle, progress)
 
 
@@ -52,7 +53,7 @@ def write_floors(path: Path, oracle: Oracle, local: Floors, free: Floors) -> Non
         "format": _FORMAT,
         "taps_sha256": _taps_sum(oracle.bundle),
         f"{LOCAL}_names": _names_sum(oracle.taps),
-        f"{FREE}_names": _names_sum(oracle.bundle.taps),
+        f"{FREE}_names": _names_sum(oracle.bundle.expected),
         "variants": local.variants,
         **{f"{kind}_count": f.count for kind, f in both.items()},
         "leading": free.leading,
@@ -98,9 +99,10 @@ def _read(bundle: Bundle, kind: str, names: list[str], names_sum: str) -> Floors
 
 def _taps_sum(bundle: Bundle) -> str:
     """What floors belong to: the capture."""
-    return sha256(bundle.path / "taps.safetensors")
+    own = sha256(bundle.path / "taps.safetensors")
+    return own if not bundle.sketches else f"{own} {sha256(bundle.path / SKETCHES)}"
 
 
-def _names_sum(taps: Mapping[str, Tap]) -> str:
+def _names_sum(taps: Iterable[str]) -> str:
     """The names of taps in the order of the table's rows: finer ones come from the reference, which may get others."""
     return hashlib.sha256("\n".join(taps).encode()).hexdigest()

@@ -12,7 +12,7 @@ from parity.comparison import Comparison, TapComparison
 from parity.findings import Localization
 from parity.localization_words import localization_markdown
 from parity.output import Format
-from parity.report import SYMBOLS, UNSUPPORTED, Row, first_line, significant
+from parity.report import SYMBOLS, UNSUPPORTED, Row, error_of, first_line, significant
 from parity.verdict import AGREE, DIVERGE
 
 SHOWN = 20
@@ -249,7 +249,7 @@ def _tap_line(tap: TapResult | TapComparison) -> tuple[str, ...]:
     largest = _plain(d.mismatch) if d.mismatch else significant(d.max_abs)
     equal = "–" if d.bits_equal is None else f"{d.bits_equal:.1%}"
     shape = "×".join(map(str, tap.shape))
-    return _code(name), shape, tap.dtype, significant(d.rel_l2), significant(limit), largest, equal
+    return _code(name), shape, tap.dtype, error_of(d), significant(limit), largest, equal
 
 
 def _signed(verdict: str) -> str:

@@ -162,7 +162,7 @@ def _numbered(taps: Recording, pattern: str) -> tuple[np.ndarray, ...]:
 def wanted(bundle: Bundle) -> set[str]:
     """Return the names to record: the oracle's, its integer inputs, and what parity.diagnosis needs beside them."""
     steps = range(len(bundle.timesteps))
-    names = {*bundle.taps, *bundle.inputs, *(f"sampler.velocity{step}" for step in steps)}
+    names = {*bundle.expected, *bundle.inputs, *(f"sampler.velocity{step}" for step in steps)}
     if bundle.entry == "full_sequence":
         names |= {f"velocity_call{call}" for call in range(2 * len(steps))} | set(POSITION_LAYOUTS)
     return names

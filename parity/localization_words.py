@@ -116,7 +116,10 @@ def false_alarms(localization: Localization) -> str:
 def counted(localization: Localization) -> str:
     """Return how much was compared."""
     taps, wrong = len(localization.taps), sum(tap.wrong for tap in localization.taps)
-    said = f"{taps:,} taps" + (f", {wrong:,} of them wrong from the oracle's own input" if wrong else "")
+    estimated = sum(tap.accuracy is not None for tap in localization.taps)
+    said = f"{taps:,} taps"
+    said += f", {estimated:,} of them by sketches" if estimated else ""
+    said += f", {wrong:,} of them wrong from the oracle's own input" if wrong else ""
     return "; ".join([said, *_exact(localization.exact)])
 
 

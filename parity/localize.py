@@ -324,7 +324,7 @@ class Investigation:
         if failure:
             return INCONCLUSIVE, failure
         compared = {tap.tap.name for tap in taps}
-        missing = [name for name in self.bundle.taps if name not in compared]
+        missing = [name for name in self.bundle.expected if name not in compared]
         if missing:
             return INCONCLUSIVE, f"{len(missing)} of upstream's taps were not computed, the first is {missing[0]}"
         if len(taps) < FEWEST_TAPS:

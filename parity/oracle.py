@@ -12,6 +12,7 @@ from parity.findings import REFERENCE, UPSTREAM
 from parity.implementations import one_line, replay_of
 from parity.recording import Contract, Recording, Split, Tap
 from parity.replay_torch import TorchReplay
+from parity.sketch import Sketch
 from parity.splitting import split_passes
 from reference.layout import Layout, Mode, Role
 from reference.model import Pipeline
@@ -48,7 +49,7 @@ class Oracle:
             passes = run_passes(run, bundle.taps)
             own = cut(run, passes)
         taps = {name: bundle.taps.get(name, tap) for name, tap in own.items()}
-        lost = sorted(set(bundle.taps) - set(taps))
+        lost = sorted(set(bundle.expected) - set(taps))
         if lost:
             raise ParityError(f"bundle {bundle.name} holds {lost[0]}, which the reference does not compute")
         return cls(bundle, run, taps, own, {name: bundle.taps.get(name, tap) for name, tap in passes.items()})
@@ -58,9 +59,14 @@ class Oracle:
         """The request's sequence as the reference lays it out."""
         return self.run.layout
 
+    @property
+    def judged(self) -> dict[str, Tap | Sketch]:
+        """What is compared with: the taps, but the bundle's sketches where it has those."""
+        return self.taps | self.bundle.sketches
+
     def source(self, name: str) -> str:
         """Whose value a tap is: upstream or reference."""
-        return UPSTREAM if name in self.bundle.taps else REFERENCE
+        return UPSTREAM if name in self.bundle.expected else REFERENCE
 
     @cached_property
     def contract(self) -> Contract:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import numpy as np
 
 from parity.bundle import read_bundle, sha256, write_bundle
 from parity.errors import ParityError
-from parity.recording import Recording
+from parity.recording import Recording, Tap
 from parity.registry import parse
+from parity.sketch import Sketch
 from parity.store import seal
 from reference.model import VIT_FOLDER
 from reference.request import Medium, Request
@@ -29,17 +30,18 @@ def publish(
     inputs: Recording,
     taps: Recording,
     copy_checkpoint: bool,
+    sketches: Mapping[str, Sketch] | None = None,
 ) -> None:
     """Write a bundle in the staging folder, read it once as everybody will, and move it to `out`.
 
-    The checkpoint, and what `with_media` staged, take their places beside it. Raises ParityError where a tap is not
-    finite or the bundle cannot be used.
+    The checkpoint, and what `with_media` staged, take their places beside it. With `sketches`, also with none of them,
+    the bundle is of the level "sketch". Raises ParityError where a tap is not finite or the bundle cannot be used.
     """
-    _check_finite(taps)
+    _check_finite({**taps, **(sketches or {})})
     name, variant = manifest["checkpoint"], manifest["variant"]
     # Beside the staged bundle as beside the final one, so that it is read once before anybody sees it.
     (staging / name).symlink_to(checkpoint.resolve(), target_is_directory=True)
-    write_bundle(staging / out.name, manifest, inputs, taps)
+    write_bundle(staging / out.name, manifest, inputs, taps, sketches)
     seal(staging / out.name)
     read_bundle(staging / out.name)
     _place_checkpoint(out.parent, name, checkpoint, variant, staging, copy_checkpoint)
@@ -47,9 +49,10 @@ def publish(
     os.rename(staging / out.name, out)
 
 
-def _check_finite(taps: Recording) -> None:
+def _check_finite(taps: Mapping[str, Tap | Sketch]) -> None:
     for name in sorted(taps, key=lambda name: parse(name).place):
-        if not np.isfinite(taps[name].array).all():
+        tap = taps[name]
+        if tap.statistics[:, -1].any() if isinstance(tap, Sketch) else not np.isfinite(tap.array).all():
             raise ParityError(f"{name} holds NaN or infinity: nothing is written; check the checkpoint's weights")
 
 

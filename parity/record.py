@@ -9,14 +9,17 @@ import numpy as np
 import torch
 
 from lance_mlx.visuals import PreparedVisual, prepare_visuals
+from parity.capture_torch import whole as keep_whole
 from parity.errors import ParityError
 from parity.implementations import one_line
+from parity.keeper import Keeper, parted
 from parity.placing import checkpoint_name, publish, staging_beside, with_media
 from parity.provenance import code_commit
 from parity.recorded_taps import RecordedTaps
 from parity.recording import Recording, Replay, Tap
 from parity.replay_mlx import request_from_bundle
 from parity.replay_torch import record_pipeline
+from parity.sketch_file import LEVELS, SKETCH, WHOLE
 from reference.layout import Layout, VisualSize
 from reference.model import Pipeline
 from reference.numerics import Numerics
@@ -44,6 +47,8 @@ def record(
     dtype: str = "bfloat16",
     copy_checkpoint: bool = False,
     progress: Callable[[str], None] | None = None,
+    level: str = WHOLE,
+    whole: Sequence[str] = (),
 ) -> Path:
     """Run a request on the reference and write the bundle `out`, whole or not at all; return its path.
 
@@ -55,11 +60,18 @@ def record(
     From the request's seed PyTorch draws, in this order: the noise [latents, 48] in `dtype`, the pixels of the target's
     placeholder, and the noise of each encoded visual.
 
+    At the level "sketch" a tap that is larger than its sketch is kept as that, but for those whose names or components
+    match the fnmatch patterns `whole`, and what a replay is given.
+
     Raises ParityError for a bad request, checkpoint, image or video, for an `out` that exists, and where the disk is
     full or the folder cannot be written.
     """
     if dtype not in NUMERICS:
         raise ParityError(f"numerics {dtype!r} is not one of {', '.join(NUMERICS)}")
+    if level not in LEVELS:
+        raise ParityError(f"level {level!r} is not one of {', '.join(LEVELS)}")
+    if whole and level != SKETCH:
+        raise ParityError(f"every tap is whole at level {level}: leave --whole out, or record at level {SKETCH}")
     name = checkpoint_name(out, checkpoint)
     with one_line("the request cannot be recorded"):
         ours = request_from_bundle(request, entry)
@@ -73,14 +85,16 @@ def record(
             layout = pipeline.layout(asked, [size_of(visual) for visual in visuals])
             replay = draw(asked, layout, visuals, dtype, request.get("seed", 0))
             kept = RecordedTaps(entry, asked.num_steps)
-            taps = record_pipeline(pipeline, asked, entry, replay, kept, progress)
+            hold = Keeper(layout, whole) if level == SKETCH else keep_whole
+            taps, sketches = parted(record_pipeline(pipeline, asked, entry, replay, kept, progress, hold))
         manifest = {
             "source": source(entry, dtype),
             "checkpoint": name,
             "variant": ours.variant.value,
             "request": with_media(request, asked, out.parent, staging),
         }
-        publish(out, staging, Path(checkpoint), manifest, _inputs(layout, replay), taps, copy_checkpoint)
+        kept_as = sketches if level == SKETCH else None
+        publish(out, staging, Path(checkpoint), manifest, _inputs(layout, replay), taps, copy_checkpoint, kept_as)
     return out
 
 

@@ -34,6 +34,16 @@ class Tap:
     array: np.ndarray
     dtype: str
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return self.array.shape
+
+    @property
+    def size(self) -> int:
+        """How many elements it has."""
+        return self.array.size
+
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ParityError(f"a tap of dtype {self.dtype!r} cannot be compared: the dtypes are {', '.join(DTYPES)}")

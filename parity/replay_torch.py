@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parity.capture_torch import Reached, TorchCapture
+from parity.capture_torch import Hold, Reached, TorchCapture, whole
 from parity.recording import Recording, Replay, Tap
 from parity.registry import parse, velocity_calls
+from parity.sketch import Sketch
 from reference.arms import Inputs, build_arms
 from reference.errors import ReferenceError
 from reference.layout import Layout, VisualSize
@@ -60,9 +61,10 @@ def record_pipeline(
     replay: Replay,
     names: Container[str] | None = None,
     progress: Callable[[str], None] | None = None,
-) -> Recording:
-    """Replay a request on a loaded reference; see record_reference."""
-    return TorchReplay(pipeline, request, entry, replay).record(names=names, progress=progress)
+    hold: Hold = whole,
+) -> dict[str, Tap | Sketch]:
+    """Replay a request on a loaded reference; see record_reference. `hold` says what is kept of each tap."""
+    return TorchReplay(pipeline, request, entry, replay).record(names=names, progress=progress, hold=hold)
 
 
 @dataclass(frozen=True)
@@ -93,19 +95,21 @@ class TorchReplay:
         progress: Callable[[str], None] | None = None,
         force: Mapping[str, Tap] | None = None,
         until: str | None = None,
+        hold: Hold = whole,
     ) -> TorchCapture:
         """A capture of this replay; see TorchCapture."""
         guided = self.guided if self.entry == "full_sequence" else None
-        return TorchCapture(self.pipeline, names, progress, force, until, guided)
+        return TorchCapture(self.pipeline, names, progress, force, until, guided, hold)
 
     def record(
         self,
         names: Container[str] | None = None,
         progress: Callable[[str], None] | None = None,
         force: Mapping[str, Tap] | None = None,
-    ) -> Recording:
+        hold: Hold = whole,
+    ) -> dict[str, Tap | Sketch]:
         """Run the whole request; with `force` every part of it from the given values."""
-        with torch.inference_mode(), self.capture(names, progress, force) as capture:
+        with torch.inference_mode(), self.capture(names, progress, force, hold=hold) as capture:
             for name, array in self.layout.arrays().items():
                 capture.keep(name, torch.from_numpy(array))
             inputs = self.pipeline.inputs(self.layout, look(self, capture))

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from parity.check import Result
 from parity.errors import ParityError
+from parity.metrics import Difference
 from parity.plot import error_plot
+from parity.sketch import CONFIDENCE
 from parity.verdict import AGREE, DIVERGE, INCONCLUSIVE, MEDIAN, UNUSABLE
 
 UNSUPPORTED = "unsupported"
@@ -108,6 +110,20 @@ def page_environment() -> Environment:
 def significant(value: float | None, digits: int = 3) -> str:
     """Return a number with a few significant digits, or a dash where there is none."""
     return "–" if value is None else "0" if value == 0 else f"{value:.{digits}g}"
+
+
+def error_of(difference: Difference) -> str:
+    """Return a relative error with three digits, behind ≈ where sketches tell it."""
+    return f"{'≈' if difference.accuracy else ''}{significant(difference.rel_l2)}"
+
+
+def estimates(differences: Iterable[Difference]) -> str | None:
+    """Say in a sentence how many errors are estimates, and how near they are; None where all are exact."""
+    found = [difference.accuracy for difference in differences if difference.accuracy]
+    if not found:
+        return None
+    near = f"{max(found):.1%} of the exact error in {CONFIDENCE:.0%} of all cases"
+    return f"{len(found)} errors (≈) are estimated from sketches: each is within {near}"
 
 
 def _comparison(environment: Environment, row: Row, created: str) -> str:

@@ -16,12 +16,14 @@ from parity.errors import ParityError
 from parity.implementations import IMPLEMENTATIONS
 from parity.record import NUMERICS
 from parity.recording import Recording, Tap, TensorFile, open_tensors
+from parity.sketch import Sketch
+from parity.sketch_file import read_sketches
 from parity.store import read_manifest
 
 _INT32 = np.iinfo(np.int32)
 
 
-class Taps(Mapping[str, Tap]):
+class Taps(Mapping[str, Tap | Sketch]):
     """Taps by name, read from where they are when they are asked for."""
 
     def __init__(self, places: Mapping[str, tuple[Mapping[str, Any], str]]) -> None:
@@ -37,7 +39,7 @@ class Taps(Mapping[str, Tap]):
     def __contains__(self, name: object) -> bool:
         return name in self._places
 
-    def __getitem__(self, name: str) -> Tap:
+    def __getitem__(self, name: str) -> Tap | Sketch:
         """Raises ParityError for an array that no tap can hold."""
         holder, inner = self._places[name]
         return tap_of(holder[inner], name)
@@ -48,7 +50,7 @@ class Taps(Mapping[str, Tap]):
         if isinstance(holder, TensorFile):
             return holder.shapes[inner]
         value = holder[inner]
-        return tuple(np.shape(value.array if isinstance(value, Tap) else value))
+        return tuple(value.shape if isinstance(value, Tap | Sketch) else np.shape(value))
 
     def dtype(self, name: str) -> str:
         """The dtype of a tap, as whatever holds it spells it; it is not read for that."""
@@ -112,12 +114,12 @@ def opened(
         yield source
 
 
-def tap_of(value: Any, name: str = "array") -> Tap:
+def tap_of(value: Any, name: str = "array") -> Tap | Sketch:
     """Hold an array of NumPy, PyTorch or MLX as a tap; integers become int32.
 
     Raises ParityError for a dtype that would lose something.
     """
-    if isinstance(value, Tap):
+    if isinstance(value, Tap | Sketch):
         return value
     dtype = dtype_of(value)
     if isinstance(value, torch.Tensor):
@@ -155,9 +157,11 @@ def _stored(path: Path) -> Iterator[Source]:
             inputs, taps = (stack.enter_context(open_tensors(path / f"{kind}.safetensors")) for kind in _PARTS)
             places = {f"inputs/{name}": (inputs, name) for name, dtype in inputs.dtypes.items() if dtype == "int32"}
             places |= {name: (taps, name) for name in taps}
+            sketches = read_sketches(path, manifest)
+            places |= {name: (sketches, name) for name in sketches}
             listed = {entry.get("name") for entry in manifest["taps"] if isinstance(entry, dict)}
-            if listed != set(taps):
-                odd = min(map(str, listed ^ set(taps)))
+            if listed != set(taps) | set(sketches):
+                odd = min(map(str, listed ^ (set(taps) | set(sketches))))
                 raise ParityError(f"bundle {path.name}: its manifest or its tensors lack {odd}: copy the bundle again")
             numerics = manifest["source"].get("dtype")
             yield Source(str(path), Taps(places), path, True, numerics if numerics in NUMERICS else None)
@@ -193,7 +197,7 @@ def _replayed(text: str, path: Path | None, what: str, progress: Callable[[str],
     places = {}
     for tap in recording:
         # The integers of the sequence have the names that they have in inputs.safetensors.
-        own = tap in bundle.taps or tap.startswith(("sampler.", "velocity_call"))
+        own = tap in bundle.expected or tap.startswith(("sampler.", "velocity_call"))
         places[tap if own else f"inputs/{tap}"] = (recording, tap)
     return Source(
         label=f"{path}@{name}:{bundle.dtype}",

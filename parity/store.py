@@ -9,6 +9,7 @@ from typing import Any
 from parity.bundle import CHECKSUMS, CHECKSUMS_FORMAT, FILES, FORMAT, find_bundles, read_json, sha256
 from parity.errors import ParityError
 from parity.recording import write_atomically
+from parity.sketch_file import FILE as SKETCHES
 
 FLOORS = "floors.*"
 """Files of a bundle that hold what rounding alone does to it."""
@@ -154,7 +155,8 @@ def entry_of(path: Path) -> dict[str, Any]:
 def seal(path: Path) -> None:
     """Write the checksums of a bundle's tensors into its manifest."""
     manifest = read_json(path / "manifest.json")
-    manifest[OWN] = {name: entry_of(path / name) for name in FILES if name != "manifest.json"}
+    files = (*FILES, SKETCHES) if (path / SKETCHES).is_file() else FILES
+    manifest[OWN] = {name: entry_of(path / name) for name in files if name != "manifest.json"}
     write_atomically(path / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
 
 

@@ -16,13 +16,14 @@ def tap_errors(oracle: Oracle, forced: Recording, free: Recording, bounds: Bound
     """
     errors: list[TapError] = []
     before: dict[str, float] = {}
+    judged = oracle.judged
     for name, expected in oracle.taps.items():
         if name not in forced:
             continue
         tap = oracle.bundle.locate(name)
-        local, total = compare(expected, forced[name]), None
+        local, total = compare(judged[name], forced[name]), None
         if name in free and free[name].array.shape == expected.array.shape:
-            total = compare(expected, free[name]).rel_l2
+            total = compare(judged[name], free[name]).rel_l2
         propagated = propagated_error(expected, forced[name], free.get(name))
         exact = expected.dtype == "int32"
         level = 0.0 if exact else bounds.levels[name]
@@ -43,6 +44,7 @@ def tap_errors(oracle: Oracle, forced: Recording, free: Recording, bounds: Bound
                 floor=level,
                 allowed=0.0 if exact else bounds.allowed(name),
                 mismatch=local.mismatch,
+                accuracy=local.accuracy,
             )
         )
     return errors

@@ -9,7 +9,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from parity.check import Result
-from parity.report import SYMBOLS, UNSUPPORTED, Row, first_line, significant
+from parity.report import SYMBOLS, UNSUPPORTED, Row, error_of, estimates, first_line, significant
 from parity.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
 
 STYLES = {AGREE: "green", DIVERGE: "bold red", INCONCLUSIVE: "bold yellow", UNUSABLE: "bold yellow", UNSUPPORTED: "dim"}
@@ -60,7 +60,9 @@ def print_result(result: Result) -> None:
     counts = f"{len(result.inputs)} integer inputs and {result.compared} taps compared, {len(result.missing)} missing"
     console.print(counts)
     if result.worst:
-        console.print(f"worst: {result.worst.tap.name}, error {significant(result.worst.difference.rel_l2)}")
+        console.print(f"worst: {result.worst.tap.name}, error {error_of(result.worst.difference)}")
+    if said := estimates(tap.difference for tap in result.taps):
+        console.print(said)
     if result.floor_median is not None and result.alarm is not None:
         median = significant(result.floor_median, 2)
         threshold = significant(result.alarm.threshold, 2)

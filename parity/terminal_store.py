@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from parity.comparison import Comparison, TapComparison
-from parity.report import significant
+from parity.report import error_of, estimates, significant
 from parity.store import DAMAGED, INTACT, Stored, sizes
 from parity.terminal import new_table, print_table
 from parity.verdict import AGREE, DIVERGE
@@ -61,6 +61,8 @@ def print_comparison(compared: Comparison) -> None:
         console.print(Text(f"{label}: {run}"))
     console.print(Text.assemble(_signed(compared.verdict), f", {compared.reason}"))
     console.print(Text("\n".join(compared.describe().splitlines()[1:])), end="\n" if compared.first_divergence else "")
+    if said := estimates(tap.difference for tap in compared.taps):
+        console.print(Text(said))
     diverging = [tap for tap in compared.taps if tap.diverges]
     apart = sorted((tap for tap in compared.taps if tap.difference.rel_l2), key=_error, reverse=True)
     chosen = diverging or apart
@@ -76,7 +78,7 @@ def print_comparison(compared: Comparison) -> None:
         limit = "–" if tap.limit is None else significant(tap.limit)
         shape = "x".join(map(str, tap.shape))
         dtype = tap.dtype if tap.dtype == tap.dtype_b else f"{tap.dtype}, {tap.dtype_b}"
-        table.add_row(tap.name, shape, dtype, significant(d.rel_l2), limit, significant(d.max_abs), equal)
+        table.add_row(tap.name, shape, dtype, error_of(d), limit, significant(d.max_abs), equal)
     print_table(table)
 
 

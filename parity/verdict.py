@@ -46,7 +46,7 @@ def limits_from(bundle: Bundle, floors: Floors) -> tuple[dict[str, Limit], Alarm
     """The limit of every tap of a bundle, and how often they alarm falsely; integers must be equal."""
     bounds = free_bounds(bundle, floors)
     limits = {}
-    for name in bundle.taps:
+    for name in bundle.expected:
         if name == "tokens":
             limits[name] = Limit(0.0, leading=floors.leading)
         elif name in bounds.levels:

@@ -1,7 +1,7 @@
 """Verifies what is kept: checksums, formats, values, and everything that can be derived anew."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,11 @@ import numpy as np
 
 from parity.bundle import CHECKSUMS, Bundle, read_bundle
 from parity.errors import ParityError
-from parity.recording import Recording, read_tensors
+from parity.recording import Recording, Tap, read_tensors
 from parity.requests import check_request
+from parity.sketch import Sketch
+from parity.sketch_file import FILE as SKETCHES
+from parity.sketch_file import read_sketches
 from parity.store import checksums, compare_files, listed, read_manifest, whole_bundles
 
 SOUND, FAILS, UNUSABLE = "sound", "fails", "unusable"
@@ -95,7 +98,16 @@ def verify_bundle(path: Path) -> Verified:
     inputs, taps = (_read(path / f"{kind}.safetensors", found) for kind in ("inputs", "taps"))
     if inputs is None or taps is None:
         return found
-    _check_listing(manifest, taps, found)
+    try:
+        sketches = read_sketches(path, manifest)
+    except ParityError as error:
+        found.add(SKETCHES, str(error), unusable=True)
+        return found
+    _check_listing(manifest, taps | sketches, found)
+    found.tensors += len(sketches)
+    for name, sketch in sketches.items():
+        if count := int(sketch.statistics[:, -1].sum()):
+            found.add(name, f"{count} elements are not finite")
     for place, tensors in (("inputs/", inputs), ("", taps)):
         found.tensors += len(tensors)
         for name, tap in tensors.items():
@@ -105,6 +117,7 @@ def verify_bundle(path: Path) -> Verified:
                 count = f" ({len(bad)} elements)" if len(bad) > 1 else ""
                 found.add(f"{place}{name}", f"holds {tap.array[tuple(at)]} at {at}{count}")
     bundle = _bundle(path, manifest, inputs, taps, found)
+    bundle = bundle and replace(bundle, sketches=sketches)
     if bundle is not None:
         from parity.derive import derive
 
@@ -146,7 +159,7 @@ def _read(path: Path, found: Verified) -> Recording | None:
         return None
 
 
-def _check_listing(manifest: dict[str, Any], taps: Recording, found: Verified) -> None:
+def _check_listing(manifest: dict[str, Any], taps: Mapping[str, Tap | Sketch], found: Verified) -> None:
     """Compare the manifest's list of taps with the tensors."""
     names = set()
     for entry in manifest["taps"]:
@@ -159,8 +172,8 @@ def _check_listing(manifest: dict[str, Any], taps: Recording, found: Verified) -
             found.add(name, "is listed twice in manifest.json")
         elif tap is None:
             found.add(name, "is listed in manifest.json but missing from taps.safetensors")
-        elif list(tap.array.shape) != entry.get("shape"):
-            found.add(name, f"has shape {list(tap.array.shape)}, manifest.json says {entry.get('shape')}")
+        elif list(tap.shape) != entry.get("shape"):
+            found.add(name, f"has shape {list(tap.shape)}, manifest.json says {entry.get('shape')}")
         elif tap.dtype != entry.get("dtype"):
             found.add(name, f"has dtype {tap.dtype}, manifest.json says {entry.get('dtype')}")
         names.add(name)
