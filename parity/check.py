@@ -77,7 +77,7 @@ class TapResult:
             "cosine": finite(d.cosine),
             "bits_equal": finite(d.bits_equal),
             "accuracy": finite(d.accuracy),
-            "groups": {group: finite(error) for group, error in d.groups.items()},
+            "groups": {group: finite(error) for group, error in d.groups},
             "upstream_floor": finite(self.limit.upstream),
             "floor": finite(self.limit.floor),
             "leading": self.limit.leading,

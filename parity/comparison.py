@@ -58,7 +58,7 @@ class TapComparison:
             "cosine": finite(d.cosine),
             "bits_equal": finite(d.bits_equal),
             "accuracy": finite(d.accuracy),
-            "groups": {group: finite(error) for group, error in d.groups.items()},
+            "groups": {group: finite(error) for group, error in d.groups},
             "mismatch": d.mismatch,
         }
 

@@ -6,7 +6,7 @@ or underflow, so values of any size and denormals count in full; beside the tens
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ class Difference:
         mismatch: why the two cannot be close whatever their values: shape, dtype, or NaN and infinity in other places.
         accuracy: how near rel_l2 is to the exact error, relative to it, in 95 of 100 cases, where it was estimated from
             sketches; None where it is exact.
-        groups: rel_l2 of the groups of rows that a sketch keeps apart.
+        groups: the groups of rows that a sketch keeps apart, and rel_l2 of each.
     """
 
     rel_l2: float | None
@@ -48,7 +48,7 @@ class Difference:
     size: int
     mismatch: str | None = None
     accuracy: float | None = None
-    groups: dict[str, float] = field(default_factory=dict)
+    groups: tuple[tuple[str, float], ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -134,7 +134,7 @@ def _estimated(oracle: Tap | Sketch, ours: Tap | Sketch, mismatch: str | None) -
     accuracy = None if found.equal else ACCURACY
     bits_equal = 1.0 if found.equal else None
     return Difference(found.rel_l2, None, None, None, None, None, bits_equal, a.size, mismatch or found.mismatch,
-                      accuracy, found.groups)  # fmt: skip
+                      accuracy, tuple(found.groups.items()))  # fmt: skip
 
 
 def axis_errors(expected: np.ndarray, got: np.ndarray, axis: int | tuple[int, ...]) -> AxisErrors:

@@ -29,7 +29,7 @@ from parity.recording import Observed, Recording
 from parity.registry import parse
 from parity.rounding import quantum
 from parity.stream_mlx import MlxStream, Passes
-from parity.stream_parts import EMBEDDINGS, LAYER, head_parts
+from parity.stream_parts import EMBEDDINGS, HEAD_TAPS, LAYER, head_parts
 from parity.stream_plan import StreamPlan
 from parity.stream_reference import Computed, ReferenceStream
 from parity.tap_errors import propagated_error
@@ -91,8 +91,7 @@ def part_of(tap: TapError) -> str:
     """The part that a tap belongs to."""
     if tap.tap.layer is not None:
         return f"layers.{tap.tap.layer}"
-    after = tap.tap.place[0] > 0 and tap.tap.component in ("norm", "norm_moe_gen", "llm2vae", "lm_head", "guidance")
-    return HEAD if after else EMBEDDED
+    return HEAD if tap.tap.name in HEAD_TAPS else EMBEDDED
 
 
 def _part(name: str, taps: Sequence[TapError]) -> Part:
@@ -166,6 +165,7 @@ class _Run:
             for index in range(self.theirs.layers):
                 self.tell(f"layers.{index}", index + 1, parts)
                 self._layer(index, forced, free)
+                memory.give_back()
             self.tell(HEAD, parts - 1, parts)
             self._finish(forced, free)
         bounds = self._bounds()

@@ -139,8 +139,8 @@ def test_taps_that_share_memory_in_the_run_are_kept_apart(small, monkeypatch):
     """The first state is the noise itself, and a recorder that kept references would see later changes."""
     seen = []
 
-    def spoiled(pipeline, request, entry, replay, names, progress):
-        taps = record_pipeline(pipeline, request, entry, replay, names, progress)
+    def spoiled(pipeline, request, entry, replay, names, progress, hold):
+        taps = record_pipeline(pipeline, request, entry, replay, names, progress, hold)
         seen.append([tap.array.__array_interface__["data"][0] for tap in taps.values() if tap.array.size])
         return taps
 
