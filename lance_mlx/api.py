@@ -16,7 +16,7 @@ from lance_mlx.checkpoint import ViTSource
 from lance_mlx.hub import fetch, is_repository
 from lance_mlx.layouts import check_folder
 from lance_mlx.media import VideoWriter, check_output, save_image, to_uint8
-from lance_mlx.model.vae import VAE, num_decoded_frames
+from lance_mlx.model.vae import num_decoded_frames
 from lance_mlx.numerics import BFLOAT16, Numerics
 from lance_mlx.pipeline import Pipeline, PreparedQuestion
 from lance_mlx.pipeline import load as load_pipeline
@@ -24,6 +24,7 @@ from lance_mlx.preprocess import vae_pixels, vit_patches
 from lance_mlx.request import Question, Request, Task, Variant, Visual, VisualKind
 from lance_mlx.sampling.flow import Step
 from lance_mlx.sampling.noise import check_noise
+from lance_mlx.streaming import AnyVAE
 from lance_mlx.visuals import PreparedVisual, prepare_visuals, sized_by_source
 from lance_mlx.weights import Tracker
 
@@ -49,7 +50,7 @@ class Generated:
     numerics: str
     seconds_a_step: float
     earlier: tuple[Request, ...]
-    vae: VAE
+    vae: AnyVAE
 
     @property
     def num_frames(self) -> int:
@@ -134,6 +135,8 @@ class LanceModel:
         track: Tracker,
         variant: Variant | None,
         quiet: bool,
+        low_ram: bool,
+        keep_encoders: bool,
     ) -> None:
         self.model = model
         self.numerics = numerics
@@ -141,6 +144,8 @@ class LanceModel:
         self._variant = variant
         self._quiet = quiet
         self._track = track
+        self._low_ram = low_ram
+        self._keep_encoders = keep_encoders
         self._pipeline: Pipeline | None = None
         self._loaded: tuple[Variant, bool] | None = None
 
@@ -157,7 +162,8 @@ class LanceModel:
         self._pipeline = None
         mx.clear_cache()
         path = fetch(self.model, variant, self._quiet) if is_repository(self.model) else Path(self.model)
-        self._pipeline = load_pipeline(path, variant, self.numerics, looks, self._vit_source, self._track)
+        source, track, low_ram = self._vit_source, self._track, self._low_ram
+        self._pipeline = load_pipeline(path, variant, self.numerics, looks, source, track, low_ram)
         self._loaded = variant, looks
         return self._pipeline
 
@@ -227,6 +233,7 @@ class LanceModel:
             prepared = pipeline.prepare(request, visuals)
         else:
             prepared = pipeline.prepare_encoded(request, visuals, [clean])
+        self._done_looking(pipeline, prepared.conditions.vit, prepared.conditions.clean)
         started = time.perf_counter()
         for step in pipeline.denoise(prepared, noise):
             if callback is not None:
@@ -235,6 +242,14 @@ class LanceModel:
         seconds = (time.perf_counter() - started) / request.num_steps
         latents = step.x_next.reshape(*request.latent_grid, -1)
         return Generated(request, latents, self.numerics.name, seconds, earlier, pipeline.vae)
+
+    def _done_looking(self, pipeline: Pipeline, *seen: Any) -> None:
+        """Free the encoders where they are not to be kept, once what they made is computed."""
+        variant, looks = self._loaded
+        if looks and not self._keep_encoders and not self._low_ram:
+            mx.eval(*seen)
+            pipeline.drop_encoders()
+            self._loaded = variant, False
 
     def answer(self, question: Question, callback: Callable[[str], None] | None = None) -> Answer:
         """Answer a question about images or a video.
@@ -269,6 +284,7 @@ class LanceModel:
             pipeline = self.pipeline(question.variant, looks=True)
             started = time.perf_counter()
             earlier = pipeline.prepare_question(question, visuals, earlier)
+            self._done_looking(pipeline, [rows.und for rows in earlier.reader.prefix])
             yield _answer(pipeline, earlier, callback or (lambda piece: None), started)
 
 
@@ -279,6 +295,8 @@ def load(
     track: Tracker = iter,
     variant: Variant | None = None,
     quiet: bool = False,
+    low_ram: bool = False,
+    keep_encoders: bool = True,
 ) -> LanceModel:
     """Open a checkpoint; its models are fetched and read when a task first needs one.
 
@@ -290,6 +308,10 @@ def load(
         track: wraps the list of tensors while they are read, as tqdm does, to show progress.
         variant: use this model for every task; by default each task has the one that was trained for it.
         quiet: show no progress of fetching.
+        low_ram: hold one decoder layer in memory at a time, and the ViT and the VAE only while they are used; every
+            pass reads the layers from their files, so that it takes longer. Results are the same bit for bit.
+        keep_encoders: keep the ViT and the VAE's encoder for the next request. Without, they make room before
+            denoising or answering begins, and a later request that looks at something reads the model again.
 
     Raises:
         LanceError: there is no such folder.
@@ -297,7 +319,7 @@ def load(
     name = os.fspath(model)
     if not is_repository(name):
         check_folder(Path(name))
-    return LanceModel(name, numerics, vit_source, track, variant, quiet)
+    return LanceModel(name, numerics, vit_source, track, variant, quiet, low_ram, keep_encoders)
 
 
 def next_turn(request: Request, prompt: str) -> Request:

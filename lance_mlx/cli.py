@@ -164,6 +164,14 @@ def generate(
         Path | None,
         typer.Option(help="Start from this noise, [n, 48] in a .npy or .safetensors file, not from the seed."),
     ] = None,
+    low_ram: Annotated[
+        bool,
+        typer.Option(
+            "--low-ram",
+            help="Hold one layer in memory at a time and read the layers anew in every pass: slower, for machines "
+            "that the model does not fit into. The result is the same.",
+        ),
+    ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Show errors only, and an answer that no --output takes.")
     ] = False,
@@ -196,7 +204,9 @@ def generate(
     console = Console(quiet)
     track = partial(console.bar, desc="loading", unit="tensor")
     used = None if variant is None else Variant.of(variant)
-    opened = partial(load, model, policy(numerics), vit_source, track, used, quiet)
+    # Nothing looks again after the one request.
+    again = requests is not None or len(prompt or ()) > 1
+    opened = partial(load, model, policy(numerics), vit_source, track, used, quiet, low_ram, keep_encoders=again)
     if requests is not None:
         _refuse(given, _IN_THE_FILE, "goes with a single request, not with --requests")
         read = read_requests(requests, task)

@@ -10,7 +10,6 @@ import numpy as np
 from lance_mlx.checkpoint import ViTSource
 from lance_mlx.layouts import find_checkpoint
 from lance_mlx.model.lance import Lance
-from lance_mlx.model.vae import VAE
 from lance_mlx.numerics import BFLOAT16, Numerics
 from lance_mlx.prompt import answer_start, build_question, build_sequence
 from lance_mlx.request import Question, Request, Task, Variant
@@ -19,9 +18,10 @@ from lance_mlx.sampling.flow import Step, denoise
 from lance_mlx.sampling.noise import draw_eps, draw_noise
 from lance_mlx.sampling.text import Reader, answer_tokens, make_reader, token_budget
 from lance_mlx.sequence import Sequence as TokenSequence
+from lance_mlx.streaming import AnyVAE
 from lance_mlx.tokenizer import LanceTokenizer
 from lance_mlx.visuals import PreparedVisual, prepare_visuals, sized_by_source
-from lance_mlx.weights import Tracker, load_lance, load_vae
+from lance_mlx.weights import Tracker, load_lance, load_vae, stream_vae
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ def _shown(question: Question) -> tuple:
 class Pipeline:
     """A loaded Lance: tokenizer, transformer and VAE under one numeric policy."""
 
-    def __init__(self, model: Lance, vae: VAE, tokenizer: LanceTokenizer) -> None:
+    def __init__(self, model: Lance, vae: AnyVAE, tokenizer: LanceTokenizer) -> None:
         self.model = model
         self.vae = vae
         self.tokenizer = tokenizer
@@ -110,6 +110,11 @@ class Pipeline:
         tokens = self.model.vit_model(patches, [visual.vit_grid for visual in visuals])
         ends = np.cumsum([int(np.prod(visual.vit_cells)) for visual in visuals]).tolist()
         return tuple(mx.split(tokens, ends[:-1]))
+
+    def drop_encoders(self) -> None:
+        """Free the ViT and the VAE's encoder, which are in memory; what is prepared and evaluated needs neither."""
+        del self.model.vit_model, self.vae.encoder, self.vae.conv1
+        mx.clear_cache()
 
     def denoise(self, prepared: Prepared, noise: mx.array | None = None) -> Iterator[Step]:
         """Yield the sampler's steps; the last one's `x_next` holds the latents.
@@ -181,6 +186,7 @@ def load(
     looks: bool = False,
     vit_source: ViTSource = ViTSource.LANCE,
     track: Tracker = iter,
+    low_ram: bool = False,
 ) -> Pipeline:
     """Load one variant of a checkpoint, in any layout that `find_checkpoint` knows.
 
@@ -190,6 +196,7 @@ def load(
         looks: load the ViT and the VAE's encoder too, for tasks that are given pictures.
         vit_source: whose ViT weights win where two files hold them.
         track: wraps the list of tensors while they are read, as tqdm does, to show progress.
+        low_ram: read the decoder layers, the ViT and the VAE from their files each time they run.
 
     Raises:
         LanceError: a file, key or tensor is missing or wrong.
@@ -197,6 +204,11 @@ def load(
     checkpoint = find_checkpoint(Path(path), variant)
     checkpoint.check(numerics)
     tokenizer = LanceTokenizer(checkpoint.folder)
-    model = load_lance(checkpoint, numerics, looks, vit_source, track)
+    if low_ram:
+        # First, because it only looks at names and shapes.
+        vae = stream_vae(checkpoint.vae(), numerics, looks)
+    model = load_lance(checkpoint, numerics, looks, vit_source, track, low_ram)
     tokenizer.check(model.config)
-    return Pipeline(model, load_vae(checkpoint.vae(), numerics, looks), tokenizer)
+    if not low_ram:
+        vae = load_vae(checkpoint.vae(), numerics, looks)
+    return Pipeline(model, vae, tokenizer)

@@ -75,15 +75,25 @@ class StoredTensor:
         else:
             yield np.concatenate(list(converted)).reshape(self.info.shape).transpose(self.axes).reshape(-1)
 
-    def read(self, dtype: mx.Dtype) -> mx.array:
-        """The whole tensor in float32 or bfloat16; raises LanceError as `blocks` does."""
-        name = "float32" if dtype == mx.float32 else "bfloat16"
-        values, start = np.empty(math.prod(self.shape), _CARRIERS[name]), 0
-        for block in self.blocks(name):
+    def values(self, dtype: str) -> np.ndarray:
+        """The whole tensor in float32 or bfloat16 (as uint16 bits), flat; raises LanceError as `blocks` does.
+
+        Nothing of MLX is used, so that any thread may call it.
+        """
+        values, start = np.empty(math.prod(self.shape), _CARRIERS[dtype]), 0
+        for block in self.blocks(dtype):
             values[start : start + len(block)] = block
             start += len(block)
+        return values
+
+    def array(self, values: np.ndarray) -> mx.array:
+        """The tensor with what `values` gave."""
         array = mx.array(values)
-        return (array if name == "float32" else array.view(mx.bfloat16)).reshape(self.shape)
+        return (array.view(mx.bfloat16) if values.dtype == np.uint16 else array).reshape(self.shape)
+
+    def read(self, dtype: mx.Dtype) -> mx.array:
+        """The whole tensor in float32 or bfloat16; raises LanceError as `blocks` does."""
+        return self.array(self.values("float32" if dtype == mx.float32 else "bfloat16"))
 
     def lazy(self, dtype: mx.Dtype) -> mx.array:
         """The whole tensor of a safetensors file, which is read when it is first used."""

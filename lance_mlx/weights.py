@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -18,6 +19,8 @@ from lance_mlx.model.vae_encoder import DownBlockShape, EncoderShape
 from lance_mlx.model.vae_layers import PACKED_CHANNELS
 from lance_mlx.model.vit import ViTConfig
 from lance_mlx.numerics import Numerics
+from lance_mlx.safetensors_file import Tensors
+from lance_mlx.streaming import Streamed, StreamedVAE, stream_layers
 
 Tracker = Callable[[list], Iterable]
 _VAE_ENCODER = re.compile(r"encoder\.|conv1\.")
@@ -51,6 +54,7 @@ def load_lance(
     with_vit: bool = False,
     vit_source: ViTSource = ViTSource.LANCE,
     track: Tracker = iter,
+    streams: bool = False,
 ) -> Lance:
     """The model without its VAE, cast to the policy's dtype; raises LanceError naming a wrong tensor.
 
@@ -60,10 +64,15 @@ def load_lance(
         with_vit: load the ViT too, which only tasks that look at pictures need.
         vit_source: whose ViT wins where there are two.
         track: wraps the list of tensors while they are read, as tqdm does.
+        streams: read the decoder layers and the ViT each time they run, and drop them after that.
     """
     config, vit_config, parts = inspect_lance(checkpoint, with_vit, vit_source)
     model = Lance(config, numerics, vit_config)
-    _load(model, parts, numerics, track)
+    check_tensors(model, parts)
+    tensors = _joined(parts)
+    if streams:
+        tensors = stream_layers(model, tensors)
+    _fill(model, tensors, numerics, track)
     return model
 
 
@@ -76,11 +85,33 @@ def load_vae(part: Part, numerics: Numerics, with_encoder: bool = False) -> VAE:
     Raises:
         LanceError: a tensor is missing, extra, misshapen or not finite.
     """
+    decoder, encoder = _halves(part)
     if not with_encoder:
-        part = Part(part.path, {name: tensor for name, tensor in part.tensors.items() if not _VAE_ENCODER.match(name)})
+        part = decoder
     model = VAE(decoder_shape(part), encoder_shape(part) if with_encoder else None, numerics)
-    _load(model, [part], numerics)
+    check_tensors(model, [part])
+    _fill(model, part.tensors, numerics)
     return model
+
+
+def stream_vae(part: Part, numerics: Numerics, with_encoder: bool = False) -> StreamedVAE:
+    """As `load_vae`, but the decoder and the encoder are each read when they are used, and dropped after that."""
+    decoder, encoder = _halves(part)
+    decodes = VAE(decoder_shape(decoder), None, numerics)
+    check_tensors(decodes, [decoder])
+    if not with_encoder:
+        return StreamedVAE(Streamed(decodes, decoder.tensors, numerics.dtype), None)
+    encodes = VAE(None, encoder_shape(encoder), numerics)
+    check_tensors(encodes, [encoder])
+    both = ((decodes, decoder), (encodes, encoder))
+    return StreamedVAE(*(Streamed(vae, half.tensors, numerics.dtype) for vae, half in both))
+
+
+def _halves(part: Part) -> tuple[Part, Part]:
+    """The decoder's tensors and the encoder's."""
+    encoder = {name: tensor for name, tensor in part.tensors.items() if _VAE_ENCODER.match(name)}
+    decoder = {name: tensor for name, tensor in part.tensors.items() if name not in encoder}
+    return Part(part.path, decoder), Part(part.path, encoder)
 
 
 def check_tensors(model: nn.Module, parts: Iterable[Part]) -> None:
@@ -101,10 +132,12 @@ def check_tensors(model: nn.Module, parts: Iterable[Part]) -> None:
             raise LanceError(f"{path}: tensor '{name}' has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
-def _load(model: nn.Module, parts: Iterable[Part], numerics: Numerics, track: Tracker = iter) -> None:
-    """Fill every parameter, one tensor after the other, so that no more than one exists in two dtypes at a time."""
-    check_tensors(model, parts)
-    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+def _joined(parts: Iterable[Part]) -> Tensors:
+    return dict(chain.from_iterable(part.tensors.items() for part in parts))
+
+
+def _fill(model: nn.Module, tensors: Tensors, numerics: Numerics, track: Tracker = iter) -> None:
+    """Set parameters, one tensor after the other, so that no more than one exists in two dtypes at a time."""
     for name in track([name for name in tensors if not name.startswith(_HEAD)]):
         _set(model, name, tensors[name].read(numerics.dtype))
     for name in tensors:

@@ -31,18 +31,19 @@ class LatentStatistics(NamedTuple):
 
 
 class VAE(nn.Module):
-    """Decoder, and for tasks that look at pixels the encoder.
+    """Decoder, and for tasks that look at pixels the encoder; either may be left out.
 
     Latents are normalised by the statistics of Wan 2.2's 48 channels; the log-variance is not, as upstream leaves it.
     """
 
-    def __init__(self, decoder: DecoderShape, encoder: EncoderShape | None, numerics: Numerics) -> None:
+    def __init__(self, decoder: DecoderShape | None, encoder: EncoderShape | None, numerics: Numerics) -> None:
         super().__init__()
         self._dtype = numerics.dtype
         self._mean = mx.array(LATENT_MEAN).astype(numerics.dtype)
         self._inverse_std = 1.0 / mx.array(LATENT_STD).astype(numerics.dtype)
-        self.conv2 = CausalConv3d(LATENT_CHANNELS, LATENT_CHANNELS, (1, 1, 1))
-        self.decoder = Decoder(decoder)
+        if decoder is not None:
+            self.conv2 = CausalConv3d(LATENT_CHANNELS, LATENT_CHANNELS, (1, 1, 1))
+            self.decoder = Decoder(decoder)
         if encoder is not None:
             self.conv1 = CausalConv3d(2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS, (1, 1, 1))
             self.encoder = Encoder(encoder)

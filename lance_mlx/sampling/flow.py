@@ -89,6 +89,12 @@ def make_arms(model: Lance, request: Request, sequence: Sequence, conditions: Co
     return arms
 
 
+def _read_prefixes(arms: dict[str, Arm]) -> None:
+    for arm in arms.values():
+        for index in range(len(arm.prefix)):
+            arm.prefill(index)
+
+
 def unconditional(sequence: Sequence) -> Sequence:
     """The sequence that guidance steers away from: without the user's text, everything else kept."""
     return sequence.without(Role.TEXT)
@@ -129,9 +135,7 @@ def denoise(
     """
     check_noise(request, noise)
     arms = make_arms(model, request, sequence, conditions)
-    for arm in arms.values():
-        for index in range(len(arm.prefix)):
-            arm.prefill(index)
+    _read_prefixes(arms)
     block = sequence.target
     given = block.clean_tokens
     brackets = model.language_model.model.embed_tokens(mx.array(block.ids[[0, -1]]))
@@ -140,15 +144,18 @@ def denoise(
     x_t = initial_state(noise.astype(model.numerics.dtype), conditions.clean[-1] if given else None)
     # Which rows guidance is applied to, and so normed over, is where the two entries differ once more.
     rows = slice(given, None) if request.entry is Entry.FULL_SEQUENCE else slice(None)
+    guided = [is_guided(t, request) for t in times[:-1]]
     for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        if not any(guided[index:]):
+            # Guidance is over: nothing looks into that cache any more.
+            arms.pop("uncond", None)
         timestep = np.full(len(x_t), t, np.float32)
         timestep[:given] = 0
         embeds = ExpertRows(brackets, model.embed_latents(x_t, timestep, positions))
         state = State(index, float(t), timestep, x_t, embeds)
         cond = arms["cond"].velocity(state)[rows]
-        guided = is_guided(t, request)
-        uncond = arms["uncond"].velocity(state)[rows] if guided else None
-        velocity = guided_velocity(cond, uncond, request) if guided else cond
+        uncond = arms["uncond"].velocity(state)[rows] if guided[index] else None
+        velocity = guided_velocity(cond, uncond, request) if guided[index] else cond
         # In the full-sequence entry the velocity has no rows but these.
         x_t = advance(x_t, velocity[given - len(x_t) :], float(t - t_next))
         mx.eval(x_t)
