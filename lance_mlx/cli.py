@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lance_mlx import cli_convert
+from lance_mlx import cli_convert, cli_info
 from lance_mlx.api import load
 from lance_mlx.checkpoint import ViTSource
 from lance_mlx.commands import DEFAULT_FRAMES, DEFAULT_SIDE, Console, Interrupted, Settings, answer, draw, work_through
@@ -250,6 +250,7 @@ def _refuse(given: list[str], options: list[str], why: str) -> None:
 
 
 cli_convert.register(app, _EXIT)
+cli_info.register(app, _EXIT)
 
 
 def main() -> None:

@@ -180,6 +180,14 @@ class CommunityCheckpoint(Checkpoint):
         return read_header(self.folder / name)
 
 
+LAYOUTS = {
+    OfficialCheckpoint: "official layout",
+    ConvertedCheckpoint: "written by lance-mlx convert",
+    CommunityCheckpoint: "as mlx-community publishes it",
+}
+"""The layouts in words."""
+
+
 def _official_lance(name: str) -> str:
     if name.startswith(("embed_tokens.", "layers.", "norm.", "norm_moe_gen.")):
         return f"language_model.model.{name}"

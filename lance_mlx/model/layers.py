@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from lance_mlx.numerics import exp, runs_on_cpu
 
-_SCORE_BUDGET = 1 << 22
+SCORE_BUDGET = 1 << 22
 """Attention scores held at once where the backend materialises them: 16 MiB of float32, which stay in cache."""
 _FEW_ROWS, _LARGE = 4, 1 << 22
 _FEW_SCORES = 1 << 16
@@ -86,7 +86,7 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, causal: bool)
         return _attend(queries, keys, values, scale, causal)
     batch, heads, n, _ = queries.shape
     m = keys.shape[2]
-    rows = max(1, _SCORE_BUDGET // (batch * heads * m))
+    rows = max(1, SCORE_BUDGET // (batch * heads * m))
     few = queries.dtype == mx.float32 and batch * heads * n * m < _FEW_SCORES
     attend = _attend if few else _attend_exposed
     pieces = []

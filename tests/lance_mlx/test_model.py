@@ -44,7 +44,7 @@ def test_query_chunks_change_nothing(n, past, causal, budget):
     k, v = mx.random.normal((2, 1, 2, n + past, 8), key=key)
     whole = layers.attention(q, k, v, causal)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "_SCORE_BUDGET", budget)
+        patch.setattr(layers, "SCORE_BUDGET", budget)
         chunked = layers.attention(q, k, v, causal)
     assert relative(chunked, whole) < 1e-6
 

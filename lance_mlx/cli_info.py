@@ -1,0 +1,201 @@
+"""`lance-mlx info`: what is installed, what a checkpoint holds, and what a request would need."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import mlx.core as mx
+import typer
+
+from lance_mlx import blas
+from lance_mlx.checkpoint import Checkpoint, Part, ViTSource
+from lance_mlx.errors import LanceError
+from lance_mlx.estimate import OFFICIAL, peak_memory, sizes_of, work_of
+from lance_mlx.hub import is_repository
+from lance_mlx.layouts import LAYOUTS, check_folder, find_checkpoint, variants_in
+from lance_mlx.machine import measure, memory, seconds_of
+from lance_mlx.numerics import BFLOAT16, POLICIES, policy, runs_on_cpu
+from lance_mlx.request import Question, Request, Task, Variant, Visual, VisualKind
+
+_PROCESS = 90_000_000
+"""Bytes of Python and its libraries."""
+_DEFAULT_FRAMES = 50
+_DEFAULT_SIDE = 768
+_SIZES = {"width", "height", "num_frames", "steps", "guidance", "guidance_interval", "numerics", "variant"}
+
+
+def register(app: typer.Typer, epilog: str) -> None:
+    """Add the command to an app."""
+    app.command(epilog=epilog)(info)
+
+
+def info(
+    context: typer.Context,
+    model: Annotated[Path | None, typer.Option(help="Folder of a checkpoint in any layout.", metavar="DIR")] = None,
+    task: Annotated[
+        Task | None, typer.Option(help="Estimate what this task needs; at the official sizes without --model.")
+    ] = None,
+    width: Annotated[int, typer.Option(help="Pixels, of the source where the task takes its size from it.")] = (
+        _DEFAULT_SIDE
+    ),
+    height: Annotated[int, typer.Option(help="Pixels.")] = _DEFAULT_SIDE,
+    num_frames: Annotated[
+        int | None,
+        typer.Option(help=f"Frames of a video. [default: {_DEFAULT_FRAMES}]", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 turns guidance off.")] = 4.0,
+    guidance_interval: Annotated[tuple[float, float], typer.Option(help="Guidance acts while LOW < t <= HIGH.")] = (
+        0.4,
+        1.0,
+    ),
+    variant: Annotated[
+        VisualKind | None,
+        typer.Option(help="Which model. [default: the one trained for the task]", show_default=False),
+    ] = None,
+    numerics: Annotated[str, typer.Option(help=f"{' or '.join(POLICIES)}.")] = BFLOAT16.name,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
+) -> None:
+    """Show versions, the device and the BLAS in use; what a checkpoint holds; and what a task would need.
+
+    Memory and time are estimates: memory from the model's sizes, time from how fast this machine computes one layer.
+    """
+    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+    if task is None:
+        for name in (name for name in given if name in _SIZES):
+            raise LanceError(f"--{name.replace('_', '-')} needs a --task to estimate: name one of {', '.join(Task)}")
+    policy(numerics)
+    values: dict[str, Any] = {"installed": _installed()}
+    if model is not None:
+        if is_repository(str(model)):
+            raise LanceError(f"{model} is a repository: info reads a folder, so fetch it first")
+        check_folder(model)
+        values["checkpoints"] = [_held(find_checkpoint(model, found)) for found in variants_in(model)]
+    if task is not None:
+        asked, frames = _asked(task, width, height, num_frames, steps, guidance, guidance_interval)
+        values["estimate"] = _estimated(asked, frames, model, variant, numerics)
+    typer.echo(json.dumps(values, indent=2) if as_json else "\n".join(_lines(values)))
+
+
+def _installed() -> dict[str, Any]:
+    device = mx.default_device()
+    return {
+        "lance_mlx": version("lance-mlx"),
+        "mlx": version("mlx"),
+        "device": "gpu" if device.type == mx.gpu else "cpu",
+        "memory": memory(),
+        "blas": blas.describe(),
+    }
+
+
+def _held(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint's files hold; nothing but their headers is read."""
+    parts: dict[str, Part | None] = {"language_model": checkpoint.lance(), "vae": checkpoint.vae()}
+    try:
+        parts["vit"] = checkpoint.vit(ViTSource.LANCE)
+    except LanceError:
+        # Only tasks that look at pictures need one.
+        parts["vit"] = None
+    tensors = {name: part.tensors.values() if part else () for name, part in parts.items()}
+    return {
+        "folder": str(checkpoint.folder),
+        "variant": str(checkpoint.variant),
+        "layout": LAYOUTS[type(checkpoint)],
+        "dtypes": {name: sorted({tensor.info.dtype for tensor in held}) for name, held in tensors.items()},
+        "bytes": {name: sum(tensor.info.nbytes for tensor in held) for name, held in tensors.items()},
+    }
+
+
+def _asked(
+    task: Task,
+    width: int,
+    height: int,
+    num_frames: int | None,
+    steps: int,
+    guidance: float,
+    interval: tuple[float, float],
+) -> tuple[Request | Question, int]:
+    """A request of that size, and the frames of what it makes or looks at."""
+    frames = (_DEFAULT_FRAMES if task.is_for_video else 1) if num_frames is None else num_frames
+    visuals = (Visual("its source", task.takes),) if task.takes else ()
+    if task.answers:
+        return Question(task, "", visuals), frames
+    request = Request(
+        task,
+        "",
+        height,
+        width,
+        frames,
+        num_steps=steps,
+        guidance_scale=guidance,
+        guidance_interval=interval,
+        visuals=visuals,
+    )
+    return request, frames
+
+
+def _estimated(
+    asked: Request | Question, frames: int, model: Path | None, kind: VisualKind | None, numerics: str
+) -> dict[str, Any]:
+    sizes, rounding, looks = OFFICIAL, policy(numerics), asked.task.takes is not None
+    if model is not None:
+        checkpoint = find_checkpoint(model, asked.variant if kind is None else Variant.of(kind))
+        checkpoint.check(rounding)
+        sizes = sizes_of(checkpoint, looks)
+    work = work_of(asked, frames)
+    stages = {
+        name: peak_memory(sizes, rounding, work, low_ram, runs_on_cpu())
+        for name, low_ram in {"kept": False, "low_ram": True}.items()
+    }
+    rates = measure(sizes, rounding)
+    seconds = seconds_of(sizes, rates, work)
+    drawn = isinstance(asked, Request)
+    return {
+        "task": str(asked.task),
+        "width": asked.width if drawn else None,
+        "height": asked.height if drawn else None,
+        "num_frames": frames,
+        "steps": asked.num_steps if drawn else asked.max_new_tokens,
+        "guided_steps": work.num_guided,
+        "numerics": numerics,
+        "sizes": "official" if model is None else str(model),
+        "peak_bytes": {name: _PROCESS + max(found.values()) for name, found in stages.items()},
+        "stages": stages,
+        "flops": round(rates.product),
+        "seconds": seconds._asdict() | {"total": seconds.total},
+    }
+
+
+def _lines(values: dict[str, Any]) -> list[str]:
+    installed = values["installed"]
+    lines = [
+        f"lance-mlx {installed['lance_mlx']}, mlx {installed['mlx']}",
+        f"device: {installed['device']}, {installed['memory'] / 1e9:.1f} GB of memory",
+        f"BLAS: {installed['blas']}",
+    ]
+    for held in values.get("checkpoints", ()):
+        lines.append(f"{held['folder']}: {held['variant']}, {held['layout']}")
+        for name, size in held["bytes"].items():
+            dtypes = " and ".join(held["dtypes"][name])
+            lines.append(f"  {name.replace('_', ' ')}: " + (f"{size / 1e9:.2f} GB, {dtypes}" if size else "none"))
+    if "estimate" in values:
+        lines += _estimate_lines(values["estimate"])
+    return lines
+
+
+def _estimate_lines(found: dict[str, Any]) -> list[str]:
+    peak, seconds, steps = found["peak_bytes"], found["seconds"], found["steps"]
+    if found["width"] is None:
+        what = f"{found['task']}, an answer of {steps} tokens"
+    else:
+        frames = f", {found['num_frames']} frames" if found["num_frames"] > 1 else ""
+        what = f"{found['task']}, {found['width']}x{found['height']}{frames}, {steps} steps"
+        what += f" ({found['guided_steps']} guided)"
+    each = f"{seconds['steps'] / steps:.2f} s a {'token' if found['width'] is None else 'step'}"
+    sizes = " of the official model" if found["sizes"] == "official" else ""
+    return [
+        f"{what}, {found['numerics']}: an estimate{sizes}, not a measurement",
+        f"  peak memory: {peak['kept'] / 1e9:.2f} GB, with --low-ram {peak['low_ram'] / 1e9:.2f} GB",
+        f"  time: {seconds['total']:.1f} s without reading the files, {each}, at {found['flops'] / 1e9:.0f} GFLOP/s",
+    ]

@@ -1,0 +1,243 @@
+"""What a request will need: peak memory and time, estimated from the model's sizes before anything is read.
+
+Compared with what was measured (`mx.get_peak_memory`, MLX 0.32.4, its CPU backend on Linux, OpenBLAS) on random
+checkpoints of hidden size 64 and 512: see `peak_memory` and `machine.measure`. On a GPU, where attention and
+convolutions materialise nothing, it has not been compared.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from lance_mlx.checkpoint import Checkpoint, ViTSource
+from lance_mlx.config import SPATIAL_STRIDE, LanceConfig
+from lance_mlx.cost import Convolution, decoder_convolutions, encoder_convolutions
+from lance_mlx.model.lance import Lance
+from lance_mlx.model.layers import SCORE_BUDGET
+from lance_mlx.model.vae import VAE
+from lance_mlx.model.vae_decoder import DecoderShape, UpBlockShape
+from lance_mlx.model.vae_encoder import DownBlockShape, EncoderShape
+from lance_mlx.model.vit import ViTConfig
+from lance_mlx.numerics import Numerics
+from lance_mlx.preprocess import TEMPORAL_PATCH_SIZE, VIT_DIVISOR
+from lance_mlx.request import Question, Request, Task
+from lance_mlx.sampling.guidance import is_guided
+from lance_mlx.sampling.schedule import timesteps
+from lance_mlx.weights import decoder_shape, encoder_shape
+
+TEXT_TOKENS = 64
+"""Of template and prompt: a few tens, which weigh little beside the latents."""
+# How many such things exist at once, fitted to what was measured on the CPU: MLX runs ahead of what it computes by some
+# ten operations, whose results have their memory already.
+_MLP_BYTES = {"float32": 34.5, "bfloat16": 54.0}
+_SCORE_BYTES = {"float32": 14.0, "bfloat16": 33.0}
+_CASTS, _STREAMED_CASTS = 11, 4
+_UNFOLDED = 2
+_FRAMES = {"float32": 25, "bfloat16": 15}
+_MLP_VALUES_ON_GPU = 9
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Everything about a model that its memory and time follow from."""
+
+    config: LanceConfig
+    vit: ViTConfig
+    decoder: DecoderShape
+    encoder: EncoderShape
+
+
+OFFICIAL = Sizes(
+    LanceConfig(151936, 2048, 11008, 36, 16, 2, 128, 1e-6, 1e6, (16, 24, 24), 2, {}),
+    ViTConfig(32, 1280, 3420, 16, 2048, 14, 2, 2, 112, (7, 15, 23, 31)),
+    DecoderShape(
+        1024,
+        (
+            UpBlockShape(1024, 1024, 3, True, True),
+            UpBlockShape(1024, 1024, 3, True, True),
+            UpBlockShape(1024, 512, 3, True, False),
+            UpBlockShape(512, 256, 3, False, False),
+        ),
+    ),
+    EncoderShape(
+        160,
+        (
+            DownBlockShape(160, 160, 2, True, False),
+            DownBlockShape(160, 320, 2, True, True),
+            DownBlockShape(320, 640, 2, True, True),
+            DownBlockShape(640, 640, 2, False, False),
+        ),
+    ),
+)
+
+
+def sizes_of(checkpoint: Checkpoint, looks: bool, vit_source: ViTSource = ViTSource.LANCE) -> Sizes:
+    """Those of a checkpoint; raises LanceError where a file is missing or wrong.
+
+    Args:
+        looks: whether the ViT is needed: without, the official one stands in, and counts nothing.
+    """
+    vit = OFFICIAL.vit
+    if looks:
+        vit = checkpoint.vit_config(ViTConfig.from_dict)
+        checkpoint.vit(vit_source)
+    vae = checkpoint.vae()
+    return Sizes(checkpoint.llm_config(LanceConfig.from_dict), vit, decoder_shape(vae), encoder_shape(vae))
+
+
+class Weights(NamedTuple):
+    """Bytes of the parameters in memory; `layer` is one of the decoder layers, `others` what belongs to no layer."""
+
+    layer: int
+    layers: int
+    others: int
+    head: int
+    vit: int
+    decoder: int
+    encoder: int
+
+
+def weights_of(sizes: Sizes, numerics: Numerics) -> Weights:
+    """Bytes of the parameters under a policy."""
+    lance = Lance(sizes.config, numerics, sizes.vit)
+    layers = lance.language_model.model.layers
+    total, head, vit, layer = map(_values, (lance, lance.language_model.lm_head, lance.vit_model, layers[0]))
+    all_layers = layer * len(layers)
+    decoder, encoder = VAE(sizes.decoder, None, numerics), VAE(None, sizes.encoder, numerics)
+    values = layer, all_layers, total - head - vit - all_layers, head, vit, _values(decoder), _values(encoder)
+    return Weights(*(count * numerics.dtype.size for count in values))
+
+
+def _values(module: nn.Module) -> int:
+    return sum(parameter.size for _, parameter in tree_flatten(module.parameters()))
+
+
+class Pass(NamedTuple):
+    """Passes through the layers: rows of each expert, the keys that they see, and how many such passes."""
+
+    und: int
+    gen: int
+    keys: int
+    times: int = 1
+
+
+class Work(NamedTuple):
+    """What a request computes.
+
+    Attributes:
+        reading: the passes over what comes before the latents or the answer.
+        steps: those of the denoising steps, or of the tokens of an answer.
+        cached: tokens in the caches of all arms.
+        patches: that the ViT looks at.
+        encoded, decoded: latent frames, and `cells` of each.
+        num_guided: steps that have two arms.
+    """
+
+    reading: tuple[Pass, ...]
+    steps: tuple[Pass, ...]
+    cached: int
+    patches: int
+    encoded: int
+    decoded: int
+    cells: int
+    num_guided: int
+
+
+def work_of(request: Request | Question, num_frames: int) -> Work:
+    """What a request computes; one picture or video of `num_frames` is looked at where its task takes some."""
+    tokens = 0
+    if request.task.takes and request.task is not Task.I2V:
+        slices = -(-num_frames // TEMPORAL_PATCH_SIZE) if request.task.is_for_video else 1
+        tokens = slices * (request.vit_resolution // VIT_DIVISOR) ** 2 + 2
+    read = TEXT_TOKENS + tokens
+    patches = 4 * max(tokens - 2, 0)
+    if isinstance(request, Question):
+        answers = Pass(1, 0, read + request.max_new_tokens, request.max_new_tokens)
+        return Work((Pass(read, 0, read),), (answers,), read + request.max_new_tokens, patches, 0, 0, 0, 0)
+    frames, rows, columns = request.latent_grid
+    latents, clean, encoded = frames * rows * columns, 0, 0
+    if request.task is Task.I2V:
+        encoded = 1
+    elif request.task.size_from_source:
+        clean, encoded = latents, frames
+    elif request.task is Task.SUBJECT:
+        clean, encoded = (request.vae_resolution // SPATIAL_STRIDE) ** 2, 1
+    num_guided = sum(is_guided(t, request) for t in timesteps(request.num_steps, request.timestep_shift)[:-1])
+    arms = 2 if request.guidance_scale > 1 else 1
+    reading = [Pass(read, 0, read, arms)] + ([Pass(2, clean, read + clean + 2, arms)] if clean else [])
+    prefix = read + (clean + 2 if clean else 0)
+    step = Pass(2, latents, prefix + latents + 2, request.num_steps + num_guided)
+    return Work(tuple(reading), (step,), arms * prefix, patches, encoded, frames, rows * columns, num_guided)
+
+
+def peak_memory(sizes: Sizes, numerics: Numerics, work: Work, low_ram: bool, on_cpu: bool) -> dict[str, int]:
+    """Bytes of MLX's arrays at the peak of every stage of one request from the command line.
+
+    Within 25 % of `mx.get_peak_memory` where it was compared, stage by stage: hidden size 64 at 256x256; hidden size
+    512 with 8 layers at 256x256, 512x512, 5 frames of 256x256 and an edit of 256x256; float32 and bfloat16, with and
+    without `low_ram`.
+    """
+    config, weights = sizes.config, weights_of(sizes, numerics)
+    looks, answers = work.patches + work.encoded > 0, work.decoded == 0
+    held = weights.others + (weights.head if answers else 0)
+    caches = _cache(config, work.cached, numerics)
+    rows = [(p.und + p.gen, p.keys) for p in (*work.reading, *work.steps)]
+    casts = _STREAMED_CASTS if low_ram else _CASTS
+    heads, width = config.num_attention_heads, config.intermediate_size
+    largest = max(_activations(*pair, heads, width, config.hidden_size, casts, numerics, on_cpu) for pair in rows)
+    if answers and on_cpu and numerics.name == "bfloat16":
+        largest = max(largest, 2 * weights.head)
+    vit = sizes.vit
+    seeing = (work.patches, work.patches, vit.num_heads, vit.intermediate_size, vit.hidden_size)
+    seeing = _activations(*seeing, casts, numerics, on_cpu) if work.patches else 0
+    encoding = _coding(encoder_convolutions, sizes.encoder, work.cells, work.encoded, numerics, on_cpu)
+    decoding = _coding(decoder_convolutions, sizes.decoder, work.cells, work.decoded, numerics, on_cpu)
+    if low_ram:
+        looking = max(weights.vit + seeing if work.patches else 0, weights.encoder + encoding if work.encoded else 0)
+        stages = {"looking": held + looking, "passes": held + caches + weights.layer + largest}
+        return stages | ({} if answers else {"decoding": held + weights.decoder + decoding})
+    held += weights.layers + weights.decoder
+    looking = (weights.vit + weights.encoder + max(seeing, encoding)) if looks else 0
+    stages = {"looking": held + looking, "passes": held + caches + largest}
+    return stages | ({} if answers else {"decoding": held + decoding})
+
+
+def _cache(config: LanceConfig, tokens: int, numerics: Numerics) -> int:
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim + config.hidden_size
+    return tokens * values * numerics.dtype.size
+
+
+def _activations(
+    rows: int, keys: int, heads: int, width: int, hidden: int, casts: int, numerics: Numerics, on_cpu: bool
+) -> int:
+    """Bytes that exist at once in a layer: what its MLP makes, or its attention."""
+    if not on_cpu:
+        return _MLP_VALUES_ON_GPU * rows * width * numerics.dtype.size
+    # Where half precision is multiplied in float32, weights are cast as they are used.
+    cast = casts * 4 * width * hidden if numerics.name == "bfloat16" else 0
+    scores = min(heads * rows * keys, SCORE_BUDGET)
+    return round(max(cast + _MLP_BYTES[numerics.name] * rows * width, _SCORE_BYTES[numerics.name] * scores))
+
+
+def _coding(convolutions, shape: object, cells: int, frames: int, numerics: Numerics, on_cpu: bool) -> int:
+    """Bytes that exist at once in coding latent frames: the largest matrix that a convolution makes, and frames of the
+    widest stage."""
+    if not frames:
+        return 0
+    chunk = list(convolutions(shape, cells, first=frames == 1))
+    unfolded = _UNFOLDED * 4 * max(conv.unfolded for conv in chunk) if on_cpu else 0
+    return unfolded + _FRAMES[numerics.name] * 4 * max(conv.cells * conv.in_channels for conv in chunk)
+
+
+def coded(sizes: Sizes, work: Work) -> Iterator[tuple[int, Convolution]]:
+    """The convolutions of a request, and how often each is computed."""
+    for build, shape, frames in (
+        (encoder_convolutions, sizes.encoder, work.encoded),
+        (decoder_convolutions, sizes.decoder, work.decoded),
+    ):
+        if frames:
+            yield from ((1, conv) for conv in build(shape, work.cells, first=True))
+            yield from ((frames - 1, conv) for conv in build(shape, work.cells, first=False))

@@ -1,0 +1,123 @@
+"""The machine that a request runs on: what it has, and how fast it computes a layer and a convolution."""
+
+import os
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from lance_mlx.cost import Convolution, expert_weights
+from lance_mlx.estimate import Pass, Sizes, Work, coded
+from lance_mlx.model.layers import attention
+from lance_mlx.model.mot import ExpertRows, MoTDecoderLayer
+from lance_mlx.model.rope import rotary_table
+from lance_mlx.model.vae_layers import ResidualBlock, StreamState
+from lance_mlx.numerics import Numerics
+
+_ROWS = 128
+_KEYS = 1024
+_SIDE = 32
+
+
+class Rates(NamedTuple):
+    """Measured speeds.
+
+    Attributes:
+        layer: seconds that a pass of both experts takes in a layer however few its rows are.
+        product, convolution: floating point operations a second.
+        score: seconds of attention for a query, a key and a head.
+    """
+
+    layer: float
+    product: float
+    score: float
+    convolution: float
+
+
+class Seconds(NamedTuple):
+    """Time of the parts of a request; reading the checkpoint is not among them."""
+
+    looking: float
+    reading: float
+    steps: float
+    coding: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self)
+
+
+def memory() -> int:
+    """Bytes of the default device's memory."""
+    if mx.default_device().type == mx.gpu:
+        return int(mx.device_info()["memory_size"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def measure(sizes: Sizes, numerics: Numerics) -> Rates:
+    """Time one layer, attention and a residual block of the VAE at the model's widths, in about a second.
+
+    Between 0.7 and 1.05 times what a request took, where both were measured one after the other on two busy cores: the
+    sizes of `estimate.peak_memory`, three steps each.
+    """
+    config, dtype = sizes.config, numerics.dtype
+    layer = _zeros(MoTDecoderLayer(config), dtype)
+
+    def passed(rows: int) -> float:
+        x = ExpertRows(mx.ones((2, config.hidden_size), dtype), mx.ones((rows, config.hidden_size), dtype))
+        rotary = rotary_table(np.zeros((3, rows + 2), np.int32), config, numerics)
+        return _seconds(lambda: [*layer(x, rotary, None, False, True)[0]])
+
+    few, many = passed(1), passed(_ROWS)
+    per_row = max(many - few, many / (2 * _ROWS)) / (_ROWS - 1)
+    heads, kv_heads = ((n, _KEYS, config.head_dim) for n in (config.num_attention_heads, config.num_key_value_heads))
+    queries, keys = mx.zeros((1, heads[0], _ROWS, config.head_dim), dtype), mx.zeros((1, *kv_heads), dtype)
+    score = _seconds(lambda: attention(queries, keys, keys, causal=False)) / (heads[0] * _ROWS * _KEYS)
+    width = sizes.decoder.up_blocks[-1].in_channels
+    block, frame = _zeros(ResidualBlock(width, width), dtype), mx.ones((1, _SIDE, _SIDE, width), dtype)
+    operations = 2 * Convolution(_SIDE**2, 9, width, width).operations
+    convolution = operations / _seconds(lambda: block(frame, StreamState()))
+    return Rates(few, 2 * expert_weights(config) / per_row, score, convolution)
+
+
+def seconds_of(sizes: Sizes, rates: Rates, work: Work) -> Seconds:
+    """The time that a request takes at these speeds."""
+    config, vit = sizes.config, sizes.vit
+
+    def passes(items: tuple[Pass, ...]) -> float:
+        return sum(item.times * config.num_hidden_layers * layer(item) for item in items)
+
+    def layer(item: Pass) -> float:
+        rows = item.und + item.gen
+        products = 2 * rows * expert_weights(config) / rates.product
+        # Without latents one expert of the two has nothing to do.
+        fixed = rates.layer * (1 if item.gen else 0.5)
+        return fixed + products + rates.score * config.num_attention_heads * rows * item.keys
+
+    weights = vit.hidden_size * (4 * vit.hidden_size + 3 * vit.intermediate_size)
+    looking = 2 * work.patches * vit.depth * weights / rates.product
+    coding = sum(times * conv.operations for times, conv in coded(sizes, work)) / rates.convolution
+    return Seconds(looking, passes(work.reading), passes(work.steps), coding)
+
+
+def _zeros(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    module.update(tree_map(lambda parameter: mx.zeros(parameter.shape, dtype), module.parameters()))
+    mx.eval(module.parameters())
+    return module
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Median time of up to five runs in a quarter of a second, after one that warms up."""
+    mx.eval(run())
+    times: list[float] = []
+    while not times or (len(times) < 5 and sum(times) < 0.25):
+        started = time.perf_counter()
+        mx.eval(run())
+        times.append(time.perf_counter() - started)
+    return median(times)
