@@ -55,6 +55,7 @@ class Convolution(NamedTuple):
 def decoder_convolutions(shape: DecoderShape, cells: int, first: bool) -> Iterator[Convolution]:
     """Those that decode one latent frame of `cells` cells, the first one of a video or a later one."""
     depth, width = 1 if first else 3, shape.channels
+    yield Convolution(cells, 1, LATENT_CHANNELS, LATENT_CHANNELS)
     yield Convolution(cells, 9 * depth, LATENT_CHANNELS, width)
     yield from _middle(cells, depth, width)
     for block in shape.up_blocks:
@@ -86,6 +87,7 @@ def encoder_convolutions(shape: EncoderShape, cells: int, first: bool) -> Iterat
             yield Convolution(cells, 3, width, width)
     yield from _middle(cells, depth, width)
     yield Convolution(cells, 9 * depth, width, 2 * LATENT_CHANNELS)
+    yield Convolution(cells, 1, 2 * LATENT_CHANNELS, 2 * LATENT_CHANNELS)
 
 
 def _residual(cells: int, depth: int, in_channels: int, out_channels: int, blocks: int) -> Iterator[Convolution]:

@@ -32,12 +32,26 @@ TEXT_TOKENS = 64
 """Of template and prompt: a few tens, which weigh little beside the latents."""
 # How many such things exist at once, fitted to what was measured on the CPU: MLX runs ahead of what it computes by some
 # ten operations, whose results have their memory already.
-_MLP_BYTES = {"float32": 34.5, "bfloat16": 54.0}
-_SCORE_BYTES = {"float32": 14.0, "bfloat16": 33.0}
-_CASTS, _STREAMED_CASTS = 11, 4
 _UNFOLDED = 2
 _FRAMES = {"float32": 25, "bfloat16": 15}
 _MLP_VALUES_ON_GPU = 9
+
+
+class _Layer(NamedTuple):
+    """Of a layer on the CPU: matrices of its MLP that are cast, bytes a value inside its MLP, bytes a score."""
+
+    casts: int
+    value: float
+    score: float
+
+
+_LAYERS = {
+    ("float32", False): _Layer(0, 34.5, 14.0),
+    ("float32", True): _Layer(0, 34.5, 14.0),
+    ("bfloat16", False): _Layer(11, 54.0, 33.0),
+    # Layers that are evaluated one by one leave less to run ahead to.
+    ("bfloat16", True): _Layer(4, 54.0, 20.0),
+}
 
 
 @dataclass(frozen=True)
@@ -185,14 +199,14 @@ def peak_memory(sizes: Sizes, numerics: Numerics, work: Work, low_ram: bool, on_
     held = weights.others + (weights.head if answers else 0)
     caches = _cache(config, work.cached, numerics)
     rows = [(p.und + p.gen, p.keys) for p in (*work.reading, *work.steps)]
-    casts = _STREAMED_CASTS if low_ram else _CASTS
+    layer = _LAYERS[numerics.name, low_ram]
     heads, width = config.num_attention_heads, config.intermediate_size
-    largest = max(_activations(*pair, heads, width, config.hidden_size, casts, numerics, on_cpu) for pair in rows)
+    largest = max(_activations(*pair, heads, width, config.hidden_size, layer, numerics, on_cpu) for pair in rows)
     if answers and on_cpu and numerics.name == "bfloat16":
         largest = max(largest, 2 * weights.head)
     vit = sizes.vit
     seeing = (work.patches, work.patches, vit.num_heads, vit.intermediate_size, vit.hidden_size)
-    seeing = _activations(*seeing, casts, numerics, on_cpu) if work.patches else 0
+    seeing = _activations(*seeing, _LAYERS[numerics.name, False], numerics, on_cpu) if work.patches else 0
     encoding = _coding(encoder_convolutions, sizes.encoder, work.cells, work.encoded, numerics, on_cpu)
     decoding = _coding(decoder_convolutions, sizes.decoder, work.cells, work.decoded, numerics, on_cpu)
     if low_ram:
@@ -211,15 +225,14 @@ def _cache(config: LanceConfig, tokens: int, numerics: Numerics) -> int:
 
 
 def _activations(
-    rows: int, keys: int, heads: int, width: int, hidden: int, casts: int, numerics: Numerics, on_cpu: bool
+    rows: int, keys: int, heads: int, width: int, hidden: int, layer: _Layer, numerics: Numerics, on_cpu: bool
 ) -> int:
     """Bytes that exist at once in a layer: what its MLP makes, or its attention."""
     if not on_cpu:
         return _MLP_VALUES_ON_GPU * rows * width * numerics.dtype.size
-    # Where half precision is multiplied in float32, weights are cast as they are used.
-    cast = casts * 4 * width * hidden if numerics.name == "bfloat16" else 0
-    scores = min(heads * rows * keys, SCORE_BUDGET)
-    return round(max(cast + _MLP_BYTES[numerics.name] * rows * width, _SCORE_BYTES[numerics.name] * scores))
+    # Half precision is multiplied in float32 there, and weights are cast as they are used.
+    mlp = layer.casts * 4 * width * hidden + layer.value * rows * width
+    return round(max(mlp, layer.score * min(heads * rows * keys, SCORE_BUDGET)))
 
 
 def _coding(convolutions, shape: object, cells: int, frames: int, numerics: Numerics, on_cpu: bool) -> int:
