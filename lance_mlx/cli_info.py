@@ -190,7 +190,7 @@ def _estimate_lines(found: dict[str, Any]) -> list[str]:
         what = f"{found['task']}, an answer of {steps} tokens"
     else:
         frames = f", {found['num_frames']} frames" if found["num_frames"] > 1 else ""
-        what = f"{found['task']}, {found['width']}x{found['height']}{frames}, {steps} steps"
+        what = f"{found['task']}, {found['width']}x{found['height']}{frames}, {steps} step{'s' if steps > 1 else ''}"
         what += f" ({found['guided_steps']} guided)"
     each = f"{seconds['steps'] / steps:.2f} s a {'token' if found['width'] is None else 'step'}"
     sizes = " of the official model" if found["sizes"] == "official" else ""
