@@ -32,8 +32,7 @@ TEXT_TOKENS = 64
 """Of template and prompt: a few tens, which weigh little beside the latents."""
 # How many such things exist at once, fitted to what was measured on the CPU: MLX runs ahead of what it computes by some
 # ten operations, whose results have their memory already.
-_UNFOLDED = 2
-_FRAMES = {"float32": 25, "bfloat16": 15}
+_FRAMES = 18
 _MLP_VALUES_ON_GPU = 9
 
 
@@ -46,11 +45,11 @@ class _Layer(NamedTuple):
 
 
 _LAYERS = {
-    ("float32", False): _Layer(0, 34.5, 14.0),
-    ("float32", True): _Layer(0, 34.5, 14.0),
-    ("bfloat16", False): _Layer(11, 54.0, 33.0),
+    ("float32", False): _Layer(0, 34.5, 19.5),
+    ("float32", True): _Layer(0, 34.5, 12.5),
+    ("bfloat16", False): _Layer(11, 54.0, 23.5),
     # Layers that are evaluated one by one leave less to run ahead to.
-    ("bfloat16", True): _Layer(4, 54.0, 20.0),
+    ("bfloat16", True): _Layer(4, 54.0, 13.0),
 }
 
 
@@ -190,9 +189,8 @@ def work_of(request: Request | Question, num_frames: int) -> Work:
 def peak_memory(sizes: Sizes, numerics: Numerics, work: Work, low_ram: bool, on_cpu: bool) -> dict[str, int]:
     """Bytes of MLX's arrays at the peak of every stage of one request from the command line.
 
-    Within 25 % of `mx.get_peak_memory` where it was compared, stage by stage: hidden size 64 at 256x256; hidden size
-    512 with 8 layers at 256x256, 512x512, 5 frames of 256x256 and an edit of 256x256; float32 and bfloat16, with and
-    without `low_ram`.
+    Within 25 % of `mx.get_peak_memory` where it was compared: hidden size 64 at 256x256, float32 and bfloat16, with and
+    without `low_ram`; hidden size 512 with 4 layers at 256x256 and 512x512, both numerics, without.
     """
     config, weights = sizes.config, weights_of(sizes, numerics)
     looks, answers = work.patches + work.encoded > 0, work.decoded == 0
@@ -207,8 +205,8 @@ def peak_memory(sizes: Sizes, numerics: Numerics, work: Work, low_ram: bool, on_
     vit = sizes.vit
     seeing = (work.patches, work.patches, vit.num_heads, vit.intermediate_size, vit.hidden_size)
     seeing = _activations(*seeing, _LAYERS[numerics.name, False], numerics, on_cpu) if work.patches else 0
-    encoding = _coding(encoder_convolutions, sizes.encoder, work.cells, work.encoded, numerics, on_cpu)
-    decoding = _coding(decoder_convolutions, sizes.decoder, work.cells, work.decoded, numerics, on_cpu)
+    encoding = _coding(encoder_convolutions, sizes.encoder, work.cells, work.encoded, on_cpu)
+    decoding = _coding(decoder_convolutions, sizes.decoder, work.cells, work.decoded, on_cpu)
     if low_ram:
         looking = max(weights.vit + seeing if work.patches else 0, weights.encoder + encoding if work.encoded else 0)
         stages = {"looking": held + looking, "passes": held + caches + weights.layer + largest}
@@ -235,14 +233,14 @@ def _activations(
     return round(max(mlp, layer.score * min(heads * rows * keys, SCORE_BUDGET)))
 
 
-def _coding(convolutions, shape: object, cells: int, frames: int, numerics: Numerics, on_cpu: bool) -> int:
+def _coding(convolutions, shape: object, cells: int, frames: int, on_cpu: bool) -> int:
     """Bytes that exist at once in coding latent frames: the largest matrix that a convolution makes, and frames of the
     widest stage."""
     if not frames:
         return 0
     chunk = list(convolutions(shape, cells, first=frames == 1))
-    unfolded = _UNFOLDED * 4 * max(conv.unfolded for conv in chunk) if on_cpu else 0
-    return unfolded + _FRAMES[numerics.name] * 4 * max(conv.cells * conv.in_channels for conv in chunk)
+    unfolded = 4 * max(conv.unfolded for conv in chunk) if on_cpu else 0
+    return unfolded + _FRAMES * 4 * max(conv.cells * conv.in_channels for conv in chunk)
 
 
 def coded(sizes: Sizes, work: Work) -> Iterator[tuple[int, Convolution]]:
