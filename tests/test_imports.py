@@ -56,11 +56,7 @@ def distributions(*requirements: str) -> set[str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_file_imports_what_its_package_must_not_know(package):
-    found = [
-        f"{path} imports {name}"
-        for path, name, _ in imports_of(package)
-        if name in FORBIDDEN[package] | {"*"}
-    ]
+    found = [f"{path} imports {name}" for path, name, _ in imports_of(package) if name in FORBIDDEN[package] | {"*"}]
     assert found == []
 
 
