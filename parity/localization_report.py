@@ -140,6 +140,7 @@ def render(localization: Localization, drawn: Drawn) -> str:
         slices=slices_by_axis,
         counted=words.counted(localization),
         false_alarms=words.false_alarms(localization),
+        departs=words.departs(localization),
         request=_plain(localization.request),
         wrong=wrong[:STATIC_ROWS],
         wrong_count=len(wrong),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from parity import verdict
 from parity.findings import EXACT, LOCAL, Explanation, Finding, Localization, TapError
+from parity.trajectory import first_departure
 
 VERDICTS = {
     verdict.AGREE: "✓ AGREES",
@@ -99,6 +100,20 @@ def tenths(share: float) -> str:
 def number(value: float | None) -> str:
     """Return an error with three digits, a dash where there is none."""
     return "–" if value is None else "0" if value == 0 else f"{value:.3g}"
+
+
+def departs(localization: Localization) -> str:
+    """Return in words after which step the free-running state departs first, and how far off each arm is there."""
+    steps, alarm = localization.trajectory, localization.alarm
+    if not steps or alarm is None:
+        return ""
+    beyond = f"farther off than {times(alarm.threshold)} times what one rounding of the first state does"
+    first = first_departure(steps, alarm.threshold)
+    if first is None:
+        return f"No state is {beyond}."
+    velocity = next(step.velocity for step in steps if step.step == first)
+    arms = ", ".join(f"{ARMS.get(arm, arm)} {number(off)}" for arm, off in velocity.items())
+    return f"The state departs first after step {first}: it is {beyond}. From the oracle's state there: {arms}."
 
 
 def false_alarms(localization: Localization) -> str:

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from parity.findings import Departure, Margin
+from parity.findings import Alarm, Departure, Localization, Margin
+from parity.localization_words import departs
 from parity.recording import Tap
 from parity.trajectory import first_departure, margins, teacher_forced, trajectory
+from parity.verdict import DIVERGE
 
 DRAWN = ("t2i-fp32-kv", "t2i-fp32-nokv", "t2v-bf16-kv")
 ROUNDING = {"float32": 1e-5, "bfloat16": 0.05}
@@ -147,3 +149,14 @@ def test_the_answer_of_lance_mlx_has_margins(oracle_of, subject_of):
     assert all(m.margin >= 0 and m.error >= 0 for m in found)
     # Given the right tokens before it, each is answered rightly, or so close are two of them.
     assert all(m.got == m.expected or m.tie for m in found)
+
+
+def test_the_report_says_where_the_state_departs_first():
+    def said(*latents, alarm):
+        shared = ("b", "mlx", "t2i", "kv_cache", "float32", DIVERGE, "", (), (), ())
+        return departs(Localization(*shared, alarm, departures(*latents)))
+
+    three = Alarm(0.01, 10, 3.0, 100)
+    assert said(1e-7, 2e-6, 5e-6, alarm=three).startswith("The state departs first after step 2: it is farther off")
+    assert said(1e-7, 2e-6, alarm=three).startswith("No state is farther off than 3")
+    assert said(alarm=three) == said(1.0, alarm=None) == ""
