@@ -119,10 +119,7 @@ def row_roles(tap: TapName, rows: int, layout: Layout) -> list[str] | None:
     else:
         labels = [inner] * held
     whole = [BRACKET, *labels, BRACKET]
-    if rows == held == 2 and "_moe_gen" not in tap.name:
-        # They may as well be the two brackets.
-        return None
-    return {2: [BRACKET] * 2, held: labels, split.length: whole}.get(rows)
+    return {split.length: whole, held: labels, 2: [BRACKET] * 2}.get(rows)
 
 
 def _sequence_roles(tap: TapName, rows: int, layout: Layout) -> list[str] | None:
