@@ -40,7 +40,9 @@ def to_tap(value: Rows) -> Tap:
     """
     if isinstance(value, ExpertRows):
         und, gen = to_tap(value.und), to_tap(value.gen)
-        return replace(und, array=np.concatenate([und.array[:1], gen.array, und.array[1:]]))
+        # Rows of two dtypes merge into the wider one, as MLX concatenates them.
+        wider = und if und.dtype == gen.dtype else next(tap for tap in (und, gen) if tap.dtype == "float32")
+        return replace(wider, array=np.concatenate([und.array[:1], gen.array, und.array[1:]]))
     if isinstance(value, np.ndarray):
         held = np.float32 if value.dtype.kind == "f" else np.int32
         return Tap(np.array(value, held), np.dtype(held).name)

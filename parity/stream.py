@@ -150,9 +150,6 @@ class _Run:
         self.plan, self.theirs, self.ours, self.faults = plan, theirs, ours, faults
         self.tell = tell
         self.contract = contract_of(theirs.run)
-        if "inputs/guided" in self.contract.exact:
-            # One step is run.
-            self.contract.exact["inputs/guided"] = self.contract.exact["inputs/guided"][:1]
         self.measured: dict[str, _Measured] = {}
         self.errors: dict[str, np.ndarray] = {}
         self.failure = ""
