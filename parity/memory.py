@@ -1,6 +1,7 @@
 """Memory of this process: its peak, where the system tells it, and giving back what is free."""
 
 import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -15,7 +16,11 @@ def reset_peak() -> None:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library can (glibc): it keeps what lies between what is in use."""
+    """Return freed memory to the system, where the C library can (glibc): it keeps what lies between what is in use.
+
+    What only refers to itself is freed first: Python would do so at any time, with the next layer in memory as well.
+    """
+    gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):
