@@ -10,6 +10,7 @@ Where PyTorch is loaded after it, PyTorch multiplies with it too, and rounds oth
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from ctypes.util import find_library
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def load() -> None:
     if _KERNEL not in os.environ and _AVX512 <= _cpu_flags():
         # OpenBLAS knows processors by their model, and takes slower kernels for those newer than itself.
         os.environ[_KERNEL] = "SKYLAKEX"
-    for name in (chosen,) if chosen else (*_NAMES, find_library("openblas"), _beside_python()):
+    for name in (chosen,) if chosen else _candidates():
         if name and _load(name):
             return
 
@@ -65,6 +66,13 @@ def describe() -> str:
     if chosen not in (None, "none"):
         return f"MLX's own, which is slow: {VARIABLE} names {chosen}, which is no BLAS that can be loaded"
     return f"MLX's own, which is slow: apt install libopenblas0-pthread, or give a path in {VARIABLE}"
+
+
+def _candidates() -> Iterator[str | None]:
+    """Where an OpenBLAS may be, one by one: to search as the linker does takes longer than to load."""
+    yield from _NAMES
+    yield find_library("openblas")
+    yield _beside_python()
 
 
 def _load(name: str) -> bool:

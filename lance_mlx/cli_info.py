@@ -10,6 +10,7 @@ import typer
 
 from lance_mlx import blas
 from lance_mlx.checkpoint import Checkpoint, Part, ViTSource
+from lance_mlx.commands import DEFAULT_FRAMES, DEFAULT_SIDE
 from lance_mlx.errors import LanceError
 from lance_mlx.estimate import OFFICIAL, peak_memory, sizes_of, work_of
 from lance_mlx.hub import is_repository
@@ -20,8 +21,6 @@ from lance_mlx.request import Question, Request, Task, Variant, Visual, VisualKi
 
 _PROCESS = 90_000_000
 """Bytes of Python and its libraries."""
-_DEFAULT_FRAMES = 50
-_DEFAULT_SIDE = 768
 _SIZES = {"width", "height", "num_frames", "steps", "guidance", "guidance_interval", "numerics", "variant"}
 
 
@@ -37,12 +36,12 @@ def info(
         Task | None, typer.Option(help="Estimate what this task needs; at the official sizes without --model.")
     ] = None,
     width: Annotated[int, typer.Option(help="Pixels, of the source where the task takes its size from it.")] = (
-        _DEFAULT_SIDE
+        DEFAULT_SIDE
     ),
-    height: Annotated[int, typer.Option(help="Pixels.")] = _DEFAULT_SIDE,
+    height: Annotated[int, typer.Option(help="Pixels.")] = DEFAULT_SIDE,
     num_frames: Annotated[
         int | None,
-        typer.Option(help=f"Frames of a video. [default: {_DEFAULT_FRAMES}]", show_default=False),
+        typer.Option(help=f"Frames of a video. [default: {DEFAULT_FRAMES}]", show_default=False),
     ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 turns guidance off.")] = 4.0,
@@ -117,7 +116,7 @@ def _asked(
     interval: tuple[float, float],
 ) -> tuple[Request | Question, int]:
     """A request of that size, and the frames of what it makes or looks at."""
-    frames = (_DEFAULT_FRAMES if task.is_for_video else 1) if num_frames is None else num_frames
+    frames = (DEFAULT_FRAMES if task.is_for_video else 1) if num_frames is None else num_frames
     visuals = (Visual("its source", task.takes),) if task.takes else ()
     if task.answers:
         return Question(task, "", visuals), frames

@@ -10,6 +10,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_map
 
 from lance_mlx.checkpoint import VIT
 from lance_mlx.model.lance import Lance
@@ -155,23 +156,23 @@ def stream_layers(model: Lance, tensors: Tensors) -> Tensors:
     """
     dtype, transformer = model.numerics.dtype, model.language_model.model
     layers = transformer.layers
-    own = [_below(tensors, f"{_LAYERS}{index}.") for index in range(len(layers))]
+    own = [below(tensors, f"{_LAYERS}{index}.") for index in range(len(layers))]
     transformer.layers = StreamedLayers(layers[0], own, dtype)
     if "vit_model" in model:
-        model.vit_model = StreamedViT(Streamed(model.vit_model, _below(tensors, VIT), dtype))
+        model.vit_model = StreamedViT(Streamed(model.vit_model, below(tensors, VIT), dtype))
     return {name: tensor for name, tensor in tensors.items() if not name.startswith((_LAYERS, VIT))}
 
 
-def _below(tensors: Tensors, prefix: str) -> Tensors:
+def below(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors whose names begin with a prefix, named without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @contextmanager
 def _emptied_after(module: nn.Module) -> Iterator[None]:
-    """Take away the parameters that the block gives a module; those that it has now were never computed."""
-    empty = module.parameters()
+    """Leave a module without the parameters that the block gives it."""
     try:
         yield
     finally:
-        module.update(empty)
+        module.update(tree_map(lambda array: mx.zeros((0,), array.dtype), module.parameters()))
         mx.clear_cache()

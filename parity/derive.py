@@ -17,7 +17,8 @@ from parity.bundle import Bundle
 from parity.errors import ParityError
 from parity.facts import Facts
 from parity.implementations import one_line
-from parity.record import INPUTS, draw
+from parity.record import draw
+from parity.recorded_taps import INPUTS
 from parity.recording import Tap
 from parity.registry import parse, velocity_calls
 from reference.errors import ReferenceError

@@ -165,7 +165,7 @@ def _run_all(
             if progress:
                 progress(f"floors: {variant.name}")
             names.append(f"{variant.name}:{variant.family}")
-            recordings.append(_run(bundle, variant, run))
+            recordings.append(run_variant(variant, lambda variant=variant: run(load_run(bundle, variant.numerics))))
     return names, recordings
 
 
@@ -174,19 +174,20 @@ def floats_of(taps: Mapping[str, Tap | Sketch]) -> list[str]:
     return [name for name, tap in taps.items() if tap.dtype != "int32"]
 
 
-def _run(bundle: Bundle, variant: Variant, run: Callable[[TorchReplay], Recording]) -> Recording:
+def run_variant(variant: Variant, run: Callable[[], Recording]) -> Recording:
+    """What `run` computes with a variant's threads, with the errors that the variant draws."""
     threads = torch.get_num_threads()
     torch.set_num_threads(variant.threads)
     try:
-        taps = run(load_run(bundle, variant.numerics))
+        taps = run()
     finally:
         torch.set_num_threads(threads)
     if not variant.draw:
         return taps
-    return {name: disturbed(name, tap, [variant.draw, i], variant.sums) for i, (name, tap) in enumerate(taps.items())}
+    return {name: _disturbed(name, tap, [variant.draw, i], variant.sums) for i, (name, tap) in enumerate(taps.items())}
 
 
-def disturbed(name: str, tap: Tap, seed: list[int], sums: bool) -> Tap:
+def _disturbed(name: str, tap: Tap, seed: list[int], sums: bool) -> Tap:
     """A float32 tap with the errors of one unit in its last place, or of the sums that norm each of its rows."""
     if tap.dtype != "float32":
         return tap

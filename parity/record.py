@@ -15,7 +15,7 @@ from parity.implementations import one_line
 from parity.keeper import Keeper, parted
 from parity.placing import checkpoint_name, publish, staging_beside, with_media
 from parity.provenance import code_commit
-from parity.recorded_taps import RecordedTaps
+from parity.recorded_taps import INPUTS, RecordedTaps
 from parity.recording import Recording, Replay, Tap
 from parity.replay_mlx import request_from_bundle
 from parity.replay_torch import record_pipeline
@@ -30,13 +30,6 @@ IMPLEMENTATION = "lance-mlx reference"
 """What a recorded bundle's manifest names as its source."""
 
 NUMERICS = ("float32", "bfloat16")
-
-INPUTS = (
-    *("text_ids", "modality", "split_lens", "attn_modes", "video_grid_thw", "video_sizes", "vae_video_grid_thw"),
-    *("vit_video_grid_thw", "packed_vae_token_indexes", "packed_vit_token_indexes", "mse_loss_indexes"),
-    "ce_loss_indexes",
-)
-"""The integers of a layout that a bundle's inputs hold."""
 
 
 def record(

@@ -1,9 +1,15 @@
-"""Which taps a bundle holds."""
+"""Which taps and inputs a bundle holds."""
 
 import re
 
 from parity.registry import parse
 
+INPUTS = (
+    *("text_ids", "modality", "split_lens", "attn_modes", "video_grid_thw", "video_sizes", "vae_video_grid_thw"),
+    *("vit_video_grid_thw", "packed_vae_token_indexes", "packed_vit_token_indexes", "mse_loss_indexes"),
+    "ce_loss_indexes",
+)
+"""The integers of a layout that a bundle's inputs hold."""
 CHUNKS = (0, 1)
 _LAYER = r"language_model\.model\.layers\.\d+"
 _EXPERT = "(_moe_gen)?"

@@ -1,7 +1,7 @@
 """lance_mlx with one part of its weights in memory at a time, its passes run layer by layer."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from unittest.mock import patch
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 
 import lance_mlx.sampling.flow as flow
 from lance_mlx.checkpoint import ViTSource
@@ -21,6 +20,7 @@ from lance_mlx.model.rope import RotaryTable
 from lance_mlx.numerics import policy
 from lance_mlx.pipeline import Pipeline
 from lance_mlx.request import Question, Variant
+from lance_mlx.streaming import Streamed, below
 from lance_mlx.tokenizer import LanceTokenizer
 from lance_mlx.visuals import PreparedVisual
 from lance_mlx.weights import check_tensors, inspect_lance
@@ -166,17 +166,12 @@ class MlxStream:
     @contextmanager
     def loaded(self, *parts: str) -> Iterator[None]:
         """Keep the weights of some parts while the context lasts."""
-        modules, dtype = [self._module(part) for part in parts], self._model.numerics.dtype
-        for part in parts:
-            below = [name for name in self._tensors if name.startswith(f"{part}.")]
-            for name in below:
-                self._model.load_weights([(name, self._tensors[name].read(dtype))], strict=False)
-        try:
+        dtype = self._model.numerics.dtype
+        with ExitStack() as stack:
+            for part in parts:
+                own = Streamed(self._module(part), below(self._tensors, f"{part}."), dtype)
+                stack.enter_context(own.loaded())
             yield
-        finally:
-            for module in modules:
-                module.update(tree_map(lambda array: mx.zeros((0,), array.dtype), module.parameters()))
-            mx.clear_cache()
 
     def _module(self, path: str) -> nn.Module:
         return dict(self._model.named_modules())[path]

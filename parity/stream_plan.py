@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from lance_mlx.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lance_mlx.visuals import prepare_visuals
 from parity.bundle import Bundle
 from parity.errors import ParityError
 from parity.implementations import one_line, replay_of
+from parity.record import NUMERICS
 from parity.record_options import Options, build_request
 from parity.recording import Recording, Replay, Tap, open_tensors, read_tensors
 from parity.replay_mlx import request_from_bundle
@@ -21,11 +23,6 @@ from reference.vae_layers import LATENT_CHANNELS
 
 TASKS = ("t2i", "t2v", "x2t_image")
 """The tasks that can be streamed."""
-NUMERICS = ("float32", "bfloat16")
-CELL = 16
-"""Pixels of a latent, across and down."""
-FRAMES = 4
-"""Frames of a latent frame after the first."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +84,12 @@ def plan_against(path: Path, checkpoint: Path | None = None) -> Iterator[StreamP
 
 def size_of_latents(count: int, num_frames: int) -> tuple[int, int]:
     """Width and height in pixels of so many latents in all, as square as they can be; raises ParityError."""
-    frames = (num_frames - 1) // FRAMES + 1
+    frames = (num_frames - 1) // TEMPORAL_STRIDE + 1
     cells, rest = divmod(count, frames)
     if rest or cells < 1:
         raise ParityError(f"{count} latents cannot be shared by {frames} latent frames: choose a multiple of {frames}")
     rows = next(rows for rows in range(math.isqrt(cells), 0, -1) if cells % rows == 0)
-    return CELL * (cells // rows), CELL * rows
+    return SPATIAL_STRIDE * (cells // rows), SPATIAL_STRIDE * rows
 
 
 def _check(task: str, numerics: str) -> None:

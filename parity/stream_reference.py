@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from parity.capture_torch import TorchCapture
-from parity.floors import Variant, disturbed, errors_of, floats_of, variants_of
+from parity.floors import Variant, errors_of, floats_of, run_variant, variants_of
 from parity.recording import Recording, Replay, Tap
 from parity.replay_torch import TorchReplay, look
 from parity.stream_parts import EMBEDDINGS, HEAD_TAPS, LAYER, head_parts
@@ -185,13 +185,8 @@ class ReferenceStream:
         names = floats_of(expected)
         columns = [errors_of(expected, own, names)]
         for variant, run in zip(self.variants, self._runs, strict=True):
-            with _threads(variant.threads), _copied(self._model, run.pipeline.model, parts):
-                found = vary(run, variant)
-            if variant.draw:
-                found = {
-                    name: disturbed(name, tap, [variant.draw, place], variant.sums)
-                    for place, (name, tap) in enumerate(found.items())
-                }
+            with _copied(self._model, run.pipeline.model, parts):
+                found = run_variant(variant, lambda run=run, variant=variant: vary(run, variant))
             columns.append(errors_of(expected, found, names))
         return dict(zip(names, np.stack(columns, 1), strict=True))
 
@@ -249,13 +244,3 @@ def _share(right: nn.Module, other: nn.Module, dtype: torch.dtype) -> None:
 
 def _of_head(given: Mapping[str, Tap]) -> Recording:
     return {name: given[name] for name in given if name in HEAD_TAPS}
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -125,8 +125,7 @@ def summary(results: list[Result]) -> list[str]:
             if (other, arguments) in at:
                 ratio = r.seconds / at[other, arguments].seconds
                 lines.append(f"step ({Case(name, arguments).label}): {ratio:.2f} of {what}")
-    grown = [r for r in results if r.name == "step" and r.arguments[0] == "t2i" and r.arguments[2] in (64, 512)]
-    grown = [r for r in grown if r.arguments[3] > 1]
+    grown = _over_latents(results, "step")
     if len(grown) > 1:
         power = exponent([(r.arguments[1], r.seconds) for r in grown])
         memory = exponent([(r.arguments[1], r.megabytes) for r in grown])
@@ -139,6 +138,11 @@ def summary(results: list[Result]) -> list[str]:
     lines += [f"text ({Case(r.name, r.arguments).label}): {r.items / r.seconds:.0f} tokens/s"
               for r in results if r.name == "text"]  # fmt: skip
     return lines
+
+
+def _over_latents(results: list[Result], name: str) -> list[Result]:
+    """The steps of several layers, which differ in their latents alone."""
+    return [r for r in results if r.name == name and r.arguments[0] == "t2i" and r.arguments[3] > 1]
 
 
 def print_table(results: list[Result]) -> None:
@@ -163,7 +167,7 @@ def plot(results: list[Result], folder: Path) -> Path:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, label in (("step", "MLX"), ("step, PyTorch", "PyTorch")):
-        rows = [r for r in results if r.name == name and r.arguments[0] == "t2i" and r.arguments[3] > 1]
+        rows = _over_latents(results, name)
         if len(rows) < 2:
             continue
         latents = [r.arguments[1] for r in rows]

@@ -15,12 +15,12 @@ from mlx.utils import tree_map
 import lance_mlx.model.mot as mot
 from lance_mlx.config import LanceConfig
 from lance_mlx.cost import pass_operations, step_operations
+from lance_mlx.estimate import OFFICIAL
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows
 from lance_mlx.model.vae import VAE
-from lance_mlx.model.vae_decoder import DecoderShape, UpBlockShape
-from lance_mlx.model.vae_encoder import DownBlockShape, EncoderShape
-from lance_mlx.model.vit import VisionTransformer, ViTConfig
+from lance_mlx.model.vae_decoder import DecoderShape
+from lance_mlx.model.vit import VisionTransformer
 from lance_mlx.numerics import policy
 from lance_mlx.prompt import build_sequence
 from lance_mlx.request import Request, Task, Visual, VisualKind
@@ -35,28 +35,13 @@ CHECKPOINT = Path(__file__).parents[1] / "oracles" / "checkpoint-a" / "Lance_3B"
 PROMPT = "a small red bird flies over the river"
 # Heads and feed-forward width by hidden size: the official ratios.
 WIDTHS = {64: (4, 2, 160), 512: (4, 2, 2752), 2048: (16, 2, 11008)}
-VIT = ViTConfig(32, 1280, 3420, 16, 2048, 14, 2, 2, 112, (7, 15, 23, 31))
-DECODER = DecoderShape(
-    1024,
-    (
-        UpBlockShape(1024, 1024, 3, True, True),
-        UpBlockShape(1024, 1024, 3, True, True),
-        UpBlockShape(1024, 512, 3, True, False),
-        UpBlockShape(512, 256, 3, False, False),
-    ),
-)
-ENCODER = EncoderShape(
-    160,
-    (
-        DownBlockShape(160, 160, 2, True, False),
-        DownBlockShape(160, 320, 2, True, True),
-        DownBlockShape(320, 640, 2, True, True),
-        DownBlockShape(640, 640, 2, False, False),
-    ),
-)
 # The VAE at a quarter of its width, where the question is how memory grows.
 NARROW = DecoderShape(
-    256, tuple(replace(b, in_channels=b.in_channels // 4, out_channels=b.out_channels // 4) for b in DECODER.up_blocks)
+    OFFICIAL.decoder.channels // 4,
+    tuple(
+        replace(block, in_channels=block.in_channels // 4, out_channels=block.out_channels // 4)
+        for block in OFFICIAL.decoder.up_blocks
+    ),
 )
 
 
@@ -246,7 +231,7 @@ def text(tokens: int, hidden: int, layers: int, dtype: str) -> Work:
 def vit(side: int, dtype: str) -> Work:
     """The official ViT on a picture of side x side pixels, at an eighth of its depth."""
     numerics, patches = policy(dtype), side // 14
-    config = replace(VIT, depth=4, fullatt_block_indexes=(3,))
+    config = replace(OFFICIAL.vit, depth=4, fullatt_block_indexes=(3,))
     model = randomized(VisionTransformer(config, numerics), numerics.dtype)
     values = mx.random.normal((patches * patches, 1176))
     n, h = patches * patches, config.hidden_size
@@ -257,7 +242,7 @@ def vit(side: int, dtype: str) -> Work:
 def vae_decode(frames: int, side: int, dtype: str, narrow: bool = False) -> Work:
     """Wan's decoder on latent frames of side x side pixels."""
     numerics = policy(dtype)
-    vae = randomized(VAE(NARROW if narrow else DECODER, None, numerics), numerics.dtype)
+    vae = randomized(VAE(NARROW if narrow else OFFICIAL.decoder, None, numerics), numerics.dtype)
     latents = mx.random.normal((frames, side // 16, side // 16, 48)).astype(numerics.dtype)
 
     def run() -> None:
@@ -271,16 +256,19 @@ def vae_decode(frames: int, side: int, dtype: str, narrow: bool = False) -> Work
 def vae_encode(frames: int, side: int, dtype: str) -> Work:
     """Wan's encoder on so many latent frames' worth of pixels."""
     numerics = policy(dtype)
-    vae = randomized(VAE(NARROW, ENCODER, numerics), numerics.dtype)
+    vae = randomized(VAE(NARROW, OFFICIAL.encoder, numerics), numerics.dtype)
     pixels = np.random.default_rng(0).uniform(-1, 1, (4 * frames - 3, side, side, 3)).astype(np.float32)
     return Work(lambda: vae.encode(pixels), items=frames)
 
 
 def torch_step(task: str, latents: int, hidden: int, layers: int, dtype: str) -> Work:
     """The guided step of the PyTorch reference, behind cached prefixes too."""
-    from bench_torch import guided_step
+    from bench_torch import drawing
 
-    return Work(guided_step(config_of(hidden, layers), PROMPT, latents, dtype))
+    names = "hidden_size intermediate_size num_attention_heads num_key_value_heads num_hidden_layers mrope_section"
+    config = config_of(hidden, layers)
+    sizes = {name: getattr(config, name) for name in names.split()}
+    return Work(drawing(sizes, PROMPT, latents, dtype, guidance=4.0).step)
 
 
 def product_rate() -> float:

@@ -24,6 +24,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 import typer
+from bench_torch import drawing
 from rich.console import Console
 from rich.table import Table
 
@@ -37,11 +38,6 @@ from parity.capture_mlx import MlxCapture
 from parity.capture_torch import TorchCapture
 from parity.metrics import axis_errors, compare
 from parity.recording import DTYPES, Tap, open_tensors, write_tensors
-from reference.arms import build_arms
-from reference.model import Lance as ReferenceLance
-from reference.model import Pipeline as ReferencePipeline
-from reference.numerics import Numerics
-from reference.request import Request as ReferenceRequest
 
 CHECKPOINT = Path(__file__).parents[1] / "oracles" / "checkpoint-a"
 VARIANT = Variant.IMAGE
@@ -220,23 +216,8 @@ def capture_mlx(sizes: dict, latents: int, dtype: str, repeats: int) -> Capture:
 
 def capture_reference(sizes: dict, latents: int, dtype: str, repeats: int) -> Capture:
     """Measure what TorchCapture adds to a denoising step of a picture of `latents` latent cells."""
-    pipeline = ReferencePipeline.load(CHECKPOINT, str(VARIANT), Numerics(dtype))
-    if sizes:
-        torch.manual_seed(0)
-        model = ReferenceLance(replace(pipeline.model.config, **sizes), pipeline.numerics)
-        pipeline = replace(pipeline, model=model.to(pipeline.numerics.torch_dtype).eval())
-    side = 16 * round(latents**0.5)
-    request = ReferenceRequest.from_dict(
-        {"task": "t2i", "spec": PROMPT, "height": side, "width": side, "num_frames": 1, "num_steps": 1}
-        | {"cfg_text_scale": 1.0, "cfg_interval": [0.4, 1.0], "cfg_renorm_type": "global", "cfg_renorm_min": 0.0}
-        | {"timestep_shift": 3.5, "text_template": True}
-    )
-    inputs = pipeline.inputs(pipeline.layout(request, []))
-    x_t = torch.randn(latents, 48, generator=torch.Generator().manual_seed(0)).to(pipeline.numerics.torch_dtype)
-    timestep = torch.full((latents,), 0.5)
-    bare = build_arms(inputs, request, "kv_cache", x_t)[0]
-    for index in range(bare.prefixes):
-        bare.prefill(index)
+    drawn = drawing(sizes, PROMPT, latents, dtype, guidance=1.0)
+    pipeline, bare, x_t, timestep = drawn.pipeline, drawn.arms[0], drawn.x_t, drawn.timestep
     plain, captured = [], []
     for step in range(repeats + 1):
         with watched(plain):

@@ -33,6 +33,7 @@ from parity.faults.base import (
     together,
     wrapped,
 )
+from parity.faults.vision import grids_of
 
 
 def _strings(table: str, change: Callable[[Mapping[str, str]], dict[str, str]]) -> Patch:
@@ -163,8 +164,7 @@ def _fault(name: str, explanation: str, patch: Patch, tasks: frozenset[str], abo
 
 def _is_oblong(bundle: Bundle) -> bool:
     """Whether a picture became one that is higher than wide, or the other way round."""
-    grids = bundle.inputs.get("vit_video_grid_thw")
-    sides = [] if grids is None else [(h, w) for _, h, w in grids.array.tolist()]
+    sides = [(h, w) for _, h, w in grids_of(bundle)]
     sides += [tap.array.shape[-2:] for name, tap in bundle.inputs.items() if name.startswith("vae_pixels")]
     return any(h != w for h, w in sides)
 

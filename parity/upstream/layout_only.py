@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from parity.recorded_taps import INPUTS
 from parity.upstream.adapt import Upstream, inputs_of
 
 TOKENS = 16
@@ -23,11 +24,6 @@ LLM = {
     "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3], "rope_type": "mrope"},
 }
 VIT = {"depth": 1, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_heads": 1, "out_hidden_size": WIDTH}
-INPUTS = (
-    *("text_ids", "modality", "split_lens", "attn_modes", "packed_vae_token_indexes", "mse_loss_indexes"),
-    *("packed_vit_token_indexes", "video_grid_thw", "vit_video_grid_thw", "vae_video_grid_thw", "video_sizes"),
-    "ce_loss_indexes",
-)
 
 
 class Tower(nn.Module):

@@ -98,7 +98,7 @@ def record_upstream(
     with staging_beside(out) as staging:
         folder = staging / "run"
         folder.mkdir()
-        job = _job(clone, request, asked, folder) | {
+        job = _job(clone, request, folder) | {
             "checkpoint": str(checkpoint.resolve()),
             "variant": variant,
             "entry": entry,
@@ -150,7 +150,7 @@ def record_upstream_layout(
         if not config.is_file():
             config = folder / "llm_config.json"
             config.write_text(json.dumps(QWEN), encoding="utf-8")
-        job = _job(clone, request, asked, folder) | {
+        job = _job(clone, request, folder) | {
             "checkpoint": str(tokenizer.resolve()),
             "tokenizer": str(place.resolve()),
             "llm_config": str(config.resolve()),
@@ -171,12 +171,16 @@ def record_upstream_layout(
 
 def request_of(bundle: Bundle) -> dict[str, Any]:
     """Return a bundle's request with the paths of its images and videos as they are from here."""
-    request = bundle.request
-    if not isinstance(request["spec"], dict):
+    return _with_files(bundle.request, lambda file: bundle.path.parent / file)
+
+
+def _with_files(request: dict[str, Any], placed: Callable[[str], Path]) -> dict[str, Any]:
+    """The request with the path of every image and video changed."""
+    spec = request["spec"]
+    if not isinstance(spec, dict):
         return request
-    spec, root = request["spec"], bundle.path.parent
     pairs = zip(spec["interleave_array"], spec["element_dtype_array"], strict=True)
-    elements = [element if kind == "text" else str(root / element) for element, kind in pairs]
+    elements = [element if kind == "text" else str(placed(element)) for element, kind in pairs]
     return request | {"spec": spec | {"interleave_array": elements}}
 
 
@@ -190,13 +194,9 @@ def _checked(request: dict[str, Any], entry: str) -> tuple[Request, str]:
     return asked, variant
 
 
-def _job(clone: Clone, request: dict[str, Any], asked: Request, folder: Path) -> dict[str, Any]:
-    spec = request["spec"]
-    if asked.visuals:
-        pairs = zip(spec["interleave_array"], spec["element_dtype_array"], strict=True)
-        elements = [element if kind == "text" else str(Path(element).resolve()) for element, kind in pairs]
-        spec = spec | {"interleave_array": elements}
-    return {"clone": str(clone.path), "request": request | {"spec": spec}, "out": str(folder.resolve())}
+def _job(clone: Clone, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    absolute = _with_files(request, lambda file: Path(file).resolve())
+    return {"clone": str(clone.path), "request": absolute, "out": str(folder.resolve())}
 
 
 def _given(bundle: Bundle) -> dict:

@@ -11,6 +11,8 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_parity.py"
 
 @pytest.fixture(scope="module")
 def bench():
+    # It imports the scripts beside it.
+    sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up.
