@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lance_mlx import blas
+from lance_mlx import allocator, blas
 
 # Before anything imports MLX.
 blas.load()
+allocator.keep_freed()
 
 if TYPE_CHECKING:
     from lance_mlx.api import Answer, Generated, LanceModel, load

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from lance_mlx.allocator import release
 from lance_mlx.checkpoint import ViTSource
 from lance_mlx.hub import fetch, is_repository
 from lance_mlx.layouts import check_folder
@@ -160,7 +161,7 @@ class LanceModel:
             return self._pipeline
         # The other model goes first, so that two are never in memory.
         self._pipeline = None
-        mx.clear_cache()
+        release()
         path = fetch(self.model, variant, self._quiet) if is_repository(self.model) else Path(self.model)
         source, track, low_ram = self._vit_source, self._track, self._low_ram
         self._pipeline = load_pipeline(path, variant, self.numerics, looks, source, track, low_ram)

@@ -15,8 +15,8 @@ from mlx.utils import tree_flatten
 from lance_mlx.checkpoint import Checkpoint, ViTSource
 from lance_mlx.config import SPATIAL_STRIDE, LanceConfig
 from lance_mlx.cost import Convolution, decoder_convolutions, encoder_convolutions
+from lance_mlx.model.attention import SCORE_BUDGET
 from lance_mlx.model.lance import Lance
-from lance_mlx.model.layers import SCORE_BUDGET
 from lance_mlx.model.vae import VAE
 from lance_mlx.model.vae_decoder import DecoderShape, UpBlockShape
 from lance_mlx.model.vae_encoder import DownBlockShape, EncoderShape

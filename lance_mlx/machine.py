@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 
 from lance_mlx.cost import Convolution, expert_weights
 from lance_mlx.estimate import Pass, Sizes, Work, coded
-from lance_mlx.model.layers import attention
+from lance_mlx.model.attention import attention
 from lance_mlx.model.mot import ExpertRows, MoTDecoderLayer
 from lance_mlx.model.rope import rotary_table
 from lance_mlx.model.vae_layers import ResidualBlock, StreamState

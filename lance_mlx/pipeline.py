@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from lance_mlx.allocator import release
 from lance_mlx.checkpoint import ViTSource
 from lance_mlx.layouts import find_checkpoint
 from lance_mlx.model.lance import Lance
@@ -114,7 +115,7 @@ class Pipeline:
     def drop_encoders(self) -> None:
         """Free the ViT and the VAE's encoder, which are in memory; what is prepared and evaluated needs neither."""
         del self.model.vit_model, self.vae.encoder, self.vae.conv1
-        mx.clear_cache()
+        release()
 
     def denoise(self, prepared: Prepared, noise: mx.array | None = None) -> Iterator[Step]:
         """Yield the sampler's steps; the last one's `x_next` holds the latents.

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
+from lance_mlx.allocator import release
 from lance_mlx.checkpoint import VIT
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows, KeyValues, MoTDecoderLayer
@@ -175,4 +176,4 @@ def _emptied_after(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.update(tree_map(lambda array: mx.zeros((0,), array.dtype), module.parameters()))
-        mx.clear_cache()
+        release()

@@ -1,10 +1,11 @@
 """Memory of this process: its peak, where the system tells it, and giving back what is free."""
 
-import ctypes
 import gc
 import resource
 import sys
 from pathlib import Path
+
+from lance_mlx import allocator
 
 
 def reset_peak() -> None:
@@ -16,15 +17,12 @@ def reset_peak() -> None:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library can (glibc): it keeps what lies between what is in use.
+    """Return freed memory to the system.
 
     What only refers to itself is freed first: Python would do so at any time, with the next layer in memory as well.
     """
     gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):
-        pass
+    allocator.release()
 
 
 def peak() -> int | None:

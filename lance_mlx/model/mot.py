@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from lance_mlx.config import LanceConfig
-from lance_mlx.model.layers import MLP, Linear, attention
+from lance_mlx.model.attention import attention
+from lance_mlx.model.layers import MLP, Linear
 from lance_mlx.model.rope import Rotary, RotaryTable
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from lance_mlx.model.layers import attention
+from lance_mlx.model.attention import attention
 from lance_mlx.model.rope import RotaryTable
 from lance_mlx.numerics import Numerics
 

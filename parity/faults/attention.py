@@ -61,7 +61,7 @@ def _attend_masked(
 def attend(
     queries: mx.array, keys: mx.array, values: mx.array, causal: bool | np.ndarray, softmax_dtype: mx.Dtype = mx.float32
 ) -> mx.array:
-    """Attention under a mask, with the roundings of lance_mlx's own; shapes as in lance_mlx.model.layers.attention.
+    """Attention under a mask, with the roundings of lance_mlx's own; shapes as in lance_mlx.model.attention.attention.
 
     Args:
         causal: as there, or bool [n, m]: the keys that each query sees.

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lance_mlx import BFLOAT16, FLOAT32, Request, Task
+from lance_mlx import BFLOAT16, FLOAT32, Request, Task, vectorized
+from lance_mlx.model import attention as attending
 from lance_mlx.model import layers
+from lance_mlx.model.attention import attention
 from lance_mlx.model.mot import ExpertRows
 from lance_mlx.model.rope import inverse_frequencies, rotary_table
 
@@ -42,10 +44,10 @@ def test_query_chunks_change_nothing(n, past, causal, budget):
     key = mx.random.key(n * 31 + past)
     q = mx.random.normal((1, 4, n, 8), key=key)
     k, v = mx.random.normal((2, 1, 2, n + past, 8), key=key)
-    whole = layers.attention(q, k, v, causal)
+    whole = attention(q, k, v, causal)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "SCORE_BUDGET", budget)
-        chunked = layers.attention(q, k, v, causal)
+        patch.setattr(attending, "SCORE_BUDGET", budget)
+        chunked = attention(q, k, v, causal)
     assert relative(chunked, whole) < 1e-6
 
 
@@ -55,9 +57,33 @@ def test_half_precision_attention_is_the_same_attention(n, past, causal):
     key = mx.random.key(n * 31 + past)
     q = mx.random.normal((1, 4, n, 8), key=key).astype(mx.bfloat16)
     k, v = mx.random.normal((2, 1, 2, n + past, 8), key=key).astype(mx.bfloat16)
-    exact = layers.attention(*(x.astype(mx.float32) for x in (q, k, v)), causal)
+    exact = attention(*(x.astype(mx.float32) for x in (q, k, v)), causal)
     # Two roundings to 8 bits, of the weights and of the result.
-    assert relative(layers.attention(q, k, v, causal).astype(mx.float32), exact) < 2 * 2**-8
+    assert relative(attention(q, k, v, causal).astype(mx.float32), exact) < 2 * 2**-8
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 4), st.sampled_from([96, 600, 601, 1024]), st.sampled_from([64, 512, 1500]), st.booleans())
+def test_few_rows_are_multiplied_in_blocks_to_the_same_product(rows, width, depth, has_bias):
+    weight, bias, x = (mx.random.normal(shape) for shape in ((width, depth), (width,), (rows, depth)))
+    whole = x @ weight.T + (bias if has_bias else 0)
+    assert relative(layers._product(x, weight, bias if has_bias else None), whole) < 2e-6
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 5), st.integers(1, 70_000), st.sampled_from([1.0, 30.0]))
+def test_what_is_computed_on_the_host_is_the_same(rows, columns, scale):
+    x = scale * mx.random.normal((rows, columns), key=mx.random.key(columns))
+    assert relative(vectorized.silu(x), x * mx.sigmoid(x)) < 1e-6
+    weights, total = vectorized.exponentials(x)
+    assert weights.shape == x.shape and total.shape == (rows, 1)
+    assert relative(weights / total, mx.softmax(x, axis=-1, precise=True)) < 1e-5
+
+
+def test_a_row_that_sees_some_keys_only_has_no_weight_on_the_others():
+    weights, total = vectorized.exponentials(mx.array([[0.0, -mx.inf], [-100.0, -mx.inf]]))
+    assert weights.tolist() == [[1, 0], [1, 0]]
+    assert total.tolist() == [[1], [1]]
 
 
 def test_every_latent_sees_both_brackets_and_they_see_every_latent(pipeline):

@@ -1,0 +1,27 @@
+"""Freed arrays are kept for the next ones, and given back when told to."""
+
+import subprocess
+import sys
+
+import pytest
+
+REUSE = """
+import lance_mlx, mlx.core as mx, resource
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def touch():
+    mx.eval(mx.zeros((16 << 20,)) + 1)
+    mx.clear_cache()
+touch(); before = faults(); touch(); kept = faults() - before
+lance_mlx.allocator.release(); before = faults(); touch()
+print(kept, faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_large_arrays_are_used_again_until_they_are_released():
+    done = subprocess.run([sys.executable, "-c", REUSE], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    kept, released = map(int, done.stdout.split())
+    # 64 MiB are 16,384 pages, unless the kernel gives larger ones.
+    assert kept < 100 < released or kept == released == 0
