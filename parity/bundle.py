@@ -18,7 +18,7 @@ from parity.errors import ParityError
 from parity.recording import DTYPES, Recording, Tap, read_tensors, write_tensors
 from parity.requests import check_request
 from parity.sketch import Sketch
-from parity.sketch_file import FILE, SKETCH, groups_entry, read_sketches, write_sketches
+from parity.sketch_file import FILE, SKETCH, listing, read_sketches, write_sketches
 
 FORMAT = "lance-oracle/1"
 CHECKSUMS = "MANIFEST.json"
@@ -138,10 +138,7 @@ def write_bundle(
     complete = {**manifest, "format": FORMAT, "name": path.name}
     if sketches is not None:
         complete["level"] = SKETCH
-        listed += [
-            {"name": n, "shape": list(s.shape), "dtype": s.dtype, "groups": groups_entry(s.runs)}
-            for n, s in sketches.items()
-        ]
+        listed += listing(sketches)
     complete["taps"] = sorted(listed, key=lambda entry: entry["name"])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -164,13 +164,10 @@ def record(
             seed=seed,
         )
         if upstream is not None:
-            from parity.errors import ParityError
             from parity.upstream.command import Asked, record_from_clone
 
-            if level != "whole":
-                raise ParityError("a clone of upstream is recorded whole: leave --level out")
-
-            asked = Asked(task, options, out, checkpoint, entry, numerics, copy_checkpoint, weights is Weights.NONE)
+            how = entry, numerics, copy_checkpoint, weights is Weights.NONE, level, tuple(whole or ())
+            asked = Asked(task, options, out, checkpoint, *how)
             print(record_from_clone(asked, upstream, upstream_python, inputs_of))
             return
         refuse_without_upstream(upstream_python, inputs_of, weights)

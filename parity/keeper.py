@@ -7,11 +7,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from parity.capture_torch import to_tap
-from parity.recording import Recording, Tap
+from parity.recording import Recording, Tap, to_tap
 from parity.registry import parse
+from parity.rows import row_roles
 from parity.sketch import BUCKETS, Sketch, runs_of, sketch_tensor
-from parity.slices import row_roles
 from reference.layout import Layout
 
 # What a replay is given, and the times, whose values say which steps are guided.

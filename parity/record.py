@@ -19,7 +19,7 @@ from parity.recorded_taps import INPUTS, RecordedTaps
 from parity.recording import Recording, Replay, Tap
 from parity.replay_mlx import request_from_bundle
 from parity.replay_torch import record_pipeline
-from parity.sketch_file import LEVELS, SKETCH, WHOLE
+from parity.sketch_file import SKETCH, WHOLE, check_level
 from reference.layout import Layout, VisualSize
 from reference.model import Pipeline
 from reference.numerics import Numerics
@@ -61,10 +61,7 @@ def record(
     """
     if dtype not in NUMERICS:
         raise ParityError(f"numerics {dtype!r} is not one of {', '.join(NUMERICS)}")
-    if level not in LEVELS:
-        raise ParityError(f"level {level!r} is not one of {', '.join(LEVELS)}")
-    if whole and level != SKETCH:
-        raise ParityError(f"every tap is whole at level {level}: leave --whole out, or record at level {SKETCH}")
+    check_level(level, whole)
     name = checkpoint_name(out, checkpoint)
     with one_line("the request cannot be recorded"):
         ours = request_from_bundle(request, entry)

@@ -1,17 +1,25 @@
 """The sketches of a bundle of the level "sketch", as a file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from parity.errors import ParityError
 from parity.recording import Tap, open_tensors, write_tensors
-from parity.sketch import Runs, Sketch, unpacked
+from parity.sketch import Sketch, unpacked
 
 FILE = "sketches.safetensors"
 WHOLE, SKETCH = "whole", "sketch"
 LEVELS = (WHOLE, SKETCH)
 """Levels of a bundle: every tap whole, or a sketch of what is larger than its sketch."""
+
+
+def check_level(level: str, whole: Sequence[str]) -> None:
+    """Raise ParityError for a level that there is not, and for patterns of what to keep whole where everything is."""
+    if level not in LEVELS:
+        raise ParityError(f"level {level!r} is not one of {', '.join(LEVELS)}")
+    if whole and level != SKETCH:
+        raise ParityError(f"every tap is whole at level {level}: leave --whole out, or record at level {SKETCH}")
 
 
 def write_sketches(path: Path, sketches: Mapping[str, Sketch]) -> None:
@@ -43,6 +51,9 @@ def read_sketches(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Sketch
     return sketches
 
 
-def groups_entry(runs: Runs) -> list[list[str | int]]:
-    """Runs of rows as a manifest lists them."""
-    return [[label, count] for label, count in runs]
+def listing(sketches: Mapping[str, Sketch]) -> list[dict[str, Any]]:
+    """Sketches as a manifest lists them."""
+    return [
+        {"name": name, "shape": list(sketch.shape), "dtype": sketch.dtype, "groups": [list(run) for run in sketch.runs]}
+        for name, sketch in sketches.items()
+    ]

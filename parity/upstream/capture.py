@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from parity.errors import ParityError
-from parity.recording import Recording, to_tap
+from parity.recording import Tap, to_tap
+from parity.sketch import Sketch
 from parity.upstream.namespace import Overlaid
 
 LAYERS = "language_model.model.layers"
@@ -37,16 +38,17 @@ class Capture:
         given: Mapping[str, np.ndarray],
         progress: Callable[[str], None],
     ) -> None:
-        self.recording: Recording = {}
+        self.kept: dict[str, Tap | Sketch] = {}
+        self._hold: Callable[[str, Tensor], Tap | Sketch] = lambda name, tensor: to_tap(tensor)
         self._names, self._cached, self._given, self._progress = names, cached, given, progress
         self._call, self._layer, self._coding, self._encoding, self._step = "", "", "", "", 0
         self._count: dict[str, int] = {}
         self._caches: dict[int, str] = {}
 
     def keep(self, name: str, tensor: Tensor) -> None:
-        """Record a copy of a tensor under a name, if the name is wanted and not yet taken."""
-        if name in self._names and name not in self.recording:
-            self.recording[name] = to_tap(tensor)
+        """Keep a copy of a tensor, or its sketch, under a name, if the name is wanted and not yet taken."""
+        if name in self._names and name not in self.kept:
+            self.kept[name] = self._hold(name, tensor)
 
     def enter(self, call: str) -> None:
         """Name what follows after a call, such as "cond.step0"."""
@@ -77,8 +79,18 @@ class Capture:
 
         navit.apply_multimodal_rotary_pos_emb, navit.flash_attn_varlen_func = rotated, attended
 
-    def watch(self, model: nn.Module, vae: Any, answer_from: int | None) -> None:
-        """Attach hooks to a Lance and a WanVideoVAE; `answer_from` is the first token that is fed to get an answer."""
+    def watch(
+        self,
+        model: nn.Module,
+        vae: Any,
+        answer_from: int | None,
+        hold: Callable[[str, Tensor], Tap | Sketch] | None = None,
+    ) -> None:
+        """Attach hooks to a Lance and a WanVideoVAE; `answer_from` is the first token that is fed to get an answer.
+
+        `hold` makes of a tensor what is kept under its name, by default all of it.
+        """
+        self._hold = hold or self._hold
         language_model = model.language_model
         forward = language_model.forward_inference
 

@@ -8,6 +8,7 @@ from typing import Any
 from parity.bundle import Bundle, read_bundle
 from parity.errors import ParityError
 from parity.record_options import Options, build_request
+from parity.sketch_file import WHOLE
 from parity.store import describe, sizes
 from parity.terminal import progress_bar
 from parity.upstream.record import Clone, record_upstream, record_upstream_layout, request_of
@@ -25,6 +26,8 @@ class Asked:
     dtype: str
     copy_checkpoint: bool
     layout_only: bool
+    level: str
+    whole: tuple[str, ...]
 
 
 def record_from_clone(asked: Asked, clone: Path, python: Path | None, inputs_of: Path | None) -> str:
@@ -33,6 +36,8 @@ def record_from_clone(asked: Asked, clone: Path, python: Path | None, inputs_of:
     A doubt about the clone is printed on stderr. Raises ParityError for what cannot be recorded.
     """
     checked = Clone.at(clone, python)
+    if asked.layout_only and (asked.level != WHOLE or asked.whole):
+        raise ParityError("without weights there are no taps to keep: leave --level and --whole out")
     given = None if inputs_of is None else read_bundle(inputs_of)
     request = build_request(asked.task, asked.options) if given is None else _request_again(asked, given)
     if checked.warning:
@@ -45,7 +50,7 @@ def record_from_clone(asked: Asked, clone: Path, python: Path | None, inputs_of:
             written = f"{out}.npz, {out}.json"
         else:
             how = asked.entry, asked.dtype, asked.copy_checkpoint, given
-            run = record_upstream(out, checked, asked.checkpoint, request, *how, progress)
+            run = record_upstream(out, checked, asked.checkpoint, request, *how, progress, asked.level, asked.whole)
             kept = describe(out)
             written = f"{out}: {kept.taps} taps, {kept.dtype}, {kept.entry}, {sizes(kept.size)}"
     missing = f"; stood in for {', '.join(run.stood_in)}" if run.stood_in else ""

@@ -13,7 +13,9 @@ from typing import Any
 from parity.errors import ParityError
 from parity.memory import peak_of_children
 
-PACKAGE = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("parity", "reference")
+"""What of this project the process sees."""
 # What the launcher takes for an order to work with others, and what would write beside the clone's files or ask a hub.
 _UNSET = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _SET = {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -35,9 +37,10 @@ def run_worker(python: Path, job: Mapping[str, Any], folder: Path, progress: Cal
 
     Raises ParityError, in a line, for whatever stops it; what was written stays in the folder.
     """
-    # A Python with other packages than this one's sees this package alone.
+    # A Python with other packages than this one's sees these alone.
     (folder / "code").mkdir()
-    (folder / "code" / PACKAGE.name).symlink_to(PACKAGE, target_is_directory=True)
+    for package in PACKAGES:
+        (folder / "code" / package).symlink_to(ROOT / package, target_is_directory=True)
     environment = {name: value for name, value in os.environ.items() if name not in _UNSET}
     environment |= _SET | {"PYTHONPATH": str(folder / "code")}
     started = time.perf_counter()

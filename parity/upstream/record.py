@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from parity.placing import checkpoint_name, place_media, publish, staging_beside
 from parity.record import NUMERICS
 from parity.recording import read_tensors, write_tensors
 from parity.replay_mlx import request_from_bundle
+from parity.sketch_file import SKETCH, WHOLE, check_level, read_sketches
 from parity.upstream.clone import check_clone
 from parity.upstream.process import Run, default_python, run_worker
 from reference.model import VIT_FOLDER
@@ -78,6 +79,8 @@ def record_upstream(
     copy_checkpoint: bool = False,
     given: Bundle | None = None,
     progress: Callable[[str], None] | None = None,
+    level: str = WHOLE,
+    whole: Sequence[str] = (),
 ) -> Run:
     """Run a request on a clone and write the bundle `out`, whole or not at all; see parity.record.record.
 
@@ -89,6 +92,7 @@ def record_upstream(
     for what, value, allowed in (("numerics", dtype, NUMERICS), ("entry", entry, ENTRIES)):
         if value not in allowed:
             raise ParityError(f"{what} {value!r} is not one of {', '.join(allowed)}")
+    check_level(level, whole)
     checkpoint = Path(checkpoint)
     name = checkpoint_name(out, checkpoint)
     asked, variant = _checked(request, entry)
@@ -105,12 +109,18 @@ def record_upstream(
             "dtype": dtype,
             "weights": True,
             "given": None,
+            "level": level,
+            "whole": list(whole),
         }
         if given is not None:
             job["given"] = str(folder / "given.safetensors")
             write_tensors(folder / "given.safetensors", _given(given))
         run = run_worker(clone.python, job, folder, progress)
         inputs, taps = (read_tensors(folder / f"{kind}.safetensors") for kind in ("inputs", "taps"))
+        sketches = None
+        if level == SKETCH:
+            listed = json.loads((folder / "sketches.json").read_text(encoding="utf-8"))
+            sketches = read_sketches(folder, {"level": level, "taps": listed})
         manifest = {
             "source": _source(clone) | {"entry": entry, "device": run.device, "dtype": dtype}
             | {"torch": run.versions.pop("torch"), "packages": run.versions, "stood_in": run.stood_in},
@@ -118,7 +128,7 @@ def record_upstream(
             "variant": variant,
             "request": with_media(request, asked, out.parent, staging),
         }  # fmt: skip
-        publish(out, staging, checkpoint, manifest, inputs, taps, copy_checkpoint)
+        publish(out, staging, checkpoint, manifest, inputs, taps, copy_checkpoint, sketches)
     return run
 
 

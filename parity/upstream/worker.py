@@ -17,8 +17,11 @@ import numpy as np
 import torch
 
 from parity.errors import ParityError
+from parity.keeper import Keeper, parted
 from parity.recorded_taps import RecordedTaps
 from parity.recording import Recording, Tap, read_tensors, write_tensors
+from parity.rows import layout_of
+from parity.sketch_file import FILE, SKETCH, listing, write_sketches
 from parity.upstream.adapt import Upstream, adapt, any_resolution, any_task, any_width, inputs_of, load
 from parity.upstream.capture import Capture
 from parity.upstream.layout_only import record_layout
@@ -69,7 +72,8 @@ def main(path: str) -> int:
 def run(job: Mapping[str, Any], progress: Callable[[str], None]) -> None:
     """Run the launcher on a job's request and write what it gives to the job's folder, at last run.json.
 
-    That is inputs.safetensors and taps.safetensors, or without weights layout.npz.
+    That is inputs.safetensors and taps.safetensors, at the level "sketch" sketches.safetensors and what lists them, or
+    without weights layout.npz.
     """
     request, out, clone = job["request"], Path(job["out"]), Path(job["clone"])
     progress("importing")
@@ -107,12 +111,17 @@ def record_run(upstream: Upstream, job: Mapping[str, Any], progress: Callable[[s
         give(batch, given)
         inputs.update(inputs_of(batch))
         answer = int(batch.ce_loss_indexes[0]) if request["task"].startswith("x2t") else None
-        capture.watch(values["fsdp_model"], values["vae_model"], answer)
+        hold = Keeper(layout_of(inputs), job["whole"]) if job["level"] == SKETCH else None
+        capture.watch(values["fsdp_model"], values["vae_model"], answer, hold)
 
     upstream.before_sampling(watch)
     launch(upstream, job, checkpoint / job["variant"], checkpoint / "Qwen2.5-VL-ViT")
     write_tensors(out / "inputs.safetensors", inputs)
-    write_tensors(out / "taps.safetensors", capture.recording)
+    taps, sketches = parted(capture.kept)
+    write_tensors(out / "taps.safetensors", taps)
+    if job["level"] == SKETCH:
+        write_sketches(out / FILE, sketches)
+        (out / "sketches.json").write_text(json.dumps(listing(sketches)), encoding="utf-8")
 
 
 def launch(upstream: Upstream, job: Mapping[str, Any], model: Path, vit: Path) -> None:

@@ -6,19 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity.registry import parse
-from parity.slices import (
-    BRACKET,
-    CONCENTRATED,
-    LISTED,
-    MINORITY,
-    place_of,
-    row_experts,
-    row_frames,
-    row_roles,
-    slice_errors,
-    slice_sizes,
-    split_of,
-)
+from parity.rows import BRACKET, layout_of, row_experts, row_frames, row_roles, split_of
+from parity.slices import CONCENTRATED, LISTED, MINORITY, place_of, slice_errors, slice_sizes
 
 LAYER = "language_model.model.layers.1"
 
@@ -77,6 +66,18 @@ def test_rows_of_the_whole_sequence_have_roles(layouts):
     without = [run for run in whole if run[0] != "prompt"]
     assert runs(row_roles(parse("inputs/text_ids.uncond"), len(layout.kept), layout)) == without
     assert row_roles(parse("inputs/text_ids"), len(layout.text_ids) + 1, layout) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["t2i-fp32-kv", "t2v-bf16-kv", "i2v-fp32-nokv", "image_edit-fp32-nokv", "x2t_image-bf16-kv"]
+)
+def test_a_bundle_describes_its_own_sequence(oracle_of, name):
+    oracle = oracle_of(name)
+    described, layout = layout_of(oracle.bundle.inputs), oracle.layout
+    assert [(s.rows, s.mode, s.role, s.grid) for s in described.splits] == [
+        (s.rows, s.mode, s.role, s.grid) for s in layout.splits
+    ]
+    assert (described.answer, described.clean_frames) == (layout.answer, layout.clean_frames)
 
 
 def test_rows_of_other_calls_have_no_role(layouts):

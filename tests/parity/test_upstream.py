@@ -18,6 +18,7 @@ from parity.cli import main
 from parity.comparison import compare_runs
 from parity.errors import ParityError
 from parity.layouts import read_layout
+from parity.record import record
 from parity.record_options import Options, build_request
 from parity.recording import read_tensors
 from parity.upstream.clone import COMMIT, NEEDED, check_clone
@@ -122,6 +123,9 @@ def test_another_commit_and_changed_files_are_used_with_a_warning(fake, monkeypa
         (("--upstream", "CLONE", "--inputs-of", "OTHER"), "holds a image_edit request, not t2i"),
         (("--upstream", "CLONE", "--prompt", "a", "--numerics", "half"), "numerics 'half' is not one of"),
         (("--upstream", "CLONE", "--prompt", "a", "--entry", "both"), "entry 'both' is not one of"),
+        (("--upstream", "CLONE", "--prompt", "a", "--level", "half"), "level 'half' is not one of"),
+        (("--upstream", "CLONE", "--prompt", "a", "--whole", "layers.0"), "every tap is whole at level whole"),
+        (("--upstream", "CLONE", "--prompt", "a", "--weights", "none", "--level", "sketch"), "leave --level and"),
     ],
 )
 def test_bad_options_get_one_line(tmp_path, fake, command, words, said):
@@ -195,6 +199,14 @@ def test_an_interrupt_ends_the_process_and_leaves_nothing(tmp_path, fake):
     assert nothing_in(out.parent)
 
 
+def test_the_process_needs_only_packages_that_upstream_has():
+    # The last of them needs NumPy 2.
+    ours = ("lance_mlx", "mlx", "transformers", "pandas", "parity.metrics")
+    code = f"import sys\nsys.modules.update(dict.fromkeys({ours}))\nimport parity.upstream.worker"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 # A real clone.
 
 
@@ -209,6 +221,20 @@ def test_a_clone_computes_what_an_oracle_holds(tmp_path, clone, name):
     assert compared.verdict == AGREE
     old, new = (read_tensors(path / "inputs.safetensors") for path in (oracle.path, out))
     assert old.keys() == new.keys() and all(np.array_equal(old[key].array, new[key].array) for key in old)
+
+
+@pytest.mark.parametrize("name", ["t2i-fp32-kv", "x2t_image-bf16-kv"])
+def test_a_clone_is_sketched_as_the_reference_is(tmp_path, clone, name):
+    oracle = read_bundle(ORACLES / name)
+    out = tmp_path / name
+    how = request_of(oracle), oracle.entry, oracle.dtype
+    record_upstream(out, clone, CHECKPOINT, *how, given=oracle, level="sketch", whole=["layers.1.mlp*"])
+    recorded = read_bundle(out)
+    record(tmp_path / "ours", CHECKPOINT, *how, level="sketch", whole=["layers.1.mlp*"])
+    ours = read_bundle(tmp_path / "ours")
+    assert recorded.sketches.keys() == ours.sketches.keys() and recorded.sketches
+    assert {n: s.runs for n, s in recorded.sketches.items()} == {n: s.runs for n, s in ours.sketches.items()}
+    assert compare_runs(str(ORACLES / name), str(out), 1e-5 if oracle.dtype == "float32" else 0.05).verdict == AGREE
 
 
 def test_what_a_seed_draws_is_the_launchers(tmp_path, clone):
