@@ -298,7 +298,7 @@ def _compare(name: TapName, oracle: Tap | Sketch, ours: Tap, limit: Limit) -> Ta
     given, computed = oracle, ours
     if limit.leading is not None:
         given, computed = (Tap(tap.array[: limit.leading], tap.dtype) for tap in (oracle, ours))
-    return TapResult(name, oracle.shape, oracle.dtype, compare(given, computed), limit)
+    return TapResult(name, oracle.shape, oracle.dtype, compare(given, computed, name.most), limit)
 
 
 def _badness(result: TapResult) -> tuple[bool, float]:

@@ -235,7 +235,7 @@ class Investigation:
         causes = explain(site, second, self.hypotheses)
         covered = self._covered(first, wrong[1:], causes, recording)
         slices, place = self._slices(site)
-        difference = compare(self.oracle.taps[name], recording[name])
+        difference = compare(self.oracle.taps[name], recording[name], first.tap.most)
         self._add(
             name, LOCAL, first.local, first.floor, causes, slices, place, sorted(covered), _sentence(name, difference)
         )

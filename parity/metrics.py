@@ -15,7 +15,7 @@ from numpy.lib.array_utils import normalize_axis_tuple
 from parity.blocks import BLOCK, blocks
 from parity.errors import ParityError
 from parity.recording import Tap, float_bits
-from parity.sketch import ACCURACY, Sketch, estimate, sketch_array, unpacked
+from parity.sketch import ACCURACY, STATISTICS, Sketch, estimate, sketch_array, unpacked
 
 # From 10,000 elements on, OpenBLAS gives a dot product to several threads, which then wait for each other for as long
 # as another process uses their core.
@@ -68,15 +68,18 @@ class AxisErrors(NamedTuple):
     norms: np.ndarray
 
 
-def compare(oracle: Tap | Sketch, ours: Tap | Sketch) -> Difference:
+def compare(oracle: Tap | Sketch, ours: Tap | Sketch, most: float | None = None) -> Difference:
     """Return how far `ours` is from `oracle`; shapes and dtypes are compared before any value.
 
-    Where one of the two is a sketch the error is an estimate.
+    Where one of the two is a sketch the error is an estimate. Values of ours beyond `most`, where the oracle has none,
+    are a mismatch, however few they are.
     """
     if oracle.shape != ours.shape:
         what = f"shape {list(ours.shape)} instead of {list(oracle.shape)}"
         return Difference(None, None, None, None, None, None, None, oracle.size, what)
     mismatch = f"dtype {ours.dtype} instead of {oracle.dtype}" if ours.dtype != oracle.dtype else None
+    if most is not None and _largest(oracle) <= most < _largest(ours):
+        mismatch = mismatch or f"values up to {_largest(ours):.9g} where none is beyond {most:g}"
     if isinstance(oracle, Sketch) or isinstance(ours, Sketch):
         return _estimated(oracle, ours, mismatch)
     a, b = oracle.array, ours.array
@@ -121,6 +124,13 @@ def compare(oracle: Tap | Sketch, ours: Tap | Sketch) -> Difference:
         size=a.size,
         mismatch=mismatch,
     )
+
+
+def _largest(tap: Tap | Sketch) -> float:
+    """The largest absolute value among the finite ones."""
+    if isinstance(tap, Sketch):
+        return float(tap.statistics[:, STATISTICS.index("largest")].max(initial=0.0))
+    return float(np.abs(tap.array).max(initial=0.0, where=np.isfinite(tap.array)))
 
 
 def _estimated(oracle: Tap | Sketch, ours: Tap | Sketch, mismatch: str | None) -> Difference:

@@ -20,6 +20,7 @@ class Kind:
     """A row of the tables: a pattern of names, what such a tap holds, its axes, and its component.
 
     `stage` and `order` (within the stage, or within one step) place the calls, and the taps that belong to none.
+    `most` is the largest absolute value that such a tap can have, where there is one.
     """
 
     pattern: str
@@ -29,6 +30,7 @@ class Kind:
     call: str = ""
     stage: int = 0
     order: int = 0
+    most: float | None = None
 
 
 CALLS = (
@@ -52,7 +54,7 @@ SINGLES = (
     Kind("sampler.velocity{step}", "the velocity after guidance", LATENTS, "guidance", "sampler", STEPS, 5),
     Kind("latent", "the state after the last step", "t, h, w, channel", "euler", "sampler", RESULT, 0),
     Kind("tokens", "the answer's token ids", "token", "tokens", "decode", RESULT, 0),
-    Kind("pixels", "the decoded frames, in [-1, 1]", "rgb, frame, h, w", "vae.pixels", "vae.decode", OUTPUT),
+    Kind("pixels", "the decoded frames, in [-1, 1]", "rgb, frame, h, w", "vae.pixels", "vae.decode", OUTPUT, most=1.0),
     Kind("vit_model{index}.patch_embed", "embedded patches", "patch, hidden", "", "vit_model", ENCODE, 0),
     Kind("vit_model{index}.blocks.{block}", "the stream after a block", "patch, hidden", "", "vit_model", ENCODE, 1),
     Kind("vit_model{index}.blocks.{block}.{module}", "a part of a block", "patch, channel", "", "vit_model", ENCODE, 1),
@@ -136,7 +138,10 @@ WORDS = {
 
 @dataclass(frozen=True)
 class TapName:
-    """A parsed tap name: its call and path, its component as a user knows it, its numbers (layer, step, chunk ...)."""
+    """A parsed tap name: its call and path, its component as a user knows it, its numbers (layer, step, chunk ...).
+
+    `most` is the largest absolute value that such a tap can have, None where there is none.
+    """
 
     name: str
     call: str
@@ -148,6 +153,7 @@ class TapName:
     arm: str
     numbers: dict[str, int]
     place: tuple[int, ...]
+    most: float | None = None
 
     @property
     def layer(self) -> int | None:
@@ -215,6 +221,7 @@ def parse(name: str) -> TapName:
         arm=found.get("arm", ""),
         numbers=numbers,
         place=(kind.stage, call_number, kind.order, minor, *within),
+        most=shown.most,
     )
 
 

@@ -21,7 +21,7 @@ def tap_errors(oracle: Oracle, forced: Recording, free: Recording, bounds: Bound
         if name not in forced:
             continue
         tap = oracle.bundle.locate(name)
-        local, total = compare(judged[name], forced[name]), None
+        local, total = compare(judged[name], forced[name], tap.most), None
         if name in free and free[name].array.shape == expected.array.shape:
             total = compare(judged[name], free[name]).rel_l2
         propagated = propagated_error(expected, forced[name], free.get(name))

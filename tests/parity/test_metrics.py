@@ -16,6 +16,7 @@ from parity import blocks, metrics
 from parity.errors import ParityError
 from parity.metrics import axis_errors, bits, compare
 from parity.recording import Tap, open_tensors, read_tensors, write_tensors
+from parity.sketch import sketch_array
 
 finite = st.floats(-1e6, 1e6, width=32)
 arrays = hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=5), elements=finite)
@@ -30,6 +31,18 @@ def tap(values, dtype="float32"):
 def test_equal_arrays_differ_by_nothing(array):
     d = compare(tap(array), tap(array.copy()))
     assert d.exact and d.rel_l2 == d.max_abs == 0 and d.bits_equal == 1
+
+
+@pytest.mark.parametrize("sketched", [False, True])
+def test_values_beyond_what_there_can_be_are_a_mismatch(sketched):
+    def held(values):
+        return sketch_array(np.float32(values), "float32") if sketched else tap(values)
+
+    inside, beyond = [1.0, -1.0, 0.5], [1.0, -1.0000001, 0.5]
+    assert compare(held(inside), held(beyond), 1.0).mismatch == "values up to 1.00000012 where none is beyond 1"
+    assert "values up to 3" in compare(held(inside), held([3.0, -1.0, 0.5]), 1.0).mismatch
+    for expected, got, most in ((inside, inside, 1.0), (inside, beyond, None), (beyond, beyond, 1.0)):
+        assert compare(held(expected), held(got), most).mismatch is None
 
 
 @settings(deadline=None)
