@@ -90,7 +90,7 @@ def _transform(
     """Crop to the bucket's aspect, resize, crop to the divisor and normalise, one frame at a time."""
     num_frames, height, width, _ = frames.shape
     rows, columns = _nearest_bucket(height, width, resolution)
-    top, left, box_height, box_width = _crop_box(height, width, columns / rows)
+    top, left, box_height, box_width = crop_box(height, width, columns / rows)
     kept_rows, kept_columns = bucket_size(height, width, resolution, divisor)
     row, column = round((rows - kept_rows) / 2), round((columns - kept_columns) / 2)
     pixels = np.empty((num_frames, kept_rows, kept_columns, 3), np.float32)
@@ -106,7 +106,7 @@ def _transform(
     return pixels
 
 
-def _crop_box(height: int, width: int, aspect: float) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, aspect: float) -> tuple[int, int, int, int]:
     """Top, left, height and width of the part of a picture that has width / height near `aspect`.
 
     Source: torchvision's RandomResizedCrop at scale 1 and one ratio. It draws the offset where the box of equal area

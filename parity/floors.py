@@ -9,11 +9,15 @@ input (local) and from the run's own (free).
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import Tensor
 
+import reference.sampler
 from parity.bundle import Bundle
 from parity.implementations import one_line
 from parity.metrics import compare
@@ -178,13 +182,41 @@ def run_variant(variant: Variant, run: Callable[[], Recording]) -> Recording:
     """What `run` computes with a variant's threads, with the errors that the variant draws."""
     threads = torch.get_num_threads()
     torch.set_num_threads(variant.threads)
+    # Of a float32 run the errors are drawn afterwards.
+    rounded = variant.sums and variant.numerics.dtype == "bfloat16"
+    norms = patch.object(reference.sampler, "norm", _DisturbedNorm(variant.draw)) if rounded else nullcontext()
     try:
-        taps = run()
+        with norms:
+            taps = run()
     finally:
         torch.set_num_threads(threads)
     if not variant.draw:
         return taps
     return {name: _disturbed(name, tap, [variant.draw, i], variant.sums) for i, (name, tap) in enumerate(taps.items())}
+
+
+class _DisturbedNorm:
+    """Takes the place of reference.sampler.norm: sums of squares as far off as those of many roundings may be.
+
+    One bfloat16 number scales a whole velocity, so where it lies near the middle between two, it matters which way a
+    sum is off: the norms of one guidance are off by two standard deviations in opposite ways, the other draw's in the
+    other ways.
+    """
+
+    def __init__(self, draw: int) -> None:
+        self._sign = 1 if draw % 2 else -1
+
+    def __call__(self, v: Tensor, dim: int | None = None) -> Tensor:
+        length = torch.norm(v.double()) if dim is None else torch.norm(v.double(), dim=dim, keepdim=True)
+        count = v.numel() if dim is None else v.shape[dim]
+        self._sign = -self._sign
+        return (length * (1 + 2 * self._sign * _sum_error(count))).to(v.dtype)
+
+
+def _sum_error(count: int) -> float:
+    """Standard deviation, relative, of the root of a sum of so many squares: each of so many roundings, as it grows, is
+    off by a part of a unit in the last place."""
+    return count**0.5 * 2.0**-26
 
 
 def _disturbed(name: str, tap: Tap, seed: list[int], sums: bool) -> Tap:
@@ -198,12 +230,11 @@ def _disturbed(name: str, tap: Tap, seed: list[int], sums: bool) -> Tap:
     if not sums:
         noise = draw.uniform(-1, 1, tap.array.shape) * 2.0**-23
     elif component == "guidance":
-        noise = draw.standard_normal() * tap.array.size**0.5 * 2.0**-26
+        noise = draw.standard_normal() * _sum_error(tap.array.size)
     else:
-        # A sum of n squares is rounded n times, as it grows: it is off by about sqrt(n) / 4 units in the last place.
         axis = 1 if "vae." in component else -1
         shape = [1 if i == axis % tap.array.ndim else n for i, n in enumerate(tap.array.shape)]
-        noise = draw.standard_normal(shape) * tap.array.shape[axis] ** 0.5 * 2.0**-26
+        noise = draw.standard_normal(shape) * _sum_error(tap.array.shape[axis])
     return Tap((tap.array * (1 + noise)).astype(np.float32), tap.dtype)
 
 

@@ -223,6 +223,7 @@ class _Run:
             for call, steered in self.ours.run_layer(index, forced, expected):
                 own = next(going)[1] if call in free else {}
                 self._note(computed[call], steered, own)
+                memory.give_back()
 
     def _finish(self, forced: Passes, free: Passes) -> None:
         computed = self.theirs.finish()

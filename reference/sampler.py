@@ -57,10 +57,16 @@ def guide(cond: Tensor, uncond: Tensor, request: Request) -> Tensor:
     if request.cfg_renorm_type is Renorm.NONE:
         return guided
     if request.cfg_renorm_type is Renorm.GLOBAL:
-        norms = torch.norm(cond), torch.norm(guided)
+        norms = norm(cond), norm(guided)
     else:
-        norms = tuple(torch.norm(v, dim=-1, keepdim=True) for v in (cond, guided))
+        norms = tuple(norm(v, dim=-1) for v in (cond, guided))
     return guided * (norms[0] / (norms[1] + 1e-8)).clamp(min=request.cfg_renorm_min, max=1.0)
+
+
+def norm(v: Tensor, dim: int | None = None) -> Tensor:
+    """Length of all of a tensor, 0-dim, or along a dimension that stays with size 1; summed wider, rounded to its
+    dtype."""
+    return torch.norm(v) if dim is None else torch.norm(v, dim=dim, keepdim=True)
 
 
 def is_guided(t: Tensor, low: float, high: float) -> bool:

@@ -6,6 +6,9 @@ import numpy as np
 from lance_mlx.numerics import scaled
 from lance_mlx.request import Renorm, Request
 
+_STAGE = 64
+"""Elements that are added up before their sums are."""
+
 
 def is_guided(t: float, request: Request) -> bool:
     """Whether guidance acts at time t: its scale is above 1 and lo < t <= hi, compared in float32 as upstream does."""
@@ -29,4 +32,14 @@ def guided_velocity(cond: mx.array, uncond: mx.array, request: Request) -> mx.ar
 
 def _norm(x: mx.array, axis: int | None) -> mx.array:
     wide = x.astype(mx.float32)
-    return mx.sqrt(mx.sum(wide * wide, axis=axis, keepdims=axis is not None)).astype(x.dtype)
+    squares = wide * wide
+    total = _sum(squares) if axis is None else mx.sum(squares, axis=axis, keepdims=True)
+    return mx.sqrt(total).astype(x.dtype)
+
+
+def _sum(x: mx.array) -> mx.array:
+    """The sum of all elements, in stages: the CPU backend adds one after another, which loses the small ones."""
+    flat = x.reshape(-1)
+    while flat.size > 1:
+        flat = mx.pad(flat, (0, -flat.size % _STAGE)).reshape(-1, _STAGE).sum(axis=-1)
+    return flat[0]

@@ -172,8 +172,10 @@ def _is_oblong(bundle: Bundle) -> bool:
 _OBLONG = Need("a picture that is not square", _is_oblong)
 
 
-def _preprocess(name: str, patch: Patch, tasks: frozenset[str], about: str, needs: Need | None = None) -> Fault:
-    return Fault(name, about, "preprocess", patch, tasks, needs=needs)
+def _preprocess(
+    name: str, explanation: str, patch: Patch, tasks: frozenset[str], about: str, needs: Need | None = None
+) -> Fault:
+    return Fault(name, about, "preprocess", patch, tasks, explanation=explanation, needs=needs)
 
 
 FAULTS = [
@@ -270,9 +272,10 @@ FAULTS = [
     ),
     _preprocess(
         "visuals-stretched",
+        "pictures are stretched to a square",
         together(
             function(preprocess, "_nearest_bucket", _square),
-            function(preprocess, "_crop_box", _whole),
+            function(preprocess, "crop_box", _whole),
         ),
         LOOKS | {"i2v"},
         "Pictures are stretched to a square of the resolution instead of going to the bucket of nearest aspect.",
@@ -280,12 +283,14 @@ FAULTS = [
     ),
     _preprocess(
         "visuals-resized-bilinearly",
+        "pictures are resized bilinearly",
         lambda target: replaced(preprocess, "Image", _BILINEAR),
         LOOKS | {"i2v"},
         "Pictures are resized bilinearly instead of bicubically.",
     ),
     _preprocess(
         "vit-pixels-not-clip-normalised",
+        "the ViT's pixels are normalised to [-1, 1]",
         together(
             lambda target: replaced(preprocess, "_VIT_MEAN", (0.5, 0.5, 0.5)),
             lambda target: replaced(preprocess, "_VIT_STD", (0.5, 0.5, 0.5)),

@@ -55,6 +55,19 @@ def test_guidance_is_upstreams_formula(renorm, least):
     assert np.allclose(guided_velocity(mx.array(cond), mx.array(uncond), request), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("renorm", [Renorm.GLOBAL, Renorm.CHANNEL])
+def test_a_long_video_is_scaled_as_exactly_as_a_small_picture(renorm):
+    cond, uncond = np.random.default_rng(0).normal(size=(2, 24576, 48)).astype(np.float32)
+    request = replace(REQUEST, guidance_renorm=renorm, guidance_renorm_min=0.0)
+    guided = cond.astype(np.float64) * request.guidance_scale + uncond * (1 - request.guidance_scale)
+    axis = None if renorm is Renorm.GLOBAL else -1
+    expected = guided * (
+        np.linalg.norm(cond, axis=axis, keepdims=True) / np.linalg.norm(guided, axis=axis, keepdims=True)
+    )
+    got = np.array(guided_velocity(mx.array(cond), mx.array(uncond), request))
+    assert np.linalg.norm(got - expected) < 1e-6 * np.linalg.norm(expected)
+
+
 def test_the_sampler_is_a_generator_that_takes_euler_steps(pipeline):
     request = Request(Task.T2V, "a bird", 32, 32, 5, num_steps=3, guidance_interval=(0.9, 1.0))
     times = timesteps(3, request.timestep_shift)

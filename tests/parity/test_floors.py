@@ -5,19 +5,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+import reference.sampler
 from parity import floors as measuring
 from parity import floors_file
 from parity.bundle import read_bundle, write_bundle
 from parity.cli import app
 from parity.errors import ParityError
-from parity.floors import Floors, floats_of, measure_free, measure_local, variants_of
+from parity.floors import Floors, floats_of, measure_free, measure_local, run_variant, variants_of
 from parity.floors_file import FILE, free_floors, local_floors, write_floors
 from parity.oracle import Oracle
-from parity.recording import Tap
+from parity.recording import Tap, to_tap
+from reference.request import Request
 
 SMALL = "t2i-fp32-nokv"
 
@@ -32,6 +35,20 @@ def test_variants_have_names_and_several_families(dtype):
     assert not any(":" in variant.name for variant in variants)
     assert len({variant.family for variant in variants}) >= 5
     assert all(variant.numerics.dtype in (dtype, "float64") for variant in variants)
+
+
+def test_a_norm_near_the_middle_of_two_numbers_may_be_either():
+    def guided():
+        return {"sampler.velocity0": to_tap(reference.sampler.guide(cond, 0 * cond, request))}
+
+    # Its length is just below the middle of two bfloat16 numbers, 218 and 219.
+    cond = torch.zeros(1024, 48, dtype=torch.bfloat16)
+    cond.view(-1)[:47742] = 1
+    request = Request.from_dict({"task": "t2i", "spec": "a bird", "cfg_text_scale": 1.5, "height": 32, "width": 32})
+    assert 218.499 < cond.double().norm() < 218.5
+    plain = guided()["sampler.velocity0"].array
+    others = [run_variant(v, guided)["sampler.velocity0"].array for v in variants_of("bfloat16") if v.family == "sums"]
+    assert any(not np.array_equal(other, plain) for other in others)
 
 
 @pytest.fixture(scope="module")

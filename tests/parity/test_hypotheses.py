@@ -164,6 +164,8 @@ UNSEEN = (
         r"of the (VAE|ViT)'s pixels",
         r"of a patch",
         r"^patches are in reading order",
+        r"^pictures are",
+        r"^the resolutions of VAE and ViT",
     ),
 )
 

@@ -1,0 +1,46 @@
+"""Hypotheses about resizing: each makes another picture than upstream does, and the right one explains a fault."""
+
+import numpy as np
+import pytest
+
+from parity.bundle import read_bundle
+from parity.fault_table import try_fault
+from parity.faults import CATALOGUE
+from parity.hypotheses import attempt, resizing
+from parity.oracle import Oracle
+from parity.registry import parse
+from parity.site import Site
+from parity.subject import MlxSubject
+
+PLACES = [(name, tap) for name in ("image_edit-fp32-nokv", "i2v-fp32-nokv") for tap in ("vae_pixels0", "vit_patches0")]
+PLACES = [place for place in PLACES if place != ("i2v-fp32-nokv", "vit_patches0")]
+
+
+def site_at(oracle: Oracle, tap: str) -> Site:
+    array = oracle.bundle.inputs[tap].array
+    if tap == "vae_pixels0" and oracle.bundle.task == "i2v":
+        array = array[:, :1]
+    return Site(oracle, parse(f"inputs/{tap}"), array, array, {f"inputs/{tap}": array})
+
+
+@pytest.mark.parametrize(("name", "tap"), PLACES)
+def test_upstreams_own_way_makes_upstreams_picture_and_every_other_another(oracle_of, name, tap):
+    site = site_at(oracle_of(name), tap)
+    own = resizing.resized(resizing.Way(resizing.bucket))(site, site.expected)
+    # Where a side is cut by an odd number of pixels, upstream draws which end loses more.
+    assert own.shape == site.expected.shape and own.dtype == np.float32
+    made = {h.name: attempt(site, [h]) for h in resizing.HYPOTHESES}
+    other = {n for n, a in made.items() if a is not None and (a.shape != own.shape or not np.array_equal(a, own))}
+    assert {"pictures are resized bilinearly", "pictures are stretched to a square"} <= other
+
+
+@pytest.mark.parametrize("fault", ["visuals-stretched", "visuals-resized-bilinearly", "vit-pixels-not-clip-normalised"])
+def test_the_right_way_explains_a_fault(oracle_of, fault):
+    oracle = oracle_of("image_edit-fp32-nokv")
+    tried = try_fault(CATALOGUE[fault], oracle.bundle, oracle, MlxSubject(oracle.bundle))
+    assert tried.named and tried.explained, tried.why
+
+
+def test_without_the_pictures_none_applies(linked_bundle):
+    site = site_at(Oracle.of(read_bundle(linked_bundle("image_edit-fp32-nokv"))), "vae_pixels0")
+    assert all(attempt(site, [hypothesis]) is None for hypothesis in resizing.HYPOTHESES)
