@@ -177,7 +177,9 @@ def plot(results: list[Result], folder: Path) -> Path:
                 axes.loglog(latents, values, marker="o", label=f"{label}, exponent {power:.2f}")
     for axes, title, unit in ((left, "a guided step", "CPU seconds"), (right, "its memory beyond the weights", "MB")):
         axes.set(title=title, xlabel="latents", ylabel=unit)
-        axes.grid(True, which="both", alpha=0.3)
+        axes.set_xticks(LATENTS, [f"{count:,}" for count in LATENTS])
+        axes.minorticks_off()
+        axes.grid(True, alpha=0.3)
         if axes.lines:
             axes.legend()
     folder.mkdir(parents=True, exist_ok=True)
