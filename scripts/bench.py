@@ -178,7 +178,7 @@ def plot(results: list[Result], folder: Path) -> Path:
     for axes, title, unit in ((left, "a guided step", "CPU seconds"), (right, "its memory beyond the weights", "MB")):
         axes.set(title=title, xlabel="latents", ylabel=unit)
         axes.set_xticks(LATENTS, [f"{count:,}" for count in LATENTS])
-        axes.minorticks_off()
+        axes.set_xticks([], minor=True)
         axes.grid(True, alpha=0.3)
         if axes.lines:
             axes.legend()
