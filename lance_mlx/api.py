@@ -284,6 +284,8 @@ class LanceModel:
                 earlier, visuals = None, prepare_visuals(question)
             pipeline = self.pipeline(question.variant, looks=True)
             started = time.perf_counter()
+            if not self._low_ram:
+                pipeline.join_projections()
             earlier = pipeline.prepare_question(question, visuals, earlier)
             self._done_looking(pipeline, [rows.und for rows in earlier.reader.prefix])
             yield _answer(pipeline, earlier, callback or (lambda piece: None), started)
@@ -310,7 +312,8 @@ def load(
         variant: use this model for every task; by default each task has the one that was trained for it.
         quiet: show no progress of fetching.
         low_ram: hold one decoder layer in memory at a time, and the ViT and the VAE only while they are used; every
-            pass reads the layers from their files, so that it takes longer. Results are the same bit for bit.
+            pass reads the layers from their files, so that it takes longer. What is drawn is the same bit for bit,
+            logits of answers but for the order of sums.
         keep_encoders: keep the ViT and the VAE's encoder for the next request. Without, they make room before
             denoising or answering begins, and a later request that looks at something reads the model again.
 

@@ -11,6 +11,7 @@ from lance_mlx.allocator import release
 from lance_mlx.checkpoint import ViTSource
 from lance_mlx.layouts import find_checkpoint
 from lance_mlx.model.lance import Lance
+from lance_mlx.model.mot import join_projections
 from lance_mlx.numerics import BFLOAT16, Numerics
 from lance_mlx.prompt import answer_start, build_question, build_sequence
 from lance_mlx.request import Question, Request, Task, Variant
@@ -111,6 +112,13 @@ class Pipeline:
         tokens = self.model.vit_model(patches, [visual.vit_grid for visual in visuals])
         ends = np.cumsum([int(np.prod(visual.vit_cells)) for visual in visuals]).tolist()
         return tuple(mx.split(tokens, ends[:-1]))
+
+    def join_projections(self) -> None:
+        """Make answers faster, once and for all, by fewer products a token; not for layers that are read as they run.
+
+        Drawing gains nothing: its passes have many rows.
+        """
+        join_projections(self.model.language_model.model)
 
     def drop_encoders(self) -> None:
         """Free the ViT and the VAE's encoder, which are in memory; what is prepared and evaluated needs neither."""

@@ -106,7 +106,11 @@ def record_mlx(
     guidance. `progress` is told the name of each call before it runs. Raises LanceError for bad input.
     """
     asked = request_from_bundle(request, entry)
-    return record_pipeline(load_for(asked, checkpoint_dir / variant, numerics), asked, replay, names, progress)
+    pipeline = load_for(asked, checkpoint_dir / variant, numerics)
+    if isinstance(asked, Question):
+        # As a user's questions are answered.
+        pipeline.join_projections()
+    return record_pipeline(pipeline, asked, replay, names, progress)
 
 
 def load_for(request: Request | Question, folder: Path, numerics: str) -> Pipeline:

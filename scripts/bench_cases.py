@@ -48,11 +48,14 @@ NARROW = DecoderShape(
 @dataclass(frozen=True)
 class Work:
     """What is timed: `run` computes and evaluates; `operations` is how many it needs, None where not counted; `items`
-    is how many things it makes, such as tokens."""
+    is how many things it makes, such as tokens; `whole` is whether its memory is that of the process, not MLX's,
+    and `remove` what has to be done when all is timed."""
 
     run: Callable[[], object]
     operations: int | None = None
     items: int = 1
+    whole: bool = False
+    remove: Callable[[], object] = lambda: None
 
 
 def config_of(hidden: int, layers: int) -> LanceConfig:
@@ -200,10 +203,12 @@ def both_experts() -> Iterator[None]:
         rows = x.merged()
         return apart(x, module[name](rows), module[f"{name}_moe_gen"](rows))
 
-    def heads(self: mot.SelfAttention, x: ExpertRows, kind: str) -> ExpertRows:
-        rows = x.merged()
-        both = (self[f"{kind}_proj{suffix}"](rows).reshape(len(rows), -1, self.head_dim) for suffix in ("", "_moe_gen"))
-        return apart(x, *both)
+    def heads(self: mot.SelfAttention, x: ExpertRows) -> list[ExpertRows]:
+        rows, found = x.merged(), []
+        for kind in "qkv":
+            both = (self[f"{kind}_proj{suffix}"](rows) for suffix in ("", "_moe_gen"))
+            found.append(apart(x, *(y.reshape(len(rows), -1, self.head_dim) for y in both)))
+        return found
 
     with patch.object(mot, "_by_expert", by_expert), patch.object(mot.SelfAttention, "_heads", heads):
         yield
@@ -212,6 +217,7 @@ def both_experts() -> Iterator[None]:
 def text(tokens: int, hidden: int, layers: int, dtype: str) -> Work:
     """Decoding so many tokens of an answer, one by one, behind a prefix of 256."""
     model = _model(hidden, layers, dtype)
+    mot.join_projections(model.language_model.model)
     ids = np.arange(256, dtype=np.int32) % 300
     sequence = Sequence((Segment(Role.TEMPLATE, AttentionMode.CAUSAL, ids),))
     positions = np.tile(np.arange(256 + tokens, dtype=np.int32), (3, 1))
@@ -261,6 +267,16 @@ def vae_encode(frames: int, side: int, dtype: str) -> Work:
     return Work(lambda: vae.encode(pixels), items=frames)
 
 
+def conversion(hidden: int, layers: int, dtype: str) -> Work:
+    """Converting a float32 checkpoint of the official layout; its items are megabytes that are read."""
+    from bench_convert import Converting
+
+    heads, kv_heads, intermediate = WIDTHS[hidden]
+    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "kv-heads": kv_heads, "intermediate": intermediate}
+    converting = Converting(sizes, dtype)
+    return Work(converting.run, items=converting.megabytes, whole=True, remove=converting.remove)
+
+
 def torch_step(task: str, latents: int, hidden: int, layers: int, dtype: str) -> Work:
     """The guided step of the PyTorch reference, behind cached prefixes too."""
     from bench_torch import drawing
@@ -293,4 +309,5 @@ CASES: dict[str, Callable[..., Work]] = {
     "ViT, 4 blocks": vit,
     "VAE decode": vae_decode,
     "VAE encode": vae_encode,
+    "conversion": conversion,
 }

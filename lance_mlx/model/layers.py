@@ -1,10 +1,11 @@
 """Building blocks shared by the transformer, the embeddings and the VAE."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from lance_mlx import vectorized
 from lance_mlx.numerics import runs_on_cpu
@@ -20,15 +21,54 @@ class Linear(nn.Linear):
     """y = x @ weight.T + bias in the dtype of `weight`, rounded once at the end."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        dtype = self.weight.dtype
-        if dtype != mx.float32 and runs_on_cpu() and not (len(x) <= _FEW_ROWS and self.weight.size >= _LARGE):
-            # The CPU backend multiplies half precision outside BLAS; float32 gives the same bits sooner. Where few rows
-            # meet a large matrix, that takes longer to convert than to multiply with.
-            x, weight = x.astype(dtype).astype(mx.float32), self.weight.astype(mx.float32)
-            return _product(x, weight, self.bias.astype(mx.float32) if "bias" in self else None).astype(dtype)
-        if dtype == mx.float32 and runs_on_cpu():
-            return _product(x.astype(dtype), self.weight, self.get("bias"))
-        return super().__call__(x.astype(dtype))
+        return _linear(x, self.weight, self.get("bias"))
+
+
+class Joined:
+    """Linears of the same input as one product, for passes of few rows: there the number of products counts.
+
+    Their weights and biases become views of those of the product, so that nothing is held twice. With many rows, and
+    once one of them is given another weight, each computes by itself.
+    """
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
+        self._linears = tuple(linears)
+        ends = np.cumsum([len(linear.weight) for linear in linears])
+        self._ends = ends[:-1].tolist()
+        self._weight, self._weights = self._join("weight")
+        self._bias, self._biases = self._join("bias") if "bias" in linears[0] else (None, (None,) * len(linears))
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        """[rows, in] -> [rows, out] of every linear."""
+        if len(x) > _FEW_ROWS or not self._intact():
+            return [linear(x) for linear in self._linears]
+        return mx.split(_linear(x, self._weight, self._bias), self._ends, axis=-1)
+
+    def _join(self, name: str) -> tuple[mx.array, tuple[mx.array, ...]]:
+        whole = mx.concatenate([linear[name] for linear in self._linears])
+        parts = tuple(mx.split(whole, self._ends))
+        mx.eval(whole, parts)
+        for linear, part in zip(self._linears, parts, strict=True):
+            linear[name] = part
+        return whole, parts
+
+    def _intact(self) -> bool:
+        parts = zip(self._linears, self._weights, self._biases, strict=True)
+        return all(linear.weight is weight and linear.get("bias") is bias for linear, weight, bias in parts)
+
+
+def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    """x @ weight.T + bias in the dtype of `weight`, rounded once at the end."""
+    dtype = weight.dtype
+    if dtype != mx.float32 and runs_on_cpu() and not (len(x) <= _FEW_ROWS and weight.size >= _LARGE):
+        # The CPU backend multiplies half precision outside BLAS; float32 gives the same bits sooner. Where few rows
+        # meet a large matrix, that takes longer to convert than to multiply with.
+        wide = None if bias is None else bias.astype(mx.float32)
+        return _product(x.astype(dtype).astype(mx.float32), weight.astype(mx.float32), wide).astype(dtype)
+    x = x.astype(dtype)
+    if dtype == mx.float32 and runs_on_cpu():
+        return _product(x, weight, bias)
+    return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
 def _product(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
@@ -87,7 +127,13 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden_size, intermediate_size, bias)
         self.up_proj = Linear(hidden_size, intermediate_size, bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias)
+        self._gate_up: Joined | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         """[rows, hidden] -> [rows, hidden]."""
-        return self.down_proj(_swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self._gate_up(x) if self._gate_up else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(_swiglu(gate, up))
+
+    def join(self) -> None:
+        """Let gate and up be one product for few rows; the weights have to be loaded."""
+        self._gate_up = Joined((self.gate_proj, self.up_proj))

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from lance_mlx.config import LanceConfig
 from lance_mlx.model.attention import attention
-from lance_mlx.model.layers import MLP, Linear
+from lance_mlx.model.layers import MLP, Joined, Linear
 from lance_mlx.model.rope import Rotary, RotaryTable
 
 
@@ -78,6 +78,8 @@ class SelfAttention(nn.Module):
             self[f"o_proj{suffix}"] = Linear(heads, hidden, bias=False)
             self[f"q_norm{suffix}"] = nn.RMSNorm(head_dim, config.rms_norm_eps)
             self[f"k_norm{suffix}"] = nn.RMSNorm(head_dim, config.rms_norm_eps)
+        self._qkv: Joined | None = None
+        self._qkv_moe_gen: Joined | None = None
         self.q_rope = Rotary()
         self.k_rope = Rotary()
         self.sdpa = ScaledDotProductAttention()
@@ -91,11 +93,10 @@ class SelfAttention(nn.Module):
             qk_float32: norm and rotate queries and keys in float32 and round them only before attention.
         """
         dtype = x.und.dtype
-        queries = self._normed(x, "q", qk_float32)
-        keys = self._normed(x, "k", qk_float32)
-        values = self._heads(x, "v").merged()
-        queries = self.q_rope(queries, rotary).astype(dtype)
-        keys = self.k_rope(keys, rotary).astype(dtype)
+        queries, keys, values = self._heads(x)
+        queries = self.q_rope(self._normed(queries, "q", qk_float32), rotary).astype(dtype)
+        keys = self.k_rope(self._normed(keys, "k", qk_float32), rotary).astype(dtype)
+        values = values.merged()
         if past is not None:
             keys = mx.concatenate([past.keys, keys], axis=0)
             values = mx.concatenate([past.values, values], axis=0)
@@ -105,14 +106,25 @@ class SelfAttention(nn.Module):
         gen = None if attended.gen is None else self.o_proj_moe_gen(attended.gen.flatten(1))
         return ExpertRows(und, gen), kv
 
-    def _heads(self, x: ExpertRows, kind: str) -> ExpertRows:
-        def project(rows: mx.array, suffix: str) -> mx.array:
-            return self[f"{kind}_proj{suffix}"](rows).reshape(len(rows), -1, self.head_dim)
+    def join(self) -> None:
+        """Let the projections of each expert be one product for few rows; the weights have to be loaded."""
+        self._qkv, self._qkv_moe_gen = (Joined(self._projections(suffix)) for suffix in ("", "_moe_gen"))
 
-        return ExpertRows(project(x.und, ""), None if x.gen is None else project(x.gen, "_moe_gen"))
+    def _projections(self, suffix: str) -> list[Linear]:
+        return [self[f"{kind}_proj{suffix}"] for kind in "qkv"]
 
-    def _normed(self, x: ExpertRows, kind: str, wide: bool) -> mx.array:
-        heads = self._heads(x, kind)
+    def _heads(self, x: ExpertRows) -> list[ExpertRows]:
+        """Queries, keys and values, [rows, heads, head_dim] each."""
+
+        def project(rows: mx.array, suffix: str, joined: Joined | None) -> list[mx.array]:
+            projected = joined(rows) if joined else [linear(rows) for linear in self._projections(suffix)]
+            return [y.reshape(len(rows), -1, self.head_dim) for y in projected]
+
+        und = project(x.und, "", self._qkv)
+        gen = [None] * 3 if x.gen is None else project(x.gen, "_moe_gen", self._qkv_moe_gen)
+        return [ExpertRows(*rows) for rows in zip(und, gen, strict=True)]
+
+    def _normed(self, heads: ExpertRows, kind: str, wide: bool) -> mx.array:
         if wide:
             heads = ExpertRows(heads.und.astype(mx.float32), heads.gen.astype(mx.float32))
         und = self[f"{kind}_norm"](heads.und)
@@ -149,6 +161,7 @@ class MoTModel(nn.Module):
         self.layers = [MoTDecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm_moe_gen = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.joined = False
 
     def __call__(
         self, inputs_embeds: ExpertRows, rotary: RotaryTable, cache: KVCache, causal: bool, qk_float32: bool
@@ -159,6 +172,21 @@ class MoTModel(nn.Module):
             x, kv = layer(x, rotary, cache[index] if cache else None, causal, qk_float32)
             seen.append(kv)
         return _by_expert(self, "norm", x), tuple(seen)
+
+
+def join_projections(model: MoTModel) -> None:
+    """Let projections of the same input be one product for passes of few rows, such as a token of an answer, unless
+    they are already.
+
+    The weights have to be loaded, and stay. The result is the same but for the order of sums.
+    """
+    if model.joined:
+        return
+    model.joined = True
+    for layer in model.layers:
+        layer.self_attn.join()
+        for mlp in (layer.mlp, layer.mlp_moe_gen):
+            mlp.join()
 
 
 class LanguageModel(nn.Module):

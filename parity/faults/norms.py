@@ -69,10 +69,10 @@ def _stay_bfloat16(target: Target) -> AbstractContextManager[None]:
 
 
 def _float32_in_text(target: Target) -> AbstractContextManager[None]:
-    def normed(original: Callable, module: SelfAttention, x: ExpertRows, kind: str, wide: bool) -> mx.array:
-        if x.gen is not None:
-            return original(module, x, kind, wide)
-        return module[f"{kind}_norm"](module._heads(x, kind).und.astype(mx.float32))
+    def normed(original: Callable, module: SelfAttention, heads: ExpertRows, kind: str, wide: bool) -> mx.array:
+        if heads.gen is not None:
+            return original(module, heads, kind, wide)
+        return module[f"{kind}_norm"](heads.und.astype(mx.float32))
 
     return wrapped(SelfAttention, "_normed", normed)
 

@@ -20,7 +20,10 @@ import bench_cases  # noqa: E402
 @pytest.mark.parametrize("case", bench.cases(quick=True), ids=lambda case: f"{case.name} {case.label}")
 def test_case(benchmark, case):
     work = bench_cases.CASES[case.name](*case.arguments)
-    benchmark(work.run)
+    try:
+        benchmark(work.run)
+    finally:
+        work.remove()
     assert work.items >= 1 and (work.operations is None or work.operations > 0)
 
 

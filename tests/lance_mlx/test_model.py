@@ -135,3 +135,53 @@ def test_bfloat16_rounds_the_rope_frequencies_and_float32_does_not(pipeline):
     assert not np.array_equal(exact, rounded)
     assert (rounded.view(np.uint32) & 0xFFFF == 0).all()
     assert np.abs(rounded / exact - 1).max() <= 2**-8
+
+
+def linears(widths, depth, bias, dtype):
+    made = [layers.Linear(depth, width, bias) for width in widths]
+    for linear in made:
+        linear.set_dtype(dtype)
+    mx.eval([linear.parameters() for linear in made])
+    return made
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@given(rows=st.integers(1, 6), widths=st.lists(st.integers(1, 40), min_size=1, max_size=3), bias=st.booleans())
+@settings(deadline=None, max_examples=25)
+def test_joined_linears_give_what_each_gives(dtype, rows, widths, bias):
+    made = linears(widths, 24, bias, dtype)
+    x = mx.random.normal((rows, 24)).astype(dtype)
+    apart = [linear(x) for linear in made]
+    mx.eval(apart)
+    together = layers.Joined(made)(x)
+    assert [y.shape for y in together] == [(rows, width) for width in widths]
+    assert all(y.dtype == dtype for y in together)
+    limit = 1e-5 if dtype == mx.float32 else 0.02
+    assert all(np.allclose(*(np.array(y.astype(mx.float32)) for y in pair), atol=limit)
+               for pair in zip(apart, together, strict=True))  # fmt: skip
+
+
+def test_joined_linears_compute_by_themselves_once_one_has_another_weight():
+    made = linears([8, 8], 16, True, mx.float32)
+    joined, x = layers.Joined(made), mx.random.normal((1, 16))
+    for name in ("weight", "bias"):
+        made[1][name] = made[1][name] * 2
+        assert np.array_equal(joined(x)[1], made[1](x))
+        assert np.array_equal(joined(x)[0], made[0](x))
+
+
+def test_joined_linears_are_held_once():
+    made = linears([256, 256], 1024, False, mx.float32)
+    before = mx.get_active_memory()
+    joined = layers.Joined(made)
+    assert mx.get_active_memory() <= before + 65536
+    assert joined(mx.ones((1, 1024)))[0].shape == (1, 256)
+
+
+def test_many_rows_leave_joined_linears_apart(monkeypatch):
+    joined = layers.Joined(linears([8, 8], 16, False, mx.float32))
+    called = []
+    monkeypatch.setattr(layers.Linear, "__call__", lambda self, x: called.append(len(x)) or x)
+    joined(mx.ones((layers._FEW_ROWS, 16)))
+    joined(mx.ones((layers._FEW_ROWS + 1, 16)))
+    assert called == [layers._FEW_ROWS + 1] * 2
