@@ -74,7 +74,10 @@ def row_roles(tap: TapName, rows: int, layout: Layout) -> list[str] | None:
     else:
         labels = [inner] * held
     whole = [BRACKET, *labels, BRACKET]
-    return {split.length: whole, held: labels, 2: [BRACKET] * 2}.get(rows)
+    known = {split.length: whole, 2: [BRACKET] * 2}
+    if held != 2 or "_moe_gen" in tap.path:
+        known[held] = labels
+    return known.get(rows)
 
 
 def _sequence_roles(tap: TapName, rows: int, layout: Layout) -> list[str] | None:

@@ -1,5 +1,7 @@
 """Errors by role, expert, head, frame and token: a wrong minority is named, whatever the rest is like."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,8 @@ from hypothesis import strategies as st
 from parity.registry import parse
 from parity.rows import BRACKET, layout_of, row_experts, row_frames, row_roles, split_of
 from parity.slices import CONCENTRATED, LISTED, MINORITY, place_of, slice_errors, slice_sizes
+from reference.layout import Mode
+from reference.positions import Grid
 
 LAYER = "language_model.model.layers.1"
 
@@ -56,6 +60,15 @@ def test_rows_of_a_call_have_the_roles_of_their_split(layouts, name, call, roles
         assert row_roles(tap, 2, layout) == [BRACKET] * 2
         assert split.length == 4 or runs(row_roles(tap, split.length - 2, layout)) == roles[1:-1]
         assert row_roles(tap, split.length + 1, layout) is None
+
+
+def test_two_rows_of_a_block_of_two_latents_are_those_of_their_expert(layouts):
+    layout = layouts("t2i-fp32-kv")
+    splits = [replace(s, length=4, grid=Grid(1, 1, 2)) if s.mode is Mode.NOISE else s for s in layout.splits]
+    small, layer = replace(layout, splits=splits), f"cond.step0/{LAYER}"
+    assert row_roles(parse(f"{layer}.mlp"), 2, small) == [BRACKET] * 2
+    assert row_roles(parse(f"{layer}.mlp_moe_gen"), 2, small) == ["noise"] * 2
+    assert row_roles(parse(layer), 4, small) == [BRACKET, "noise", "noise", BRACKET]
 
 
 def test_rows_of_the_whole_sequence_have_roles(layouts):
