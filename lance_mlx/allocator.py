@@ -5,21 +5,28 @@ for each operation: 10 to 25 % of a denoising step. Kept for the next one, they 
 """
 
 import ctypes
+import os
 import sys
 
 KEPT = 1 << 28
-"""Bytes up to which a freed array stays with the process, and free memory at the end of the heap as well."""
+"""Bytes up to which a freed array stays with the process; of free memory at the end of the heap twice as many do."""
+_SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed() -> None:
-    """Keep freed arrays of up to `KEPT` bytes for those to come; does nothing where the C library is not glibc."""
-    if sys.platform != "linux":
+    """Keep freed arrays of up to `KEPT` bytes for those to come.
+
+    Does nothing where the C library is not glibc, or the environment sets MALLOC_MMAP_THRESHOLD_ or
+    MALLOC_TRIM_THRESHOLD_.
+    """
+    if sys.platform != "linux" or any(name in os.environ for name in _SET_BY_USER):
         return
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, KEPT)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2 * KEPT)
+        # Older ones refuse so high a threshold; the other one alone would only end their own adjustment.
+        if libc.mallopt(_M_MMAP_THRESHOLD, KEPT):
+            libc.mallopt(_M_TRIM_THRESHOLD, 2 * KEPT)
     except (OSError, AttributeError):
         pass
 

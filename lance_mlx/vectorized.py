@@ -14,7 +14,7 @@ def silu(x: mx.array) -> mx.array:
     """x / (1 + e ** -x) of float32, same shape."""
     values = np.asarray(x).reshape(-1)
     result = np.empty_like(values)
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         for start in range(0, len(values), _BLOCK):
             part, out = values[start : start + _BLOCK], result[start : start + _BLOCK]
             np.negative(part, out=out)
@@ -30,7 +30,7 @@ def exponentials(scores: mx.array) -> tuple[mx.array, mx.array]:
     rows = np.asarray(scores).reshape(-1, scores.shape[-1])
     weights, totals = np.empty_like(rows), np.empty((len(rows), 1), np.float32)
     step = max(1, _BLOCK // rows.shape[1])
-    with np.errstate(under="ignore"):
+    with np.errstate(under="ignore", invalid="ignore"):
         for start in range(0, len(rows), step):
             part, out = rows[start : start + step], weights[start : start + step]
             np.subtract(part, part.max(axis=1, keepdims=True), out=out)

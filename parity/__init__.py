@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 # PyTorch first: lance_mlx loads an OpenBLAS for MLX, with which PyTorch would round otherwise than by itself.
 import torch  # noqa: F401
 
-# The process that runs a clone of upstream has neither lance_mlx nor MLX, and needs none.
+# The process that runs a clone of upstream may have neither lance_mlx nor MLX, and needs none.
 with suppress(ModuleNotFoundError):
     import lance_mlx  # noqa: F401
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lance_mlx.model.lance import LatentPositionEmbedding, TimestepEmbedder
+from lance_mlx.model.layers import Joined
 from lance_mlx.model.mot import ExpertRows, KVCache, MoTModel
 from lance_mlx.model.rope import RotaryTable, rotary_table
 from lance_mlx.model.vae import VAE, LatentStatistics
@@ -145,6 +146,7 @@ class MlxCapture:
     def __enter__(self) -> "MlxCapture":
         for kind in self._classes:
             self._wrap(kind, "__call__", after=self._module)
+        self._wrap(Joined, "__call__", after=self._joined)
         self.wrap(MoTModel, "__call__", self._model)
         self.wrap(TimestepEmbedder, "__call__", self._embed_time)
         self._wrap(LatentPositionEmbedding, "__call__", after=self._embed_places)
@@ -214,6 +216,9 @@ class MlxCapture:
         else:
             rows = self.observe(name, rows)
         return (rows, *output[1:]) if isinstance(output, tuple) and not isinstance(output, ExpertRows) else rows
+
+    def _joined(self, joined: Joined, outputs: list[mx.array]) -> list[mx.array]:
+        return [self._module(linear, output) for linear, output in zip(joined.linears, outputs, strict=True)]
 
     def _model(
         self,

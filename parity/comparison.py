@@ -279,9 +279,9 @@ def in_order(names: Mapping[str, Any]) -> list[str]:
 
 def _compare(name: str, a: Source, b: Source, within: float | None, check_dtype: bool) -> TapComparison:
     try:
-        call, component = parse(name).call, parse(name).component
+        call, component, most = parse(name).call, parse(name).component, parse(name).most
     except ParityError:
-        call, component = name.rpartition("/")[0], name
+        call, component, most = name.rpartition("/")[0], name, None
     shapes = a.taps.shape(name), b.taps.shape(name)
     where = name, call, component, shapes[0], a.taps.dtype(name), shapes[1], b.taps.dtype(name)
     if shapes[0] != shapes[1]:
@@ -294,7 +294,7 @@ def _compare(name: str, a: Source, b: Source, within: float | None, check_dtype:
     kept = (expected, got)
     if floats and not check_dtype:
         kept = (replace(expected, dtype="float32"), replace(got, dtype="float32"))
-    difference = compare(*kept)
+    difference = compare(*kept, most)
     limit = within if floats else 0.0
     error = difference.rel_l2
     diverges = difference.mismatch is not None or error is None or (limit is not None and not error <= limit)

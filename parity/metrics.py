@@ -130,7 +130,8 @@ def _largest(tap: Tap | Sketch) -> float:
     """The largest absolute value among the finite ones."""
     if isinstance(tap, Sketch):
         return float(tap.statistics[:, STATISTICS.index("largest")].max(initial=0.0))
-    return float(np.abs(tap.array).max(initial=0.0, where=np.isfinite(tap.array)))
+    parts = (np.abs(tap.array[block]) for block in blocks(tap.array.shape))
+    return max((float(part.max(initial=0.0, where=np.isfinite(part))) for part in parts), default=0.0)
 
 
 def _estimated(oracle: Tap | Sketch, ours: Tap | Sketch, mismatch: str | None) -> Difference:

@@ -106,16 +106,16 @@ def record_mlx(
     guidance. `progress` is told the name of each call before it runs. Raises LanceError for bad input.
     """
     asked = request_from_bundle(request, entry)
-    pipeline = load_for(asked, checkpoint_dir / variant, numerics)
-    if isinstance(asked, Question):
-        # As a user's questions are answered.
-        pipeline.join_projections()
-    return record_pipeline(pipeline, asked, replay, names, progress)
+    return record_pipeline(load_for(asked, checkpoint_dir / variant, numerics), asked, replay, names, progress)
 
 
 def load_for(request: Request | Question, folder: Path, numerics: str) -> Pipeline:
-    """Load what a request needs of the variant in a folder, under the policy of that name; raises LanceError."""
-    return load(folder, request.variant, policy(numerics), request.task.takes is not None)
+    """Load what a request needs of the variant in a folder, under the policy of that name, for questions as they are
+    answered; raises LanceError."""
+    pipeline = load(folder, request.variant, policy(numerics), request.task.takes is not None)
+    if isinstance(request, Question):
+        pipeline.join_projections()
+    return pipeline
 
 
 def record_pipeline(

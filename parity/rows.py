@@ -24,7 +24,7 @@ BRACKET = "brackets"
 
 
 def layout_of(inputs: Recording) -> Layout:
-    """The sequence that a bundle's inputs describe: splits, roles and grids; its positions are empty."""
+    """The sequence that a bundle's inputs describe: splits, roles and grids, without positions and sizes in pixels."""
     arrays = {name: tap.array for name, tap in inputs.items()}
     lengths, modes = arrays["split_lens"].tolist(), arrays["attn_modes"].tolist()
     grids = iter(arrays["video_grid_thw"].reshape(-1, 3).tolist() if "video_grid_thw" in arrays else ())
@@ -74,9 +74,14 @@ def row_roles(tap: TapName, rows: int, layout: Layout) -> list[str] | None:
     else:
         labels = [inner] * held
     whole = [BRACKET, *labels, BRACKET]
-    known = {split.length: whole, 2: [BRACKET] * 2}
-    if held != 2 or "_moe_gen" in tap.path:
-        known[held] = labels
+    return _of_block(tap, rows, whole, [BRACKET] * 2)
+
+
+def _of_block(tap: TapName, rows: int, whole: list[str], brackets: list[str] | None) -> list[str] | None:
+    """The labels of so many rows of a visual block: all of it, what is between its brackets, or those alone."""
+    known = {len(whole): whole, 2: brackets}
+    if len(whole) != 4 or "_moe_gen" in tap.path:
+        known[len(whole) - 2] = whole[1:-1]
     return known.get(rows)
 
 
@@ -107,4 +112,4 @@ def row_frames(tap: TapName, rows: int, layout: Layout) -> list[str] | None:
     if split is None or split.grid is None or split.grid.frames < 2:
         return None
     labels = [str(frame) for frame in range(split.grid.frames) for _ in range(split.grid.rows * split.grid.columns)]
-    return {split.length: [BRACKET, *labels, BRACKET], split.length - 2: labels}.get(rows)
+    return _of_block(tap, rows, [BRACKET, *labels, BRACKET], None)

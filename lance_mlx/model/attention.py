@@ -1,4 +1,4 @@
-"""Scaled dot-product attention that never holds all scores at once."""
+"""Scaled dot-product attention that never holds more than some megabytes of scores at once."""
 
 import mlx.core as mx
 

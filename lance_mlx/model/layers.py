@@ -25,14 +25,18 @@ class Linear(nn.Linear):
 
 
 class Joined:
-    """Linears of the same input as one product, for passes of few rows: there the number of products counts.
+    """Linears of the same input as one product for a single row, where the number of products counts.
 
-    Their weights and biases become views of those of the product, so that nothing is held twice. With many rows, and
-    once one of them is given another weight, each computes by itself.
+    Their weights and biases become views of those of the product, so that nothing is held twice; they must not be
+    changed in place. With more rows, and once one of the linears is given another weight, each computes by itself, as
+    it does where the product would round otherwise.
+
+    Attributes:
+        linears: the linears.
     """
 
     def __init__(self, linears: Sequence[Linear]) -> None:
-        self._linears = tuple(linears)
+        self.linears = tuple(linears)
         ends = np.cumsum([len(linear.weight) for linear in linears])
         self._ends = ends[:-1].tolist()
         self._weight, self._weights = self._join("weight")
@@ -40,29 +44,32 @@ class Joined:
 
     def __call__(self, x: mx.array) -> list[mx.array]:
         """[rows, in] -> [rows, out] of every linear."""
-        if len(x) > _FEW_ROWS or not self._intact():
-            return [linear(x) for linear in self._linears]
+        if len(x) > 1 or not self._intact() or not self._alike():
+            return [linear(x) for linear in self.linears]
         return mx.split(_linear(x, self._weight, self._bias), self._ends, axis=-1)
 
     def _join(self, name: str) -> tuple[mx.array, tuple[mx.array, ...]]:
-        whole = mx.concatenate([linear[name] for linear in self._linears])
+        whole = mx.concatenate([linear[name] for linear in self.linears])
         parts = tuple(mx.split(whole, self._ends))
         mx.eval(whole, parts)
-        for linear, part in zip(self._linears, parts, strict=True):
+        for linear, part in zip(self.linears, parts, strict=True):
             linear[name] = part
         return whole, parts
 
     def _intact(self) -> bool:
-        parts = zip(self._linears, self._weights, self._biases, strict=True)
+        parts = zip(self.linears, self._weights, self._biases, strict=True)
         return all(linear.weight is weight and linear.get("bias") is bias for linear, weight, bias in parts)
+
+    def _alike(self) -> bool:
+        half = self._weight.dtype != mx.float32 and runs_on_cpu()
+        return not half or all(_stays_half(1, weight) == _stays_half(1, self._weight) for weight in self._weights)
 
 
 def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     """x @ weight.T + bias in the dtype of `weight`, rounded once at the end."""
     dtype = weight.dtype
-    if dtype != mx.float32 and runs_on_cpu() and not (len(x) <= _FEW_ROWS and weight.size >= _LARGE):
-        # The CPU backend multiplies half precision outside BLAS; float32 gives the same bits sooner. Where few rows
-        # meet a large matrix, that takes longer to convert than to multiply with.
+    if dtype != mx.float32 and runs_on_cpu() and not _stays_half(len(x), weight):
+        # The CPU backend multiplies half precision outside BLAS; float32 gives the same bits sooner.
         wide = None if bias is None else bias.astype(mx.float32)
         return _product(x.astype(dtype).astype(mx.float32), weight.astype(mx.float32), wide).astype(dtype)
     x = x.astype(dtype)
@@ -71,9 +78,14 @@ def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
+def _stays_half(rows: int, weight: mx.array) -> bool:
+    """Whether few rows meet a matrix so large that it takes longer to convert than to multiply with."""
+    return rows <= _FEW_ROWS and weight.size >= _LARGE
+
+
 def _product(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
-    """x @ weight.T + bias of float32 on the CPU backend: [rows, in], [out, in] and [out] -> [rows, out]."""
-    blocks = _blocks(len(x), *weight.shape) if len(x) <= _FEW_ROWS else 1
+    """x @ weight.T + bias of float32 on the CPU backend: [..., in], [out, in] and [out] -> [..., out]."""
+    blocks = _blocks(len(x), *weight.shape) if x.ndim == 2 and len(x) <= _FEW_ROWS else 1
     if blocks == 1:
         return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
     y = x @ weight.reshape(blocks, -1, weight.shape[1]).swapaxes(1, 2)
@@ -85,7 +97,7 @@ def _product(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
 def _blocks(rows: int, width: int, depth: int) -> int:
     """The smallest number of equal blocks of a matrix [width, depth] that makes every product with so many rows small;
     1 where it takes many more than that."""
-    least = -(-rows * width * depth // _SMALL_PRODUCT)
+    least = max(1, -(-rows * width * depth // _SMALL_PRODUCT))
     return next((blocks for blocks in range(least, 4 * least + 1) if width % blocks == 0), 1)
 
 
@@ -135,5 +147,5 @@ class MLP(nn.Module):
         return self.down_proj(_swiglu(gate, up))
 
     def join(self) -> None:
-        """Let gate and up be one product for few rows; the weights have to be loaded."""
+        """Let gate and up be one product for one row; the weights have to be loaded."""
         self._gate_up = Joined((self.gate_proj, self.up_proj))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from lance_mlx.allocator import release
 from lance_mlx.config import LanceConfig
 from lance_mlx.model.attention import attention
 from lance_mlx.model.layers import MLP, Joined, Linear
@@ -107,7 +108,7 @@ class SelfAttention(nn.Module):
         return ExpertRows(und, gen), kv
 
     def join(self) -> None:
-        """Let the projections of each expert be one product for few rows; the weights have to be loaded."""
+        """Let the projections of each expert be one product for one row; the weights have to be loaded."""
         self._qkv, self._qkv_moe_gen = (Joined(self._projections(suffix)) for suffix in ("", "_moe_gen"))
 
     def _projections(self, suffix: str) -> list[Linear]:
@@ -175,18 +176,20 @@ class MoTModel(nn.Module):
 
 
 def join_projections(model: MoTModel) -> None:
-    """Let projections of the same input be one product for passes of few rows, such as a token of an answer, unless
-    they are already.
+    """Let projections of the same input be one product for a pass of one row, such as a token of an answer, unless they
+    are already.
 
     The weights have to be loaded, and stay. The result is the same but for the order of sums.
     """
     if model.joined:
         return
-    model.joined = True
     for layer in model.layers:
         layer.self_attn.join()
         for mlp in (layer.mlp, layer.mlp_moe_gen):
             mlp.join()
+        # What they were before would stay beside what they are.
+        release()
+    model.joined = True
 
 
 class LanguageModel(nn.Module):

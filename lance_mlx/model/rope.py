@@ -51,8 +51,7 @@ def rotary_table(position_ids: np.ndarray, config: LanceConfig, numerics: Numeri
 
 
 @fused
-def _rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    first, second = mx.split(x, 2, axis=-1)
+def _turn(first: mx.array, second: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
@@ -61,4 +60,5 @@ class Rotary(nn.Module):
 
     def __call__(self, x: mx.array, table: RotaryTable) -> mx.array:
         """[n, heads, head_dim] -> the same shape and dtype."""
-        return _rotate(x, table.cos, table.sin)
+        # Apart before: what is compiled for all shapes at once can hold no split.
+        return _turn(*mx.split(x, 2, axis=-1), table.cos, table.sin)

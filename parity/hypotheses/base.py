@@ -46,12 +46,14 @@ class Hypothesis:
         components: patterns (fnmatch) of the components that it is about.
         patch: changes the reference while a site is computed anew; raises DoesNotApply.
         transform: changes what was computed, in the tap's shape; None where it has no meaning.
+        anew: whether `transform` makes the value anew, so that it has to come before those that change it.
     """
 
     name: str
     components: tuple[str, ...]
     patch: Patch = nothing
     transform: Transform = same
+    anew: bool = False
 
     def about(self, component: str) -> bool:
         """Whether a component is one of those that this is about."""
@@ -60,12 +62,15 @@ class Hypothesis:
 
 def attempt(site: "Site", hypotheses: Sequence[Hypothesis]) -> np.ndarray | None:
     """What the reference computes at a site under hypotheses, the first patched first; None where they do not apply."""
+    if sum(hypothesis.anew for hypothesis in hypotheses) > 1:
+        # The later one would undo the earlier.
+        return None
     try:
         with ExitStack() as stack:
             for hypothesis in hypotheses:
                 stack.enter_context(hypothesis.patch(site))
             array = unpatched(site) if all(each.patch is nothing for each in hypotheses) else recomputed(site)
-            for hypothesis in hypotheses:
+            for hypothesis in sorted(hypotheses, key=lambda each: not each.anew):
                 if array is not None:
                     array = hypothesis.transform(site, array)
     except DoesNotApply:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from lance_mlx.config import SPATIAL_STRIDE
+from lance_mlx.errors import LanceError
 from lance_mlx.media_in import read_visual
 from lance_mlx.preprocess import TEMPORAL_PATCH_SIZE, VIT_DIVISOR, bucket_size, crop_box, patchify
 from lance_mlx.request import VisualKind
@@ -47,7 +48,7 @@ def square(height: int, width: int, resolution: int) -> tuple[int, int]:
     return side, side
 
 
-def whole(height: int, width: int, aspect: float) -> Box:
+def all_of_it(height: int, width: int, aspect: float) -> Box:
     """All of the picture, which is stretched then."""
     return 0, 0, height, width
 
@@ -64,32 +65,36 @@ def resized(way: Way, swapped: bool = False) -> Callable[["Site", np.ndarray], n
     def again(site: "Site", array: np.ndarray) -> np.ndarray | None:
         from parity.replay_mlx import request_from_bundle
 
-        bundle = site.oracle.bundle
+        bundle, index = site.oracle.bundle, site.tap.numbers.get("index", 0)
         asked = request_from_bundle(bundle.request, bundle.entry, bundle.path.parent)
-        index = site.tap.numbers.get("index", 0)
         if index >= len(asked.visuals) or not Path(asked.visuals[index].path).is_file():
             return None
-        resolutions = {"vit": asked.vit_resolution, "vae": getattr(asked, "vae_resolution", None)}
-        mine, other = ("vit", "vae") if site.tap.name.startswith("inputs/vit_patches") else ("vae", "vit")
-        resolution = resolutions[other if swapped else mine]
-        if resolution is None:
+        visual, for_vit = asked.visuals[index], site.tap.name.startswith("inputs/vit_patches")
+        resolutions = asked.vit_resolution, getattr(asked, "vae_resolution", None)
+        resolution = resolutions[for_vit if swapped else not for_vit]
+        try:
+            return None if resolution is None else _made(str(visual.path), visual.kind, way, resolution, for_vit)
+        except LanceError:
+            # A resolution that leaves nothing.
             return None
-        frames = _frames(str(asked.visuals[index].path), asked.visuals[index].kind)
-        pixels = _resize(frames, way, resolution, VIT_DIVISOR if mine == "vit" else SPATIAL_STRIDE)
-        mean, deviation = (np.float32(values) for values in (CLIP if mine == "vit" else HALVES))
-        pixels = (pixels / np.float32(255) - mean) / deviation
-        if mine == "vae":
-            return np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))
-        if len(pixels) % TEMPORAL_PATCH_SIZE:
-            pixels = np.concatenate([pixels, pixels[-1:]])
-        return patchify(pixels)[0]
 
     return again
 
 
-@lru_cache(maxsize=2)
-def _frames(path: str, kind: VisualKind) -> np.ndarray:
-    return read_visual(Path(path), kind).pixels
+@lru_cache(maxsize=8)
+def _made(path: str, kind: VisualKind, way: Way, resolution: int, for_vit: bool) -> np.ndarray | None:
+    """What an encoder is given of a file, in the form of a bundle's inputs; kept, since combinations are tried."""
+    frames = read_visual(Path(path), kind).pixels
+    pixels = _resize(frames, way, resolution, VIT_DIVISOR if for_vit else SPATIAL_STRIDE)
+    if not pixels.size:
+        return None
+    mean, deviation = (np.float32(values) for values in (CLIP if for_vit else HALVES))
+    pixels = (pixels / np.float32(255) - mean) / deviation
+    if not for_vit:
+        return np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))
+    if len(pixels) % TEMPORAL_PATCH_SIZE:
+        pixels = np.concatenate([pixels, pixels[-1:]])
+    return patchify(pixels)[0]
 
 
 def _resize(frames: np.ndarray, way: Way, resolution: int, divisor: int) -> np.ndarray:
@@ -98,18 +103,18 @@ def _resize(frames: np.ndarray, way: Way, resolution: int, divisor: int) -> np.n
     rows, columns = way.size(height, width, resolution)
     top, left, box_height, box_width = way.box(height, width, columns / rows)
     kept = rows - rows % divisor, columns - columns % divisor
-    row, column = (round((all_ - part) / 2) for all_, part in zip((rows, columns), kept, strict=True))
+    row, column = (round((whole - part) / 2) for whole, part in zip((rows, columns), kept, strict=True))
     images = (Image.fromarray(frame[top : top + box_height, left : left + box_width]) for frame in frames)
     done = [np.asarray(image.resize((columns, rows), way.filter), np.float32) for image in images]
     return np.stack(done)[:, row : row + kept[0], column : column + kept[1]]
 
 
 HYPOTHESES = [
-    Hypothesis(name, PREPROCESS, transform=transform)
+    Hypothesis(name, PREPROCESS, transform=transform, anew=True)
     for name, transform in (
-        ("pictures are stretched to a square", resized(Way(square, whole))),
+        ("pictures are stretched to a square", resized(Way(square, all_of_it))),
         ("pictures are cut to a square", resized(Way(square))),
-        ("pictures are stretched to their bucket", resized(Way(bucket, whole))),
+        ("pictures are stretched to their bucket", resized(Way(bucket, all_of_it))),
         ("pictures are cut from their top left corner", resized(Way(bucket, at_the_corner))),
         ("pictures are resized bilinearly", resized(Way(bucket, filter=Image.Resampling.BILINEAR))),
         ("pictures are resized by the Lanczos filter", resized(Way(bucket, filter=Image.Resampling.LANCZOS))),

@@ -1,5 +1,7 @@
 """The transformer: caching, chunked attention, and who sees whom."""
 
+import warnings
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -77,13 +79,23 @@ def test_what_is_computed_on_the_host_is_the_same(rows, columns, scale):
     assert relative(vectorized.silu(x), x * mx.sigmoid(x)) < 1e-6
     weights, total = vectorized.exponentials(x)
     assert weights.shape == x.shape and total.shape == (rows, 1)
-    assert relative(weights / total, mx.softmax(x, axis=-1, precise=True)) < 1e-5
+    exact = np.exp(np.array(x, np.float64) - np.max(np.array(x), axis=-1, keepdims=True))
+    exact /= exact.sum(axis=-1, keepdims=True)
+    assert np.linalg.norm(np.array(weights / total) - exact) < 1e-6 * np.linalg.norm(exact)
 
 
 def test_a_row_that_sees_some_keys_only_has_no_weight_on_the_others():
     weights, total = vectorized.exponentials(mx.array([[0.0, -mx.inf], [-100.0, -mx.inf]]))
     assert weights.tolist() == [[1, 0], [1, 0]]
     assert total.tolist() == [[1], [1]]
+
+
+def test_what_is_not_finite_is_passed_on_in_silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(np.array(vectorized.silu(mx.array([-mx.inf, mx.nan])))).all()
+        weights, _ = vectorized.exponentials(mx.array([[mx.inf, 0.0], [-mx.inf, -mx.inf], [mx.nan, 0.0]]))
+    assert np.isnan(np.array(weights)).any(axis=1).all()
 
 
 def test_every_latent_sees_both_brackets_and_they_see_every_latent(pipeline):
@@ -178,10 +190,28 @@ def test_joined_linears_are_held_once():
     assert joined(mx.ones((1, 1024)))[0].shape == (1, 256)
 
 
-def test_many_rows_leave_joined_linears_apart(monkeypatch):
+def test_more_rows_leave_joined_linears_apart(monkeypatch):
     joined = layers.Joined(linears([8, 8], 16, False, mx.float32))
     called = []
     monkeypatch.setattr(layers.Linear, "__call__", lambda self, x: called.append(len(x)) or x)
-    joined(mx.ones((layers._FEW_ROWS, 16)))
-    joined(mx.ones((layers._FEW_ROWS + 1, 16)))
-    assert called == [layers._FEW_ROWS + 1] * 2
+    joined(mx.ones((1, 16)))
+    joined(mx.ones((2, 16)))
+    assert called == [2, 2]
+
+
+def test_half_precision_is_joined_only_where_that_rounds_as_before(monkeypatch):
+    monkeypatch.setattr(layers, "_LARGE", 8 * 16)
+    for widths, apart in (([8, 4], 2), ([4, 2], 0), ([8, 8], 0)):
+        joined, called = layers.Joined(linears(widths, 16, True, mx.bfloat16)), []
+        with monkeypatch.context() as patch:
+            patch.setattr(layers.Linear, "__call__", lambda self, x, called=called: called.append(1) or x)
+            joined(mx.ones((1, 16)))
+        assert len(called) == apart, widths
+
+
+def test_linears_take_no_rows_and_more_dimensions():
+    for dtype in (mx.float32, mx.bfloat16):
+        (linear,) = linears([8], 16, True, dtype)
+        assert linear(mx.zeros((0, 16))).shape == (0, 8)
+        x = mx.random.normal((1, 3, 16)).astype(dtype)
+        assert np.array_equal(linear(x)[0].astype(mx.float32), linear(x[0]).astype(mx.float32))
