@@ -102,15 +102,17 @@ class Conversion:
         started: Callable[[int, int], Progress],
     ) -> dict[str, Any]:
         staging, plan = self.staging, self._plan(tensors)
-        if not _is_json(staging / _PLAN, plan):
+        goes_on = _is_json(staging / _PLAN, plan)
+        if not goes_on:
             shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            _save(staging / _PLAN, plan)
         names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
         notes = [staging / f"{name}.json" for name in names]
         kept = {name for name, note in zip(names, notes, strict=True) if _is_whole(staging / name, note)}
         sizes = {name: sum(tensors[t].info.nbytes for t in shard) for name, shard in zip(names, shards, strict=True)}
         self._check_room(tensors, [shard for name, shard in zip(names, shards, strict=True) if name not in kept])
+        if not goes_on:
+            staging.mkdir()
+            _save(staging / _PLAN, plan)
         progress = started(sum(sizes.values()), sum(sizes[name] for name in kept))
         for name, note, shard in zip(names, notes, shards, strict=True):
             if name not in kept:
@@ -142,7 +144,7 @@ class Conversion:
 
     def _check_room(self, tensors: dict[str, StoredTensor], shards: list[list[str]]) -> None:
         needed = sum(TensorInfo(self.dtype, tensors[name].shape).nbytes for shard in shards for name in shard)
-        free = shutil.disk_usage(self.staging).free
+        free = shutil.disk_usage(self.destination.parent).free
         if needed > free:
             room = f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed"
             raise LanceError(f"{self.destination.parent} has {room}: make room, or choose another folder")

@@ -268,6 +268,7 @@ def test_a_disk_that_is_or_gets_full_is_one_line(checkpoint, tmp_path, monkeypat
     monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and type("", (), {"free": 1000}))
     with pytest.raises(LanceError, match="0.0 GB free, 0.0 GB are needed: make room"):
         conversion.run(lambda *_: lambda _: None)
+    assert not conversion.staging.exists()
     script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (600_000,) * 2); "
     script += "from lance_mlx.cli import main; main()"
     arguments = ["convert", checkpoint, tmp_path / "cut", "--variant", "image", "-q"]
