@@ -49,6 +49,9 @@ def stream(
             metavar="BUNDLE", help="Compare with a bundle's taps, on its request and noise.", show_default=False
         ),
     ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Compare with what the reference computes; the default without --against.")
+    ] = False,
     fault: Annotated[
         list[str] | None,
         typer.Option(
@@ -91,12 +94,14 @@ def stream(
 
         faults = [load_layered(spec) for spec in fault or []]
         if against is not None:
-            chosen = {"--task": task, "--prompt": prompt, "--question": question, "--image": image,
+            chosen = {"--live": live or None, "--prompt": prompt, "--question": question, "--image": image,
                       "--latents": latents, "--width": width, "--height": height}  # fmt: skip
             given = next((name for name, value in chosen.items() if value is not None), None)
             if given:
                 raise ParityError(f"the bundle says what is run: leave {given} out")
             plan = stack.enter_context(plan_against(against, checkpoint))
+            if task not in (None, plan.request["task"]):
+                raise ParityError(f"bundle {against.name} holds a {plan.request['task']} request, not {task}")
         else:
             if checkpoint is None or task is None:
                 raise ParityError("name a --checkpoint and a --task, or a bundle to compare --against")

@@ -212,6 +212,7 @@ def test_latents_make_the_squarest_size():
 def test_the_command_writes_json_and_tells_by_its_status(tmp_path):
     file = tmp_path / "found.json"
     arguments = ["stream", "--checkpoint", str(CHECKPOINT), "--task", "t2i", "--numerics", "float32", "--latents", "12"]
+    arguments.append("--live")
     done = CliRunner().invoke(app, [*arguments, "--json", str(file)])
     assert done.exit_code == 0 and "layers.2" in done.stdout and "peak memory" in done.stdout
     document = json.loads(file.read_text())
@@ -223,9 +224,11 @@ def test_the_command_writes_json_and_tells_by_its_status(tmp_path):
 
     for wrong, told in (
         (["stream"], "name a --checkpoint and a --task"),
-        ([*arguments[:-2], "--latents", "4", "--width", "64"], "leave --width"),
+        ([*arguments, "--width", "64"], "leave --width"),
         (["stream", "--checkpoint", str(CHECKPOINT), "--task", "i2v"], "cannot be streamed"),
-        (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--task", "t2i"], "leave --task out"),
+        (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--task", "t2v"], "holds a t2i request, not t2v"),
+        (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--width", "64"], "leave --width out"),
+        (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--live"], "leave --live out"),
         ([*arguments, "--fault", "nonsense"], "there is no fault"),
     ):
         done = CliRunner().invoke(app, wrong)
