@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lance_mlx.allocator import release
 from parity import memory
 from parity.bounds import Bounds, bounds_of
 from parity.contract import Breach, check_exact
@@ -223,7 +224,7 @@ class _Run:
             for call, steered in self.ours.run_layer(index, forced, expected):
                 own = next(going)[1] if call in free else {}
                 self._note(computed[call], steered, own)
-                memory.give_back()
+                release()
 
     def _finish(self, forced: Passes, free: Passes) -> None:
         computed = self.theirs.finish()

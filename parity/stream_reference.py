@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from parity import memory
+from lance_mlx.allocator import release
 from parity.capture_torch import TorchCapture
 from parity.floors import Variant, errors_of, floats_of, run_variant, variants_of
 from parity.recording import Recording, Replay, Tap
@@ -124,7 +124,7 @@ class ReferenceStream:
                 if each.keep:
                     caches[each.arm] = seen[call]
                 # What was freed is of other sizes than what is asked for next, and would stay beside it.
-                memory.give_back()
+                release()
             expected = {call: self._expected(taps) for call, taps in own.items()}
             errors = self._layer_errors(index, before, own, expected, seen)
         twins = dict(self._twins(expected))
@@ -191,7 +191,7 @@ class ReferenceStream:
             with _copied(self._model, run.pipeline.model, parts):
                 found = run_variant(variant, lambda run=run, variant=variant: vary(run, variant))
             columns.append(errors_of(expected, found, names))
-            memory.give_back()
+            release()
         return dict(zip(names, np.stack(columns, 1), strict=True))
 
     def _twins(self, computed: Mapping[str, Recording]) -> Iterator[tuple[str, str]]:
