@@ -19,6 +19,7 @@ from parity.faults.base import (
     BFLOAT16,
     DRAWS,
     ENCODES,
+    FLOAT32,
     LOOKS,
     Fault,
     Patch,
@@ -153,8 +154,10 @@ def _table(
     return method(LatentPositionEmbedding, "__call__", call)
 
 
-def _timestep(name: str, explanation: str, patch: Patch, about: str) -> Fault:
-    return Fault(name, about, "time_embedder", patch, DRAWS, explanation=explanation)
+def _timestep(
+    name: str, explanation: str, patch: Patch, about: str, dtypes: tuple[str, ...] = ("float32", "bfloat16")
+) -> Fault:
+    return Fault(name, about, "time_embedder", patch, DRAWS, dtypes, explanation=explanation)
 
 
 def _place(
@@ -187,6 +190,7 @@ FAULTS = [
         "frequencies are spaced by half - 1",
         _time(shift=1),
         "The frequencies of a time's features reach the longest period, one step farther than upstream's.",
+        FLOAT32,
     ),
     Fault(
         "clean-latents-at-t",
