@@ -26,11 +26,13 @@ def scaled(factor):
 
 
 def moved(error, seed=0):
-    """Change an array by a relative error."""
+    """Change an array by a relative error; what lies in [-1, 1], as pixels do, stays there."""
 
     def change(array):
         noise = np.random.default_rng(seed).standard_normal(array.shape)
         noise *= error * np.linalg.norm(array.astype(np.float64)) / np.linalg.norm(noise)
+        if np.abs(array).max() <= 1:
+            noise = np.where(np.abs(array + noise) > 1, -noise, noise)
         return (array + noise).astype(np.float32)
 
     return change
@@ -105,7 +107,7 @@ def test_a_single_wrong_integer_diverges(bundle, replayed, name):
     ],
 )
 def test_what_has_no_error_diverges_and_is_the_worst(bundle, replayed, change, words):
-    result = check(bundle, replayed(changed={"sampler.x_t2": change, "pixels": scaled(9)}))
+    result = check(bundle, replayed(changed={"sampler.x_t2": change, "pixels": scaled(-1)}))
     assert result.verdict == "diverge" and result.first_divergence["tap"] == "sampler.x_t2"
     assert result.worst.tap.name == "sampler.x_t2" and words in result.worst.difference.mismatch
 
