@@ -177,7 +177,8 @@ def test_memory_does_not_grow_with_the_number_of_layers(deep, monkeypatch):
     assert max(live) == 1 and live.count(1) == 3 + 6
     tensors = load_file(CHECKPOINT / "Lance_3B" / "model.safetensors")
     layer = sum(t.nbytes for name, t in tensors.items() if name.startswith("language_model.model.layers.0."))
-    assert abs(peaks[6] - peaks[3]) < layer / 2 < layer < peaks[3]
+    # Three layers that stay would be three times that; when a cycle is collected moves the peak a little.
+    assert abs(peaks[6] - peaks[3]) < layer < peaks[3]
 
 
 def test_what_cannot_be_streamed_is_an_error_of_one_line(deep, tmp_path):
