@@ -5,7 +5,7 @@
 Every case runs in a process of its own, on one thread, with random weights at the sizes that its row names. Seconds are
 CPU time, which a busy machine disturbs less than the clock: the best of several runs. Memory is the most that MLX
 allocates while it runs, the weights left out; of a conversion that by which the process grows. GFLOP/s are those of the
-transformer's products, and their share is of a 1024 x 2048 x 2048 float32 product's in the same process.
+products and convolutions, and their share is of a 1024 x 2048 x 2048 float32 product's in the same process.
 """
 
 import json

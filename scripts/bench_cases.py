@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 
 import lance_mlx.model.mot as mot
 from lance_mlx.config import LanceConfig
-from lance_mlx.cost import pass_operations, step_operations
+from lance_mlx.cost import decoder_convolutions, encoder_convolutions, pass_operations, step_operations
 from lance_mlx.estimate import OFFICIAL
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows
@@ -231,7 +231,9 @@ def text(tokens: int, hidden: int, layers: int, dtype: str) -> Work:
         for index in range(tokens):
             token = mx.argmax(reader.decode(index, token)).item()
 
-    return Work(run, items=tokens)
+    head = 2 * hidden * model.config.vocab_size
+    operations = sum(pass_operations(model.config, 1, 257 + index) + head for index in range(tokens))
+    return Work(run, operations, tokens)
 
 
 def vit(side: int, dtype: str) -> Work:
@@ -256,7 +258,9 @@ def vae_decode(frames: int, side: int, dtype: str, narrow: bool = False) -> Work
             # As when frames are written one by one.
             np.asarray(pixels)
 
-    return Work(run, items=frames)
+    shape, cells = NARROW if narrow else OFFICIAL.decoder, (side // 16) ** 2
+    found = [c for frame in range(frames) for c in decoder_convolutions(shape, cells, frame == 0)]
+    return Work(run, sum(convolution.operations for convolution in found), frames)
 
 
 def vae_encode(frames: int, side: int, dtype: str) -> Work:
@@ -264,7 +268,9 @@ def vae_encode(frames: int, side: int, dtype: str) -> Work:
     numerics = policy(dtype)
     vae = randomized(VAE(NARROW, OFFICIAL.encoder, numerics), numerics.dtype)
     pixels = np.random.default_rng(0).uniform(-1, 1, (4 * frames - 3, side, side, 3)).astype(np.float32)
-    return Work(lambda: vae.encode(pixels), items=frames)
+    cells = (side // 16) ** 2
+    found = [c for frame in range(frames) for c in encoder_convolutions(OFFICIAL.encoder, cells, frame == 0)]
+    return Work(lambda: vae.encode(pixels), sum(convolution.operations for convolution in found), frames)
 
 
 def conversion(hidden: int, layers: int, dtype: str) -> Work:
