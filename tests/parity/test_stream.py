@@ -165,20 +165,21 @@ def test_memory_does_not_grow_with_the_number_of_layers(deep, monkeypatch):
         live.append(sum(any(not value.is_meta for value in layer.parameters()) for layer in layers))
 
     monkeypatch.setattr(stream_reference, "load_part", counted)
-    for count in (3, 6):
-        plan = drawn(checkpoint=deep(count), width=16, height=16)
+    # On a busy machine MLX's own thread may free things before it takes others: the largest of some runs tells.
+    runs, folders = 3, {count: deep(count) for count in (3, 6)}
+    for count, folder in [*folders.items()] * runs:
+        plan = drawn(checkpoint=folder, width=16, height=16)
         # What earlier tests left is not to be freed in between.
         gc.collect()
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         assert stream(plan).verdict == "agree"
-        peaks[count] = mx.get_peak_memory() - before
-    assert max(live) == 1 and live.count(1) == 3 + 6
+        peaks[count] = max(peaks.get(count, 0), mx.get_peak_memory() - before)
+    assert max(live) == 1 and live.count(1) == runs * (3 + 6)
     tensors = load_file(CHECKPOINT / "Lance_3B" / "model.safetensors")
     layer = sum(t.nbytes for name, t in tensors.items() if name.startswith("language_model.model.layers.0."))
-    # Three layers that stay would be three times that; when a cycle is collected moves the peak a little.
-    assert abs(peaks[6] - peaks[3]) < layer < peaks[3]
+    assert abs(peaks[6] - peaks[3]) < layer / 2 < layer < peaks[3]
 
 
 def test_what_cannot_be_streamed_is_an_error_of_one_line(deep, tmp_path):
