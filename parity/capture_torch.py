@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import reference.sampler
-from parity.recording import DTYPES, Recording, Tap, to_tap
+from parity.keeper import Hold, keep_whole
+from parity.recording import DTYPES, Recording, Tap
 from parity.registry import velocity_calls
-from parity.sketch import Sketch
 from reference.model import Pipeline
 from reference.sampler import Arm
 from reference.understanding import Reader
@@ -21,17 +21,8 @@ HEAD = "language_model.lm_head"
 NORMS = ("language_model.model.norm", "language_model.model.norm_moe_gen")
 
 
-Hold = Callable[[str, Tensor], Tap | Sketch]
-"""Makes of a tap's name and tensor what is recorded."""
-
-
 class Reached(Exception):
     """Ends a replay that was asked for one tap only."""
-
-
-def whole(name: str, tensor: Tensor) -> Tap:
-    """Keep all of a tap."""
-    return to_tap(tensor)
 
 
 def frames_second(frames: Tensor) -> Tensor:
@@ -62,7 +53,7 @@ class TorchCapture:
         force: Mapping[str, Tap] | None = None,
         until: str | None = None,
         guided: list[bool] | None = None,
-        hold: Hold = whole,
+        hold: Hold = keep_whole,
     ) -> None:
         self.recording: Recording = {}
         self.force = force or {}

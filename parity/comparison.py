@@ -279,7 +279,8 @@ def in_order(names: Mapping[str, Any]) -> list[str]:
 
 def _compare(name: str, a: Source, b: Source, within: float | None, check_dtype: bool) -> TapComparison:
     try:
-        call, component, most = parse(name).call, parse(name).component, parse(name).most
+        tap = parse(name)
+        call, component, most = tap.call, tap.component, tap.most
     except ParityError:
         call, component, most = name.rpartition("/")[0], name, None
     shapes = a.taps.shape(name), b.taps.shape(name)

@@ -28,6 +28,7 @@ from parity.replay_torch import TorchReplay
 from parity.rounding import quantum
 from parity.sketch import Sketch
 from reference.numerics import Numerics
+from reference.sampler import norm
 
 LOCAL, FREE = "local", "free"
 """Kinds of floors: from the oracle's input, and from the run's own."""
@@ -207,10 +208,9 @@ class _DisturbedNorm:
         self._sign = 1 if draw % 2 else -1
 
     def __call__(self, v: Tensor, dim: int | None = None) -> Tensor:
-        length = torch.norm(v.double()) if dim is None else torch.norm(v.double(), dim=dim, keepdim=True)
         count = v.numel() if dim is None else v.shape[dim]
         self._sign = -self._sign
-        return (length * (1 + 2 * self._sign * _sum_error(count))).to(v.dtype)
+        return (norm(v.double(), dim) * (1 + 2 * self._sign * _sum_error(count))).to(v.dtype)
 
 
 def _sum_error(count: int) -> float:

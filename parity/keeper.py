@@ -1,7 +1,7 @@
 """What is kept of a request as it runs: taps whole, or sketches of what is larger than its sketch."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -15,6 +15,15 @@ from reference.layout import Layout
 
 # What a replay is given, and the times, whose values say which steps are guided.
 _NEEDED = re.compile(r"sampler\.(noise|timestep\d+)|vae\.encode\d+\.eps|tokens")
+
+
+Hold = Callable[[str, Tensor], Tap | Sketch]
+"""Makes of a tap's name and tensor what is recorded."""
+
+
+def keep_whole(name: str, tensor: Tensor) -> Tap:
+    """Keep all of a tap."""
+    return to_tap(tensor)
 
 
 class Keeper:

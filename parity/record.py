@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from lance_mlx.visuals import PreparedVisual, prepare_visuals
-from parity.capture_torch import whole as keep_whole
 from parity.errors import ParityError
 from parity.implementations import one_line
-from parity.keeper import Keeper, parted
+from parity.keeper import Keeper, keep_whole, parted
 from parity.placing import checkpoint_name, publish, staging_beside, with_media
 from parity.provenance import code_commit
 from parity.recorded_taps import INPUTS, RecordedTaps

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parity.capture_torch import Hold, Reached, TorchCapture, whole
+from parity.capture_torch import Reached, TorchCapture
+from parity.keeper import Hold, keep_whole
 from parity.recording import Recording, Replay, Tap
 from parity.registry import parse, velocity_calls
 from parity.sketch import Sketch
@@ -61,7 +62,7 @@ def record_pipeline(
     replay: Replay,
     names: Container[str] | None = None,
     progress: Callable[[str], None] | None = None,
-    hold: Hold = whole,
+    hold: Hold = keep_whole,
 ) -> dict[str, Tap | Sketch]:
     """Replay a request on a loaded reference; see record_reference. `hold` says what is kept of each tap."""
     return TorchReplay(pipeline, request, entry, replay).record(names=names, progress=progress, hold=hold)
@@ -95,7 +96,7 @@ class TorchReplay:
         progress: Callable[[str], None] | None = None,
         force: Mapping[str, Tap] | None = None,
         until: str | None = None,
-        hold: Hold = whole,
+        hold: Hold = keep_whole,
     ) -> TorchCapture:
         """A capture of this replay; see TorchCapture."""
         guided = self.guided if self.entry == "full_sequence" else None
@@ -106,7 +107,7 @@ class TorchReplay:
         names: Container[str] | None = None,
         progress: Callable[[str], None] | None = None,
         force: Mapping[str, Tap] | None = None,
-        hold: Hold = whole,
+        hold: Hold = keep_whole,
     ) -> dict[str, Tap | Sketch]:
         """Run the whole request; with `force` every part of it from the given values."""
         with torch.inference_mode(), self.capture(names, progress, force, hold=hold) as capture:

@@ -20,6 +20,7 @@ from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows
 from lance_mlx.model.vae import VAE
 from lance_mlx.model.vae_decoder import DecoderShape
+from lance_mlx.model.vae_encoder import EncoderShape
 from lance_mlx.model.vit import VisionTransformer
 from lance_mlx.numerics import policy
 from lance_mlx.prompt import build_sequence
@@ -258,9 +259,8 @@ def vae_decode(frames: int, side: int, dtype: str, narrow: bool = False) -> Work
             # As when frames are written one by one.
             np.asarray(pixels)
 
-    shape, cells = NARROW if narrow else OFFICIAL.decoder, (side // 16) ** 2
-    found = [c for frame in range(frames) for c in decoder_convolutions(shape, cells, frame == 0)]
-    return Work(run, sum(convolution.operations for convolution in found), frames)
+    shape = NARROW if narrow else OFFICIAL.decoder
+    return Work(run, _coding_operations(decoder_convolutions, shape, frames, side), frames)
 
 
 def vae_encode(frames: int, side: int, dtype: str) -> Work:
@@ -268,9 +268,14 @@ def vae_encode(frames: int, side: int, dtype: str) -> Work:
     numerics = policy(dtype)
     vae = randomized(VAE(NARROW, OFFICIAL.encoder, numerics), numerics.dtype)
     pixels = np.random.default_rng(0).uniform(-1, 1, (4 * frames - 3, side, side, 3)).astype(np.float32)
-    cells = (side // 16) ** 2
-    found = [c for frame in range(frames) for c in encoder_convolutions(OFFICIAL.encoder, cells, frame == 0)]
-    return Work(lambda: vae.encode(pixels), sum(convolution.operations for convolution in found), frames)
+    operations = _coding_operations(encoder_convolutions, OFFICIAL.encoder, frames, side)
+    return Work(lambda: vae.encode(pixels), operations, frames)
+
+
+def _coding_operations(build: Callable, shape: DecoderShape | EncoderShape, frames: int, side: int) -> int:
+    """Operations of the convolutions that code so many latent frames of side x side pixels."""
+    built = (build(shape, (side // 16) ** 2, frame == 0) for frame in range(frames))
+    return sum(convolution.operations for chunk in built for convolution in chunk)
 
 
 def conversion(hidden: int, layers: int, dtype: str) -> Work:

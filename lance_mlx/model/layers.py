@@ -28,8 +28,8 @@ class Joined:
     """Linears of the same input as one product for a single row, where the number of products counts.
 
     Their weights and biases become views of those of the product, so that nothing is held twice; they must not be
-    changed in place. With more rows, and once one of the linears is given another weight, each computes by itself, as
-    it does where the product would round otherwise.
+    changed in place. With more rows, and once one of the linears is given another weight, each computes by itself.
+    Where the product would round otherwise, they always do, and stay as they are.
 
     Attributes:
         linears: the linears.
@@ -37,6 +37,9 @@ class Joined:
 
     def __init__(self, linears: Sequence[Linear]) -> None:
         self.linears = tuple(linears)
+        self._joined = _round_alike(linears)
+        if not self._joined:
+            return
         ends = np.cumsum([len(linear.weight) for linear in linears])
         self._ends = ends[:-1].tolist()
         self._weight, self._weights = self._join("weight")
@@ -44,7 +47,7 @@ class Joined:
 
     def __call__(self, x: mx.array) -> list[mx.array]:
         """[rows, in] -> [rows, out] of every linear."""
-        if len(x) > 1 or not self._intact() or not self._alike():
+        if len(x) > 1 or not self._joined or not self._intact():
             return [linear(x) for linear in self.linears]
         return mx.split(_linear(x, self._weight, self._bias), self._ends, axis=-1)
 
@@ -60,15 +63,18 @@ class Joined:
         parts = zip(self.linears, self._weights, self._biases, strict=True)
         return all(linear.weight is weight and linear.get("bias") is bias for linear, weight, bias in parts)
 
-    def _alike(self) -> bool:
-        half = self._weight.dtype != mx.float32 and runs_on_cpu()
-        return not half or all(_stays_half(1, weight) == _stays_half(1, self._weight) for weight in self._weights)
+
+def _round_alike(linears: Sequence[Linear]) -> bool:
+    """Whether one row is multiplied in the same dtype by each of the linears and by all of them at once."""
+    sizes = [linear.weight.size for linear in linears]
+    half = linears[0].weight.dtype != mx.float32 and runs_on_cpu()
+    return not half or len({_stays_half(1, size) for size in (*sizes, sum(sizes))}) == 1
 
 
 def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     """x @ weight.T + bias in the dtype of `weight`, rounded once at the end."""
     dtype = weight.dtype
-    if dtype != mx.float32 and runs_on_cpu() and not _stays_half(len(x), weight):
+    if dtype != mx.float32 and runs_on_cpu() and not _stays_half(len(x), weight.size):
         # The CPU backend multiplies half precision outside BLAS; float32 gives the same bits sooner.
         wide = None if bias is None else bias.astype(mx.float32)
         return _product(x.astype(dtype).astype(mx.float32), weight.astype(mx.float32), wide).astype(dtype)
@@ -78,9 +84,9 @@ def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
 
 
-def _stays_half(rows: int, weight: mx.array) -> bool:
-    """Whether few rows meet a matrix so large that it takes longer to convert than to multiply with."""
-    return rows <= _FEW_ROWS and weight.size >= _LARGE
+def _stays_half(rows: int, size: int) -> bool:
+    """Whether few rows meet a matrix of so many elements that it takes longer to convert than to multiply with."""
+    return rows <= _FEW_ROWS and size >= _LARGE
 
 
 def _product(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:

@@ -80,7 +80,6 @@ class SelfAttention(nn.Module):
             self[f"q_norm{suffix}"] = nn.RMSNorm(head_dim, config.rms_norm_eps)
             self[f"k_norm{suffix}"] = nn.RMSNorm(head_dim, config.rms_norm_eps)
         self._qkv: Joined | None = None
-        self._qkv_moe_gen: Joined | None = None
         self.q_rope = Rotary()
         self.k_rope = Rotary()
         self.sdpa = ScaledDotProductAttention()
@@ -108,8 +107,8 @@ class SelfAttention(nn.Module):
         return ExpertRows(und, gen), kv
 
     def join(self) -> None:
-        """Let the projections of each expert be one product for one row; the weights have to be loaded."""
-        self._qkv, self._qkv_moe_gen = (Joined(self._projections(suffix)) for suffix in ("", "_moe_gen"))
+        """Let the projections of text be one product for one row; the weights have to be loaded."""
+        self._qkv = Joined(self._projections(""))
 
     def _projections(self, suffix: str) -> list[Linear]:
         return [self[f"{kind}_proj{suffix}"] for kind in "qkv"]
@@ -117,13 +116,15 @@ class SelfAttention(nn.Module):
     def _heads(self, x: ExpertRows) -> list[ExpertRows]:
         """Queries, keys and values, [rows, heads, head_dim] each."""
 
-        def project(rows: mx.array, suffix: str, joined: Joined | None) -> list[mx.array]:
-            projected = joined(rows) if joined else [linear(rows) for linear in self._projections(suffix)]
-            return [y.reshape(len(rows), -1, self.head_dim) for y in projected]
+        def apart(rows: mx.array, suffix: str) -> list[mx.array]:
+            return [linear(rows) for linear in self._projections(suffix)]
 
-        und = project(x.und, "", self._qkv)
-        gen = [None] * 3 if x.gen is None else project(x.gen, "_moe_gen", self._qkv_moe_gen)
-        return [ExpertRows(*rows) for rows in zip(und, gen, strict=True)]
+        def headed(y: mx.array | None) -> mx.array | None:
+            return None if y is None else y.reshape(len(y), -1, self.head_dim)
+
+        und = self._qkv(x.und) if self._qkv else apart(x.und, "")
+        gen = [None] * 3 if x.gen is None else apart(x.gen, "_moe_gen")
+        return [ExpertRows(headed(u), headed(g)) for u, g in zip(und, gen, strict=True)]
 
     def _normed(self, heads: ExpertRows, kind: str, wide: bool) -> mx.array:
         if wide:
@@ -176,8 +177,8 @@ class MoTModel(nn.Module):
 
 
 def join_projections(model: MoTModel) -> None:
-    """Let projections of the same input be one product for a pass of one row, such as a token of an answer, unless they
-    are already.
+    """Let text's projections of the same input be one product for a pass of one row, such as a token of an answer,
+    unless they are already.
 
     The weights have to be loaded, and stay. The result is the same but for the order of sums.
     """
@@ -185,8 +186,7 @@ def join_projections(model: MoTModel) -> None:
         return
     for layer in model.layers:
         layer.self_attn.join()
-        for mlp in (layer.mlp, layer.mlp_moe_gen):
-            mlp.join()
+        layer.mlp.join()
         # What they were before would stay beside what they are.
         release()
     model.joined = True

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from parity.errors import ParityError
-from parity.recording import Tap, to_tap
+from parity.keeper import Hold, keep_whole
+from parity.recording import Tap
 from parity.sketch import Sketch
 from parity.upstream.namespace import Overlaid
 
@@ -39,7 +40,7 @@ class Capture:
         progress: Callable[[str], None],
     ) -> None:
         self.kept: dict[str, Tap | Sketch] = {}
-        self._hold: Callable[[str, Tensor], Tap | Sketch] = lambda name, tensor: to_tap(tensor)
+        self._hold: Hold = keep_whole
         self._names, self._cached, self._given, self._progress = names, cached, given, progress
         self._call, self._layer, self._coding, self._encoding, self._step = "", "", "", "", 0
         self._count: dict[str, int] = {}
@@ -84,13 +85,13 @@ class Capture:
         model: nn.Module,
         vae: Any,
         answer_from: int | None,
-        hold: Callable[[str, Tensor], Tap | Sketch] | None = None,
+        hold: Hold = keep_whole,
     ) -> None:
         """Attach hooks to a Lance and a WanVideoVAE; `answer_from` is the first token that is fed to get an answer.
 
         `hold` makes of a tensor what is kept under its name, by default all of it.
         """
-        self._hold = hold or self._hold
+        self._hold = hold
         language_model = model.language_model
         forward = language_model.forward_inference
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from parity.errors import ParityError
-from parity.keeper import Keeper, parted
+from parity.keeper import Keeper, keep_whole, parted
 from parity.recorded_taps import RecordedTaps
 from parity.recording import Recording, Tap, read_tensors, write_tensors
 from parity.rows import layout_of
@@ -111,7 +111,7 @@ def record_run(upstream: Upstream, job: Mapping[str, Any], progress: Callable[[s
         give(batch, given)
         inputs.update(inputs_of(batch))
         answer = int(batch.ce_loss_indexes[0]) if request["task"].startswith("x2t") else None
-        hold = Keeper(layout_of(inputs), job["whole"]) if job["level"] == SKETCH else None
+        hold = Keeper(layout_of(inputs), job["whole"]) if job["level"] == SKETCH else keep_whole
         capture.watch(values["fsdp_model"], values["vae_model"], answer, hold)
 
     upstream.before_sampling(watch)
