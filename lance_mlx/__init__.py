@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lance_mlx import allocator, blas
+from lance_mlx import allocator, blas, precision
 
 # Before anything imports MLX.
 blas.load()
 allocator.keep_freed()
+precision.keep_float32()
 
 if TYPE_CHECKING:
     from lance_mlx.api import Answer, Generated, LanceModel, load

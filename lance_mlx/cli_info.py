@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import mlx.core as mx
 import typer
 
-from lance_mlx import blas
+from lance_mlx import blas, precision
 from lance_mlx.checkpoint import Checkpoint, Part, ViTSource
 from lance_mlx.commands import DEFAULT_FRAMES, DEFAULT_SIDE
 from lance_mlx.errors import LanceError
@@ -56,7 +56,7 @@ def info(
     numerics: Annotated[str, typer.Option(help=f"{' or '.join(POLICIES)}.")] = BFLOAT16.name,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
 ) -> None:
-    """Show versions, the device and the BLAS in use; what a checkpoint holds; and what a task would need.
+    """Show versions, device, BLAS and precision in use; what a checkpoint holds; and what a task would need.
 
     Memory and time are estimates: memory from the model's sizes, time from how fast this machine computes one layer.
     """
@@ -85,6 +85,7 @@ def _installed() -> dict[str, Any]:
         "device": "gpu" if device.type == mx.gpu else "cpu",
         "memory": memory(),
         "blas": blas.describe(),
+        "float32": precision.describe(),
     }
 
 
@@ -172,6 +173,7 @@ def _lines(values: dict[str, Any]) -> list[str]:
         f"lance-mlx {installed['lance_mlx']}, mlx {installed['mlx']}",
         f"device: {installed['device']}, {installed['memory'] / 1e9:.1f} GB of memory",
         f"BLAS: {installed['blas']}",
+        f"float32 is multiplied {installed['float32']}",
     ]
     for held in values.get("checkpoints", ()):
         lines.append(f"{held['folder']}: {held['variant']}, {held['layout']}")

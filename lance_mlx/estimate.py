@@ -24,6 +24,7 @@ from lance_mlx.model.vit import ViTConfig
 from lance_mlx.numerics import Numerics
 from lance_mlx.preprocess import TEMPORAL_PATCH_SIZE, VIT_DIVISOR
 from lance_mlx.request import Question, Request, Task
+from lance_mlx.sampling.flow import MAX_JOINED
 from lance_mlx.sampling.guidance import is_guided
 from lance_mlx.sampling.schedule import timesteps
 from lance_mlx.weights import decoder_shape, encoder_shape
@@ -129,12 +130,23 @@ def _values(module: nn.Module) -> int:
 
 
 class Pass(NamedTuple):
-    """Passes through the layers: rows of each expert, the keys that they see, and how many such passes."""
+    """Passes through the layers, each with so many readings of a segment, and how many such passes.
+
+    Attributes:
+        und, gen: rows of each expert in a reading.
+        keys: what those see.
+    """
 
     und: int
     gen: int
     keys: int
     times: int = 1
+    readings: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of a reading."""
+        return self.und + self.gen
 
 
 class Work(NamedTuple):
@@ -182,8 +194,13 @@ def work_of(request: Request | Question, num_frames: int) -> Work:
     arms = 2 if request.guidance_scale > 1 else 1
     reading = [Pass(read, 0, read, arms)] + ([Pass(2, clean, read + clean + 2, arms)] if clean else [])
     prefix = read + (clean + 2 if clean else 0)
-    step = Pass(2, latents, prefix + latents + 2, request.num_steps + num_guided)
-    return Work(tuple(reading), (step,), arms * prefix, patches, encoded, frames, rows * columns, num_guided)
+    block = 2, latents, prefix + latents + 2
+    if latents <= MAX_JOINED:
+        steps = Pass(*block, request.num_steps - num_guided), Pass(*block, num_guided, readings=2)
+    else:
+        steps = (Pass(*block, request.num_steps + num_guided),)
+    steps = tuple(each for each in steps if each.times)
+    return Work(tuple(reading), steps, arms * prefix, patches, encoded, frames, rows * columns, num_guided)
 
 
 def peak_memory(sizes: Sizes, numerics: Numerics, work: Work, low_ram: bool, on_cpu: bool) -> dict[str, int]:
@@ -196,15 +213,19 @@ def peak_memory(sizes: Sizes, numerics: Numerics, work: Work, low_ram: bool, on_
     looks, answers = work.patches + work.encoded > 0, work.decoded == 0
     held = weights.others + (weights.head if answers else 0)
     caches = _cache(config, work.cached, numerics)
-    rows = [(p.und + p.gen, p.keys) for p in (*work.reading, *work.steps)]
-    layer = _LAYERS[numerics.name, low_ram]
+    layer, kept = _LAYERS[numerics.name, low_ram], _LAYERS[numerics.name, False]
+    # With two readings there is as much to run ahead to within a layer as there is without `low_ram` between two.
+    joined = layer._replace(score=kept.score)
     heads, width = config.num_attention_heads, config.intermediate_size
-    largest = max(_activations(*pair, heads, width, config.hidden_size, layer, numerics, on_cpu) for pair in rows)
+    largest = max(
+        _activations(item, heads, width, config.hidden_size, layer if item.readings == 1 else joined, numerics, on_cpu)
+        for item in (*work.reading, *work.steps)
+    )
     if answers and on_cpu and numerics.name == "bfloat16":
         largest = max(largest, 2 * weights.head)
     vit = sizes.vit
-    seeing = (work.patches, work.patches, vit.num_heads, vit.intermediate_size, vit.hidden_size)
-    seeing = _activations(*seeing, _LAYERS[numerics.name, False], numerics, on_cpu) if work.patches else 0
+    seeing = (Pass(work.patches, 0, work.patches), vit.num_heads, vit.intermediate_size, vit.hidden_size)
+    seeing = _activations(*seeing, kept, numerics, on_cpu) if work.patches else 0
     encoding = _coding(encoder_convolutions, sizes.encoder, work.cells, work.encoded, on_cpu)
     decoding = _coding(decoder_convolutions, sizes.decoder, work.cells, work.decoded, on_cpu)
     if low_ram:
@@ -223,14 +244,15 @@ def _cache(config: LanceConfig, tokens: int, numerics: Numerics) -> int:
 
 
 def _activations(
-    rows: int, keys: int, heads: int, width: int, hidden: int, layer: _Layer, numerics: Numerics, on_cpu: bool
+    item: Pass, heads: int, width: int, hidden: int, layer: _Layer, numerics: Numerics, on_cpu: bool
 ) -> int:
     """Bytes that exist at once in a layer: what its MLP makes, or its attention."""
     if not on_cpu:
-        return _MLP_VALUES_ON_GPU * rows * width * numerics.dtype.size
-    # Half precision is multiplied in float32 there, and weights are cast as they are used.
-    mlp = layer.casts * 4 * width * hidden + layer.value * rows * width
-    return round(max(mlp, layer.score * min(heads * rows * keys, SCORE_BUDGET)))
+        return _MLP_VALUES_ON_GPU * item.readings * item.rows * width * numerics.dtype.size
+    # Half precision is multiplied in float32 there, and weights are cast as they are used. A pass of two readings takes
+    # no more than a pass does while MLX runs ahead to the next one.
+    mlp = layer.casts * 4 * width * hidden + layer.value * item.rows * width
+    return round(max(mlp, layer.score * min(heads * item.rows * item.keys, SCORE_BUDGET)))
 
 
 def _coding(convolutions, shape: object, cells: int, frames: int, on_cpu: bool) -> int:

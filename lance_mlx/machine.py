@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 from lance_mlx.cost import Convolution, expert_weights
 from lance_mlx.estimate import Pass, Sizes, Work, coded
 from lance_mlx.model.attention import attention
-from lance_mlx.model.mot import ExpertRows, MoTDecoderLayer
+from lance_mlx.model.mot import Context, ExpertRows, MoTDecoderLayer
 from lance_mlx.model.rope import rotary_table
 from lance_mlx.model.vae_layers import ResidualBlock, StreamState
 from lance_mlx.numerics import Numerics
@@ -71,8 +71,8 @@ def measure(sizes: Sizes, numerics: Numerics) -> Rates:
 
     def passed(rows: int) -> float:
         x = ExpertRows(mx.ones((2, config.hidden_size), dtype), mx.ones((rows, config.hidden_size), dtype))
-        rotary = rotary_table(np.zeros((3, rows + 2), np.int32), config, numerics)
-        return _seconds(lambda: [*layer(x, rotary, None, False, True)[0]])
+        context = Context(rotary_table(np.zeros((3, rows + 2), np.int32), config, numerics), None)
+        return _seconds(lambda: [*layer(x, [context], False, True)[0]])
 
     few, many = passed(1), passed(_ROWS)
     per_row = max(many - few, many / (2 * _ROWS)) / (_ROWS - 1)
@@ -94,7 +94,7 @@ def seconds_of(sizes: Sizes, rates: Rates, work: Work) -> Seconds:
         return sum(item.times * config.num_hidden_layers * layer(item) for item in items)
 
     def layer(item: Pass) -> float:
-        rows = item.und + item.gen
+        rows = item.readings * item.rows
         products = 2 * rows * expert_weights(config) / rates.product
         # Without latents one expert of the two has nothing to do.
         fixed = rates.layer * (1 if item.gen else 0.5)

@@ -15,8 +15,7 @@ from mlx.utils import tree_map
 from lance_mlx.allocator import release
 from lance_mlx.checkpoint import VIT
 from lance_mlx.model.lance import Lance
-from lance_mlx.model.mot import ExpertRows, KeyValues, MoTDecoderLayer
-from lance_mlx.model.rope import RotaryTable
+from lance_mlx.model.mot import Context, ExpertRows, KeyValues, MoTDecoderLayer
 from lance_mlx.model.vae import VAE, LatentStatistics
 from lance_mlx.model.windows import Grid
 from lance_mlx.safetensors_file import StoredTensor, Tensors
@@ -75,13 +74,13 @@ class StreamedLayers(Sequence[Callable]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def __getitem__(self, index: int) -> Callable[..., tuple[ExpertRows, KeyValues]]:
+    def __getitem__(self, index: int) -> Callable[..., tuple[ExpertRows, list[KeyValues]]]:
         """A layer, to be called as a MoTDecoderLayer is; its output is evaluated."""
         return partial(self._run, range(len(self))[index])
 
     def _run(
-        self, index: int, x: ExpertRows, rotary: RotaryTable, past: KeyValues | None, causal: bool, qk_float32: bool
-    ) -> tuple[ExpertRows, KeyValues]:
+        self, index: int, x: ExpertRows, contexts: Sequence[Context], causal: bool, qk_float32: bool
+    ) -> tuple[ExpertRows, list[KeyValues]]:
         both = x.gen is not None
         values = self._take(index, both)
         with _emptied_after(self._layer):
@@ -91,9 +90,9 @@ class StreamedLayers(Sequence[Callable]):
                 del read
             if index + 1 < len(self):
                 self._ahead[index + 1, both] = self._thread.submit(self._read, index + 1, both)
-            hidden, kv = self._layer(x, rotary, past, causal, qk_float32)
-            mx.eval(*(rows for rows in hidden if rows is not None), kv)
-        return hidden, kv
+            hidden, seen = self._layer(x, contexts, causal, qk_float32)
+            mx.eval(*(rows for rows in hidden if rows is not None), seen)
+        return hidden, seen
 
     def _take(self, index: int, both: bool) -> Values:
         ahead = self._ahead.pop((index, both), None)

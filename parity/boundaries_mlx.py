@@ -63,7 +63,7 @@ class MlxBoundaries:
         wrap(flow, "is_guided", self._is_guided)
         wrap(flow, "embed_prefix", self._embed_prefix("prefix"))
         wrap(text, "embed_prefix", self._embed_prefix("prefill"))
-        wrap(flow.Arm, "velocity", self._velocity)
+        wrap(flow, "velocities_of_pass", self._velocities)
         wrap(flow, "initial_state", self._initial_state)
         wrap(flow, "guided_velocity", self._guided_velocity)
         wrap(flow, "advance", self._advance)
@@ -151,10 +151,13 @@ class MlxBoundaries:
         used = self.capture.observe(name, whole)
         return x if used is whole else used[len(used) - len(x) :]
 
-    def _velocity(self, original: Callable, arm: flow.Arm, state: flow.State) -> mx.array:
-        output = original(arm, state)
-        if not self.whole_sequence:
-            return output
+    def _velocities(
+        self, original: Callable, model: Lance, arms: Sequence[flow.Arm], state: flow.State
+    ) -> list[mx.array]:
+        outputs = original(model, arms, state)
+        return [self._velocity(output, state) for output in outputs] if self.whole_sequence else outputs
+
+    def _velocity(self, output: mx.array, state: flow.State) -> mx.array:
         given = int((state.timestep == 0).sum())
         moving = self.capture.observe(f"velocity_call{self._calls}", output[given:])
         self._calls += 1

@@ -1,5 +1,6 @@
 """Recording and steering lance_mlx: classes and functions wrapped from outside for the duration."""
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -10,17 +11,17 @@ import mlx.nn as nn
 import numpy as np
 import torch
 
-from lance_mlx.model.lance import LatentPositionEmbedding, TimestepEmbedder
+from lance_mlx.model.lance import Lance, LatentPositionEmbedding, TimestepEmbedder
 from lance_mlx.model.layers import Joined
-from lance_mlx.model.mot import ExpertRows, KVCache, MoTModel
-from lance_mlx.model.rope import RotaryTable, rotary_table
+from lance_mlx.model.mot import ExpertRows, KVCache, MoTModel, Reading, ScaledDotProductAttention
+from lance_mlx.model.rope import Rotary, rotary_table
 from lance_mlx.model.vae import VAE, LatentStatistics
 from lance_mlx.model.vae_decoder import Decoder
 from lance_mlx.model.vae_encoder import Encoder
 from lance_mlx.model.vit import VisionTransformer
 from lance_mlx.pipeline import Pipeline
+from lance_mlx.sampling import flow
 from lance_mlx.sampling.conditions import CachedArm
-from lance_mlx.sampling.flow import Arm, State
 from lance_mlx.sampling.text import Reader
 from parity.recording import Recording, Tap
 
@@ -29,6 +30,8 @@ _EMBED_TOKENS = "language_model.model.embed_tokens"
 _WATCHED = ("language_model.", f"{_VIT}.", "llm2vae", "vae2llm")
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "int32": mx.int32}
 _UNNAMED = ("language_model", "language_model.model")
+_BY_READING = (Rotary, ScaledDotProductAttention)
+"""Modules that a pass of several readings calls once for each; all others are given the rows of all."""
 
 
 Rows = mx.array | np.ndarray | ExpertRows
@@ -68,6 +71,15 @@ def channels_last(codes: mx.array) -> mx.array:
     return codes[0].transpose(1, 2, 3, 0)
 
 
+def _apart(value: Rows, readings: int) -> list[Rows]:
+    """The rows of every reading of a pass by themselves."""
+    return mx.split(value, readings) if isinstance(value, mx.array) else value.apart(readings)
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    return mx.concatenate(parts) if isinstance(parts[0], mx.array) else ExpertRows.joined(parts)
+
+
 def _held(value: Rows) -> Rows:
     """Other arrays of the same memory: what is assigned to the elements of the first ones is not seen by these."""
     if isinstance(value, mx.array):
@@ -93,7 +105,8 @@ class MlxCapture:
         self._taken: Recording = {}
         self._pending: dict[str, Rows] = {}
         self._names = names
-        self._call = ""
+        self._calls = ("",)
+        self._turns: Counter[int] = Counter()
         self._embedding: list[str] = []
         self._counts = {"encode": -1, "encode_chunk": 0, "decode_chunk": 0, _VIT: -1}
         self._pipeline = pipeline
@@ -120,8 +133,13 @@ class MlxCapture:
 
     @property
     def call(self) -> str:
-        """The name of the call that what follows belongs to."""
-        return self._call
+        """The name of the call that what follows belongs to; the first one's of a pass of several readings."""
+        return self._calls[0]
+
+    @property
+    def calls(self) -> tuple[str, ...]:
+        """The names of all readings of the pass that what follows belongs to."""
+        return self._calls
 
     def keep(self, name: str, value: Rows) -> None:
         """Record an array under a name, if the name is wanted and not yet taken."""
@@ -133,11 +151,21 @@ class MlxCapture:
         self.keep(name, value)
         return self._forced(name) if name in self.force else value
 
-    def observe_rows(self, name: str, rows: ExpertRows) -> ExpertRows:
-        """The same for rows parted by expert."""
+    def observe_rows(self, name: str, rows: mx.array | ExpertRows) -> mx.array | ExpertRows:
+        """The same for rows that may be parted by expert."""
+        if isinstance(rows, mx.array):
+            return self.observe(name, rows)
         # Parted rows are recorded as they are: to merge them takes MLX longer than NumPy.
         self.keep(name, rows if rows.gen is not None else rows.und)
         return rows.parted(self._forced(name)) if name in self.force else rows
+
+    def _observe_readings(self, path: str, rows: mx.array | ExpertRows) -> mx.array | ExpertRows:
+        """The same for the rows of all readings of a pass, each under the name of its call."""
+        names = [f"{call}/{path}" for call in self._calls]
+        if len(names) == 1:
+            return self.observe_rows(names[0], rows)
+        parts = [self.observe_rows(name, part) for name, part in zip(names, _apart(rows, len(names)), strict=True)]
+        return _joined(parts) if any(name in self.force for name in names) else rows
 
     def _forced(self, name: str) -> mx.array:
         given = self.force[name]
@@ -156,7 +184,7 @@ class MlxCapture:
         self._wrap(Decoder, "__call__", after=self._coded("decoder"))
         self._wrap(VisionTransformer, "__call__", before=self._enter_vit, after=self._seen)
         self._wrap(CachedArm, "prefill", before=self._enter_prefill, after=self._after_prefill)
-        self._wrap(Arm, "velocity", before=self._enter_velocity)
+        self._wrap(flow, "velocities_of_pass", before=self._enter_step)
         self._wrap(Reader, "decode", before=self._enter_token)
         return self
 
@@ -177,20 +205,22 @@ class MlxCapture:
         else:
             self._stack.callback(setattr, owner, name, original)
 
-    def enter(self, call: str) -> None:
-        """Name what follows after a call, such as "cond.step0"; what the one before computed is evaluated."""
-        if call != self._call:
+    def enter(self, *calls: str) -> None:
+        """Name what follows after a call, such as "cond.step0", or after those of the readings of one pass; what was
+        computed before is evaluated."""
+        if calls != self._calls:
             self._flush()
-            self._call = call
+            self._calls = calls
+            self._turns.clear()
 
-    def _wrap(self, kind: type, method: str, before: Callable | None = None, after: Callable | None = None) -> None:
-        def wrapper(original: Callable, module: Any, *args: Any, **values: Any) -> Any:
+    def _wrap(self, owner: Any, name: str, before: Callable | None = None, after: Callable | None = None) -> None:
+        def wrapper(original: Callable, first: Any, *args: Any, **values: Any) -> Any:
             if before is not None:
-                before(module, *args)
-            output = original(module, *args, **values)
-            return output if after is None else after(module, output)
+                before(first, *args)
+            output = original(first, *args, **values)
+            return output if after is None else after(first, output)
 
-        self.wrap(kind, method, wrapper)
+        self.wrap(owner, name, wrapper)
 
     def _flush(self) -> None:
         mx.eval([value for value in self._pending.values() if not isinstance(value, np.ndarray)])
@@ -206,15 +236,17 @@ class MlxCapture:
         if path == "conv2":
             self.enter(f"vae.decode.chunk{self._counts['decode_chunk']}")
             self._counts["decode_chunk"] += 1
-        separator = "." if path.startswith(_VIT) else "/"
-        name = f"{self._call}{separator}{path.removeprefix(f'{_VIT}.')}"
         rows = output[0] if isinstance(output, tuple) and not isinstance(output, ExpertRows) else output
-        if isinstance(rows, ExpertRows):
-            rows = self.observe_rows(name, rows)
+        if path.startswith(_VIT):
+            rows = self.observe(f"{self.call}.{path.removeprefix(f'{_VIT}.')}", rows)
         elif id(module) in self._codes:
-            rows = channels_last(self.observe(name, channels_first(rows)))
+            rows = channels_last(self.observe(f"{self.call}/{path}", channels_first(rows)))
+        elif isinstance(module, _BY_READING):
+            call = self._calls[self._turns[id(module)] % len(self._calls)]
+            self._turns[id(module)] += 1
+            rows = self.observe(f"{call}/{path}", rows)
         else:
-            rows = self.observe(name, rows)
+            rows = self._observe_readings(path, rows)
         return (rows, *output[1:]) if isinstance(output, tuple) and not isinstance(output, ExpertRows) else rows
 
     def _joined(self, joined: Joined, outputs: list[mx.array]) -> list[mx.array]:
@@ -225,26 +257,32 @@ class MlxCapture:
         original: Callable,
         model: MoTModel,
         inputs_embeds: ExpertRows,
-        rotary: RotaryTable,
+        readings: Sequence[Reading],
         *rest: Any,
         **values: Any,
-    ) -> tuple[ExpertRows, KVCache]:
-        self.keep(f"{self._call}/position_ids", rotary.position_ids)
-        given = self.force.get(f"{self._call}/position_ids")
-        if given is not None and not np.array_equal(given.array, rotary.position_ids):
-            rotary = rotary_table(given.array, self._pipeline.model.config, self._pipeline.model.numerics)
-        inputs_embeds = self.observe_rows(f"{self._call}/hidden_in", inputs_embeds)
-        hidden, cache = original(model, inputs_embeds, rotary, *rest, **values)
-        return self.observe_rows(f"{self._call}/hidden_out", hidden), cache
+    ) -> tuple[ExpertRows, list[KVCache]]:
+        readings = [self._placed(*each) for each in zip(self._calls, readings, strict=True)]
+        inputs_embeds = self._observe_readings("hidden_in", inputs_embeds)
+        hidden, caches = original(model, inputs_embeds, readings, *rest, **values)
+        return self._observe_readings("hidden_out", hidden), caches
+
+    def _placed(self, call: str, reading: Reading) -> Reading:
+        name, position_ids = f"{call}/position_ids", reading.rotary.position_ids
+        self.keep(name, position_ids)
+        given = self.force.get(name)
+        if given is None or np.array_equal(given.array, position_ids):
+            return reading
+        model = self._pipeline.model
+        return reading._replace(rotary=rotary_table(given.array, model.config, model.numerics))
 
     def _embed_time(self, original: Callable, module: TimestepEmbedder, timesteps: np.ndarray) -> mx.array:
-        output = self.observe(f"{self._call}/time_embedder", original(module, timesteps))
-        if ".step0" in self._call:
+        output = self.observe(f"{self.call}/time_embedder", original(module, timesteps))
+        if ".step0" in self.call:
             self.keep("time_embedder", output[-1])
         return output
 
     def _embed_places(self, module: LatentPositionEmbedding, output: mx.array) -> mx.array:
-        return self.observe(f"{self._call}/latent_pos_embed", output)
+        return self.observe(f"{self.call}/latent_pos_embed", output)
 
     @contextmanager
     def embedding(self, calls: Sequence[str]) -> Iterator[None]:
@@ -261,8 +299,8 @@ class MlxCapture:
         if not isinstance(arm, Reader):
             self.enter("cond.step0")
 
-    def _enter_velocity(self, arm: Arm, state: State) -> None:
-        self.enter(f"{arm.name}.step{state.index}")
+    def _enter_step(self, model: Lance, arms: Sequence[flow.Arm], state: flow.State) -> None:
+        self.enter(*(f"{arm.name}.step{state.index}" for arm in arms))
 
     def _enter_token(self, reader: Reader, step: int, token: int) -> None:
         self.enter(f"{reader.name}.decode{step}")
@@ -289,7 +327,7 @@ class MlxCapture:
 
     def _coded(self, coder: str) -> Callable[[nn.Module, mx.array], mx.array]:
         def coded(module: nn.Module, output: mx.array) -> mx.array:
-            return channels_last(self.observe(f"{self._call}/{coder}", channels_first(output)))
+            return channels_last(self.observe(f"{self.call}/{coder}", channels_first(output)))
 
         return coded
 

@@ -1,6 +1,6 @@
 """lance_mlx with one part of its weights in memory at a time, its passes run layer by layer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import lance_mlx.sampling.flow as flow
 from lance_mlx.checkpoint import ViTSource
 from lance_mlx.layouts import find_checkpoint
 from lance_mlx.model.lance import Lance
-from lance_mlx.model.mot import ExpertRows, KeyValues, KVCache, MoTModel
+from lance_mlx.model.mot import Context, ExpertRows, KeyValues, KVCache, MoTModel, Reading
 from lance_mlx.model.rope import RotaryTable
 from lance_mlx.numerics import policy
 from lance_mlx.pipeline import Pipeline
@@ -92,10 +92,11 @@ class MlxStream:
         passes: Passes = {}
 
         def note(
-            model: MoTModel, rows: ExpertRows, rotary: RotaryTable, cache: KVCache, causal: bool, qk_float32: bool
-        ) -> tuple[ExpertRows, KVCache]:
-            passes[capture.call] = MlxPass(capture.call, rows, rotary, causal, qk_float32)
-            return rows, cache
+            model: MoTModel, rows: ExpertRows, readings: Sequence[Reading], causal: bool, qk_float32: bool
+        ) -> tuple[ExpertRows, list[KVCache]]:
+            for call, own, reading in zip(capture.calls, rows.apart(len(readings)), readings, strict=True):
+                passes[call] = MlxPass(call, own, reading.rotary, causal, qk_float32)
+            return rows, [reading.cache for reading in readings]
 
         with (
             patch.object(MoTModel, "__call__", note),
@@ -135,7 +136,8 @@ class MlxStream:
         for call, each in passes.items():
             with MlxCapture(self._pipeline, force=force) as capture:
                 capture.enter(call)
-                rows, kv = layer(each.rows, each.rotary, seen.get(each.arm), each.causal, each.wide)
+                context = Context(each.rotary, seen.get(each.arm))
+                rows, (kv,) = layer(each.rows, [context], each.causal, each.wide)
                 recording = capture.recording
                 mx.eval([x for x in (*rows, *kv) if x is not None])
             if ".step" not in call:
@@ -150,7 +152,8 @@ class MlxStream:
             for call, each in passes.items():
                 with MlxCapture(self._pipeline, HEAD_TAPS, _without_inputs(force)) as capture:
                     capture.enter(call)
-                    hidden, _ = language_model.model(each.rows, each.rotary, (), each.causal, each.wide)
+                    readings = [Reading(each.rotary, ())]
+                    hidden, _ = language_model.model(each.rows, readings, each.causal, each.wide)
                     if ".step" in call:
                         velocities[each.arm] = self._model.llm2vae(hidden.merged())[1:-1]
                     elif ".decode" in call:

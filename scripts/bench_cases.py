@@ -26,7 +26,7 @@ from lance_mlx.numerics import policy
 from lance_mlx.prompt import build_sequence
 from lance_mlx.request import Request, Task, Visual, VisualKind
 from lance_mlx.sampling.conditions import Conditions
-from lance_mlx.sampling.flow import State, make_arms
+from lance_mlx.sampling.flow import State, make_arms, velocities
 from lance_mlx.sampling.text import Reader
 from lance_mlx.sequence import AttentionMode, Role, Segment, Sequence
 from lance_mlx.tokenizer import LanceTokenizer
@@ -141,7 +141,7 @@ def _sampling(task: str, latents: int, hidden: int, layers: int, dtype: str):
         # The latents are embedded once for both arms, as the sampler does.
         latents = model.embed_latents(state.x_t, state.timestep, positions)
         rows = ExpertRows(state.inputs_embeds.und, latents)
-        mx.eval([arm.velocity(replace(state, inputs_embeds=rows)) for arm in arms.values()])
+        mx.eval(velocities(model, list(arms.values()), replace(state, inputs_embeds=rows)))
 
     def prefix() -> None:
         for arm in arms.values():
@@ -198,14 +198,14 @@ def both_experts() -> Iterator[None]:
     """Let both experts' norms, feed-forward networks and q/k/v projections compute all rows of a pass."""
 
     def apart(x: ExpertRows, und: mx.array, gen: mx.array) -> ExpertRows:
-        return ExpertRows(x.parted(und).und, x.parted(gen).gen)
+        return ExpertRows(und[: len(x.und)], gen[len(x.und) :])
 
     def by_expert(module: nn.Module, name: str, x: ExpertRows) -> ExpertRows:
-        rows = x.merged()
+        rows = mx.concatenate(x)
         return apart(x, module[name](rows), module[f"{name}_moe_gen"](rows))
 
     def heads(self: mot.SelfAttention, x: ExpertRows) -> list[ExpertRows]:
-        rows, found = x.merged(), []
+        rows, found = mx.concatenate(x), []
         for kind in "qkv":
             both = (self[f"{kind}_proj{suffix}"](rows) for suffix in ("", "_moe_gen"))
             found.append(apart(x, *(y.reshape(len(rows), -1, self.head_dim) for y in both)))

@@ -33,7 +33,7 @@ from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows
 from lance_mlx.pipeline import Pipeline, load
 from lance_mlx.request import Request, Variant
-from lance_mlx.sampling.flow import State, make_arms
+from lance_mlx.sampling.flow import State, make_arms, velocities
 from parity.capture_mlx import MlxCapture
 from parity.capture_torch import TorchCapture
 from parity.metrics import axis_errors, compare
@@ -201,7 +201,7 @@ def capture_mlx(sizes: dict, latents: int, dtype: str, repeats: int) -> Capture:
 
     def velocity(step: int) -> None:
         embeds = ExpertRows(brackets, pipeline.model.embed_latents(x_t, timestep, positions))
-        mx.eval(arm.velocity(State(step, 0.5, timestep, x_t, embeds)))
+        mx.eval(velocities(pipeline.model, [arm], State(step, 0.5, timestep, x_t, embeds)))
 
     plain, captured = [], []
     for step in range(repeats + 1):

@@ -1,9 +1,12 @@
 """The mixture-of-transformers language model: two experts, one attention.
 
-Shapes: n tokens of a pass, of which `und` rows belong to the understanding expert and `gen` rows to the generation
-expert; m keys, those of the cached prefix included. A pass is one segment, so its latents are one contiguous run.
+Shapes: n tokens of a segment, of which `und` rows belong to the understanding expert and `gen` rows to the generation
+expert; m keys, those of the cached prefix included. A segment's latents are one contiguous run. A pass takes one
+segment in one or more readings, such as the arms of guidance: their rows follow each other and share every product, and
+each attends for itself.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -22,6 +25,9 @@ class ExpertRows(NamedTuple):
     Attributes:
         und: [und, ...]; all tokens of a text segment, or the two brackets around a latent block.
         gen: [gen, ...], the latents of the block, or None.
+
+    Of several readings, und and gen hold those of the first, then those of the second; `apart` and `joined` go from one
+    form to the other.
     """
 
     und: mx.array
@@ -39,6 +45,21 @@ class ExpertRows(NamedTuple):
             return ExpertRows(merged, None)
         return ExpertRows(mx.concatenate([merged[:1], merged[-1:]], axis=0), merged[1:-1])
 
+    def apart(self, readings: int) -> list["ExpertRows"]:
+        """The rows of every reading by themselves."""
+        if readings == 1:
+            return [self]
+        gen = [None] * readings if self.gen is None else mx.split(self.gen, readings)
+        return [ExpertRows(*rows) for rows in zip(mx.split(self.und, readings), gen, strict=True)]
+
+    @classmethod
+    def joined(cls, parts: Sequence["ExpertRows"]) -> "ExpertRows":
+        """The rows of several readings of one segment, after each other."""
+        if len(parts) == 1:
+            return parts[0]
+        und, gen = zip(*parts, strict=True)
+        return cls(mx.concatenate(und), None if gen[0] is None else mx.concatenate(gen))
+
     def __add__(self, other: "ExpertRows") -> "ExpertRows":
         return ExpertRows(self.und + other.und, None if self.gen is None else self.gen + other.gen)
 
@@ -53,6 +74,32 @@ class KeyValues(NamedTuple):
 KVCache = tuple[KeyValues, ...]
 """One KeyValues a layer; the empty tuple before the first pass. Passes return a new cache and never change the given
 one."""
+
+
+class Reading(NamedTuple):
+    """One reading of a segment: where its tokens are, and what was read before."""
+
+    rotary: RotaryTable
+    cache: KVCache
+
+    def at(self, index: int) -> "Context":
+        """What the layer of that number needs of it."""
+        return Context(self.rotary, self.cache[index] if self.cache else None)
+
+
+class Context(NamedTuple):
+    """A reading as one layer sees it; `past` is None before the first pass."""
+
+    rotary: RotaryTable
+    past: KeyValues | None
+
+    def followed_by(self, keys: mx.array, values: mx.array) -> KeyValues:
+        """Keys and values of what was read before and of these, [n, kv_heads, head_dim] each."""
+        if self.past is None:
+            return KeyValues(keys, values)
+        return KeyValues(
+            mx.concatenate([self.past.keys, keys], axis=0), mx.concatenate([self.past.values, values], axis=0)
+        )
 
 
 class ScaledDotProductAttention(nn.Module):
@@ -85,26 +132,27 @@ class SelfAttention(nn.Module):
         self.sdpa = ScaledDotProductAttention()
 
     def __call__(
-        self, x: ExpertRows, rotary: RotaryTable, past: KeyValues | None, causal: bool, qk_float32: bool
-    ) -> tuple[ExpertRows, KeyValues]:
-        """Attend; returns the output rows and the keys and values of the prefix and this pass.
+        self, x: ExpertRows, contexts: Sequence[Context], causal: bool, qk_float32: bool
+    ) -> tuple[ExpertRows, list[KeyValues]]:
+        """Attend; returns the output rows, and each reading's keys and values with its past.
 
         Args:
             qk_float32: norm and rotate queries and keys in float32 and round them only before attention.
         """
         dtype = x.und.dtype
         queries, keys, values = self._heads(x)
-        queries = self.q_rope(self._normed(queries, "q", qk_float32), rotary).astype(dtype)
-        keys = self.k_rope(self._normed(keys, "k", qk_float32), rotary).astype(dtype)
-        values = values.merged()
-        if past is not None:
-            keys = mx.concatenate([past.keys, keys], axis=0)
-            values = mx.concatenate([past.values, values], axis=0)
-        kv = KeyValues(keys, values)
-        attended = x.parted(self.sdpa(queries, kv, causal))
-        und = self.o_proj(attended.und.flatten(1))
-        gen = None if attended.gen is None else self.o_proj_moe_gen(attended.gen.flatten(1))
-        return ExpertRows(und, gen), kv
+        queries, keys = self._normed(queries, "q", qk_float32), self._normed(keys, "k", qk_float32)
+        attended, seen = [], []
+        apart = (rows.apart(len(contexts)) for rows in (queries, keys, values))
+        for q, k, v, context in zip(*apart, contexts, strict=True):
+            turned = self.q_rope(q.merged(), context.rotary).astype(dtype)
+            kv = context.followed_by(self.k_rope(k.merged(), context.rotary).astype(dtype), v.merged())
+            attended.append(q.parted(self.sdpa(turned, kv, causal)))
+            seen.append(kv)
+        rows = ExpertRows.joined(attended)
+        und = self.o_proj(rows.und.flatten(1))
+        gen = None if rows.gen is None else self.o_proj_moe_gen(rows.gen.flatten(1))
+        return ExpertRows(und, gen), seen
 
     def join(self) -> None:
         """Let the projections of text be one product for one row; the weights have to be loaded."""
@@ -126,12 +174,12 @@ class SelfAttention(nn.Module):
         gen = [None] * 3 if x.gen is None else apart(x.gen, "_moe_gen")
         return [ExpertRows(headed(u), headed(g)) for u, g in zip(und, gen, strict=True)]
 
-    def _normed(self, heads: ExpertRows, kind: str, wide: bool) -> mx.array:
+    def _normed(self, heads: ExpertRows, kind: str, wide: bool) -> ExpertRows:
         if wide:
             heads = ExpertRows(heads.und.astype(mx.float32), heads.gen.astype(mx.float32))
         und = self[f"{kind}_norm"](heads.und)
         gen = None if heads.gen is None else self[f"{kind}_norm_moe_gen"](heads.gen)
-        return ExpertRows(und, gen).merged()
+        return ExpertRows(und, gen)
 
 
 class MoTDecoderLayer(nn.Module):
@@ -146,12 +194,12 @@ class MoTDecoderLayer(nn.Module):
             self[f"post_attention_layernorm{suffix}"] = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def __call__(
-        self, x: ExpertRows, rotary: RotaryTable, past: KeyValues | None, causal: bool, qk_float32: bool
-    ) -> tuple[ExpertRows, KeyValues]:
-        """Residual stream in and out, with the layer's keys and values."""
-        attended, kv = self.self_attn(_by_expert(self, "input_layernorm", x), rotary, past, causal, qk_float32)
+        self, x: ExpertRows, contexts: Sequence[Context], causal: bool, qk_float32: bool
+    ) -> tuple[ExpertRows, list[KeyValues]]:
+        """Residual stream in and out, with the layer's keys and values of every reading."""
+        attended, seen = self.self_attn(_by_expert(self, "input_layernorm", x), contexts, causal, qk_float32)
         x = x + attended
-        return x + _by_expert(self, "mlp", _by_expert(self, "post_attention_layernorm", x)), kv
+        return x + _by_expert(self, "mlp", _by_expert(self, "post_attention_layernorm", x)), seen
 
 
 class MoTModel(nn.Module):
@@ -166,14 +214,15 @@ class MoTModel(nn.Module):
         self.joined = False
 
     def __call__(
-        self, inputs_embeds: ExpertRows, rotary: RotaryTable, cache: KVCache, causal: bool, qk_float32: bool
-    ) -> tuple[ExpertRows, KVCache]:
-        """One pass over a segment: its final hidden states [rows, hidden] and the cache with this pass in it."""
-        x, seen = inputs_embeds, []
+        self, inputs_embeds: ExpertRows, readings: Sequence[Reading], causal: bool, qk_float32: bool
+    ) -> tuple[ExpertRows, list[KVCache]]:
+        """One pass over a segment: its final hidden states [rows, hidden] and each reading's cache with this pass in
+        it."""
+        x, layers = inputs_embeds, []
         for index, layer in enumerate(self.layers):
-            x, kv = layer(x, rotary, cache[index] if cache else None, causal, qk_float32)
-            seen.append(kv)
-        return _by_expert(self, "norm", x), tuple(seen)
+            x, seen = layer(x, [reading.at(index) for reading in readings], causal, qk_float32)
+            layers.append(seen)
+        return _by_expert(self, "norm", x), list(zip(*layers, strict=True))
 
 
 def join_projections(model: MoTModel) -> None:

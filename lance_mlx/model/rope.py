@@ -52,7 +52,16 @@ def rotary_table(position_ids: np.ndarray, config: LanceConfig, numerics: Numeri
 
 @fused
 def _turn(first: mx.array, second: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = _product(first, cos) - _product(second, sin), _product(second, cos) + _product(first, sin)
+    return mx.concatenate(turned, axis=-1)
+
+
+def _product(x: mx.array, factor: mx.array) -> mx.array:
+    """x * factor, rounded to the dtype of `x` as in PyTorch.
+
+    Without the casts a GPU's compiler would leave bfloat16 products unrounded until they are added.
+    """
+    return (x.astype(mx.float32) * factor.astype(mx.float32)).astype(x.dtype)
 
 
 class Rotary(nn.Module):

@@ -8,7 +8,7 @@ import numpy as np
 
 from lance_mlx.errors import LanceError
 from lance_mlx.model.lance import Lance
-from lance_mlx.model.mot import ExpertRows, KVCache
+from lance_mlx.model.mot import ExpertRows, KVCache, Reading
 from lance_mlx.model.rope import RotaryTable, rotary_table
 from lance_mlx.sequence import AttentionMode, Segment, Sequence
 
@@ -75,9 +75,9 @@ class CachedArm:
         self.name = name
         self.sequence = sequence
         self.prefix = prefix
+        self.wide = wide
         self._model = model
         self._positions = positions
-        self._wide = wide
         self._cache: KVCache = ()
 
     def prefill(self, index: int) -> None:
@@ -90,18 +90,15 @@ class CachedArm:
 
     def extend(self, rows: ExpertRows, rotary: RotaryTable, causal: bool) -> ExpertRows:
         """Pass rows through the model and keep them in the cache; returns the final hidden states."""
-        hidden, self._cache = self._pass(rows, rotary, causal)
+        wide = self.wide and rows.gen is not None
+        hidden, (self._cache,) = self._model.language_model.model(rows, [self.reading(rotary)], causal, wide)
         mx.eval(self._cache)
         return hidden
 
-    def look(self, rows: ExpertRows, rotary: RotaryTable) -> ExpertRows:
-        """Pass a block through the model, every row seeing every other, and leave the cache as it is."""
-        return self._pass(rows, rotary, causal=False)[0]
+    def reading(self, rotary: RotaryTable) -> Reading:
+        """What a pass over tokens turned so needs to know of this arm."""
+        return Reading(rotary, self._cache)
 
     def rotary(self, start: int, stop: int) -> RotaryTable:
         """Rotations of the tokens from `start` to `stop` of the sequence."""
         return rotary_table(self._positions[:, start:stop], self._model.config, self._model.numerics)
-
-    def _pass(self, rows: ExpertRows, rotary: RotaryTable, causal: bool) -> tuple[ExpertRows, KVCache]:
-        wide = self._wide and rows.gen is not None
-        return self._model.language_model.model(rows, rotary, self._cache, causal=causal, qk_float32=wide)

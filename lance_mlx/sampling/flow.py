@@ -1,13 +1,14 @@
 """The flow sampler: one arm a condition, a cached prefix each, and a generator of Euler steps."""
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from lance_mlx.model.lance import Lance
-from lance_mlx.model.mot import ExpertRows
+from lance_mlx.model.mot import ExpertRows, Reading
 from lance_mlx.numerics import scaled
 from lance_mlx.positions import position_ids, unconditional_position_ids
 from lance_mlx.request import Entry, Request
@@ -16,6 +17,10 @@ from lance_mlx.sampling.guidance import guided_velocity, is_guided
 from lance_mlx.sampling.noise import check_noise
 from lance_mlx.sampling.schedule import timesteps
 from lance_mlx.sequence import Role, Sequence
+
+MAX_JOINED = 1024
+"""Latents up to which both arms go through the layers in one pass: beyond, products are as fast for one of them, and
+what exists at once would double."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +74,26 @@ class Arm(CachedArm):
         start = sequence.starts[sequence.target_index]
         self._block_rotary = self.rotary(start, start + len(sequence.target))
 
-    def velocity(self, state: State) -> mx.array:
-        """Velocity of all latents of the block, [n, 48]."""
-        return self._model.llm2vae(self.look(state.inputs_embeds, self._block_rotary).merged())[1:-1]
+    @property
+    def block(self) -> Reading:
+        """The denoised block as this arm reads it."""
+        return self.reading(self._block_rotary)
+
+
+def velocities(model: Lance, arms: Items[Arm], state: State) -> list[mx.array]:
+    """Velocity of all latents of the block for each arm, [n, 48] each."""
+    if len(state.x_t) <= MAX_JOINED:
+        return velocities_of_pass(model, arms, state)
+    return [velocity for arm in arms for velocity in velocities_of_pass(model, [arm], state)]
+
+
+def velocities_of_pass(model: Lance, arms: Items[Arm], state: State) -> list[mx.array]:
+    """The same from a single pass, in which the arms are readings; their caches stay as they are."""
+    rows = ExpertRows.joined([state.inputs_embeds] * len(arms))
+    readings = [arm.block for arm in arms]
+    hidden, _ = model.language_model.model(rows, readings, causal=False, qk_float32=arms[0].wide)
+    merged = mx.concatenate([part.merged() for part in hidden.apart(len(arms))])
+    return [velocity[1:-1] for velocity in mx.split(model.llm2vae(merged), len(arms))]
 
 
 def make_arms(model: Lance, request: Request, sequence: Sequence, conditions: Conditions) -> dict[str, Arm]:
@@ -153,8 +175,10 @@ def denoise(
         timestep[:given] = 0
         embeds = ExpertRows(brackets, model.embed_latents(x_t, timestep, positions))
         state = State(index, float(t), timestep, x_t, embeds)
-        cond = arms["cond"].velocity(state)[rows]
-        uncond = arms["uncond"].velocity(state)[rows] if guided[index] else None
+        names = ("cond", "uncond") if guided[index] else ("cond",)
+        seen = velocities(model, [arms[name] for name in names], state)
+        found = {name: velocity[rows] for name, velocity in zip(names, seen, strict=True)}
+        cond, uncond = found["cond"], found.get("uncond")
         velocity = guided_velocity(cond, uncond, request) if guided[index] else cond
         # In the full-sequence entry the velocity has no rows but these.
         x_t = advance(x_t, velocity[given - len(x_t) :], float(t - t_next))

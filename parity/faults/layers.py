@@ -58,9 +58,9 @@ def _layer(add: Callable[[ExpertRows, ExpertRows, ExpertRows], ExpertRows]) -> P
     """Add up the stream, its norm and the MLP's output by another function."""
 
     def call(
-        original: Callable, layer: MoTDecoderLayer, x: ExpertRows, rotary: Any, past: Any, causal: bool, wide: bool
+        original: Callable, layer: MoTDecoderLayer, x: ExpertRows, contexts: Any, causal: bool, wide: bool
     ) -> tuple:
-        attended, kv = layer.self_attn(_by_expert(layer, "input_layernorm", x), rotary, past, causal, wide)
+        attended, kv = layer.self_attn(_by_expert(layer, "input_layernorm", x), contexts, causal, wide)
         x = x + attended
         normed = _by_expert(layer, "post_attention_layernorm", x)
         return add(x, normed, _by_expert(layer, "mlp", normed)), kv

@@ -62,17 +62,17 @@ def _rounded_once(module: nn.RMSNorm, x: mx.array) -> mx.array:
 
 def _stay_bfloat16(target: Target) -> AbstractContextManager[None]:
     def attend(original: Callable, module: SelfAttention, *args: Any, **values: Any) -> tuple:
-        x, rotary, past, causal, _ = args
-        return original(module, x, rotary, past, causal, False)
+        x, contexts, causal, _ = args
+        return original(module, x, contexts, causal, False)
 
     return wrapped(SelfAttention, "__call__", attend)
 
 
 def _float32_in_text(target: Target) -> AbstractContextManager[None]:
-    def normed(original: Callable, module: SelfAttention, heads: ExpertRows, kind: str, wide: bool) -> mx.array:
+    def normed(original: Callable, module: SelfAttention, heads: ExpertRows, kind: str, wide: bool) -> ExpertRows:
         if heads.gen is not None:
             return original(module, heads, kind, wide)
-        return module[f"{kind}_norm"](heads.und.astype(mx.float32))
+        return ExpertRows(module[f"{kind}_norm"](heads.und.astype(mx.float32)), None)
 
     return wrapped(SelfAttention, "_normed", normed)
 

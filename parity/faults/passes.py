@@ -5,7 +5,10 @@ from contextlib import ExitStack, contextmanager
 from enum import Enum
 from typing import Any
 
+import mlx.core as mx
+
 from lance_mlx.model.mot import ExpertRows
+from lance_mlx.sampling import flow
 from lance_mlx.sampling.conditions import CachedArm
 from parity.faults.base import wrapped
 
@@ -29,9 +32,9 @@ def watched() -> Iterator[Callable[[], Pass]]:
     """Yield a function that tells which pass is running."""
     running = [Pass.TEXT]
 
-    def look(original: Callable, arm: CachedArm, *args: Any) -> ExpertRows:
+    def look(original: Callable, *args: Any) -> list[mx.array]:
         running[0] = Pass.NOISE
-        return original(arm, *args)
+        return original(*args)
 
     def extend(original: Callable, arm: CachedArm, rows: ExpertRows, rotary: Any, causal: bool) -> ExpertRows:
         if rows.gen is not None:
@@ -41,6 +44,6 @@ def watched() -> Iterator[Callable[[], Pass]]:
         return original(arm, rows, rotary, causal)
 
     with ExitStack() as stack:
-        stack.enter_context(wrapped(CachedArm, "look", look))
+        stack.enter_context(wrapped(flow, "velocities_of_pass", look))
         stack.enter_context(wrapped(CachedArm, "extend", extend))
         yield lambda: running[0]

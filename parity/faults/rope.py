@@ -13,7 +13,8 @@ from lance_mlx.model import rope
 from lance_mlx.model.mot import ExpertRows
 from lance_mlx.model.rope import Rotary, RotaryTable
 from lance_mlx.numerics import Numerics
-from parity.faults.base import BFLOAT16, FLOAT32, Fault, Patch, Target, calls, function, rounded
+from lance_mlx.sampling import flow
+from parity.faults.base import BFLOAT16, FLOAT32, Fault, Patch, Target, calls, function, replaced, rounded
 
 _Q_ROPE = "layers.*.self_attn.q_rope"
 _ROPES = "layers.*.self_attn.?_rope"
@@ -77,7 +78,10 @@ def _backwards(original: Callable, module: nn.Module, x: mx.array, table: Rotary
 
 @contextmanager
 def _before_the_norm(target: Target) -> Iterator[None]:
-    """Norm what was rotated: the rotation is given its input anew, as the norms had it."""
+    """Norm what was rotated: the rotation is given its input anew, as the norms had it.
+
+    Norms take the rows of all readings of a pass and rotations those of one, so the arms have a pass each.
+    """
     attentions = target.modules("layers.*.self_attn").values()
     parents = {id(attention[f"{kind}_rope"]): (attention, kind) for attention in attentions for kind in "qk"}
     heads: dict[int, mx.array] = {}
@@ -98,6 +102,7 @@ def _before_the_norm(target: Target) -> Iterator[None]:
         return ExpertRows(*done).merged()
 
     with ExitStack() as stack:
+        stack.enter_context(replaced(flow, "MAX_JOINED", 0))
         stack.enter_context(calls(nn.RMSNorm, norm, "layers.*.self_attn.?_norm*")(target))
         stack.enter_context(calls(Rotary, rotate, _ROPES)(target))
         yield

@@ -74,11 +74,10 @@ def _moves_given(target: Target) -> Iterator[None]:
     """Move the rows that are given by the velocity that the model has for them."""
     whole: list[mx.array] = []
 
-    def velocity(original: Callable, arm: flow.Arm, state: flow.State) -> mx.array:
-        output = original(arm, state)
-        if arm.name == "cond":
-            whole[:] = [output]
-        return output
+    def velocities(original: Callable, *args: object) -> list[mx.array]:
+        outputs = original(*args)
+        whole[:] = outputs[:1]
+        return outputs
 
     def guided(original: Callable, *args: object) -> mx.array:
         whole[:] = [original(*args)]
@@ -92,7 +91,7 @@ def _moves_given(target: Target) -> Iterator[None]:
         return mx.concatenate([x_t[:given] - scaled(whole[0][:given], interval), right[given:]])
 
     with ExitStack() as stack:
-        stack.enter_context(wrapped(flow.Arm, "velocity", velocity))
+        stack.enter_context(wrapped(flow, "velocities", velocities))
         stack.enter_context(wrapped(flow, "guided_velocity", guided))
         stack.enter_context(wrapped(flow, "advance", advance))
         yield

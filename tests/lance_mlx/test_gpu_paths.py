@@ -37,6 +37,24 @@ def test_what_is_compiled_can_be_traced_for_all_shapes(dtype):
             assert {x.shape} == {y.shape for y in (layers._swiglu(x, x), rope.Rotary()(x, rotary), vit._gelu(x))}
 
 
+def test_rope_rounds_every_product_in_half_precision():
+    def rounded(x):
+        return np.array(mx.array(x).astype(mx.bfloat16).astype(mx.float32))
+
+    rng = np.random.default_rng(0)
+    first, second, cos, sin = (rounded(rng.normal(size=(300, 1, 32)).astype(np.float32)) for _ in range(4))
+    expected = np.concatenate(
+        [
+            rounded(rounded(first * cos) - rounded(second * sin)),
+            rounded(rounded(second * cos) + rounded(first * sin)),
+        ],
+        axis=-1,
+    )
+    x, cos, sin = (mx.array(y).astype(mx.bfloat16) for y in (np.concatenate([first, second], axis=-1), cos, sin))
+    got = rope.Rotary()(x, rope.RotaryTable(np.zeros((3, 300), np.int32), cos, sin))
+    assert np.array_equal(np.array(got.astype(mx.float32)), expected)
+
+
 def request(task, image):
     visual = (Visual(str(image), VisualKind.IMAGE),)
     if task is Task.X2T_IMAGE:

@@ -38,13 +38,13 @@ def told(*arguments: object) -> dict:
     return json.loads(shown(*arguments, "--json"))
 
 
-def test_without_a_model_it_names_versions_device_and_blas(run):
+def test_without_a_model_it_names_versions_device_blas_and_precision(run):
     done = run("info")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("lance-mlx ") and ", mlx " in lines[0]
     assert lines[1].startswith("device: ") and lines[1].endswith(" GB of memory")
-    assert lines[2].startswith("BLAS: ") and len(lines) == 3
+    assert lines[2].startswith("BLAS: ") and lines[3:] == ["float32 is multiplied in float32"]
     assert set(told()) == {"installed"}
 
 
@@ -145,9 +145,12 @@ def test_the_convolutions_that_are_counted_are_those_that_run(checkpoint, monkey
 def test_passes_are_those_of_the_sequence(pipeline):
     request = Request(Task.T2V, "a red bird", 32, 48, 5, num_steps=8)
     work, sequence = work_of(request, 5), pipeline.prepare(request).sequence
-    (step,) = work.steps
-    assert step.und + step.gen == len(sequence.target)
-    assert (work.num_guided, step.times) == (7, 15)
+    alone, guided = work.steps
+    assert alone.rows == guided.rows == len(sequence.target)
+    assert (work.num_guided, alone.times, guided.times, guided.readings) == (7, 1, 7, 2)
+    # Beyond some size each arm has a pass of its own.
+    (step,) = work_of(Request(Task.T2V, "a red bird", 256, 256, 17, num_steps=8), 17).steps
+    assert (step.rows, step.times, step.readings) == (5 * 256 + 2, 15, 1)
     assert step_operations(pipeline.model.config, [sequence]) > 0
     asked = Question(Task.X2T_IMAGE, "what?", (Visual("x", VisualKind.IMAGE),), vit_resolution=56)
     assert work_of(asked, 1).patches == 16

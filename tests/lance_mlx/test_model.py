@@ -12,7 +12,7 @@ from lance_mlx import BFLOAT16, FLOAT32, Request, Task, vectorized
 from lance_mlx.model import attention as attending
 from lance_mlx.model import layers
 from lance_mlx.model.attention import attention
-from lance_mlx.model.mot import ExpertRows
+from lance_mlx.model.mot import ExpertRows, Reading
 from lance_mlx.model.rope import inverse_frequencies, rotary_table
 
 
@@ -25,8 +25,8 @@ def run(model, embeds: mx.array, cuts: list[int]) -> mx.array:
     cache, outputs = (), []
     for start, stop in zip([0, *cuts], [*cuts, len(embeds)], strict=True):
         rotary = rotary_table(np.tile(np.arange(start, stop, dtype=np.int32), (3, 1)), model.config, model.numerics)
-        hidden, cache = model.language_model.model(
-            ExpertRows(embeds[start:stop], None), rotary, cache, causal=True, qk_float32=False
+        hidden, (cache,) = model.language_model.model(
+            ExpertRows(embeds[start:stop], None), [Reading(rotary, cache)], causal=True, qk_float32=False
         )
         outputs.append(hidden.und)
     return mx.concatenate(outputs)
@@ -107,7 +107,7 @@ def test_every_latent_sees_both_brackets_and_they_see_every_latent(pipeline):
 
     def output(embeds: mx.array) -> mx.array:
         rows = ExpertRows(mx.concatenate([embeds[:1], embeds[-1:]]), embeds[1:-1])
-        return model(rows, rotary, (), causal=False, qk_float32=False)[0].merged()
+        return model(rows, [Reading(rotary, ())], causal=False, qk_float32=False)[0].merged()
 
     plain = output(embeds)
     for changed in range(8):

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lance_mlx import LanceError, Renorm, Request, Task
+from lance_mlx import BFLOAT16, FLOAT32, Entry, LanceError, Renorm, Request, Task, Visual, VisualKind
+from lance_mlx.pipeline import load
+from lance_mlx.sampling import flow
 from lance_mlx.sampling.guidance import guided_velocity, is_guided
 from lance_mlx.sampling.noise import draw_noise, read_noise
 from lance_mlx.sampling.schedule import timesteps
@@ -79,6 +81,39 @@ def test_the_sampler_is_a_generator_that_takes_euler_steps(pipeline):
         assert mx.allclose(step.x_next, expected, atol=1e-6)
         previous = step.x_next
     assert index == 2
+
+
+@pytest.mark.parametrize("entry", Entry)
+@pytest.mark.parametrize("numerics", [FLOAT32, BFLOAT16], ids=lambda numerics: numerics.name)
+@pytest.mark.parametrize("task", [Task.T2I, Task.IMAGE_EDIT, Task.I2V])
+def test_both_arms_in_one_pass_are_what_they_are_apart(checkpoint, media, monkeypatch, task, numerics, entry):
+    source = (Visual(str(media / "logo.png"), VisualKind.IMAGE),) if task.takes else ()
+    size = {"vae_resolution": 64, "vit_resolution": 56} if task.takes else {"height": 48, "width": 80}
+    size["num_frames"] = 5 if task.is_for_video else 1
+    request = Request(
+        task, "a red bird", visuals=source, entry=entry, num_steps=3, guidance_interval=(0.8, 1.0), **size
+    )
+    pipeline = load(checkpoint, request.variant, numerics, looks=bool(source))
+    prepared, passes, original = pipeline.prepare(request), [], flow.velocities_of_pass
+
+    def watched(model, arms, state):
+        passes.append([arm.name for arm in arms])
+        return original(model, arms, state)
+
+    monkeypatch.setattr(flow, "velocities_of_pass", watched)
+    together = list(pipeline.denoise(prepared))
+    assert passes == [["cond", "uncond"]] * 2 + [["cond"]]
+    monkeypatch.setattr(flow, "MAX_JOINED", len(together[0].x_next) - 1)
+    passes.clear()
+    apart = list(pipeline.denoise(prepared))
+    assert passes == [["cond"], ["uncond"]] * 2 + [["cond"]]
+    # Products of more rows may add up in another order.
+    bound = 1e-5 if numerics is FLOAT32 else 0.05
+    for one, other in zip(together, apart, strict=True):
+        assert (one.velocity_uncond is None) == (other.velocity_uncond is None)
+        for name in ("velocity_cond", "velocity_uncond", "x_next"):
+            a, b = getattr(one, name), getattr(other, name)
+            assert a is None or mx.linalg.norm((a - b).astype(mx.float32)) <= bound * mx.linalg.norm(b)
 
 
 def test_noise_of_another_size_is_refused(pipeline):

@@ -149,6 +149,19 @@ def test_watching_changes_nothing(subject_of, oracle_of):
     assert watched.failures == {} and "inputs/text_ids" in watched.exact
 
 
+@pytest.mark.parametrize("name", ["t2i-fp32-kv", "t2v-bf16-kv", "image_edit-fp32-nokv"])
+def test_both_arms_in_one_pass_are_recorded_as_they_are_apart(oracle_of, subject_of, monkeypatch, name):
+    subject, wanted = subject_of(name), set(oracle_of(name).taps)
+    together = subject.run(wanted).recording
+    monkeypatch.setattr(flow, "MAX_JOINED", 0)
+    apart = subject.run(wanted).recording
+    assert together.keys() == apart.keys()
+    # Products of more rows may add up in another order.
+    limit = 1e-5 if "fp32" in name else 0.05
+    for tap, other in apart.items():
+        assert together[tap].dtype == other.dtype and compare(other, together[tap]).rel_l2 < limit, tap
+
+
 # Steering: what is computed is recorded, and what is given is used in its place.
 
 
