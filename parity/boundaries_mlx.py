@@ -68,6 +68,8 @@ class MlxBoundaries:
         wrap(flow, "guided_velocity", self._guided_velocity)
         wrap(flow, "advance", self._advance)
         wrap(text, "_choose", self._choose)
+        # What is begun in vain is not to be recorded.
+        wrap(text, "looks_ahead", lambda original: False)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -177,15 +179,15 @@ class MlxBoundaries:
             self.capture.enter(f"cond.step{self._step}")
         return x_next
 
-    def _choose(self, original: Callable, *args: Any, **values: Any) -> int:
+    def _choose(self, original: Callable, *args: Any, **values: Any) -> mx.array:
         computed = original(*args, **values)
         tokens = self.capture.force.get("tokens")
         place = len(self._answered)
         if tokens is None or place >= len(tokens.array):
             return computed
-        self._answered.append(computed)
+        self._answered.append(computed.item())
         self.computed["tokens"] = Tap(np.array(self._answered, np.int32), "int32")
-        return int(tokens.array[place])
+        return mx.array(tokens.array[place])
 
 
 def _sequence_of(splits: Sequence[Split]) -> TokenSequence:

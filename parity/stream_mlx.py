@@ -126,7 +126,7 @@ class MlxStream:
         with patch.object(self._pipeline, "look", lambda visuals: tuple(tokens)):
             prepared = self._pipeline.prepare_question(self._asked, visuals)
             prepared.reader.read()
-            prepared.reader.decode(0, prepared.first)
+            prepared.reader.decode(0, mx.array(prepared.first))
 
     def run_layer(
         self, index: int, passes: Passes, force: Mapping[str, Tap] | None = None

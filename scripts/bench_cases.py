@@ -24,10 +24,10 @@ from lance_mlx.model.vae_encoder import EncoderShape
 from lance_mlx.model.vit import VisionTransformer
 from lance_mlx.numerics import policy
 from lance_mlx.prompt import build_sequence
-from lance_mlx.request import Request, Task, Visual, VisualKind
+from lance_mlx.request import Question, Request, Task, Visual, VisualKind
 from lance_mlx.sampling.conditions import Conditions
 from lance_mlx.sampling.flow import State, make_arms, velocities
-from lance_mlx.sampling.text import Reader
+from lance_mlx.sampling.text import Reader, answer_tokens
 from lance_mlx.sequence import AttentionMode, Role, Segment, Sequence
 from lance_mlx.tokenizer import LanceTokenizer
 from lance_mlx.visuals import PreparedVisual
@@ -224,13 +224,14 @@ def text(tokens: int, hidden: int, layers: int, dtype: str) -> Work:
     positions = np.tile(np.arange(256 + tokens, dtype=np.int32), (3, 1))
     rows = ExpertRows(model.language_model.model.embed_tokens(mx.array(ids)), None)
     reader = Reader("cond", model, sequence, positions, [rows], wide=False)
-    reader.prefill(0)
-    cache = reader._cache
+    reader.read()
+    cache, question = reader._cache, Question(Task.X2T_IMAGE, "", (Visual("x", VisualKind.IMAGE),))
 
     def run() -> None:
-        reader._cache, token = cache, 1
-        for index in range(tokens):
-            token = mx.argmax(reader.decode(index, token)).item()
+        reader._cache = cache
+        # As Pipeline.answer does, which stops at a token that never comes here.
+        for _ in answer_tokens(reader, question, 1, tokens, model.config.vocab_size, stop=-1):
+            pass
 
     head = 2 * hidden * model.config.vocab_size
     operations = sum(pass_operations(model.config, 1, 257 + index) + head for index in range(tokens))

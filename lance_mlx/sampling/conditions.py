@@ -87,12 +87,12 @@ class CachedArm:
         start = self.sequence.starts[index]
         stop = start + len(rows.und) + (0 if rows.gen is None else len(rows.gen))
         self.extend(rows, self.rotary(start, stop), causal)
+        mx.eval(self._cache)
 
     def extend(self, rows: ExpertRows, rotary: RotaryTable, causal: bool) -> ExpertRows:
         """Pass rows through the model and keep them in the cache; returns the final hidden states."""
         wide = self.wide and rows.gen is not None
         hidden, (self._cache,) = self._model.language_model.model(rows, [self.reading(rotary)], causal, wide)
-        mx.eval(self._cache)
         return hidden
 
     def reading(self, rotary: RotaryTable) -> Reading:

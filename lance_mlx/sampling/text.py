@@ -7,6 +7,7 @@ import numpy as np
 
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows, KVCache
+from lance_mlx.numerics import runs_on_cpu
 from lance_mlx.positions import rope_index
 from lance_mlx.request import Entry, Question
 from lance_mlx.sampling.conditions import CachedArm, Conditions, embed_prefix
@@ -37,10 +38,10 @@ class Reader(CachedArm):
                 self._shown = index + 1, self._cache
         self._num_read = len(self.prefix)
 
-    def decode(self, step: int, token: int) -> mx.array:
-        """Logits after `token`, which is number `step` after the prefix; [vocabulary]."""
+    def decode(self, step: int, token: mx.array) -> mx.array:
+        """Logits [vocabulary] after `token`, an integer [], which is number `step` after the prefix."""
         start = sum(len(rows.und) for rows in self.prefix) + step
-        embeds = self._model.language_model.model.embed_tokens(mx.array([token]))
+        embeds = self._model.language_model.model.embed_tokens(token[None])
         hidden = self.extend(ExpertRows(embeds, None), self.rotary(start, start + 1), causal=True)
         return self._model.language_model.lm_head(hidden.und)[0]
 
@@ -97,19 +98,45 @@ def answer_tokens(
         stop: the id that ends an answer.
     """
     reader.read()
-    token, key = first, mx.random.key(question.seed)
-    for step in range(budget):
-        logits = reader.decode(step, token)[:vocabulary]
-        key, draw = mx.random.split(key)
-        token = _choose(logits, question, draw)
+    chosen = _chosen(reader, question, first, budget, vocabulary)
+    for each in _started_early(chosen) if looks_ahead() else chosen:
+        token = each.item()
         yield token
         if token == stop:
             return
 
 
-def _choose(logits: mx.array, question: Question, key: mx.array) -> int:
+def looks_ahead() -> bool:
+    """Whether a token is begun before the one before it is known on the host, which a GPU computes meanwhile; after the
+    last token, one is begun in vain."""
+    return not runs_on_cpu()
+
+
+def _chosen(reader: Reader, question: Question, first: int, budget: int, vocabulary: int) -> Iterator[mx.array]:
+    """The tokens, not evaluated: each is the input of the next one."""
+    token, key = mx.array(first), mx.random.key(question.seed)
+    for step in range(budget):
+        logits = reader.decode(step, token)[:vocabulary]
+        key, draw = mx.random.split(key)
+        token = _choose(logits, question, draw)
+        yield token
+
+
+def _started_early(arrays: Iterator[mx.array]) -> Iterator[mx.array]:
+    """The same arrays, each when the computation of the next one has been started."""
+    before = None
+    for array in arrays:
+        mx.async_eval(array)
+        if before is not None:
+            yield before
+        before = array
+    if before is not None:
+        yield before
+
+
+def _choose(logits: mx.array, question: Question, key: mx.array) -> mx.array:
     if question.temperature == 0:
-        return mx.argmax(logits).item()
+        return mx.argmax(logits)
     logits = logits.astype(mx.float32) / question.temperature
     if question.top_p < 1:
         order = mx.argsort(-logits)
@@ -117,5 +144,5 @@ def _choose(logits: mx.array, question: Question, key: mx.array) -> int:
         # The token that passes the bound is still among them, so there is always one.
         dropped = mx.concatenate([mx.array([False]), reached[:-1] >= question.top_p])
         choice = mx.random.categorical(mx.where(dropped, -mx.inf, logits[order]), key=key)
-        return order[choice].item()
-    return mx.random.categorical(logits, key=key).item()
+        return order[choice]
+    return mx.random.categorical(logits, key=key)

@@ -105,7 +105,7 @@ def _all_ids(original: Callable, *args: object, **values: object) -> Iterator[in
     return original(*args, **values | {"vocabulary": 2**30})
 
 
-def _at_random(original: Callable, logits: mx.array, question: Question, key: mx.array) -> int:
+def _at_random(original: Callable, logits: mx.array, question: Question, key: mx.array) -> mx.array:
     return original(logits, replace(question, temperature=1.0), key)
 
 

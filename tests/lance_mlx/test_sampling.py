@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lance_mlx import BFLOAT16, FLOAT32, Entry, LanceError, Renorm, Request, Task, Visual, VisualKind
 from lance_mlx.pipeline import load
-from lance_mlx.sampling import flow
+from lance_mlx.sampling import flow, text
 from lance_mlx.sampling.guidance import guided_velocity, is_guided
 from lance_mlx.sampling.noise import draw_noise, read_noise
 from lance_mlx.sampling.schedule import timesteps
@@ -156,3 +156,14 @@ def test_noise_that_is_ambiguous_not_float_or_not_finite_is_refused(tmp_path):
     for name, line in (("integers.npy", "floating point"), ("nan.npy", "NaN"), ("two.safetensors", "2 tensors")):
         with pytest.raises(LanceError, match=line):
             read_noise(tmp_path / name)
+
+
+def test_a_token_is_begun_before_the_one_before_is_read():
+    begun = []
+
+    def tokens():
+        for token in range(3):
+            begun.append(token)
+            yield mx.array(token)
+
+    assert [(token.item(), len(begun)) for token in text._started_early(tokens())] == [(0, 2), (1, 3), (2, 3)]
