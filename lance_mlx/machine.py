@@ -56,7 +56,9 @@ class Seconds(NamedTuple):
 def memory() -> int:
     """Bytes of the default device's memory."""
     if mx.default_device().type == mx.gpu:
-        return int(mx.device_info()["memory_size"])
+        info = mx.device_info()
+        # Metal's name for it, and CUDA's.
+        return int(info["memory_size"] if "memory_size" in info else info["total_memory"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -17,6 +17,11 @@ from lance_mlx.config import LanceConfig
 from lance_mlx.model.attention import attention
 from lance_mlx.model.layers import MLP, Joined, Linear
 from lance_mlx.model.rope import Rotary, RotaryTable
+from lance_mlx.numerics import runs_on_cpu
+
+FREE_ROWS = 1024
+"""Rows up to which a GPU may be given one layer after the other; with more it is given the next one when the last but
+one is done, because MLX would hold what ten of its batches of work make."""
 
 
 class ExpertRows(NamedTuple):
@@ -219,9 +224,14 @@ class MoTModel(nn.Module):
         """One pass over a segment: its final hidden states [rows, hidden] and each reading's cache with this pass in
         it."""
         x, layers = inputs_embeds, []
+        paced = not runs_on_cpu() and sum(len(rows) for rows in x if rows is not None) > FREE_ROWS
         for index, layer in enumerate(self.layers):
+            before = x
             x, seen = layer(x, [reading.at(index) for reading in readings], causal, qk_float32)
             layers.append(seen)
+            if paced:
+                mx.async_eval(x, seen)
+                mx.eval(before)
         return _by_expert(self, "norm", x), list(zip(*layers, strict=True))
 
 

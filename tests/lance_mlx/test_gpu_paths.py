@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lance_mlx import FLOAT32, Question, Request, Task, Visual, VisualKind, load
-from lance_mlx.model import attention, layers, rope, vae_layers, vit
+from lance_mlx.model import attention, layers, mot, rope, vae_layers, vit
 from lance_mlx.sampling import text
 
 SMALL = {"width": 48, "height": 32, "num_steps": 2}
@@ -20,8 +20,9 @@ LOOKS = {"vae_resolution": 64, "vit_resolution": 56, "num_steps": 2}
 def as_on_a_gpu(compiled: bool):
     """Takes every branch that is for other backends than the CPU's."""
     with ExitStack() as stack:
-        for module in (attention, layers, text, vae_layers, vit):
+        for module in (attention, layers, mot, text, vae_layers, vit):
             stack.enter_context(patch.object(module, "runs_on_cpu", return_value=False))
+        stack.enter_context(patch.object(mot, "FREE_ROWS", 4))
         if not compiled:
             mx.disable_compile()
             stack.callback(mx.enable_compile)

@@ -19,7 +19,7 @@ from lance_mlx.convert import prepare
 from lance_mlx.cost import decoder_convolutions, encoder_convolutions, step_operations
 from lance_mlx.estimate import OFFICIAL, peak_memory, sizes_of, weights_of, work_of
 from lance_mlx.layouts import find_checkpoint
-from lance_mlx.machine import measure, seconds_of
+from lance_mlx.machine import measure, memory, seconds_of
 from lance_mlx.model import vae_encoder, vae_layers
 from lance_mlx.numerics import runs_on_cpu
 from lance_mlx.pipeline import load as load_pipeline
@@ -46,6 +46,13 @@ def test_without_a_model_it_names_versions_device_blas_and_precision(run):
     assert lines[1].startswith("device: ") and lines[1].endswith(" GB of memory")
     assert lines[2].startswith("BLAS: ") and lines[3:] == ["float32 is multiplied in float32"]
     assert set(told()) == {"installed"}
+
+
+@pytest.mark.parametrize("name", ["memory_size", "total_memory"])
+def test_the_memory_of_a_gpu_is_found_under_metals_name_and_cudas(monkeypatch, name):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "device_info", lambda: {name: 2**34, "architecture": "any"})
+    assert memory() == 2**34
 
 
 def test_every_layout_is_named_with_the_bytes_of_its_parts(checkpoint, tmp_path):
