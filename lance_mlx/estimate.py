@@ -2,7 +2,8 @@
 
 Compared with what was measured (`mx.get_peak_memory`, MLX 0.32.4, its CPU backend on Linux, OpenBLAS) on random
 checkpoints of hidden size 64 and 512: see `peak_memory` and `machine.measure`. On a GPU, where attention and
-convolutions materialise nothing, it has not been compared.
+convolutions materialise nothing, only the passes of a step have been compared: on an H200, at the official width and
+depth, from 1,024 to 4,096 latents in bfloat16, within 25 %.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from lance_mlx.model.vit import ViTConfig
 from lance_mlx.numerics import Numerics
 from lance_mlx.preprocess import TEMPORAL_PATCH_SIZE, VIT_DIVISOR
 from lance_mlx.request import Question, Request, Task
-from lance_mlx.sampling.flow import MAX_JOINED
+from lance_mlx.sampling.flow import goes_in_one_pass
 from lance_mlx.sampling.guidance import is_guided
 from lance_mlx.sampling.schedule import timesteps
 from lance_mlx.weights import decoder_shape, encoder_shape
@@ -34,7 +35,7 @@ TEXT_TOKENS = 64
 # How many such things exist at once, fitted to what was measured on the CPU: MLX runs ahead of what it computes by some
 # ten operations, whose results have their memory already.
 _FRAMES = 18
-_MLP_VALUES_ON_GPU = 9
+_MLP_VALUES_ON_GPU = 12
 
 
 class _Layer(NamedTuple):
@@ -195,7 +196,7 @@ def work_of(request: Request | Question, num_frames: int) -> Work:
     reading = [Pass(read, 0, read, arms)] + ([Pass(2, clean, read + clean + 2, arms)] if clean else [])
     prefix = read + (clean + 2 if clean else 0)
     block = 2, latents, prefix + latents + 2
-    if latents <= MAX_JOINED:
+    if goes_in_one_pass(latents):
         steps = Pass(*block, request.num_steps - num_guided), Pass(*block, num_guided, readings=2)
     else:
         steps = (Pass(*block, request.num_steps + num_guided),)

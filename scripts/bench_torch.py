@@ -31,15 +31,22 @@ class Drawing:
         """Compute every arm's velocity."""
         for arm in self.arms:
             arm.velocity(0, self.x_t, self.timestep)
+        if self.x_t.is_cuda:
+            torch.cuda.synchronize()
 
 
-def drawing(sizes: Mapping[str, Any], prompt: str, latents: int, dtype: str, guidance: float) -> Drawing:
+def drawing(
+    sizes: Mapping[str, Any], prompt: str, latents: int, dtype: str, guidance: float, device: str = "cpu"
+) -> Drawing:
     """A picture of so many latent cells; `sizes` change the small configuration, whose weights are then random."""
-    pipeline = Pipeline.load(CHECKPOINT, VARIANT, Numerics(dtype))
+    # In float32, a CPU multiplies bfloat16 sooner.
+    numerics = Numerics(dtype, linear="float32" if device == "cpu" else "native")
+    pipeline = Pipeline.load(CHECKPOINT, VARIANT, numerics, device)
     if sizes:
         torch.manual_seed(0)
-        model = Lance(replace(pipeline.model.config, **sizes), pipeline.numerics)
-        model = model.to(pipeline.numerics.torch_dtype).eval().requires_grad_(False)
+        with torch.device(device):
+            model = Lance(replace(pipeline.model.config, **sizes), numerics)
+        model = model.to(numerics.torch_dtype).eval().requires_grad_(False)
         pipeline = replace(pipeline, model=model)
     side = 16 * round(latents**0.5)
     request = Request.from_dict(
@@ -48,9 +55,9 @@ def drawing(sizes: Mapping[str, Any], prompt: str, latents: int, dtype: str, gui
         | {"timestep_shift": 3.5, "text_template": True}
     )
     inputs = pipeline.inputs(pipeline.layout(request, []))
-    x_t = torch.randn(latents, 48, generator=torch.Generator().manual_seed(0)).to(pipeline.numerics.torch_dtype)
+    x_t = torch.randn(latents, 48, generator=torch.Generator().manual_seed(0)).to(device, numerics.torch_dtype)
     arms = [arm for arm in build_arms(inputs, request, "kv_cache", x_t) if arm is not None]
     for arm in arms:
         for index in range(arm.prefixes):
             arm.prefill(index)
-    return Drawing(pipeline, arms, x_t, torch.full((latents,), 0.5))
+    return Drawing(pipeline, arms, x_t, torch.full((latents,), 0.5, device=device))

@@ -19,9 +19,9 @@ from lance_mlx.model.layers import MLP, Joined, Linear
 from lance_mlx.model.rope import Rotary, RotaryTable
 from lance_mlx.numerics import runs_on_cpu
 
-FREE_ROWS = 1024
-"""Rows up to which a GPU may be given one layer after the other; with more it is given the next one when the last but
-one is done, because MLX would hold what ten of its batches of work make."""
+FREE_ROWS = 2048
+"""Rows up to which a GPU may be given all layers at once. Of more it is given the next one when the last but one is
+done: MLX would hold what ten batches of its work make, several times as much, and take longer for it."""
 
 
 class ExpertRows(NamedTuple):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lance_mlx import blas
+from lance_mlx.numerics import runs_on_cpu
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="on macOS MLX uses the system's BLAS")
 NEEDS_OPENBLAS = pytest.mark.skipif(find_library("openblas") is None, reason="there is no OpenBLAS on this machine")
@@ -33,6 +34,7 @@ def test_an_openblas_is_loaded_before_mlx_and_named():
 
 @LINUX
 @NEEDS_OPENBLAS
+@pytest.mark.skipif(not runs_on_cpu(), reason="a GPU multiplies by itself")
 def test_mlx_multiplies_with_it():
     code = (
         "import lance_mlx, mlx.core as mx, time\n"

@@ -103,7 +103,8 @@ def test_both_arms_in_one_pass_are_what_they_are_apart(checkpoint, media, monkey
     monkeypatch.setattr(flow, "velocities_of_pass", watched)
     together = list(pipeline.denoise(prepared))
     assert passes == [["cond", "uncond"]] * 2 + [["cond"]]
-    monkeypatch.setattr(flow, "MAX_JOINED", len(together[0].x_next) - 1)
+    for name in ("_JOINED_ON_CPU", "_JOINED_ON_GPU"):
+        monkeypatch.setattr(flow, name, len(together[0].x_next) - 1)
     passes.clear()
     apart = list(pipeline.denoise(prepared))
     assert passes == [["cond"], ["uncond"]] * 2 + [["cond"]]
