@@ -85,8 +85,8 @@ class Floors:
     leading: int | None = None
 
 
-def variants_of(dtype: str) -> list[Variant]:
-    """The equally right variants of a policy."""
+def variants_of(dtype: str, kind: str = LOCAL) -> list[Variant]:
+    """The equally right variants of a policy, for floors of a kind."""
     found = [
         Variant("explicit softmax", "attention", Numerics(dtype, "math")),
         Variant("attention in float64", "attention", Numerics(dtype, "float64")),
@@ -96,12 +96,20 @@ def variants_of(dtype: str) -> list[Variant]:
         Variant("two threads", "threads", Numerics(dtype), threads=2),
     ]
     for draw in (1, 2):
-        disturbed = Numerics(dtype, "disturbed", "disturbed", draw)
-        found.append(Variant(f"disturbed sums {draw}", "sums", disturbed, draw=draw, sums=True))
+        found.append(_disturbed_sums(dtype, draw))
         found.append(Variant(f"a unit in every last place {draw}", "last place", Numerics(dtype), draw=draw))
     if dtype == "float32":
         return [*found, Variant("float64", "float64", Numerics("float64"))]
+    if kind == FREE:
+        # A run of its own carries every rounding on, so that variants which round almost alike end up alike and a few
+        # others far from them: it takes more draws to see how far.
+        found += [_disturbed_sums(dtype, draw) for draw in range(3, 7)]
     return [*found, Variant("the processor's own products", "native", Numerics(dtype, "math", "native"))]
+
+
+def _disturbed_sums(dtype: str, draw: int) -> Variant:
+    numerics = Numerics(dtype, "disturbed", "disturbed", draw)
+    return Variant(f"disturbed sums {draw}", "sums", numerics, draw=draw, sums=True)
 
 
 def measure_local(oracle: Oracle, progress: Progress | None = None) -> Floors:
@@ -111,7 +119,7 @@ def measure_local(oracle: Oracle, progress: Progress | None = None) -> Floors:
     def steered(run: TorchReplay) -> Recording:
         return cut(run, run_passes(run, oracle.passes))
 
-    variants, recordings = _run_all(oracle.bundle, steered, progress)
+    variants, recordings = _run_all(oracle.bundle, LOCAL, steered, progress)
     table = np.stack([errors_of(oracle.judged, taps, names) for taps in (oracle.own, *recordings)], 1)
     least = np.array([quantum(oracle.taps[name]) for name in names])
     variants = [OWN, *variants]
@@ -123,7 +131,7 @@ def measure_free(bundle: Bundle, progress: Progress | None = None) -> Floors:
     """Run every variant from its own input; see free_floors."""
     with one_line(f"reference cannot run bundle {bundle.name}"):
         own = load_run(bundle, Numerics(bundle.dtype)).record()
-    variants, recordings = _run_all(bundle, TorchReplay.record, progress)
+    variants, recordings = _run_all(bundle, FREE, TorchReplay.record, progress)
     expected = {name: tap for name, tap in (own | bundle.expected).items() if name not in bundle.inputs}
     names = floats_of(expected)
     table = np.stack([errors_of(expected, taps, names) for taps in (own, *recordings)], 1)
@@ -162,11 +170,11 @@ def ratios_of(
 
 
 def _run_all(
-    bundle: Bundle, run: Callable[[TorchReplay], Recording], progress: Progress | None
+    bundle: Bundle, kind: str, run: Callable[[TorchReplay], Recording], progress: Progress | None
 ) -> tuple[list[str], list[Recording]]:
     names, recordings = [], []
     with one_line(f"reference cannot run bundle {bundle.name}"):
-        for variant in variants_of(bundle.dtype):
+        for variant in variants_of(bundle.dtype, kind):
             if progress:
                 progress(f"floors: {variant.name}")
             names.append(f"{variant.name}:{variant.family}")

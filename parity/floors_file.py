@@ -18,7 +18,7 @@ from parity.recording import write_atomically
 from parity.sketch_file import FILE as SKETCHES
 
 FILE = "floors.safetensors"
-_FORMAT = "lance-floors/2"
+_FORMAT = "lance-floors/3"
 _FACTS = "floors"
 
 
@@ -54,7 +54,7 @@ def write_floors(path: Path, oracle: Oracle, local: Floors, free: Floors) -> Non
         "taps_sha256": _taps_sum(oracle.bundle),
         f"{LOCAL}_names": _names_sum(oracle.taps),
         f"{FREE}_names": _names_sum(oracle.bundle.expected),
-        "variants": local.variants,
+        **{f"{kind}_variants": f.variants for kind, f in both.items()},
         **{f"{kind}_count": f.count for kind, f in both.items()},
         "leading": free.leading,
         "torch": torch.__version__,
@@ -92,7 +92,7 @@ def _read(bundle: Bundle, kind: str, names: list[str], names_sum: str) -> Floors
             upstream = dict(zip(names, distances, strict=False))
             count = facts[f"{kind}_count"]
             ratios = {dtype: _unpacked(file.get_tensor(f"{kind}_{dtype}")) for dtype in count}
-            return Floors(tuple(facts["variants"]), errors, ratios, count, upstream, facts["leading"])
+            return Floors(tuple(facts[f"{kind}_variants"]), errors, ratios, count, upstream, facts["leading"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ParityError(f"{path} is not a complete file of floors ({error}): remove or replace it") from None
 

@@ -10,7 +10,7 @@ import numpy as np
 from lance_mlx.model import mot
 from lance_mlx.model.layers import Linear
 from lance_mlx.model.mot import KeyValues, ScaledDotProductAttention
-from parity.faults.base import ALL, DRAWS, EDITS, FLOAT32, LOOKS, Fault, Patch, Target, calls, wrapped
+from parity.faults.base import ALL, DRAWS, EDITS, FLOAT32, LOOKS, Fault, Patch, Target, calls, tf32, wrapped
 from parity.faults.passes import Pass, watched
 
 _SDPA = "layers.*.self_attn.sdpa"
@@ -147,6 +147,16 @@ def _softmax_in_bfloat16(
     return attend(queries, keys, values, causal, mx.bfloat16)
 
 
+def _in_tf32(original: Callable, queries: mx.array, keys: mx.array, values: mx.array, causal: bool) -> mx.array:
+    """Both products in TF32, the softmax between them in float32."""
+    batch, heads, n, head_dim = queries.shape
+    kv_heads, m = keys.shape[1:3]
+    queries = tf32(queries * head_dim**-0.5).reshape(batch, kv_heads, -1, n, head_dim)
+    scores = queries @ tf32(keys)[:, :, None].swapaxes(-1, -2)
+    weights = mx.softmax(mx.where(mx.array(_seen(n, m, causal)), scores, -mx.inf), axis=-1)
+    return (tf32(weights) @ tf32(values)[:, :, None]).reshape(batch, heads, n, head_dim)
+
+
 def _heads_transposed(target: Target) -> AbstractContextManager[None]:
     head_dim = target.config.head_dim
 
@@ -245,6 +255,14 @@ FAULTS = [
         _attention(_softmax_in_bfloat16),
         dtypes=FLOAT32,
         explanation="the softmax computes in bfloat16",
+    ),
+    Fault(
+        "attention-in-tf32",
+        "Attention multiplies float32 in TF32, as MLX does on a GPU unless it is told not to.",
+        _SDPA,
+        _attention(_in_tf32),
+        dtypes=FLOAT32,
+        explanation="attention computes in TF32",
     ),
     Fault(
         "heads-transposed-before-o-proj",

@@ -141,6 +141,12 @@ def rounded(x: mx.array) -> mx.array:
     return x.astype(mx.bfloat16).astype(x.dtype)
 
 
+def tf32(x: mx.array) -> mx.array:
+    """Float32 values as the units of a GPU read them that multiply in TF32: with 10 bits of mantissa."""
+    bits = x.astype(mx.float32).view(mx.uint32)
+    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & 0xFFFFE000).view(mx.float32)
+
+
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Give an attribute of a Python module, a class or an object another value until the context ends."""

@@ -21,6 +21,7 @@ from parity.faults.base import (
     method,
     parameter,
     rounded,
+    tf32,
 )
 
 _MLPS = "layers.*.mlp*"
@@ -79,6 +80,11 @@ def _wide(x: ExpertRows) -> ExpertRows:
 def _product_in_bfloat16(original: Callable, module: Linear, x: mx.array) -> mx.array:
     bias = rounded(module["bias"]) if "bias" in module else 0
     return rounded(rounded(x) @ rounded(module["weight"]).T + bias)
+
+
+def _product_in_tf32(original: Callable, module: Linear, x: mx.array) -> mx.array:
+    with parameter(module, "weight", tf32(module["weight"])):
+        return original(module, tf32(x))
 
 
 def _product_unrounded(original: Callable, module: Linear, x: mx.array) -> mx.array:
@@ -145,6 +151,15 @@ FAULTS = [
         ALL,
         dtypes=FLOAT32,
         explanation="the product computes in bfloat16",
+    ),
+    Fault(
+        "linear-in-tf32",
+        "The layers' projections multiply float32 in TF32, as MLX does on a GPU unless it is told not to.",
+        "layers.*.self_attn.?_proj*",
+        calls(Linear, _product_in_tf32, "layers.*"),
+        ALL,
+        dtypes=FLOAT32,
+        explanation="the product computes in TF32",
     ),
     Fault(
         "vit-linear-in-bfloat16",

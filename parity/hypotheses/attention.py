@@ -13,6 +13,7 @@ import reference.vae_layers
 import reference.vit
 from parity.hypotheses import masks
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
+from parity.hypotheses.dtypes import float32_policy, tf32
 from parity.hypotheses.tokens import by_expert, cached_count, calls_of, in_pass, pass_tokens
 from parity.hypotheses.tools import forward, function, in_own_pass
 from reference.mot import Rope
@@ -112,6 +113,17 @@ def softmax_in_bfloat16(site: "Site", original: Callable, q: Tensor, k: Tensor, 
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     weights = (weights / weights.sum(-1, keepdim=True)).float()
     return (weights @ v_).transpose(0, 1).to(q.dtype)
+
+
+def in_tf32(site: "Site", original: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kind: str) -> Tensor:
+    """Both products in TF32, the softmax between them in float32."""
+    float32_policy(site)
+    k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
+    q_, k_, v_ = (tf32(x.transpose(0, 1)) for x in (q * q.shape[-1] ** -0.5, k, v))
+    scores = q_ @ k_.transpose(1, 2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (tf32(torch.softmax(scores, -1)) @ v_).transpose(0, 1)
 
 
 def masked_to_zero(site: "Site", original: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kind: str):
@@ -228,6 +240,7 @@ HYPOTHESES = [
     Hypothesis("the softmax computes in bfloat16", ANY, attend_by(softmax_in_bfloat16)),
     Hypothesis("attention computes in bfloat16", ANY, in_dtype(torch.bfloat16)),
     Hypothesis("attention computes in float16", ANY, in_dtype(torch.float16)),
+    Hypothesis("attention computes in TF32", ANY, attend_by(in_tf32)),
     Hypothesis("attention rounds only its result", ANY, in_dtype(torch.float32)),
     Hypothesis("hidden scores count as zero", SDPA, attend_by(masked_to_zero)),
     Hypothesis("heads are not put back side by side", ANY, attend_by(heads_apart)),

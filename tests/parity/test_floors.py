@@ -16,7 +16,7 @@ from parity import floors_file
 from parity.bundle import read_bundle, write_bundle
 from parity.cli import app
 from parity.errors import ParityError
-from parity.floors import Floors, floats_of, measure_free, measure_local, run_variant, variants_of
+from parity.floors import FREE, LOCAL, Floors, floats_of, measure_free, measure_local, run_variant, variants_of
 from parity.floors_file import FILE, free_floors, local_floors, write_floors
 from parity.oracle import Oracle
 from parity.recording import Tap, to_tap
@@ -28,13 +28,20 @@ SMALL = "t2i-fp32-nokv"
 # Variants.
 
 
+@pytest.mark.parametrize("kind", [LOCAL, FREE])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_variants_have_names_and_several_families(dtype):
-    variants = variants_of(dtype)
+def test_variants_have_names_and_several_families(dtype, kind):
+    variants = variants_of(dtype, kind)
     assert len({variant.name for variant in variants}) == len(variants)
     assert not any(":" in variant.name for variant in variants)
     assert len({variant.family for variant in variants}) >= 5
     assert all(variant.numerics.dtype in (dtype, "float64") for variant in variants)
+
+
+def test_a_bfloat16_run_of_its_own_is_drawn_more_often():
+    local, free = ({v.name for v in variants_of("bfloat16", kind)} for kind in (LOCAL, FREE))
+    assert len(free - local) == 4 and not local - free
+    assert variants_of("float32", LOCAL) == variants_of("float32", FREE)
 
 
 def test_a_norm_near_the_middle_of_two_numbers_may_be_either():
@@ -128,10 +135,9 @@ def test_all_embedded_bundles_have_floors_that_fit_them(oracles, oracle_of, neve
         local, free = local_floors(oracle_of(name)), free_floors(oracle_of(name).bundle)
         assert list(local.errors) == floats_of(oracle_of(name).taps)
         assert list(free.errors) == floats_of(oracle_of(name).bundle.taps)
-        assert local.variants == free.variants
-        assert [v.rpartition(":")[0] for v in local.variants[1:]] == [
-            v.name for v in variants_of(oracle_of(name).bundle.dtype)
-        ]
+        for kind, floors in ((LOCAL, local), (FREE, free)):
+            names = [v.name for v in variants_of(oracle_of(name).bundle.dtype, kind)]
+            assert [v.rpartition(":")[0] for v in floors.variants[1:]] == names
         assert bool(free.upstream) == (oracle_of(name).bundle.dtype == "bfloat16") and not local.upstream
 
 
@@ -257,7 +263,7 @@ def damages():
         save_file(arrays | {"free": arrays["free"][:-1], "local": arrays["local"][:-1]}, path, told(facts))
 
     def unnamed(path, arrays, facts):
-        save_file(arrays, path, told({key: value for key, value in facts.items() if key != "variants"}))
+        save_file(arrays, path, told({key: value for key, value in facts.items() if key != "free_variants"}))
 
     def garbled(path, arrays, facts):
         save_file(arrays, path, {"floors": json.dumps(facts)[:-1]})

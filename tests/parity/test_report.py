@@ -1,5 +1,6 @@
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -64,6 +65,16 @@ def test_a_question_without_a_size_has_a_page_too(oracles, tmp_path):
     index = write_report(tmp_path / "report", [row_of(result, {"index.html"})], ["oracles"])
     text = (index.parent / "x2t_image-fp32-nokv-mlx.html").read_text(encoding="utf-8")
     assert "x2t_image, at most 8 tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [({}, "unknown"), ({"implementation": "bytedance/Lance", "device": "a GPU"}, "bytedance/Lance, on a GPU")],
+)
+def test_a_page_says_what_is_known_of_where_the_oracle_comes_from(rows, tmp_path, source, said):
+    row = replace(rows[0], result=replace(rows[0].result, source=source))
+    page = write_report(tmp_path / "report", [row], []).parent / row.page
+    assert f"<dt>Oracle</dt><dd>{said}</dd>" in page.read_text()
 
 
 def test_pages_stand_alone(rows, tmp_path):
