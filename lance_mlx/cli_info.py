@@ -143,7 +143,7 @@ def _estimated(
         checkpoint = find_checkpoint(model, asked.variant if kind is None else Variant.of(kind))
         checkpoint.check(rounding)
         sizes = sizes_of(checkpoint, looks)
-    work = work_of(asked, frames)
+    work = work_of(asked, frames, runs_on_cpu())
     stages = {
         name: peak_memory(sizes, rounding, work, low_ram, runs_on_cpu())
         for name, low_ram in {"kept": False, "low_ram": True}.items()

@@ -32,8 +32,8 @@ from lance_mlx.weights import decoder_shape, encoder_shape
 
 TEXT_TOKENS = 64
 """Of template and prompt: a few tens, which weigh little beside the latents."""
-# How many such things exist at once, fitted to what was measured on the CPU: MLX runs ahead of what it computes by some
-# ten operations, whose results have their memory already.
+# How many such things exist at once, fitted to what was measured, on the CPU and on an H200: MLX runs ahead of what it
+# computes by some ten operations, whose results have their memory already.
 _FRAMES = 18
 _MLP_VALUES_ON_GPU = 12
 
@@ -172,7 +172,7 @@ class Work(NamedTuple):
     num_guided: int
 
 
-def work_of(request: Request | Question, num_frames: int) -> Work:
+def work_of(request: Request | Question, num_frames: int, on_cpu: bool) -> Work:
     """What a request computes; one picture or video of `num_frames` is looked at where its task takes some."""
     tokens = 0
     if request.task.takes and request.task is not Task.I2V:
@@ -196,7 +196,7 @@ def work_of(request: Request | Question, num_frames: int) -> Work:
     reading = [Pass(read, 0, read, arms)] + ([Pass(2, clean, read + clean + 2, arms)] if clean else [])
     prefix = read + (clean + 2 if clean else 0)
     block = 2, latents, prefix + latents + 2
-    if goes_in_one_pass(latents):
+    if goes_in_one_pass(latents, on_cpu):
         steps = Pass(*block, request.num_steps - num_guided), Pass(*block, num_guided, readings=2)
     else:
         steps = (Pass(*block, request.num_steps + num_guided),)
@@ -215,13 +215,15 @@ def peak_memory(sizes: Sizes, numerics: Numerics, work: Work, low_ram: bool, on_
     held = weights.others + (weights.head if answers else 0)
     caches = _cache(config, work.cached, numerics)
     layer, kept = _LAYERS[numerics.name, low_ram], _LAYERS[numerics.name, False]
-    # With two readings there is as much to run ahead to within a layer as there is without `low_ram` between two.
-    joined = layer._replace(score=kept.score)
     heads, width = config.num_attention_heads, config.intermediate_size
-    largest = max(
-        _activations(item, heads, width, config.hidden_size, layer if item.readings == 1 else joined, numerics, on_cpu)
-        for item in (*work.reading, *work.steps)
-    )
+
+    def activations(item: Pass) -> int:
+        # With two readings there is as much to run ahead to within a layer as there is without `low_ram` between two.
+        score = layer.score if item.readings == 1 else kept.score
+        own = layer._replace(score=score)
+        return _activations(item, heads, width, config.hidden_size, own, numerics, on_cpu)
+
+    largest = max(activations(item) for item in (*work.reading, *work.steps))
     if answers and on_cpu and numerics.name == "bfloat16":
         largest = max(largest, 2 * weights.head)
     vit = sizes.vit

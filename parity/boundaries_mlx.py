@@ -69,7 +69,7 @@ class MlxBoundaries:
         wrap(flow, "advance", self._advance)
         wrap(text, "_choose", self._choose)
         # What is begun in vain is not to be recorded.
-        wrap(text, "looks_ahead", lambda original: False)
+        wrap(text, "looks_ahead", lambda original, reader: False)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -3,13 +3,11 @@
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import torch
 
 from lance_mlx.model.lance import Lance, LatentPositionEmbedding, TimestepEmbedder
 from lance_mlx.model.layers import Joined
@@ -23,68 +21,16 @@ from lance_mlx.pipeline import Pipeline
 from lance_mlx.sampling import flow
 from lance_mlx.sampling.conditions import CachedArm
 from lance_mlx.sampling.text import Reader
+from parity.arrays_mlx import Rows, apart, channels_first, channels_last, from_tap, held, joined, to_tap
+from parity.errors import ParityError
 from parity.recording import Recording, Tap
 
 _VIT = "vit_model"
 _EMBED_TOKENS = "language_model.model.embed_tokens"
 _WATCHED = ("language_model.", f"{_VIT}.", "llm2vae", "vae2llm")
-_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "int32": mx.int32}
 _UNNAMED = ("language_model", "language_model.model")
 _BY_READING = (Rotary, ScaledDotProductAttention)
 """Modules that a pass of several readings calls once for each; all others are given the rows of all."""
-
-
-Rows = mx.array | np.ndarray | ExpertRows
-
-
-def to_tap(value: Rows) -> Tap:
-    """Hold an evaluated array as a tap: bfloat16 values as float32, integers as int32, experts' rows in sequence order.
-
-    Float32 values are not copied: MLX never writes into memory that something else sees.
-    """
-    if isinstance(value, ExpertRows):
-        und, gen = to_tap(value.und), to_tap(value.gen)
-        # Rows of two dtypes merge into the wider one, as MLX concatenates them.
-        wider = und if und.dtype == gen.dtype else next(tap for tap in (und, gen) if tap.dtype == "float32")
-        return replace(wider, array=np.concatenate([und.array[:1], gen.array, und.array[1:]]))
-    if isinstance(value, np.ndarray):
-        held = np.float32 if value.dtype.kind == "f" else np.int32
-        return Tap(np.array(value, held), np.dtype(held).name)
-    if value.dtype == mx.bfloat16:
-        return Tap.widened(torch.from_dlpack(value).float().numpy())
-    if value.dtype == mx.float32:
-        array = np.asarray(value)
-        array.flags.writeable = False
-        return Tap(array, "float32")
-    if mx.issubdtype(value.dtype, mx.floating):
-        return Tap(np.array(value.astype(mx.float32)), "float32")
-    return Tap(np.array(value.astype(mx.int32)), "int32")
-
-
-def channels_first(frames: mx.array) -> mx.array:
-    """[t, h, w, c] as the oracles' [1, c, t, h, w]."""
-    return frames.transpose(3, 0, 1, 2)[None]
-
-
-def channels_last(codes: mx.array) -> mx.array:
-    """The oracles' [1, c, t, h, w] as [t, h, w, c]."""
-    return codes[0].transpose(1, 2, 3, 0)
-
-
-def _apart(value: Rows, readings: int) -> list[Rows]:
-    """The rows of every reading of a pass by themselves."""
-    return mx.split(value, readings) if isinstance(value, mx.array) else value.apart(readings)
-
-
-def _joined(parts: Sequence[Rows]) -> Rows:
-    return mx.concatenate(parts) if isinstance(parts[0], mx.array) else ExpertRows.joined(parts)
-
-
-def _held(value: Rows) -> Rows:
-    """Other arrays of the same memory: what is assigned to the elements of the first ones is not seen by these."""
-    if isinstance(value, mx.array):
-        return value.astype(value.dtype)
-    return ExpertRows(*map(_held, value)) if isinstance(value, ExpertRows) else value
 
 
 class MlxCapture:
@@ -94,7 +40,8 @@ class MlxCapture:
         names: limits what is kept; None keeps everything.
         force: taps whose values replace what is computed, after that was recorded: all that follows sees them.
 
-    The classes of the modules, and the arms', are wrapped until the context ends; the model files know nothing of it.
+    The classes of the modules and of the arms, and what makes a pass of a step, are wrapped until the context ends; the
+    model files know nothing of it.
     What a call computes is evaluated when the next one begins.
     """
 
@@ -144,7 +91,7 @@ class MlxCapture:
     def keep(self, name: str, value: Rows) -> None:
         """Record an array under a name, if the name is wanted and not yet taken."""
         if (self._names is None or name in self._names) and name not in self._taken and name not in self._pending:
-            self._pending[name] = _held(value)
+            self._pending[name] = held(value)
 
     def observe(self, name: str, value: mx.array) -> mx.array:
         """Record an array and return what is to be used in its place: the forced value, or the array itself."""
@@ -164,12 +111,11 @@ class MlxCapture:
         names = [f"{call}/{path}" for call in self._calls]
         if len(names) == 1:
             return self.observe_rows(names[0], rows)
-        parts = [self.observe_rows(name, part) for name, part in zip(names, _apart(rows, len(names)), strict=True)]
-        return _joined(parts) if any(name in self.force for name in names) else rows
+        parts = [self.observe_rows(name, part) for name, part in zip(names, apart(rows, len(names)), strict=True)]
+        return joined(parts) if any(name in self.force for name in names) else rows
 
     def _forced(self, name: str) -> mx.array:
-        given = self.force[name]
-        return mx.array(given.array).astype(_DTYPES[given.dtype])
+        return from_tap(self.force[name])
 
     def __enter__(self) -> "MlxCapture":
         for kind in self._classes:
@@ -210,6 +156,8 @@ class MlxCapture:
         computed before is evaluated."""
         if calls != self._calls:
             self._flush()
+            if any(count % len(self._calls) for count in self._turns.values()):
+                raise ParityError(f"a module ran another number of times than {' and '.join(self._calls)} need it")
             self._calls = calls
             self._turns.clear()
 
@@ -302,7 +250,7 @@ class MlxCapture:
     def _enter_step(self, model: Lance, arms: Sequence[flow.Arm], state: flow.State) -> None:
         self.enter(*(f"{arm.name}.step{state.index}" for arm in arms))
 
-    def _enter_token(self, reader: Reader, step: int, token: int) -> None:
+    def _enter_token(self, reader: Reader, step: int, token: mx.array) -> None:
         self.enter(f"{reader.name}.decode{step}")
 
     def _enter_encode(self, vae: VAE, pixels: np.ndarray) -> None:

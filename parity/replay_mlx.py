@@ -18,8 +18,9 @@ from lance_mlx.sampling.schedule import timesteps
 from lance_mlx.sequence import AttentionMode, Sequence
 from lance_mlx.tokenizer import LanceTokenizer
 from lance_mlx.visuals import PreparedVisual, prepare_visuals, sized_by_source
+from parity.arrays_mlx import channels_first
 from parity.boundaries_mlx import MlxBoundaries
-from parity.capture_mlx import MlxCapture, channels_first
+from parity.capture_mlx import MlxCapture
 from parity.recording import Contract, Observed, Recording, Replay, Tap
 
 _REQUEST_KEYS = {

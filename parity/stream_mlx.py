@@ -92,7 +92,12 @@ class MlxStream:
         passes: Passes = {}
 
         def note(
-            model: MoTModel, rows: ExpertRows, readings: Sequence[Reading], causal: bool, qk_float32: bool
+            model: MoTModel,
+            rows: ExpertRows,
+            readings: Sequence[Reading],
+            causal: bool,
+            qk_float32: bool,
+            keep: bool = True,
         ) -> tuple[ExpertRows, list[KVCache]]:
             for call, own, reading in zip(capture.calls, rows.apart(len(readings)), readings, strict=True):
                 passes[call] = MlxPass(call, own, reading.rotary, causal, qk_float32)

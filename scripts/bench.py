@@ -51,12 +51,15 @@ class Result:
     product_gflops: float
 
 
-def cases(quick: bool, whole_model: bool = False) -> list[Case]:
-    """All cases, or those of small sizes that show whether each works, or steps and answers of the whole model."""
-    if whole_model:
-        whole = [("t2i", n, 2048, 36, dtype) for dtype in ("bfloat16", "float32") for n in LATENTS]
-        found = [Case(kind, arguments) for arguments in whole for kind in ("step", "step, PyTorch")]
-        return [*found, Case("text", (128, 2048, 36, "bfloat16"))]
+def whole_model_cases() -> list[Case]:
+    """Steps and answers at the official width and depth."""
+    sizes = [("t2i", n, 2048, 36, dtype) for dtype in ("bfloat16", "float32") for n in LATENTS]
+    found = [Case(kind, arguments) for arguments in sizes for kind in ("step", "step, PyTorch")]
+    return [*found, Case("text", (128, 2048, 36, "bfloat16"))]
+
+
+def cases(quick: bool) -> list[Case]:
+    """All cases, or those of small sizes that show whether each works."""
     if quick:
         sizes, wide, pictures = (64,), (64, 64, 1), (1, 32)
         texts, vit = (4, 64, 2), 112
@@ -86,7 +89,8 @@ def measure(case: Case, repeats: int) -> Result:
     from parity import memory  # noqa: I001
     import mlx.core as mx
     import torch
-    from bench_cases import CASES, clock, product_rate
+    from bench_cases import CASES
+    from bench_rate import clock, product_rate
 
     torch.set_num_threads(1)
     work = CASES[case.name](*case.arguments)
@@ -133,11 +137,10 @@ def summary(results: list[Result]) -> list[str]:
             if (other, arguments) in at:
                 ratio = r.seconds / at[other, arguments].seconds
                 lines.append(f"step ({Case(name, arguments).label}): {ratio:.2f} of {what}")
-    grown = _over_latents(results, "step")
-    if len(grown) > 1:
+    for sizes, grown in _over_latents(results, "step").items():
         power = exponent([(r.arguments[1], r.seconds) for r in grown])
         memory = exponent([(r.arguments[1], r.megabytes) for r in grown])
-        lines.append(f"step cost grows with latents to the power {power:.2f}, memory to the power {memory:.2f}")
+        lines.append(f"step ({sizes}): cost grows with latents to the power {power:.2f}, memory to {memory:.2f}")
     narrow = [r for r in results if r.name == "VAE decode" and len(r.arguments) == 4]
     if len(narrow) == 2:
         few, many = narrow
@@ -150,9 +153,13 @@ def summary(results: list[Result]) -> list[str]:
     return lines
 
 
-def _over_latents(results: list[Result], name: str) -> list[Result]:
-    """The steps of several layers, which differ in their latents alone."""
-    return [r for r in results if r.name == name and r.arguments[0] == "t2i" and r.arguments[3] > 1]
+def _over_latents(results: list[Result], name: str) -> dict[str, list[Result]]:
+    """Steps that differ in their latents alone, by their other sizes in words."""
+    found: dict[str, list[Result]] = {}
+    for r in results:
+        if r.name == name and r.arguments[0] == "t2i":
+            found.setdefault(", ".join(map(str, r.arguments[2:])), []).append(r)
+    return {sizes: rows for sizes, rows in found.items() if len(rows) > 1}
 
 
 def print_table(results: list[Result]) -> None:
@@ -176,15 +183,14 @@ def plot(results: list[Result], folder: Path) -> Path:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, label in (("step", "MLX"), ("step, PyTorch", "PyTorch")):
-        rows = _over_latents(results, name)
-        if len(rows) < 2:
-            continue
+    curves = [("MLX", *curve) for curve in _over_latents(results, "step").items()]
+    curves += [("PyTorch", *curve) for curve in _over_latents(results, "step, PyTorch").items()]
+    for label, sizes, rows in curves:
         latents = [r.arguments[1] for r in rows]
         for axes, values in ((left, [r.seconds for r in rows]), (right, [r.megabytes for r in rows])):
-            if axes is left or name == "step":
+            if axes is left or label == "MLX":
                 power = exponent(list(zip(latents, values, strict=True)))
-                axes.loglog(latents, values, marker="o", label=f"{label}, exponent {power:.2f}")
+                axes.loglog(latents, values, marker="o", label=f"{label}, {sizes}: exponent {power:.2f}")
     for axes, title, unit in ((left, "a guided step", "seconds"), (right, "its memory beyond the weights", "MB")):
         axes.set(title=title, xlabel="latents", ylabel=unit)
         axes.set_xticks(LATENTS, [f"{count:,}" for count in LATENTS])
@@ -210,8 +216,11 @@ def main(
     plots: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Draw cost against size.")] = None,
 ) -> None:
     """Run the cases, print the table and what follows from it."""
+    if quick and whole_model:
+        print("--quick and --whole-model: name one of them", file=sys.stderr)
+        raise typer.Exit(2)
     os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
-    chosen = [case for case in cases(quick, whole_model) if only in case.name]
+    chosen = [case for case in (whole_model_cases() if whole_model else cases(quick)) if only in case.name]
     if not chosen:
         print(f"no case's name holds {only!r}", file=sys.stderr)
         raise typer.Exit(2)

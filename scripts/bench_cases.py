@@ -1,6 +1,5 @@
 """The cases of bench.py: each builds a model with random weights and returns what is to be timed."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -291,33 +290,15 @@ def conversion(hidden: int, layers: int, dtype: str) -> Work:
 
 def torch_step(task: str, latents: int, hidden: int, layers: int, dtype: str) -> Work:
     """The guided step of the PyTorch reference, behind cached prefixes too."""
+    import torch
     from bench_torch import drawing
 
     names = "hidden_size intermediate_size num_attention_heads num_key_value_heads num_hidden_layers mrope_section"
     config = config_of(hidden, layers)
     sizes = {name: getattr(config, name) for name in names.split()}
-    device = "cpu" if runs_on_cpu() else "cuda"
+    # A GPU where both have one.
+    device = "cuda" if not runs_on_cpu() and torch.cuda.is_available() else "cpu"
     return Work(drawing(sizes, PROMPT, latents, dtype, guidance=4.0, device=device).step)
-
-
-def clock() -> float:
-    """Seconds of CPU time, or where MLX has a GPU of the clock."""
-    return time.process_time() if runs_on_cpu() else time.perf_counter()
-
-
-def product_rate(dtype: str) -> float:
-    """GFLOP/s of a product: what a step can reach at most. On the CPU it is as wide as the official model's and in
-    float32, in which all are computed there."""
-    rows, width = (1024, 2048) if runs_on_cpu() else (8192, 8192)
-    kind = mx.float32 if runs_on_cpu() else policy(dtype).dtype
-    a, b = (mx.random.normal((n, width)).astype(kind) for n in (rows, width))
-    mx.eval(a, b, a @ b)
-    times = []
-    for _ in range(5):
-        start = clock()
-        mx.eval(a @ b)
-        times.append(clock() - start)
-    return 2 * rows * width * width / min(times) / 1e9
 
 
 CASES: dict[str, Callable[..., Work]] = {

@@ -39,7 +39,7 @@ def drawing(
     sizes: Mapping[str, Any], prompt: str, latents: int, dtype: str, guidance: float, device: str = "cpu"
 ) -> Drawing:
     """A picture of so many latent cells; `sizes` change the small configuration, whose weights are then random."""
-    # In float32, a CPU multiplies bfloat16 sooner.
+    # A CPU multiplies bfloat16 faster in float32.
     numerics = Numerics(dtype, linear="float32" if device == "cpu" else "native")
     pipeline = Pipeline.load(CHECKPOINT, VARIANT, numerics, device)
     if sizes:

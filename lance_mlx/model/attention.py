@@ -6,7 +6,11 @@ from lance_mlx.numerics import runs_on_cpu
 from lance_mlx.vectorized import exponentials
 
 SCORE_BUDGET = 1 << 22
-"""Attention scores held at once where the backend materialises them: 16 MiB of float32, which stay in cache."""
+"""Attention scores held at once where the CPU backend materialises them: 16 MiB of float32, which stay in cache."""
+GPU_SCORE_BUDGET = 1 << 26
+"""The same where a GPU does, which needs larger pieces: 256 MiB of float32."""
+_FUSED_DIM = 128
+"""Largest head_dim that MLX has a fused kernel for."""
 _FEW_SCORES = 1 << 16
 """Scores below which MLX's own kernel is as fast."""
 
@@ -25,23 +29,38 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, causal: bool)
     batch, heads, n, head_dim = queries.shape
     m = keys.shape[2]
     few = queries.dtype == mx.float32 and batch * heads * n * m < _FEW_SCORES
-    if few or not runs_on_cpu():
-        mask = "causal" if causal else None
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=head_dim**-0.5, mask=mask)
-    rows = max(1, SCORE_BUDGET // (batch * heads * m))
+    if few or _is_fused(queries):
+        return _mlx_attention(queries, keys, values, causal)
+    on_cpu = runs_on_cpu()
+    rows = max(1, (SCORE_BUDGET if on_cpu else GPU_SCORE_BUDGET) // (batch * heads * m))
     dtype = queries.dtype
-    # Laid out once for all chunks: a product would copy them for each.
-    keys, values = (mx.contiguous(x.astype(mx.float32)) for x in (keys, values))
+    if on_cpu:
+        # Laid out once for all chunks: a product would copy them for each.
+        keys, values = (mx.contiguous(x.astype(mx.float32)) for x in (keys, values))
+    attend = _attend if on_cpu else _mlx_attention
     pieces = []
     for start in range(0, n, rows):
         stop = min(start + rows, n)
         # A causal chunk leaves out the keys that none of its queries sees.
         seen = m - n + stop if causal else m
-        piece = _attend(queries[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], causal).astype(dtype)
+        piece = attend(queries[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], causal).astype(dtype)
         if rows < n:
             mx.eval(piece)
         pieces.append(piece)
     return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
+
+
+def _is_fused(queries: mx.array) -> bool:
+    """Whether MLX computes such attention without holding its scores: never on the CPU, and in CUDA not of float32."""
+    if runs_on_cpu() or queries.shape[-1] > _FUSED_DIM:
+        return False
+    return queries.dtype != mx.float32 or not mx.cuda.is_available()
+
+
+def _mlx_attention(queries: mx.array, keys: mx.array, values: mx.array, causal: bool) -> mx.array:
+    """MLX's own; `causal` counts from the last key."""
+    mask, scale = "causal" if causal else None, queries.shape[-1] ** -0.5
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
 def _attend(queries: mx.array, keys: mx.array, values: mx.array, causal: bool) -> mx.array:

@@ -11,6 +11,7 @@ from lance_mlx import vectorized
 from lance_mlx.numerics import runs_on_cpu
 
 _FEW_ROWS, _LARGE = 4, 1 << 22
+"""Rows that are few, such as the brackets of a block in both arms, and elements of a large matrix."""
 _SMALL_PRODUCT = 500_000
 """Multiplications up to which OpenBLAS multiplies a matrix where it lies, instead of copying it into another order."""
 _VECTORIZED = 1 << 16

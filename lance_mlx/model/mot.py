@@ -19,9 +19,10 @@ from lance_mlx.model.layers import MLP, Joined, Linear
 from lance_mlx.model.rope import Rotary, RotaryTable
 from lance_mlx.numerics import runs_on_cpu
 
-FREE_ROWS = 2048
-"""Rows up to which a GPU may be given all layers at once. Of more it is given the next one when the last but one is
-done: MLX would hold what ten batches of its work make, several times as much, and take longer for it."""
+FREE_BYTES = 40_000_000
+"""Size of an MLP's values up to which a GPU may be given all layers at once. With larger ones it is given the next
+layer when the last but one is done: MLX would hold what ten batches of its work make, several times as much, and took
+longer for it on an H200."""
 
 
 class ExpertRows(NamedTuple):
@@ -217,22 +218,28 @@ class MoTModel(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm_moe_gen = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.joined = False
+        self._intermediate_size = config.intermediate_size
 
     def __call__(
-        self, inputs_embeds: ExpertRows, readings: Sequence[Reading], causal: bool, qk_float32: bool
+        self, inputs_embeds: ExpertRows, readings: Sequence[Reading], causal: bool, qk_float32: bool, keep: bool = True
     ) -> tuple[ExpertRows, list[KVCache]]:
         """One pass over a segment: its final hidden states [rows, hidden] and each reading's cache with this pass in
-        it."""
+        it, or none where it is not to be kept."""
         x, layers = inputs_embeds, []
-        paced = not runs_on_cpu() and sum(len(rows) for rows in x if rows is not None) > FREE_ROWS
+        paced = not runs_on_cpu() and self._mlp_bytes(x) > FREE_BYTES
         for index, layer in enumerate(self.layers):
             before = x
             x, seen = layer(x, [reading.at(index) for reading in readings], causal, qk_float32)
-            layers.append(seen)
+            if keep:
+                layers.append(seen)
             if paced:
-                mx.async_eval(x, seen)
+                mx.async_eval(x, seen if keep else ())
                 mx.eval(before)
         return _by_expert(self, "norm", x), list(zip(*layers, strict=True))
+
+    def _mlp_bytes(self, x: ExpertRows) -> int:
+        """Size of what is between gate and down projection."""
+        return sum(len(rows) for rows in x if rows is not None) * self._intermediate_size * x.und.dtype.size
 
 
 def join_projections(model: MoTModel) -> None:

@@ -20,7 +20,7 @@ from lance_mlx.sequence import Role, Sequence
 
 _JOINED_ON_CPU, _JOINED_ON_GPU = 1024, 4096
 """Latents up to which both arms go through the layers in one pass: beyond, products are as fast for one of them, and
-what exists at once would double. Measured at hidden 512 and 2048 on a CPU, at 2048 on an H200."""
+what exists at once would grow. Measured at hidden 512 and 2048 on a CPU, at 2048 on an H200."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,23 +80,24 @@ class Arm(CachedArm):
         return self.reading(self._block_rotary)
 
 
-def goes_in_one_pass(latents: int) -> bool:
+def goes_in_one_pass(latents: int, on_cpu: bool) -> bool:
     """Whether the arms of a block of so many latents are read in one pass."""
-    return latents <= (_JOINED_ON_CPU if runs_on_cpu() else _JOINED_ON_GPU)
+    return latents <= (_JOINED_ON_CPU if on_cpu else _JOINED_ON_GPU)
 
 
 def velocities(model: Lance, arms: Items[Arm], state: State) -> list[mx.array]:
     """Velocity of all latents of the block for each arm, [n, 48] each."""
-    if goes_in_one_pass(len(state.x_t)):
+    if goes_in_one_pass(len(state.x_t), runs_on_cpu()):
         return velocities_of_pass(model, arms, state)
     return [velocity for arm in arms for velocity in velocities_of_pass(model, [arm], state)]
 
 
 def velocities_of_pass(model: Lance, arms: Items[Arm], state: State) -> list[mx.array]:
-    """The same from a single pass, in which the arms are readings; their caches stay as they are."""
+    """Velocity of all latents of the block for each arm, [n, 48] each, from one pass in which the arms are readings;
+    their caches stay as they are."""
     rows = ExpertRows.joined([state.inputs_embeds] * len(arms))
     readings = [arm.block for arm in arms]
-    hidden, _ = model.language_model.model(rows, readings, causal=False, qk_float32=arms[0].wide)
+    hidden, _ = model.language_model.model(rows, readings, causal=False, qk_float32=arms[0].wide, keep=False)
     merged = mx.concatenate([part.merged() for part in hidden.apart(len(arms))])
     return [velocity[1:-1] for velocity in mx.split(model.llm2vae(merged), len(arms))]
 

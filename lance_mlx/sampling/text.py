@@ -26,6 +26,11 @@ class Reader(CachedArm):
     _num_read = 0
     _shown: tuple[int, KVCache] = (0, ())
 
+    @property
+    def holds_layers(self) -> bool:
+        """Whether the model's layers are in memory."""
+        return isinstance(self._model.language_model.model.layers, list)
+
     def take_over(self, earlier: "Reader") -> None:
         """Begin with what `earlier` has read before its question; both sequences must be the same up to there."""
         self._num_read, self._cache = self._shown = earlier._shown
@@ -99,17 +104,20 @@ def answer_tokens(
     """
     reader.read()
     chosen = _chosen(reader, question, first, budget, vocabulary)
-    for each in _started_early(chosen) if looks_ahead() else chosen:
+    for each in _started_early(chosen) if looks_ahead(reader) else chosen:
         token = each.item()
         yield token
         if token == stop:
             return
 
 
-def looks_ahead() -> bool:
-    """Whether a token is begun before the one before it is known on the host, which a GPU computes meanwhile; after the
-    last token, one is begun in vain."""
-    return not runs_on_cpu()
+def looks_ahead(reader: Reader) -> bool:
+    """Whether a token is begun before the one before it is known on the host, which a GPU computes meanwhile.
+
+    After the last token, one is begun in vain. Layers that are read while they run are done when they return, so that
+    nothing would be gained.
+    """
+    return not runs_on_cpu() and reader.holds_layers
 
 
 def _chosen(reader: Reader, question: Question, first: int, budget: int, vocabulary: int) -> Iterator[mx.array]:

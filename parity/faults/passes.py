@@ -32,7 +32,7 @@ def watched() -> Iterator[Callable[[], Pass]]:
     """Yield a function that tells which pass is running."""
     running = [Pass.TEXT]
 
-    def look(original: Callable, *args: Any) -> list[mx.array]:
+    def velocities(original: Callable, *args: Any) -> list[mx.array]:
         running[0] = Pass.NOISE
         return original(*args)
 
@@ -44,6 +44,6 @@ def watched() -> Iterator[Callable[[], Pass]]:
         return original(arm, rows, rotary, causal)
 
     with ExitStack() as stack:
-        stack.enter_context(wrapped(flow, "velocities_of_pass", look))
+        stack.enter_context(wrapped(flow, "velocities_of_pass", velocities))
         stack.enter_context(wrapped(CachedArm, "extend", extend))
         yield lambda: running[0]

@@ -125,7 +125,7 @@ def _conditional_ids(original: Callable, sequence: Sequence, tokens_per_second: 
     return positions.position_ids(sequence, tokens_per_second)[:, sequence.roles != Role.TEXT]
 
 
-def _one_later(original: Callable, reader: Reader, step: int, token: int) -> mx.array:
+def _one_later(original: Callable, reader: Reader, step: int, token: mx.array) -> mx.array:
     return original(reader, step + 1, token)
 
 

@@ -102,7 +102,7 @@ def _before_the_norm(target: Target) -> Iterator[None]:
         return ExpertRows(*done).merged()
 
     with ExitStack() as stack:
-        stack.enter_context(replaced(flow, "goes_in_one_pass", lambda latents: False))
+        stack.enter_context(replaced(flow, "goes_in_one_pass", lambda *given: False))
         stack.enter_context(calls(nn.RMSNorm, norm, "layers.*.self_attn.?_norm*")(target))
         stack.enter_context(calls(Rotary, rotate, _ROPES)(target))
         yield

@@ -41,6 +41,21 @@ def test_wasted_work_gives_the_same_velocities():
     assert float(abs(plain - wasteful).max()) < 1e-4 * float(abs(plain).max())
 
 
+def result(name, arguments, seconds):
+    return bench.Result(name, arguments, seconds, 10 * seconds, 1, None, 1.0)
+
+
+def test_every_series_of_steps_is_fitted_by_itself(tmp_path):
+    steps = [case for case in bench.whole_model_cases() if case.name == "step"]
+    results = [result("step", c.arguments, c.arguments[1] ** (1 if "bfloat16" in c.arguments else 2)) for c in steps]
+    lines = bench.summary(results)
+    assert lines == [
+        "step (2048, 36, bfloat16): cost grows with latents to the power 1.00, memory to 1.00",
+        "step (2048, 36, float32): cost grows with latents to the power 2.00, memory to 2.00",
+    ]
+    assert bench.plot(results, tmp_path).is_file()
+
+
 def test_a_power_law_is_fitted():
     assert bench.exponent([(n, 3 * n**1.5) for n in (10, 100, 1000)]) == pytest.approx(1.5)
 
@@ -53,3 +68,5 @@ def test_the_script_prints_a_table_and_writes_json_and_a_plot(tmp_path):
     assert {entry["name"] for entry in json.loads((tmp_path / "b.json").read_text())} == {"text"}
     done = subprocess.run([*command[:-1], "nothing"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr == "no case's name holds 'nothing'\n"
+    done = subprocess.run([*command, "--whole-model"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr == "--quick and --whole-model: name one of them\n"

@@ -1,5 +1,6 @@
 """What runs where MLX has a GPU, run on the CPU: other branches, other kernels and compiled functions, one result."""
 
+import io
 import shutil
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
@@ -10,7 +11,7 @@ import pytest
 
 from lance_mlx import FLOAT32, Question, Request, Task, Visual, VisualKind, load
 from lance_mlx.model import attention, layers, mot, rope, vae_layers, vit
-from lance_mlx.sampling import text
+from lance_mlx.sampling import flow, text
 
 SMALL = {"width": 48, "height": 32, "num_steps": 2}
 LOOKS = {"vae_resolution": 64, "vit_resolution": 56, "num_steps": 2}
@@ -20,9 +21,9 @@ LOOKS = {"vae_resolution": 64, "vit_resolution": 56, "num_steps": 2}
 def as_on_a_gpu(compiled: bool):
     """Takes every branch that is for other backends than the CPU's."""
     with ExitStack() as stack:
-        for module in (attention, layers, mot, text, vae_layers, vit):
+        for module in (attention, flow, layers, mot, text, vae_layers, vit):
             stack.enter_context(patch.object(module, "runs_on_cpu", return_value=False))
-        stack.enter_context(patch.object(mot, "FREE_ROWS", 4))
+        stack.enter_context(patch.object(mot, "FREE_BYTES", 4096))
         if not compiled:
             mx.disable_compile()
             stack.callback(mx.enable_compile)
@@ -37,6 +38,28 @@ def test_what_is_compiled_can_be_traced_for_all_shapes(dtype):
             x, table = mx.zeros((rows, 2, 8), dtype), mx.zeros((rows, 1, 4), dtype)
             rotary = rope.RotaryTable(np.zeros((3, rows), np.int32), table, table)
             assert {x.shape} == {y.shape for y in (layers._swiglu(x, x), rope.Rotary()(x, rotary), vit._gelu(x))}
+
+
+def test_large_layers_are_given_in_step(checkpoint, monkeypatch):
+    begun, original = [], mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: (begun.append(len(arrays)), original(*arrays))[1])
+    model = load(checkpoint, FLOAT32)
+    with as_on_a_gpu(compiled=False):
+        model.generate(Request(Task.T2I, "a bird", **SMALL))
+        # Of the prefixes and of two steps, one guided, some passes are large enough.
+        assert len(begun) >= 2 * 3
+        begun.clear()
+        with patch.object(mot, "FREE_BYTES", 10**9):
+            model.generate(Request(Task.T2I, "a bird", **SMALL))
+    assert not begun
+
+
+def test_rope_is_traced_with_products_in_float32():
+    x = mx.zeros((3, 1, 4), mx.bfloat16)
+    drawn = io.StringIO()
+    mx.export_to_dot(drawn, rope._product(x, x))
+    # Both factors are cast, and the product back: without, the compiler does not round it.
+    assert drawn.getvalue().count("AsType") >= 3
 
 
 def test_rope_rounds_every_product_in_half_precision():

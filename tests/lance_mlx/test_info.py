@@ -151,16 +151,16 @@ def test_the_convolutions_that_are_counted_are_those_that_run(checkpoint, monkey
 
 def test_passes_are_those_of_the_sequence(pipeline):
     request = Request(Task.T2V, "a red bird", 32, 48, 5, num_steps=8)
-    work, sequence = work_of(request, 5), pipeline.prepare(request).sequence
+    work, sequence = work_of(request, 5, on_cpu=True), pipeline.prepare(request).sequence
     alone, guided = work.steps
     assert alone.rows == guided.rows == len(sequence.target)
     assert (work.num_guided, alone.times, guided.times, guided.readings) == (7, 1, 7, 2)
     # Beyond some size each arm has a pass of its own.
-    (step,) = work_of(Request(Task.T2V, "a red bird", 256, 256, 17, num_steps=8), 17).steps
+    (step,) = work_of(Request(Task.T2V, "a red bird", 256, 256, 17, num_steps=8), 17, on_cpu=True).steps
     assert (step.rows, step.times, step.readings) == (5 * 256 + 2, 15, 1)
     assert step_operations(pipeline.model.config, [sequence]) > 0
     asked = Question(Task.X2T_IMAGE, "what?", (Visual("x", VisualKind.IMAGE),), vit_resolution=56)
-    assert work_of(asked, 1).patches == 16
+    assert work_of(asked, 1, on_cpu=True).patches == 16
 
 
 @ON_CPU
@@ -168,7 +168,7 @@ def test_passes_are_those_of_the_sequence(pipeline):
 @pytest.mark.parametrize("numerics", [BFLOAT16, FLOAT32], ids=lambda numerics: numerics.name)
 def test_memory_and_time_are_near_what_is_measured(checkpoint, numerics, low_ram):
     request = Request(Task.T2I, "a red bird", 256, 256, num_steps=4)
-    sizes, work = sizes_of(find_checkpoint(checkpoint, Variant.IMAGE), looks=False), work_of(request, 1)
+    sizes, work = sizes_of(find_checkpoint(checkpoint, Variant.IMAGE), looks=False), work_of(request, 1, on_cpu=True)
     expected = peak_memory(sizes, numerics, work, low_ram, on_cpu=True)
     gc.collect()
     before = mx.get_active_memory()

@@ -42,16 +42,36 @@ def test_a_text_prefix_is_the_same_however_it_is_cut(pipeline, n, data):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(1, 24), st.integers(0, 24), st.booleans(), st.integers(1, 400))
-def test_query_chunks_change_nothing(n, past, causal, budget):
+@given(st.integers(1, 24), st.integers(0, 24), st.booleans(), st.integers(1, 400), st.booleans())
+def test_query_chunks_change_nothing(n, past, causal, budget, on_cpu):
     key = mx.random.key(n * 31 + past)
     q = mx.random.normal((1, 4, n, 8), key=key)
     k, v = mx.random.normal((2, 1, 2, n + past, 8), key=key)
-    whole = attention(q, k, v, causal)
+    whole, pieces = attention(q, k, v, causal), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attending, "SCORE_BUDGET", budget)
+        patch.setattr(attending, "_FEW_SCORES", 0)
+        patch.setattr(attending, "runs_on_cpu", lambda: on_cpu)
+        # CUDA holds the scores of float32.
+        patch.setattr(mx.cuda, "is_available", lambda: True)
+        patch.setattr(attending, "SCORE_BUDGET" if on_cpu else "GPU_SCORE_BUDGET", budget)
+        for name in ("_attend", "_mlx_attention"):
+            original = getattr(attending, name)
+            patch.setattr(attending, name, lambda q, *rest, call=original: pieces.append(q.shape[2]) or call(q, *rest))
         chunked = attention(q, k, v, causal)
     assert relative(chunked, whole) < 1e-6
+    assert sum(pieces) == n and max(pieces) == min(n, max(1, budget // (4 * (n + past))))
+
+
+def test_only_what_mlx_fuses_is_left_to_it_whole(monkeypatch):
+    def fused(dim, dtype):
+        return attending._is_fused(mx.zeros((1, 1, 2, dim), dtype))
+
+    assert not fused(64, mx.bfloat16)
+    monkeypatch.setattr(attending, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    assert fused(64, mx.float32) and fused(128, mx.bfloat16) and not fused(160, mx.bfloat16)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    assert fused(128, mx.bfloat16) and not fused(64, mx.float32)
 
 
 @settings(deadline=None, max_examples=25)

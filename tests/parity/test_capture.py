@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import lance_mlx.sampling.flow as flow
+import lance_mlx.sampling.text as text
 import reference.sampler
 from lance_mlx.model.mot import MoTModel
+from lance_mlx.model.rope import rotary_table
 from lance_mlx.model.vae_decoder import Decoder
 from lance_mlx.model.vit import VisionTransformer
 from parity.boundaries_mlx import MlxBoundaries
@@ -21,7 +23,7 @@ from parity.errors import ParityError
 from parity.implementations import replay_of
 from parity.metrics import compare
 from parity.recording import Tap
-from parity.replay_mlx import request_from_bundle
+from parity.replay_mlx import record_mlx, request_from_bundle
 
 NAME = "image_edit-fp32-nokv"
 LAYER = "language_model.model.layers.1"
@@ -153,13 +155,35 @@ def test_watching_changes_nothing(subject_of, oracle_of):
 def test_both_arms_in_one_pass_are_recorded_as_they_are_apart(oracle_of, subject_of, monkeypatch, name):
     subject, wanted = subject_of(name), set(oracle_of(name).taps)
     together = subject.run(wanted).recording
-    monkeypatch.setattr(flow, "goes_in_one_pass", lambda latents: False)
+    monkeypatch.setattr(flow, "goes_in_one_pass", lambda *given: False)
     apart = subject.run(wanted).recording
     assert together.keys() == apart.keys()
     # Products of more rows may add up in another order.
     limit = 1e-5 if "fp32" in name else 0.05
     for tap, other in apart.items():
         assert together[tap].dtype == other.dtype and compare(other, together[tap]).rel_l2 < limit, tap
+
+
+def test_a_token_that_is_begun_in_vain_is_not_recorded(oracle_of, monkeypatch):
+    bundle = oracle_of("x2t_image-bf16-kv").bundle
+    monkeypatch.setattr(text, "looks_ahead", lambda reader: True)
+    recording = record_mlx(
+        bundle.checkpoint, bundle.variant, bundle.request, bundle.entry, replay_of(bundle), bundle.dtype
+    )
+    decoded = {name.partition("/")[0] for name in recording if ".decode" in name}
+    assert len(decoded) == len(recording["tokens"].array) > 1
+
+
+def test_a_module_that_does_not_run_once_for_each_arm_is_told(subject_of):
+    pipeline = subject_of("t2i-fp32-kv").pipeline
+    config = pipeline.model.config
+    table = rotary_table(np.zeros((3, 2), np.int32), config, pipeline.model.numerics)
+    rope = pipeline.model.language_model.model.layers[0].self_attn.q_rope
+    with MlxCapture(pipeline) as capture:
+        capture.enter("cond.step0", "uncond.step0")
+        rope(mx.zeros((2, 4, config.head_dim)), table)
+        with pytest.raises(ParityError, match="another number of times than cond.step0 and uncond.step0 need"):
+            capture.enter("cond.step1")
 
 
 # Steering: what is computed is recorded, and what is given is used in its place.
