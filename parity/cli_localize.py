@@ -135,6 +135,7 @@ def floors(
         from parity.floors_file import FILE, write_floors
         from parity.oracle import Oracle
         from parity.runner import limit_threads
+        from parity.store import relist
         from parity.terminal import progress_bar
 
         limit_threads()
@@ -146,6 +147,7 @@ def floors(
                 oracle = Oracle.of(read_bundle(path))
                 local, free = measure_local(oracle, tell), measure_free(oracle.bundle, tell)
                 write_floors(path / FILE, oracle, local, free)
+                relist(path / FILE)
                 steered, own = local_bounds(oracle, local).alarm, free_bounds(oracle.bundle, free).alarm
                 lines.append(
                     f"{path / FILE}: {len(local.errors)} taps, {len(local.variants)} variants; a tap alarms from at "

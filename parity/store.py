@@ -160,6 +160,20 @@ def seal(path: Path) -> None:
     write_atomically(path / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
 
 
+def relist(file: Path) -> None:
+    """Write the checksum of a bundle's file that was made anew into MANIFEST.json beside the bundle, if that lists it.
+
+    Raises ParityError for a MANIFEST.json that is none.
+    """
+    file = file.resolve()
+    root, name = file.parents[1], f"{file.parent.name}/{file.name}"
+    if name not in listed(root):
+        return
+    document = read_json(root / CHECKSUMS)
+    document["files"][name] = entry_of(file)
+    write_atomically(root / CHECKSUMS, (json.dumps(document, indent=1) + "\n").encode())
+
+
 def sizes(count: int) -> str:
     """Return a number of bytes in words."""
     for unit, digits in (("B", 4), ("kB", 3), ("MB", 3)):

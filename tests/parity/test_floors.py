@@ -13,13 +13,14 @@ from typer.testing import CliRunner
 import reference.sampler
 from parity import floors as measuring
 from parity import floors_file
-from parity.bundle import read_bundle, write_bundle
+from parity.bundle import CHECKSUMS, CHECKSUMS_FORMAT, read_bundle, write_bundle
 from parity.cli import app
 from parity.errors import ParityError
 from parity.floors import FREE, LOCAL, Floors, floats_of, measure_free, measure_local, run_variant, variants_of
 from parity.floors_file import FILE, free_floors, local_floors, write_floors
 from parity.oracle import Oracle
 from parity.recording import Tap, to_tap
+from parity.store import entry_of, listed
 from reference.request import Request
 
 SMALL = "t2i-fp32-nokv"
@@ -321,6 +322,21 @@ def test_floors_writes_them_beside_the_taps(lance_parity, linked_bundle, stored,
     assert after.keys() - before.keys() == {FILE} and after.items() >= before.items()
     oracle = Oracle.of(read_bundle(path))
     assert local_floors(oracle).variants == local.variants
+
+
+def test_floors_that_are_listed_are_listed_anew(lance_parity, linked_bundle, stored, monkeypatch):
+    path = linked_bundle(SMALL)
+    _, local, free = stored
+    monkeypatch.setattr(measuring, "measure_local", lambda oracle, progress: local)
+    monkeypatch.setattr(measuring, "measure_free", lambda bundle, progress: free)
+    name = f"{SMALL}/{FILE}"
+    listing = {"format": CHECKSUMS_FORMAT, "files": {name: entry_of(path / FILE), "other": {"sha256": "0"}}}
+    (path.parent / CHECKSUMS).write_text(json.dumps(listing))
+    assert lance_parity("floors", path).exit_code == 0
+    files = listed(path.parent)
+    assert files["other"] == {"sha256": "0"}
+    assert files[name] == entry_of(path / FILE) != listing["files"][name]
+    read_bundle(path)
 
 
 def test_floors_of_bad_folders_are_one_line(lance_parity, tmp_path, bundle):
