@@ -1,8 +1,8 @@
 """What a request will need: peak memory and time, estimated from the model's sizes before anything is read.
 
 Compared with what was measured (`mx.get_peak_memory`, MLX 0.32.4, its CPU backend on Linux, OpenBLAS) on random
-checkpoints of hidden size 64 and 512: see `peak_memory` and `machine.measure`. On a GPU, where attention and
-convolutions materialise nothing, only the passes of a step have been compared: on an H200, at the official width and
+checkpoints of hidden size 64 and 512: see `peak_memory` and `machine.measure`. On a GPU, where convolutions and attention
+in bfloat16 materialise nothing, only the passes of a step have been compared: on an H200, at the official width and
 depth, from 1,024 to 4,096 latents in bfloat16, within 25 %.
 """
 
@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from lance_mlx.checkpoint import Checkpoint, ViTSource
 from lance_mlx.config import SPATIAL_STRIDE, LanceConfig
 from lance_mlx.cost import Convolution, decoder_convolutions, encoder_convolutions
-from lance_mlx.model.attention import SCORE_BUDGET
+from lance_mlx.model.attention import GPU_SCORE_BUDGET, SCORE_BUDGET
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.vae import VAE
 from lance_mlx.model.vae_decoder import DecoderShape, UpBlockShape
@@ -250,12 +250,15 @@ def _activations(
     item: Pass, heads: int, width: int, hidden: int, layer: _Layer, numerics: Numerics, on_cpu: bool
 ) -> int:
     """Bytes that exist at once in a layer: what its MLP makes, or its attention."""
+    scores = heads * item.rows * item.keys
     if not on_cpu:
-        return _MLP_VALUES_ON_GPU * item.readings * item.rows * width * numerics.dtype.size
+        mlp = _MLP_VALUES_ON_GPU * item.readings * item.rows * width * numerics.dtype.size
+        # In float32 scores and weights may exist, as in CUDA.
+        return mlp if numerics.name == "bfloat16" else max(mlp, 8 * min(scores, GPU_SCORE_BUDGET))
     # Half precision is multiplied in float32 there, and weights are cast as they are used. A pass of two readings takes
     # no more than a pass does while MLX runs ahead to the next one.
     mlp = layer.casts * 4 * width * hidden + layer.value * item.rows * width
-    return round(max(mlp, layer.score * min(heads * item.rows * item.keys, SCORE_BUDGET)))
+    return round(max(mlp, layer.score * min(scores, SCORE_BUDGET)))
 
 
 def _coding(convolutions, shape: object, cells: int, frames: int, on_cpu: bool) -> int:
