@@ -1,9 +1,9 @@
 """What a request will need: peak memory and time, estimated from the model's sizes before anything is read.
 
 Compared with what was measured (`mx.get_peak_memory`, MLX 0.32.4, its CPU backend on Linux, OpenBLAS) on random
-checkpoints of hidden size 64 and 512: see `peak_memory` and `machine.measure`. On a GPU, where convolutions and attention
-in bfloat16 materialise nothing, only the passes of a step have been compared: on an H200, at the official width and
-depth, from 1,024 to 4,096 latents in bfloat16, within 25 %.
+checkpoints of hidden size 64 and 512: see `peak_memory` and `machine.measure`. On a GPU, where convolutions and
+bfloat16's attention materialise nothing, only the passes of a step have been compared: on an H200, at the official
+width and depth, from 1,024 to 4,096 latents in bfloat16, within 25 %.
 """
 
 from collections.abc import Iterator
