@@ -219,8 +219,7 @@ def peak_memory(sizes: Sizes, numerics: Numerics, work: Work, low_ram: bool, on_
 
     def activations(item: Pass) -> int:
         # With two readings there is as much to run ahead to within a layer as there is without `low_ram` between two.
-        score = layer.score if item.readings == 1 else kept.score
-        own = layer._replace(score=score)
+        own = layer if item.readings == 1 else layer._replace(score=kept.score)
         return _activations(item, heads, width, config.hidden_size, own, numerics, on_cpu)
 
     largest = max(activations(item) for item in (*work.reading, *work.steps))

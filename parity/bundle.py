@@ -177,26 +177,36 @@ def find_bundles(folders: Sequence[Path]) -> list[Path]:
     return found
 
 
+def read_listing(root: Path) -> dict[str, Any] | None:
+    """Return MANIFEST.json of a folder of bundles, whose `files` have an entry each; None where there is none.
+
+    Raises ParityError for a file that is none.
+    """
+    path = root / CHECKSUMS
+    if not path.is_file():
+        return None
+    document = read_json(path)
+    if document.get("format") != CHECKSUMS_FORMAT or not isinstance(document.get("files"), dict):
+        raise ParityError(f"{path} is not a {CHECKSUMS_FORMAT} file: restore or remove it")
+    return document
+
+
 def verify_checksums(root: Path, folders: Sequence[Path]) -> None:
     """Compare the files below `folders` with `root`/MANIFEST.json where there is one; raises ParityError."""
-    listing = root / CHECKSUMS
-    if not listing.is_file():
+    document = read_listing(root)
+    if document is None:
         return
-    document = read_json(listing)
-    files = document.get("files") if document.get("format") == CHECKSUMS_FORMAT else None
-    if not isinstance(files, dict):
-        raise ParityError(f"{listing} is not a {CHECKSUMS_FORMAT} file: restore or remove it")
     prefixes = tuple(f"{folder.relative_to(root).as_posix()}/" for folder in folders)
-    for name, expected in files.items():
+    for name, expected in document["files"].items():
         if not name.startswith(prefixes):
             continue
         if ".." in Path(name).parts:
-            raise ParityError(f"{listing.name} entry {name!r} leaves the oracle folder {root}: restore or remove it")
+            raise ParityError(f"{CHECKSUMS} entry {name!r} leaves the oracle folder {root}: restore or remove it")
         path = root / name
         if not path.is_file():
-            raise ParityError(f"{name} is listed in {listing.name} but missing: copy it again")
+            raise ParityError(f"{name} is listed in {CHECKSUMS} but missing: copy it again")
         if not isinstance(expected, dict) or sha256(path) != expected.get("sha256"):
-            raise ParityError(f"{name} does not match its checksum in {listing.name}: copy it again")
+            raise ParityError(f"{name} does not match its checksum in {CHECKSUMS}: copy it again")
 
 
 def sha256(path: Path) -> str:

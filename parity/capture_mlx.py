@@ -41,8 +41,7 @@ class MlxCapture:
         force: taps whose values replace what is computed, after that was recorded: all that follows sees them.
 
     The classes of the modules and of the arms, and what makes a pass of a step, are wrapped until the context ends; the
-    model files know nothing of it.
-    What a call computes is evaluated when the next one begins.
+    model files know nothing of it. What a call computes is evaluated when the next one begins.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class MlxCapture:
         self.keep(name, value)
         return self._forced(name) if name in self.force else value
 
-    def observe_rows(self, name: str, rows: mx.array | ExpertRows) -> mx.array | ExpertRows:
+    def _observe_rows(self, name: str, rows: mx.array | ExpertRows) -> mx.array | ExpertRows:
         """The same for rows that may be parted by expert."""
         if isinstance(rows, mx.array):
             return self.observe(name, rows)
@@ -110,8 +109,8 @@ class MlxCapture:
         """The same for the rows of all readings of a pass, each under the name of its call."""
         names = [f"{call}/{path}" for call in self._calls]
         if len(names) == 1:
-            return self.observe_rows(names[0], rows)
-        parts = [self.observe_rows(name, part) for name, part in zip(names, apart(rows, len(names)), strict=True)]
+            return self._observe_rows(names[0], rows)
+        parts = [self._observe_rows(name, part) for name, part in zip(names, apart(rows, len(names)), strict=True)]
         return joined(parts) if any(name in self.force for name in names) else rows
 
     def _forced(self, name: str) -> mx.array:

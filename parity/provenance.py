@@ -3,17 +3,21 @@
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from parity.bundle import Bundle
-from parity.subject import Subject
+
+if TYPE_CHECKING:
+    from parity.subject import Subject
 
 
-def provenance_of(bundle: Bundle, subject: Subject, checksum: str, weights: int) -> dict[str, str]:
+def provenance_of(bundle: Bundle, subject: "Subject", checksum: str, weights: int) -> dict[str, str]:
     """Commits, weights, numerics, versions and the command, in words."""
     source = bundle.manifest["source"]
     found = {
-        "oracle": " ".join(str(source[key]) for key in ("implementation", "commit") if key in source),
+        "oracle": origin(source),
         "oracle's PyTorch": str(source.get("torch", "unknown")),
         "checkpoint": f"{bundle.checkpoint.name}/{bundle.variant}",
         "weights": f"{weights} tensors, {checksum}",
@@ -24,6 +28,11 @@ def provenance_of(bundle: Bundle, subject: Subject, checksum: str, weights: int)
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     return found | subject.versions()
+
+
+def origin(source: Mapping[str, Any]) -> str:
+    """What made a bundle and at which commit, as far as its manifest tells."""
+    return " ".join(str(source[key]) for key in ("implementation", "commit") if key in source)
 
 
 def code_commit(digits: int = 40) -> str | None:

@@ -14,6 +14,7 @@ from parity.check import Result
 from parity.errors import ParityError
 from parity.metrics import Difference
 from parity.plot import error_plot
+from parity.provenance import origin
 from parity.sketch import CONFIDENCE
 from parity.verdict import AGREE, DIVERGE, INCONCLUSIVE, MEDIAN, UNUSABLE
 
@@ -127,8 +128,14 @@ def estimates(differences: Iterable[Difference]) -> str | None:
 
 
 def _comparison(environment: Environment, row: Row, created: str) -> str:
+    result = row.result
     return environment.get_template("comparison.html").render(
-        row=row, result=row.result, created=created, plot=error_plot(row.result), policy=POLICIES[row.result.dtype]
+        row=row,
+        result=result,
+        origin=origin(result.source),
+        created=created,
+        plot=error_plot(result),
+        policy=POLICIES[result.dtype],
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parity.bundle import CHECKSUMS, CHECKSUMS_FORMAT, FILES, FORMAT, find_bundles, read_json, sha256
+from parity.bundle import CHECKSUMS, FILES, FORMAT, find_bundles, read_json, read_listing, sha256
 from parity.errors import ParityError
 from parity.recording import write_atomically
 from parity.sketch_file import FILE as SKETCHES
@@ -125,14 +125,8 @@ def checksums(path: Path, manifest: dict[str, Any]) -> Checksums:
 
 def listed(root: Path) -> dict[str, Any]:
     """Return the entries of MANIFEST.json in a folder, none where there is no such file; raises ParityError."""
-    path = root / CHECKSUMS
-    if not path.is_file():
-        return {}
-    document = read_json(path)
-    files = document.get("files") if document.get("format") == CHECKSUMS_FORMAT else None
-    if not isinstance(files, dict):
-        raise ParityError(f"{path} is not a {CHECKSUMS_FORMAT} file: restore or remove it")
-    return files
+    document = read_listing(root)
+    return {} if document is None else document["files"]
 
 
 def compare_files(root: Path, expected: dict[str, Any]) -> Checksums:
@@ -157,7 +151,7 @@ def seal(path: Path) -> None:
     manifest = read_json(path / "manifest.json")
     files = (*FILES, SKETCHES) if (path / SKETCHES).is_file() else FILES
     manifest[OWN] = {name: entry_of(path / name) for name in files if name != "manifest.json"}
-    write_atomically(path / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
+    _write_json(path / "manifest.json", manifest)
 
 
 def relist(file: Path) -> None:
@@ -167,11 +161,15 @@ def relist(file: Path) -> None:
     """
     file = file.resolve()
     root, name = file.parents[1], f"{file.parent.name}/{file.name}"
-    if name not in listed(root):
+    document = read_listing(root)
+    if document is None or name not in document["files"]:
         return
-    document = read_json(root / CHECKSUMS)
     document["files"][name] = entry_of(file)
-    write_atomically(root / CHECKSUMS, (json.dumps(document, indent=1) + "\n").encode())
+    _write_json(root / CHECKSUMS, document)
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def sizes(count: int) -> str:
