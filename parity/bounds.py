@@ -1,118 +1,141 @@
-"""From floors to bounds: how far over its floor a tap must be for a run to be called wrong.
+"""From floors to bounds: how far a tap may be from the reference's before a run is called wrong.
 
-The threshold on error / floor is measured. Each family of variants in turn is taken for an implementation under test
-and the others for its floor; the logarithms of these ratios beyond their nine-tenth quantile are fitted by a
-generalized Pareto distribution (by its moments), for each dtype by itself, and the threshold is where its tail, over
-all taps compared, leaves a chance of FALSE_ALARM for a false alarm anywhere in the run (Bonferroni's bound, which holds
-however the taps depend on each other). A few hundred ratios tell a far quantile roughly: what counts is the upper end
-of its bootstrap interval. With lognormal errors a run of right implementations is then called wrong in 1 % of cases or
-fewer, which the plain fit exceeds several times over.
+Two right runs lie on either side of what is exact, so they are at most two floors apart, the floor being the farthest
+of the variants; in a tap whose error hangs on few roundings, or on one that all elements share, the next draw may go
+beyond all that were seen. Both dtypes have that in their own form:
+
+- float32: errors add up, and their size varies from draw to draw as that of a vector with so many degrees of freedom
+  as the measured spread tells (1 where a single scalar is off). The bound is two floors times the far quantile of that.
+- bfloat16: an element is rounded one way or the other. How many differ is counted over all taps of a component and all
+  variants; in one tap their number is taken for Poisson's, each weighed with its unit in the last place, and the
+  largest element may always be one of them.
+
+The quantile is such that all taps of a run together alarm in FALSE_ALARM of clean runs (Bonferroni's bound).
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
-from parity.bundle import Bundle
 from parity.findings import Alarm
 from parity.floors import Floors
-from parity.oracle import Oracle
-from parity.rounding import ULP, quantum
+from parity.recording import Tap
+from parity.rounding import ULP, step_squares
+from parity.sketch import ACCURACY, Sketch
 
 FALSE_ALARM = 0.01
-"""Largest chance that a run of equally right implementations is called wrong anywhere."""
-_TAIL = 0.1
-_RESAMPLES, _CONFIDENCE = 200, 0.95
+"""Chance that a run of equally right implementations is called wrong anywhere, by the model of the bounds."""
+_APART = 2.0
+# Of bfloat16 errors of many roundings: what a Poisson number may exceed its mean by where that is 1, as a factor.
+_FARTHEST = 8**0.5
 
 
-def floor(errors: np.ndarray, least: float) -> float:
-    """The floor of a tap: the largest error of the variants, or the least that any tap has."""
-    return max(float(errors.max(initial=0.0)), least)
+@dataclass(frozen=True)
+class Bound:
+    """What a tap may be off by, relative L2: the floor that it is judged by, and the largest error that agrees."""
 
-
-def threshold(ratios: np.ndarray, count: int, taps: int) -> float:
-    """Fit the threshold on error / floor of a run that compares so many taps to what the families are to each other.
-
-    `ratios` are the largest of `count`, in falling order.
-    """
-    if not count:
-        return 1.0
-    logs = np.log(ratios.astype(np.float64))
-    start = max(float(logs[min(int(_TAIL * count), len(logs) - 1)]), 0.0)
-    beyond = logs[logs > start] - start
-    chance = FALSE_ALARM / max(taps, 1) / max(beyond.size / count, FALSE_ALARM / max(taps, 1))
-    far = _far(beyond, chance) if beyond.size > 1 else 0.0
-    # Never below what was seen, nor below the floor itself.
-    return float(np.exp(max(start + far, logs[0], 0.0)))
+    floor: float
+    allowed: float
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a tap may be off by: its floor, and the threshold on errors over it, which is one for each dtype."""
+    """The bounds of taps, and how often they alarm."""
 
-    levels: dict[str, float]
-    kinds: dict[str, tuple[str, int]]
-    thresholds: dict[str, float]
+    taps: dict[str, Bound]
     alarm: Alarm
 
     def allowed(self, name: str) -> float:
-        """The largest error with which a tap agrees.
+        """The largest error with which a tap agrees."""
+        return self.taps[name].allowed
 
-        A rounding in bfloat16 falls one way or the other: another right run has not as many elements off by a bit but
-        about as many, which in a small tap is a large part. Their number is taken for Poisson's.
-        """
-        level, (dtype, size) = self.levels[name], self.kinds[name]
-        bound = level * self.thresholds[dtype]
-        if dtype != "bfloat16" or not size:
-            return bound
-        one = ULP[dtype] * (2 / size) ** 0.5  # a unit in the last place, between 2**-8 and 2**-7 of an element
-        usual = (level / one) ** 2 + 1
-        far = NormalDist().inv_cdf(1 - self.alarm.rate / max(self.alarm.taps, 1))
-        return max(bound, one * (usual + far * usual**0.5 + far**2 / 2) ** 0.5)
+    def floor(self, name: str) -> float:
+        """What rounding alone does to a tap."""
+        return self.taps[name].floor
 
 
-def local_bounds(oracle: Oracle, floors: Floors) -> Bounds:
-    """The bounds of taps computed from the oracle's input."""
-    taps = oracle.taps
-    least = {name: quantum(taps[name]) for name in floors.errors}
-    kinds = {name: (taps[name].dtype, taps[name].array.size) for name in floors.errors}
-    return bounds_of(floors, least, kinds, oracle.bundle.dtype)
+class Scale(NamedTuple):
+    """What is known of a tap's values, all relative to their squared norm: units in the last place, squared.
+
+    Attributes:
+        total: their sum.
+        lump: their mean, each weighed with itself: what one rounding amounts to that falls the other way.
+        peak: the largest.
+        estimated: whether errors are told from sketches.
+    """
+
+    dtype: str
+    total: float
+    lump: float
+    peak: float
+    estimated: bool = False
 
 
-def free_bounds(bundle: Bundle, floors: Floors) -> Bounds:
-    """The same for runs from their own input, whose states are of the run's dtype and may be off by a bit."""
-    least = {name: quantum(bundle.expected[name], bundle.dtype) for name in floors.errors}
-    kinds = {name: (bundle.dtype, bundle.expected[name].size) for name in floors.errors}
-    return bounds_of(floors, least, kinds, bundle.dtype)
+def scale_of(value: Tap | Sketch) -> Scale:
+    """The scale of a tap, or of a sketch by what its elements are on average."""
+    if isinstance(value, Sketch):
+        one = ULP[value.dtype] ** 2 / max(value.size, 1)
+        return Scale(value.dtype, value.size * one, one, one, estimated=True)
+    norm = float(np.square(value.array, dtype=np.float64).sum())
+    if not norm:
+        return Scale(value.dtype, 0.0, 0.0, 0.0)
+    steps = step_squares(value.array, value.dtype)
+    return Scale(value.dtype, steps.total / norm, steps.squares / steps.total / norm, steps.largest / norm)
 
 
-def bounds_of(floors: Floors, least: Mapping[str, float], kinds: dict[str, tuple[str, int]], dtype: str) -> Bounds:
-    """The bounds of taps of given least floors, dtypes and sizes, in a run of a dtype."""
-    levels = {name: floor(errors, least[name]) for name, errors in floors.errors.items()}
-    thresholds = {d: threshold(found, floors.count[d], len(levels)) for d, found in floors.ratios.items()}
-    count = sum(floors.count.values())
-    bounds = Bounds(levels, kinds, thresholds, Alarm(FALSE_ALARM, len(levels), thresholds[dtype], count))
-    widest = max((bounds.allowed(name) / level for name, level in levels.items() if level), default=1.0)
-    return replace(bounds, alarm=replace(bounds.alarm, threshold=widest))
+def bounds_of(floors: Floors, values: Mapping[str, Tap | Sketch], dtype: str) -> Bounds:
+    """The bounds of all taps that have floors and values, in a run of a dtype."""
+    return bounds_by_scale(floors, {n: scale_of(values[n]) for n in floors.levels if n in values}, dtype)
 
 
-def _far(excesses: np.ndarray, chance: float) -> float:
-    """The upper end of the bootstrap interval of the excess that is exceeded with a given chance."""
-    drawn = np.random.default_rng(0).integers(0, excesses.size, (_RESAMPLES, excesses.size))
-    resampled = _pareto_quantiles(excesses[drawn], chance)
-    return max(float(np.quantile(resampled, _CONFIDENCE)), float(_pareto_quantiles(excesses[None], chance)[0]))
+def bounds_by_scale(floors: Floors, scales: Mapping[str, Scale], dtype: str) -> Bounds:
+    """The bounds of taps whose scales are known, in a run of a dtype."""
+    chance = FALSE_ALARM / max(len(scales), 1)
+    found = {name: _bound(floors, name, scale, dtype, chance) for name, scale in scales.items()}
+    widest = max((bound.allowed / bound.floor for bound in found.values() if bound.floor), default=1.0)
+    return Bounds(found, Alarm(FALSE_ALARM, len(found), widest, len(floors.variants)))
 
 
-def _pareto_quantiles(samples: np.ndarray, chance: float) -> np.ndarray:
-    """For each row of excesses what is exceeded with a given chance, by a generalized Pareto distribution of the same
-    moments."""
-    mean, spread = samples.mean(axis=1), samples.var(axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # An error is bounded, so in logarithms no tail is heavier than the exponential one, whose shape is 0.
-        shape = np.minimum((1 - mean**2 / spread) / 2, 0.0)
-        scale = mean * (1 - shape)
-        bounded = scale / shape * (chance**-shape - 1)
-    exponential = -scale * np.log(chance)
-    return np.where(spread > 0, np.where(shape > -1e-6, exponential, bounded), mean)
+def _bound(floors: Floors, name: str, scale: Scale, dtype: str, chance: float) -> Bound:
+    level, spread = floors.levels[name], floors.spreads[name]
+    wider = 1 + ACCURACY * scale.estimated
+    if scale.dtype != "bfloat16" or not scale.lump:
+        # One rounding, of the largest element, is always allowed for.
+        bound = _continuous(max(level, scale.peak**0.5), spread, chance, dtype)
+        return Bound(bound.floor, bound.allowed * wider)
+    square = max(level**2, floors.flips[name] * scale.total)
+    counted = poisson_quantile(square / scale.lump, chance) * scale.lump + scale.peak
+    far = _continuous(square**0.5, spread, chance, dtype).allowed if square > scale.lump else 0.0
+    return Bound(max(square, scale.peak) ** 0.5, max(counted**0.5, far) * wider)
+
+
+def _continuous(level: float, spread: float, chance: float, dtype: str) -> Bound:
+    """The bound of an error that varies from draw to draw with a standard deviation of its logarithm.
+
+    Under bfloat16 it comes from roundings that fall one way or the other, of which the floor has seen many.
+    """
+    degrees = max(1 / (2 * spread**2), 1.0) if spread else math.inf
+    beyond = 1 + NormalDist().inv_cdf(1 - chance) / (2 * degrees) ** 0.5
+    allowed = _APART * beyond
+    return Bound(level, level * (min(allowed, _FARTHEST) if dtype == "bfloat16" else allowed))
+
+
+@lru_cache(maxsize=65536)
+def poisson_quantile(mean: float, chance: float) -> int:
+    """The smallest number that a Poisson number of a mean exceeds with at most a given chance."""
+    if mean > 1000:
+        far = NormalDist().inv_cdf(1 - chance)
+        return math.ceil(mean + far * mean**0.5 + far**2 / 2)
+    count, term = 0, math.exp(-mean)
+    within = term
+    # Summed from below until what is left is as small as that.
+    while 1 - within > chance and count < mean + 40 + 12 * mean**0.5:
+        count += 1
+        term *= mean / count
+        within += term
+    return count

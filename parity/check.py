@@ -12,16 +12,21 @@ import numpy as np
 
 from parity import memory
 from parity.bundle import Bundle, read_bundle
+from parity.contract import check_preprocessed
 from parity.diagnosis import name_component
 from parity.errors import ParityError
 from parity.findings import Alarm, finite
-from parity.floors_file import free_floors
+from parity.floors import FREE, SEGMENT, logits_of, run_free
+from parity.floors_file import floors_of
 from parity.implementations import Implementation, Progress
+from parity.judgement import Judgement, clears, judge
 from parity.metrics import Difference, bits, compare
+from parity.oracle import Oracle
 from parity.recording import Recording, Tap
 from parity.registry import TapName, parse
 from parity.requests import SUPPORTED_TASKS
 from parity.sketch import Sketch
+from parity.trajectory import margins
 from parity.verdict import (
     AGREE,
     DIVERGE,
@@ -80,7 +85,6 @@ class TapResult:
             "groups": {group: finite(error) for group, error in d.groups},
             "upstream_floor": finite(self.limit.upstream),
             "floor": finite(self.limit.floor),
-            "leading": self.limit.leading,
             "mismatch": d.mismatch,
         }
 
@@ -91,7 +95,8 @@ class Result:
 
     `inputs` are the integer inputs, compared before any float; `compared` counts the oracle's taps only.
     `upstream_median` is the median of error over upstream's own rounding error for bfloat16, None for float32;
-    `floor_median` that of error over the floor. `reason` says why a comparison is inconclusive.
+    `floor_median` that of error over the floor. `reason` says why a comparison is inconclusive, `remark` what else has
+    to be known of one that is not.
     """
 
     bundle: str
@@ -108,6 +113,7 @@ class Result:
     floor_median: float | None = None
     alarm: Alarm | None = None
     reason: str = ""
+    remark: str = ""
     seconds: float | None = None
     peak_bytes: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -144,6 +150,7 @@ class Result:
             "false_alarm_rate": self.alarm and self.alarm.rate,
             "threshold": self.alarm and finite(self.alarm.threshold),
             "reason": self.reason,
+            "remark": self.remark,
             "seconds": finite(self.seconds),
             "peak_bytes": self.peak_bytes,
             "versions": self.versions,
@@ -157,13 +164,15 @@ class Result:
 class Run:
     """A bundle replayed by an implementation: what it computed, in how many seconds, with what peak memory in bytes.
 
-    `unstable` names the first tap in which a second replay differs, None where all are equal.
+    `unstable` names the first tap in which a second replay differs, None where all are equal. `preprocessed` are the
+    visuals as the implementation resizes them itself.
     """
 
     bundle: Bundle
     recording: Recording
     impl: Implementation
     unstable: str | None = None
+    preprocessed: dict[str, np.ndarray] | None = None
     seconds: float | None = None
     peak_bytes: int | None = None
 
@@ -186,7 +195,7 @@ def record_bundle(path: Path, impl: Implementation, progress: Progress | None = 
     recording = impl.record(bundle, progress)
     seconds, peak = time.perf_counter() - start, memory.peak()
     unstable = first_unequal(recording, impl.record(bundle, progress))
-    return Run(bundle, recording, impl, unstable, seconds, peak)
+    return Run(bundle, recording, impl, unstable, impl.preprocessed(bundle), seconds, peak)
 
 
 def first_unequal(first: Recording, second: Recording) -> str | None:
@@ -199,30 +208,40 @@ def first_unequal(first: Recording, second: Recording) -> str | None:
 
 
 def check_recording(run: Run) -> Result:
-    """Compare what was replayed with the bundle, integers first."""
-    bundle, recording = run.bundle, run.recording
+    """Compare what was replayed with the bundle, integers first.
+
+    Whether the oracle and the reference agree is judged before: where they do not, nothing can be said of a run, unless
+    it agrees with the oracle where the reference does not.
+    """
+    bundle, recording = run.bundle, dict(run.recording)
     reason = f"two equal runs differ first at {run.unstable}" if run.unstable else ""
+    blind, remark, logits, alarm = "", "", {}, None
     try:
+        trusted = trusted_of(bundle)
         limits, alarm = limits_of(bundle)
+        logits = logits_of(trusted.own)
+        recording |= _settled(trusted.oracle, recording)
+        blind, remark = _blind(trusted, recording, limits)
+        reason = reason or blind
     except ParityError as error:
-        # Without floors only what must be equal can be judged.
-        reason = reason or f"no floor: {error}"
+        # Without the reference only what must be equal can be judged.
+        reason = reason or str(error)
         limits = {name: Limit(0.0 if tap.dtype == "int32" else math.inf) for name, tap in bundle.expected.items()}
-        alarm = None
-    names = sorted(bundle.expected, key=lambda name: bundle.locate(name).place)
+    expected = bundle.expected | {name: tap for name, tap in logits.items() if name in recording}
+    names = sorted(expected, key=lambda name: bundle.locate(name).place)
     integers = {f"inputs/{name}": tap for name, tap in bundle.inputs.items() if tap.dtype == "int32"}
     integers = dict(sorted(integers.items(), key=lambda item: parse(item[0]).place))
     computed = {f"inputs/{name}": tap for name, tap in recording.items()}
     missing = [name for name in integers if name not in computed] + [name for name in names if name not in recording]
     inputs = [_compare(parse(n), oracle, computed[n], Limit(0.0)) for n, oracle in integers.items() if n in computed]
-    expected = bundle.expected
+    inputs += _preprocessed(run)
     taps = [_compare(bundle.locate(n), expected[n], recording[n], limits[n]) for n in names if n in recording]
     differences = {result.tap.name: result.difference for result in taps}
     over_floor = median_over_floor(differences, limits)
     first = _first_divergence(bundle, recording, [*inputs, *taps], (over_floor or 0.0) > MEDIAN)
     if any(result.difference.size for result in taps) and len(taps) < FEWEST_TAPS:
         reason = reason or f"only {len(taps)} tap was compared"
-    verdict = _verdict(taps, missing, first, reason, run.unstable)
+    verdict = _verdict(taps, missing, first, reason, run.unstable or blind)
     return Result(
         bundle=bundle.name,
         impl=run.impl.name,
@@ -238,6 +257,7 @@ def check_recording(run: Run) -> Result:
         floor_median=over_floor,
         alarm=alarm,
         reason=reason,
+        remark=remark,
         seconds=run.seconds,
         peak_bytes=run.peak_bytes,
         versions=run.impl.versions(),
@@ -253,25 +273,87 @@ def unusable_json(bundle: str, impl: str, error: str) -> dict[str, Any]:
     return {"bundle": bundle, "impl": impl, "verdict": UNUSABLE, **nothing, "error": error}
 
 
-def limits_of(bundle: Bundle) -> tuple[dict[str, Limit], Alarm]:
-    """Return the limit of every tap of a bundle, and how often they raise a false alarm.
+@dataclass(frozen=True, eq=False)
+class Trusted:
+    """The trusted side of a bundle.
 
-    Raises ParityError when no floors are stored with the bundle and the reference cannot measure them.
+    Attributes:
+        oracle: the reference from upstream's values.
+        own: the reference from the request's randomness alone.
+        judgement: whether the two agree with each other.
     """
-    return _measured_limits(bundle.path, (bundle.path / "taps.safetensors").stat().st_mtime_ns)
+
+    oracle: Oracle
+    own: Recording
+    judgement: Judgement
 
 
-@lru_cache(maxsize=4)
-def _measured_limits(path: Path, mtime_ns: int) -> tuple[dict[str, Limit], Alarm]:
+def trusted_of(bundle: Bundle) -> Trusted:
+    """Run the reference and judge the bundle; raises ParityError when the reference cannot run it."""
+    return _trusted(bundle.path, (bundle.path / "taps.safetensors").stat().st_mtime_ns)[0]
+
+
+def limits_of(bundle: Bundle) -> tuple[dict[str, Limit], Alarm]:
+    """Return the limit of every tap of a bundle and of an answer's logits, and how often they raise a false alarm.
+
+    Raises ParityError when the reference cannot run the bundle.
+    """
+    return _trusted(bundle.path, (bundle.path / "taps.safetensors").stat().st_mtime_ns)[1]
+
+
+@lru_cache(maxsize=2)
+def _trusted(path: Path, mtime_ns: int) -> tuple[Trusted, tuple[dict[str, Limit], Alarm]]:
     del mtime_ns  # it only tells a bundle that was written anew apart in the cache
     bundle = read_bundle(path)
-    return limits_from(bundle, free_floors(bundle))
+    oracle = Oracle.of(bundle)
+    floors = floors_of(oracle)
+    trusted = Trusted(oracle, run_free(oracle.run, bundle), judge(oracle, floors[SEGMENT]))
+    return trusted, limits_from(bundle, floors[FREE], logits_of(trusted.own))
+
+
+def _blind(trusted: Trusted, recording: Recording, limits: dict[str, Limit]) -> tuple[str, str]:
+    """Why nothing can be said of a run where the oracle and the reference disagree; else what has to be known."""
+    judgement, expected = trusted.judgement, trusted.oracle.bundle.expected
+    if judgement.agree:
+        return "", ""
+    # Only what is far off in a run of its own can be told apart there.
+    allowed = {name: limit.error for name, limit in limits.items()}
+    if clears(judgement, recording, expected, allowed) and not clears(judgement, trusted.own, expected, allowed):
+        return "", f"{judgement.sentence()}; this run agrees with the oracle there"
+    return judgement.sentence(), ""
+
+
+def _settled(oracle: Oracle, recording: Recording) -> Recording:
+    """An answer whose choices are the oracle's wherever the logits are a rounding apart."""
+    wanted, got = oracle.taps.get("tokens"), recording.get("tokens")
+    if wanted is None or got is None or wanted.array.shape != got.array.shape:
+        return {}
+    ties = [margin.step for margin in margins(oracle, recording) if margin.tie]
+    settled = got.array.copy()
+    settled[ties] = wanted.array[ties]
+    return {"tokens": Tap(settled, "int32")}
+
+
+def _preprocessed(run: Run) -> list[TapResult]:
+    """The pixels and patches that the implementation makes of the visuals' files itself."""
+    inputs, computed = run.bundle.inputs, run.preprocessed or {}
+    wrong = {breach.tap for breach in check_preprocessed(computed, inputs)}
+    results = []
+    for name, got in sorted(computed.items()):
+        if name not in inputs:
+            continue
+        tap = f"inputs/{name}"
+        expected, ours = inputs[name], Tap(np.ascontiguousarray(got, np.float32), "float32")
+        # The same picture but for where it is cut is as good.
+        difference = compare(expected, ours if tap in wrong else expected)
+        results.append(TapResult(parse(tap), expected.shape, expected.dtype, difference, Limit(0.0)))
+    return results
 
 
 def _verdict(
-    taps: list[TapResult], missing: list[str], first: dict[str, Any] | None, reason: str, unstable: str | None
+    taps: list[TapResult], missing: list[str], first: dict[str, Any] | None, reason: str, untold: str | None
 ) -> str:
-    if first and not unstable:
+    if first and not untold:
         return DIVERGE
     if missing or not any(result.difference.size for result in taps):
         return UNUSABLE
@@ -295,10 +377,7 @@ def _first_divergence(
 
 
 def _compare(name: TapName, oracle: Tap | Sketch, ours: Tap, limit: Limit) -> TapResult:
-    given, computed = oracle, ours
-    if limit.leading is not None:
-        given, computed = (Tap(tap.array[: limit.leading], tap.dtype) for tap in (oracle, ours))
-    return TapResult(name, oracle.shape, oracle.dtype, compare(given, computed, name.most), limit)
+    return TapResult(name, oracle.shape, oracle.dtype, compare(oracle, ours, name.most), limit)
 
 
 def _badness(result: TapResult) -> tuple[bool, float]:

@@ -124,15 +124,17 @@ def floors(
 ) -> None:
     """Measure what rounding alone does to bundles, and keep it beside their taps, in floors.safetensors.
 
-    Without that file the other commands measure it each time that they need it. What is there is measured again.
+    The reference runs in every order of rounding, and in processes that compute as other processors do. Without that
+    file, or on another machine than it was measured on, the other commands measure once and keep it in
+    ~/.cache/lance-parity (LANCE_PARITY_CACHE names another folder). What is there is measured again.
     """
     from parity.cli import one_line_errors
 
     with one_line_errors():
-        from parity.bounds import free_bounds, local_bounds
         from parity.bundle import find_bundles, read_bundle
-        from parity.floors import measure_free, measure_local
+        from parity.floors import LOCAL, measure
         from parity.floors_file import FILE, write_floors
+        from parity.machines import machine, settings
         from parity.oracle import Oracle
         from parity.runner import limit_threads
         from parity.store import relist
@@ -145,13 +147,11 @@ def floors(
             for path in paths:
                 tell = start(path.name)
                 oracle = Oracle.of(read_bundle(path))
-                local, free = measure_local(oracle, tell), measure_free(oracle.bundle, tell)
-                write_floors(path / FILE, oracle, local, free)
+                floors = measure(oracle, tell, settings())
+                write_floors(path / FILE, oracle, floors)
                 relist(path / FILE)
-                steered, own = local_bounds(oracle, local).alarm, free_bounds(oracle.bundle, free).alarm
+                local = floors[LOCAL]
                 lines.append(
-                    f"{path / FILE}: {len(local.errors)} taps, {len(local.variants)} variants; a tap alarms from at "
-                    "most "
-                    f"{steered.threshold:.1f} times its local floor, {own.threshold:.1f} times its free one"
+                    f"{path / FILE}: {len(local.levels)} taps, {len(local.variants)} variants, machine {machine()}"
                 )
         print("\n".join(lines))

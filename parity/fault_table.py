@@ -9,7 +9,7 @@ from parity.bundle import Bundle, read_bundle
 from parity.errors import ParityError
 from parity.faults import Fault
 from parity.findings import Localization
-from parity.floors import measure_free, measure_local
+from parity.floors import measure
 from parity.floors_file import FILE, write_floors
 from parity.hypotheses import HYPOTHESES
 from parity.localize import Investigation
@@ -76,7 +76,7 @@ def record_more(folder: Path, oracles: Path, start: Callable[[str], Callable[[st
         tell = start(name)
         path = record(folder / name, oracles / "checkpoint-a", request, dtype=dtype, progress=tell)
         oracle = Oracle.of(read_bundle(path))
-        write_floors(path / FILE, oracle, measure_local(oracle, tell), measure_free(oracle.bundle, tell))
+        write_floors(path / FILE, oracle, measure(oracle, tell))
         paths.append(path)
     return paths
 

@@ -23,12 +23,13 @@ class TapError:
     Attributes:
         tap: which one, with its component, call and axes.
         source: UPSTREAM or REFERENCE.
-        local: |f(oracle's input) - oracle| / |oracle|.
+        local: |f(oracle's input) - r| / |r|, r being what the reference makes of the oracle's input, which is held
+            against the oracle before.
         propagated: |f(own input) - f(oracle's input)| / |oracle|: what earlier errors do here.
         total: |f(own input) - oracle| / |oracle|; as vectors, local and propagated add up to it.
         gain: propagated error here over the total error of the tap before it in the same call, None without one.
         floor: the largest local error of equally right orders of rounding.
-        allowed: `floor` times the threshold of the run's false-alarm rate; None where the tap has no floor.
+        allowed: the largest error that agrees; None where the tap has no floor.
         mismatch: why the two cannot be close whatever their values (shape, dtype, NaN), or None.
         accuracy: how near `local` is to the exact error, relative to it, in 95 of 100 cases, where a sketch tells it;
             None where it is exact.
@@ -161,7 +162,7 @@ class Alarm:
         rate: upper bound of the chance that any of the taps of a clean run alarms.
         taps: how many taps share it.
         threshold: error over floor from which a tap alarms, the largest of all taps.
-        samples: how many measured ratios the threshold was fitted to.
+        samples: how many equally right variants the floors come from.
     """
 
     rate: float
@@ -249,6 +250,7 @@ class Localization:
     provenance: dict[str, str] = field(default_factory=dict)
     seconds: float | None = None
     peak_bytes: int | None = None
+    remark: str = ""
 
     @property
     def first(self) -> Finding | None:
@@ -260,6 +262,7 @@ class Localization:
         return {
             "verdict": self.verdict,
             "reason": self.reason,
+            "remark": self.remark,
             "findings": [finding.to_json() for finding in self.findings],
             "bundle": self.bundle,
             "impl": self.impl,

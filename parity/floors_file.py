@@ -1,8 +1,10 @@
-"""Floors kept beside a bundle's taps."""
+"""Floors kept beside a bundle's taps, and those of this machine in a cache outside of any repository."""
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,97 +14,141 @@ from safetensors.numpy import save
 
 from parity.bundle import Bundle, sha256
 from parity.errors import ParityError
-from parity.floors import FREE, LOCAL, Floors, Progress, floats_of, measure_free, measure_local
+from parity.floors import KINDS, Floors, FloorSet, measure, pooled
+from parity.machines import facts, machine
 from parity.oracle import Oracle
 from parity.recording import write_atomically
 from parity.sketch_file import FILE as SKETCHES
 
 FILE = "floors.safetensors"
-_FORMAT = "lance-floors/3"
+CACHE = "LANCE_PARITY_CACHE"
+"""Environment variable with the folder of what is measured on this machine; by default ~/.cache/lance-parity."""
+_FORMAT = "lance-floors/4"
 _FACTS = "floors"
+_TABLES = ("levels", "flips", "spreads")
+# A float32 run is off by a millionth; a floor of more is none.
+_LARGEST = {"float32": 1e-2, "bfloat16": 2.0}
 
 
-def local_floors(oracle: Oracle, progress: Progress | None = None) -> Floors:
-    """Floors from the oracle's input for all taps: those stored with the bundle, or measured where none fit it.
+def floors_of(oracle: Oracle, progress: Callable[[str], None] | None = None) -> FloorSet:
+    """The floors of a bundle for this machine: those kept with it where they were measured on such a machine, or else
+    pooled with this machine's own, which are measured once and kept in the cache.
 
-    Raises ParityError when the reference cannot run.
+    Raises ParityError when kept floors are no such thing or of another capture, or the reference cannot run.
     """
-    stored = _read(oracle.bundle, LOCAL, floats_of(oracle.taps), _names_sum(oracle.taps))
-    return stored or measure_local(oracle, progress)
+    kept = read_floors(oracle.bundle.path / FILE, oracle)
+    if kept is not None and all(machine() in floors.machines for floors in kept.values()):
+        return kept
+    place = cache_folder() / f"{_key(oracle)}.safetensors"
+    mine = None
+    with suppress(ParityError):
+        # What a cache cannot give is measured again.
+        mine = read_floors(place, oracle)
+    if mine is None:
+        mine = measure(oracle, progress)
+        with suppress(ParityError):
+            write_floors(place, oracle, mine)
+    return mine if kept is None else {kind: pooled([kept[kind], mine[kind]]) for kind in KINDS}
 
 
-def free_floors(bundle: Bundle, progress: Progress | None = None) -> Floors:
-    """Floors from a run's own input for the bundle's taps: those stored with it, or measured where none fit it.
-
-    Raises ParityError when the reference cannot run.
-    """
-    stored = _read(bundle, FREE, floats_of(bundle.expected), _names_sum(bundle.expected))
-    return stored or measure_free(bundle, progress)
+def cache_folder() -> Path:
+    """Where floors of this machine are kept."""
+    if chosen := os.environ.get(CACHE):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lance-parity"
 
 
-def write_floors(path: Path, oracle: Oracle, local: Floors, free: Floors) -> None:
-    """Write floors beside a bundle's taps, whole or not at all."""
-    both = {LOCAL: local, FREE: free}
+def write_floors(path: Path, oracle: Oracle, floors: FloorSet) -> None:
+    """Write floors, whole or not at all; raises ParityError where that fails."""
     arrays = {
-        LOCAL: _packed(np.stack(list(local.errors.values()))),
-        FREE: _packed(np.stack(list(free.errors.values()))),
-        **{f"{kind}_{d}": _packed(found) for kind, f in both.items() for d, found in f.ratios.items()},
-        "upstream": _packed(np.array(list(free.upstream.values()), np.float32)),
+        f"{kind}_{table}": _packed(getattr(each, table)) for kind, each in floors.items() for table in _TABLES
     }
-    facts = {
+    upstream = floors["free"].upstream
+    arrays["upstream"] = _packed(upstream)
+    facts_kept = {
         "format": _FORMAT,
         "taps_sha256": _taps_sum(oracle.bundle),
-        f"{LOCAL}_names": _names_sum(oracle.taps),
-        f"{FREE}_names": _names_sum(oracle.bundle.expected),
-        **{f"{kind}_variants": f.variants for kind, f in both.items()},
-        **{f"{kind}_count": f.count for kind, f in both.items()},
-        "leading": free.leading,
+        "names": {kind: list(each.levels) for kind, each in floors.items()},
+        "upstream": list(upstream),
+        "variants": {kind: each.variants for kind, each in floors.items()},
+        "machines": {kind: each.machines for kind, each in floors.items()},
+        "machine": facts(),
         "torch": torch.__version__,
+        "arrays_sha256": _arrays_sum(arrays),
     }
     # One entry: safetensors writes several in no order, and the same floors are to make the same bytes.
-    write_atomically(path, save(arrays, {_FACTS: json.dumps(facts)}))
+    write_atomically(path, save(arrays, {_FACTS: json.dumps(facts_kept)}))
 
 
-def _packed(values: np.ndarray) -> np.ndarray:
-    """Binary logarithms in half precision: good to one part in a hundred, in half the room."""
-    with np.errstate(divide="ignore"):
-        return np.log2(values).astype(np.float16)
+def read_floors(path: Path, oracle: Oracle) -> FloorSet | None:
+    """The floors in a file, None where there is none.
 
-
-def _unpacked(logarithms: np.ndarray) -> np.ndarray:
-    return np.exp2(logarithms.astype(np.float32))
-
-
-def _read(bundle: Bundle, kind: str, names: list[str], names_sum: str) -> Floors | None:
-    """The floors stored with a bundle; None where there are none or they were measured on another capture.
-
-    Raises ParityError for a file that is damaged.
+    Raises ParityError for a file that is damaged, changed, of another format, of another capture or of other taps, or
+    holds what no rounding does.
     """
-    path = bundle.path / FILE
     if not path.is_file():
         return None
+    remedy = "remove it, or measure it again with lance-parity floors"
     try:
         with safe_open(path, framework="np") as file:
-            facts = dict(json.loads((file.metadata() or {}).get(_FACTS, "{}")))
-            wanted = {"format": _FORMAT, "taps_sha256": _taps_sum(bundle), f"{kind}_names": names_sum}
-            if any(facts.get(key) != value for key, value in wanted.items()):
-                return None
-            errors = dict(zip(names, _unpacked(file.get_tensor(kind)), strict=True))
-            distances = _unpacked(file.get_tensor("upstream")).tolist() if kind == FREE else []
-            upstream = dict(zip(names, distances, strict=False))
-            count = facts[f"{kind}_count"]
-            ratios = {dtype: _unpacked(file.get_tensor(f"{kind}_{dtype}")) for dtype in count}
-            return Floors(tuple(facts[f"{kind}_variants"]), errors, ratios, count, upstream, facts["leading"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ParityError(f"{path} is not a complete file of floors ({error}): remove or replace it") from None
+            kept = dict(json.loads((file.metadata() or {}).get(_FACTS, "{}")))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- no mapping
+        if kept.get("format") != _FORMAT:
+            raise ParityError(f"{path} has format {kept.get('format')!r}, not {_FORMAT!r}: {remedy}")
+        if kept["taps_sha256"] != _taps_sum(oracle.bundle):
+            raise ParityError(f"{path} holds the floors of another capture than the bundle's: {remedy}")
+        if kept["arrays_sha256"] != _arrays_sum(arrays):
+            raise ParityError(f"{path} holds other numbers than were measured: {remedy}")
+        floors = {}
+        for kind in KINDS:
+            names = kept["names"][kind]
+            tables = [dict(zip(names, _unpacked(arrays[f"{kind}_{t}"]), strict=True)) for t in _TABLES]
+            own = dict(zip(kept["upstream"], _unpacked(arrays["upstream"]), strict=True)) if kind == "free" else {}
+            variants, machines = (tuple(kept[key][kind]) for key in ("variants", "machines"))
+            floors[kind] = Floors(*tables, variants, machines, own)
+            _check(floors[kind], kind, oracle, path, remedy)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ParityError(f"{path} is not a complete file of floors ({error}): {remedy}") from None
+    return floors
+
+
+def _check(floors: Floors, kind: str, oracle: Oracle, path: Path, remedy: str) -> None:
+    wanted = oracle.taps if kind == "local" else oracle.bundle.expected
+    lost = next((name for name, tap in wanted.items() if tap.dtype != "int32" and name not in floors.levels), None)
+    if lost is not None:
+        raise ParityError(f"{path} holds floors of other taps, none of {lost}: {remedy}")
+    for name, level in floors.levels.items():
+        if not 0 <= level <= _LARGEST[oracle.bundle.dtype]:
+            raise ParityError(f"{path} says that rounding moves {name} by {level:g}: {remedy}")
+
+
+def _packed(values: Mapping[str, float]) -> np.ndarray:
+    """Binary logarithms in half precision: good to one part in a hundred, in half the room."""
+    with np.errstate(divide="ignore"):
+        return np.log2(np.array(list(values.values()), np.float32)).astype(np.float16)
+
+
+def _unpacked(logarithms: np.ndarray) -> list[float]:
+    return np.exp2(logarithms.astype(np.float32)).tolist()
+
+
+def _key(oracle: Oracle) -> str:
+    """What a measurement belongs to: the capture, the taps, the machine and the way to measure."""
+    parts = [_FORMAT, _taps_sum(oracle.bundle), _names_sum(oracle.taps), machine(), oracle.bundle.name]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def _taps_sum(bundle: Bundle) -> str:
-    """What floors belong to: the capture."""
     own = sha256(bundle.path / "taps.safetensors")
     return own if not bundle.sketches else f"{own} {sha256(bundle.path / SKETCHES)}"
 
 
 def _names_sum(taps: Iterable[str]) -> str:
-    """The names of taps in the order of the table's rows: finer ones come from the reference, which may get others."""
     return hashlib.sha256("\n".join(taps).encode()).hexdigest()
+
+
+def _arrays_sum(arrays: Mapping[str, np.ndarray]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        found.update(name.encode() + str(arrays[name].dtype).encode() + arrays[name].tobytes())
+    return found.hexdigest()

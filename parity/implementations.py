@@ -27,9 +27,13 @@ class Implementation(Protocol):
     def record(self, bundle: Bundle, progress: Progress | None = None) -> Recording:
         """Replay a bundle's request from its noise under its numerics policy, and return everything it computes.
 
-        Beside the oracle's taps a recording holds the integers of the sequence under their names in inputs.safetensors,
-        and may hold `sampler.velocity{k}`, the velocity after guidance. Raises ParityError when it cannot run.
+        An answer is given the bundle's tokens one by one. Beside the oracle's taps a recording holds the integers of
+        the sequence under their names in inputs.safetensors, and may hold `sampler.velocity{k}`, the velocity after
+        guidance, and the logits of an answer. Raises ParityError when it cannot run.
         """
+
+    def preprocessed(self, bundle: Bundle) -> dict[str, np.ndarray] | None:
+        """The visuals as it resizes them itself, by the names of the bundle's inputs; None where it has no part."""
 
     def layout(self, request: dict, tokenizer: Path, media: Path) -> dict[str, np.ndarray]:
         """Lay out a request with the tokenizer in a folder: the arrays of a layout's .npz, under the same names.
@@ -72,6 +76,7 @@ class Reference:
                 Numerics(dtype, attention, linear),
                 wanted(bundle),
                 progress,
+                force=answered(bundle),
             )
 
     def layout(self, request: dict, tokenizer: Path, media: Path) -> dict[str, np.ndarray]:
@@ -80,6 +85,11 @@ class Reference:
             from parity.replay_torch import layout_reference
 
             return layout_reference(request, tokenizer, media)
+
+    def preprocessed(self, bundle: Bundle) -> dict[str, np.ndarray] | None:
+        """See Implementation.preprocessed."""
+        del bundle
+        return None
 
     def versions(self) -> dict[str, str]:
         """See Implementation.versions."""
@@ -105,6 +115,7 @@ class Mlx:
                 bundle.dtype,
                 wanted(bundle),
                 progress,
+                force=answered(bundle),
             )
 
     def layout(self, request: dict, tokenizer: Path, media: Path) -> dict[str, np.ndarray]:
@@ -113,6 +124,13 @@ class Mlx:
             from parity.replay_mlx import layout_mlx
 
             return layout_mlx(request, tokenizer, media)
+
+    def preprocessed(self, bundle: Bundle) -> dict[str, np.ndarray] | None:
+        """See Implementation.preprocessed."""
+        with one_line(f"mlx cannot prepare the visuals of bundle {bundle.name}"):
+            from parity.replay_mlx import preprocess_mlx
+
+            return preprocess_mlx(bundle.request, bundle.entry, bundle.path.parent)
 
     def versions(self) -> dict[str, str]:
         """See Implementation.versions."""
@@ -159,10 +177,17 @@ def _numbered(taps: Recording, pattern: str) -> tuple[np.ndarray, ...]:
     return tuple(arrays)
 
 
+def answered(bundle: Bundle) -> Recording:
+    """The tokens that a run of a question is given, whatever it would answer itself."""
+    return {name: tap for name, tap in bundle.taps.items() if name == "tokens"}
+
+
 def wanted(bundle: Bundle) -> set[str]:
     """Return the names to record: the oracle's, its integer inputs, and what parity.diagnosis needs beside them."""
     steps = range(len(bundle.timesteps))
     names = {*bundle.expected, *bundle.inputs, *(f"sampler.velocity{step}" for step in steps)}
+    if "tokens" in bundle.taps:
+        names |= {f"cond.decode{step}/language_model.lm_head" for step in range(bundle.taps["tokens"].size)}
     if bundle.entry == "full_sequence":
         names |= {f"velocity_call{call}" for call in range(2 * len(steps))} | set(POSITION_LAYOUTS)
     return names

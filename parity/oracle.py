@@ -12,7 +12,6 @@ from parity.findings import REFERENCE, UPSTREAM
 from parity.implementations import one_line, replay_of
 from parity.recording import Contract, Recording, Split, Tap
 from parity.replay_torch import TorchReplay
-from parity.sketch import Sketch
 from parity.splitting import split_passes
 from reference.layout import Layout, Mode, Role
 from reference.model import Pipeline
@@ -20,8 +19,8 @@ from reference.numerics import Numerics
 from reference.request import Request
 from reference.sampler import time_grid
 
-# Integers of the sequence that every bundle holds among its inputs.
-_SEQUENCE = ("text_ids", "modality", "split_lens", "attn_modes")
+SEQUENCE = ("text_ids", "modality", "split_lens", "attn_modes")
+"""Integers of the sequence that every bundle holds among its inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +30,8 @@ class Oracle:
     Attributes:
         run: the reference with the bundle's request, in the bundle's numerics.
         taps: by name, in order of execution: upstream's values, and the reference's where the bundle has none.
-        own: what the reference itself computed at each tap, from upstream's values before it.
+        own: what the reference itself makes of the values before each tap: upstream's, and its own where the bundle
+            has none; a port's run from the same values is held against these.
         passes: the taps as the reference's own passes have them; in the full-sequence entry a pass holds all tokens.
     """
 
@@ -59,11 +59,6 @@ class Oracle:
         """The request's sequence as the reference lays it out."""
         return self.run.layout
 
-    @property
-    def judged(self) -> dict[str, Tap | Sketch]:
-        """What is compared with: the taps, but the bundle's sketches where it has those."""
-        return self.taps | self.bundle.sketches
-
     def source(self, name: str) -> str:
         """Whose value a tap is: upstream or reference."""
         return UPSTREAM if name in self.bundle.expected else REFERENCE
@@ -72,7 +67,7 @@ class Oracle:
     def contract(self) -> Contract:
         """What must be equal before any activation means anything; raises ParityError where the reference differs."""
         arrays = self.layout.arrays()
-        for name in _SEQUENCE:
+        for name in SEQUENCE:
             if not np.array_equal(arrays[name], self.bundle.inputs[name].array):
                 raise ParityError(f"the reference lays bundle {self.bundle.name} out with other {name}: it is no judge")
         return contract_of(self.run)
@@ -82,7 +77,7 @@ def contract_of(run: TorchReplay) -> Contract:
     """What must be equal before any activation means anything, as the reference lays a request out."""
     layout, request = run.layout, run.request
     arrays = layout.arrays()
-    exact = {f"inputs/{name}": arrays[name] for name in _SEQUENCE}
+    exact = {f"inputs/{name}": arrays[name] for name in SEQUENCE}
     grids = [split.grid for split in layout.splits if split.grid]
     exact["inputs/grids_thw"] = np.array([(grid.frames, grid.rows, grid.columns) for grid in grids], np.int32)
     exact["inputs/position_ids.cond"] = layout.position_ids[:, : layout.answer]

@@ -225,6 +225,12 @@ def parse(name: str) -> TapName:
     )
 
 
+@cache
+def component_kind(name: str) -> str:
+    """What computes a tap, whichever layer or block it is: its component with a star for every number."""
+    return ".".join("*" if part.isdigit() else part for part in parse(name).component.split("."))
+
+
 def velocity_calls(guided: Sequence[bool]) -> list[tuple[str, int]]:
     """Return (arm, step) of every velocity_call of the full-sequence entry: cond, and uncond where guided."""
     return [(arm, step) for step, both in enumerate(guided) for arm in ("cond", "uncond")[: 1 + both]]

@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+import lance_mlx.visuals
 from lance_mlx import media
 from lance_mlx.errors import LanceError
 from lance_mlx.numerics import policy
@@ -99,15 +100,18 @@ def record_mlx(
     numerics: str,
     names: Container[str] | None = None,
     progress: Callable[[str], None] | None = None,
+    force: Mapping[str, Tap] | None = None,
 ) -> Recording:
     """Replay a request on lance_mlx from given noise and resized visuals, and record it.
 
     `entry` is "kv_cache" or "full_sequence", `numerics` a policy's name. Beside the oracles' taps the recording holds
     the layout's integers under their names in inputs.safetensors and `sampler.velocity{k}`, the velocity after
-    guidance. `progress` is told the name of each call before it runs. Raises LanceError for bad input.
+    guidance. `progress` is told the name of each call before it runs. `force` holds values that the run goes on with in
+    the place of its own. Raises LanceError for bad input.
     """
     asked = request_from_bundle(request, entry)
-    return record_pipeline(load_for(asked, checkpoint_dir / variant, numerics), asked, replay, names, progress)
+    pipeline = load_for(asked, checkpoint_dir / variant, numerics)
+    return replay_pipeline(pipeline, asked, replay, names, progress, force).recording
 
 
 def load_for(request: Request | Question, folder: Path, numerics: str) -> Pipeline:
@@ -237,6 +241,23 @@ def _visuals(replay: Replay, count: int) -> list[PreparedVisual]:
             )
         )
     return visuals
+
+
+def preprocess_mlx(request: dict, entry: str, media: Path) -> dict[str, np.ndarray] | None:
+    """The visuals of a bundle's request as lance_mlx prepares them, by the names of the bundles' inputs.
+
+    None where there are none or their files are not below `media`. Raises LanceError for a file that cannot be read.
+    """
+    asked = request_from_bundle(request, entry, media)
+    if not asked.visuals or not all(Path(visual.path).is_file() for visual in asked.visuals):
+        return None
+    arrays: dict[str, np.ndarray] = {}
+    for index, visual in enumerate(lance_mlx.visuals.prepare_visuals(asked)):
+        if visual.pixels is not None:
+            arrays[f"vae_pixels{index}"] = visual.pixels.transpose(3, 0, 1, 2)
+        if visual.vit_patches is not None:
+            arrays[f"vit_patches{index}"] = visual.vit_patches
+    return arrays
 
 
 def layout_mlx(request: dict, tokenizer_dir: Path, media: Path | None = None) -> dict[str, np.ndarray]:

@@ -44,15 +44,17 @@ def record_reference(
     names: Container[str] | None = None,
     progress: Callable[[str], None] | None = None,
     device: str = "cpu",
+    force: Mapping[str, Tap] | None = None,
 ) -> Recording:
     """Replay a request on the reference from given randomness and preprocessed visuals, and record it.
 
     `entry` is "kv_cache" or "full_sequence". Beside the oracles' taps the recording holds the layout's integers under
     their names in inputs.safetensors and `sampler.velocity{k}`, the velocity after guidance. `progress` is told the
-    name of each call before it runs. `device` is PyTorch's name of one. Raises ReferenceError for bad input.
+    name of each call before it runs. `device` is PyTorch's name of one. `force` holds values that the run goes on with
+    in the place of its own. Raises ReferenceError for bad input.
     """
     pipeline = Pipeline.load(checkpoint_dir, variant, numerics, device)
-    return record_pipeline(pipeline, Request.from_dict(request), entry, replay, names, progress)
+    return TorchReplay(pipeline, Request.from_dict(request), entry, replay).record(names, progress, force)
 
 
 def record_pipeline(

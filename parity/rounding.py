@@ -1,24 +1,29 @@
 """The size of roundings."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
-from parity.recording import DTYPES, Tap
-from parity.sketch import Sketch
+from parity.recording import DTYPES
 
 # The relative size of one unit in the last place is 2**-bits to 2**(1 - bits).
 ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
-# Whatever the size of a tap, one element in 25 may be off by one unit.
-_FLIPPED_SHARE = 1 / 25
 
 
-def quantum(tap: Tap | Sketch, dtype: str | None = None) -> float:
-    """The least floor of a tap: the error of one in 25, or sqrt(size), of its elements off by one last bit.
+class Steps(NamedTuple):
+    """Squares of the units in the last place of an array's elements: their sum, that of their squares, the largest."""
 
-    `dtype` is that of the states that the tap is computed from, where those may be off by a bit as well.
-    """
-    share = max(_FLIPPED_SHARE, max(tap.size, 1) ** -0.5)
-    return ULP.get(dtype or tap.dtype, 0.0) * share**0.5
+    total: float
+    squares: float
+    largest: float
+
+
+def step_squares(array: np.ndarray, dtype: str) -> Steps:
+    """What one unit in the last place of each element amounts to, squared; zeros have none."""
+    exponents = np.frexp(array)[1].astype(np.float64)
+    units = np.where(array == 0, 0.0, np.exp2(2 * exponents) * (ULP[dtype] ** 2))
+    return Steps(float(units.sum()), float(np.square(units).sum()), float(units.max(initial=0.0)))
 
 
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:

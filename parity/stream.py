@@ -12,23 +12,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from lance_mlx.allocator import release
 from parity import memory
-from parity.bounds import Bounds, bounds_of
+from parity.bounds import Bounds, Scale, bounds_by_scale, scale_of
 from parity.contract import Breach, check_exact
 from parity.errors import ParityError
 from parity.faults import Fault
 from parity.faults.layered import at_layer
 from parity.findings import EXACT, LOCAL, REFERENCE, STRUCTURE, UPSTREAM, Finding, Localization, TapError, finite
-from parity.floors import OWN, Floors, ratios_of
 from parity.implementations import one_line, versions
 from parity.metrics import Difference, compare
 from parity.oracle import contract_of
 from parity.recording import Observed, Recording
 from parity.registry import parse
-from parity.rounding import quantum
 from parity.stream_mlx import MlxStream, Passes
 from parity.stream_parts import EMBEDDINGS, HEAD_TAPS, LAYER, head_parts
 from parity.stream_plan import StreamPlan
@@ -112,8 +108,8 @@ class _Measured:
 
     shape: tuple[int, ...]
     dtype: str
-    size: int
-    least: float
+    scale: Scale
+    own: Difference
     local: Difference
     total: float | None
     propagated: float | None
@@ -152,7 +148,6 @@ class _Run:
         self.tell = tell
         self.contract = contract_of(theirs.run)
         self.measured: dict[str, _Measured] = {}
-        self.errors: dict[str, np.ndarray] = {}
         self.failure = ""
 
     def run(self, started: float) -> Streamed:
@@ -169,8 +164,9 @@ class _Run:
         bounds = self._bounds()
         taps = [self._tap_error(name, bounds) for name in self.measured]
         breaches = list(check_exact(self.contract, observed))
-        findings = [*map(_exact_finding, breaches), *self._local_findings(taps)]
-        verdict = DIVERGE if findings else INCONCLUSIVE if self.failure else AGREE
+        blind = self._disagreement(bounds)
+        findings = [] if blind else [*map(_exact_finding, breaches), *self._local_findings(taps)]
+        verdict = DIVERGE if findings else INCONCLUSIVE if blind or self.failure else AGREE
         return Streamed(
             bundle=self.plan.name,
             impl="mlx",
@@ -178,7 +174,7 @@ class _Run:
             entry="kv_cache",
             dtype=self.plan.numerics,
             verdict=verdict,
-            reason=self.failure,
+            reason=blind or self.failure,
             findings=findings,
             taps=taps,
             exact=[name for name in self.contract.exact if name in observed.exact],
@@ -233,7 +229,6 @@ class _Run:
         self._note(computed, steered, own)
 
     def _note(self, computed: Computed, steered: Recording, own: Recording) -> None:
-        self.errors |= {name: errors for name, errors in computed.errors.items() if name in steered}
         for name, expected in computed.taps.items():
             if name not in steered:
                 continue
@@ -243,22 +238,28 @@ class _Run:
             self.measured[name] = _Measured(
                 shape=expected.array.shape,
                 dtype=expected.dtype,
-                size=expected.array.size,
-                least=quantum(expected),
+                scale=scale_of(expected),
+                own=compare(expected, computed.own[name]),
                 local=compare(expected, steered[name]),
                 total=total,
                 propagated=propagated_error(expected, steered[name], mine),
             )
 
     def _bounds(self) -> Bounds:
-        names = list(self.errors)
-        table = np.stack([self.errors[name] for name in names])
-        least = {name: self.measured[name].least for name in names}
-        dtypes = np.array([self.measured[name].dtype for name in names])
-        variants = (OWN, *(f"{variant.name}:{variant.family}" for variant in self.theirs.variants))
-        ratios = ratios_of(table, np.array([least[name] for name in names]), dtypes, variants)
-        kinds = {name: (self.measured[name].dtype, self.measured[name].size) for name in names}
-        return bounds_of(Floors(variants, self.errors, *ratios), least, kinds, self.plan.numerics)
+        floors = self.theirs.floors(name for name, found in self.measured.items() if found.dtype != "int32")
+        scales = {name: self.measured[name].scale for name in floors.levels}
+        return bounds_by_scale(floors, scales, self.plan.numerics)
+
+    def _disagreement(self, bounds: Bounds) -> str:
+        """Where the reference does not compute what is given, by more than rounding; empty where it does."""
+        for name in self.measured:
+            own = self.measured[name].own
+            if name not in self.plan.given or name not in bounds.taps:
+                continue
+            if own.mismatch or own.rel_l2 is None or not own.rel_l2 <= bounds.allowed(name):
+                off = own.mismatch or f"error {own.rel_l2:.3g}, rounding allows {bounds.allowed(name):.3g}"
+                return f"oracle and reference disagree at {name} ({off}): it is not about lance_mlx"
+        return ""
 
     def _tap_error(self, name: str, bounds: Bounds) -> TapError:
         found = self.measured[name]
@@ -272,7 +273,7 @@ class _Run:
             propagated=found.propagated,
             total=found.total,
             gain=None,
-            floor=0.0 if exact else bounds.levels[name],
+            floor=0.0 if exact else bounds.floor(name),
             allowed=0.0 if exact else bounds.allowed(name),
             mismatch=found.local.mismatch,
         )

@@ -1,6 +1,6 @@
 """The reference with one part of its weights in memory at a time, its passes run layer by layer, and its variants."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +12,12 @@ from torch import nn
 
 from lance_mlx.allocator import release
 from parity.capture_torch import TorchCapture
-from parity.floors import Variant, errors_of, floats_of, run_variant, variants_of
+from parity.floors import OWN, Floors, LevelTable
 from parity.recording import Recording, Replay, Tap
 from parity.replay_torch import TorchReplay, look
 from parity.stream_parts import EMBEDDINGS, HEAD_TAPS, LAYER, head_parts
 from parity.stream_passes import Passes, finish_passes, note_passes, sampled
+from parity.variants import Variant, exact, run_variant, variants_of
 from reference.config import LanguageConfig
 from reference.layout import Role
 from reference.model import Lance, Pipeline, outline
@@ -32,11 +33,11 @@ class Computed:
 
     Attributes:
         taps: what is expected, in order of execution: the given values, and the reference's where there are none.
-        errors: of the reference itself and of each variant from there, float32 [1 + variants], by tap.
+        own: the reference's, whether or not there are given ones.
     """
 
     taps: Recording
-    errors: dict[str, np.ndarray]
+    own: Recording
 
 
 class ReferenceStream:
@@ -47,7 +48,8 @@ class ReferenceStream:
 
     Attributes:
         run: the request as the reference has it; its transformer holds the weights of the part at hand alone.
-        variants: the equally right ways to compute that floors come from, one of each family.
+        variants: the equally right ways to compute that floors come from, the most exact one first, one of each family
+            and of those that are drawn two.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class ReferenceStream:
         check_transformer(model, self._weights)
         pipeline = Pipeline(checkpoint, variant, tokenizer, model, nn.Module(), self._numerics, torch.device("cpu"))
         self.run = TorchReplay(pipeline, Request.from_dict(request), "kv_cache", replay)
-        self.variants = list({variant.family: variant for variant in variants_of(numerics)}.values())
+        kinds = {(variant.family, variant.draw): variant for variant in variants_of(numerics)}
+        self.variants = [exact(numerics), *kinds.values()]
+        self._levels, self._twins_of = LevelTable(), dict[str, str]()
         self._runs = [_without_layers(self.run, each.numerics) for each in self.variants]
         self._passes: Passes = {}
 
@@ -102,7 +106,8 @@ class ReferenceStream:
             def vary(run: TorchReplay, variant: Variant) -> Recording:
                 return note_passes(run, vit, expected)[0]
 
-            return Computed(expected, self._errors(expected, own, EMBEDDINGS, vary))
+            self._measure(own, EMBEDDINGS, vary)
+            return Computed(expected, own)
 
     @torch.inference_mode()
     def run_layer(self, index: int) -> dict[str, Computed]:
@@ -126,21 +131,28 @@ class ReferenceStream:
                 # What was freed is of other sizes than what is asked for next, and would stay beside it.
                 release()
             expected = {call: self._expected(taps) for call, taps in own.items()}
-            errors = self._layer_errors(index, before, own, expected, seen)
-        twins = dict(self._twins(expected))
-        return {
-            call: Computed(taps, {name: errors[twins.get(name, name)] for name in taps})
-            for call, taps in expected.items()
-        }
+            self._measure_layer(index, before, own, expected, seen)
+        self._twins_of |= dict(self._twins(expected))
+        return {call: Computed(taps, own[call]) for call, taps in expected.items()}
 
-    def _layer_errors(
+    def floors(self, names: Iterable[str]) -> Floors:
+        """How far the variants were from the most exact one in what has been run; see parity.floors."""
+        wanted = {name: self._twins_of.get(name, name) for name in names}
+        found = self._levels.floors(wanted.values(), (OWN, *(variant.name for variant in self.variants)))
+
+        def of(table: Mapping[str, float]) -> dict[str, float]:
+            return {name: table[twin] for name, twin in wanted.items() if twin in table}
+
+        return replace(found, levels=of(found.levels), flips=of(found.flips), spreads=of(found.spreads))
+
+    def _measure_layer(
         self,
         index: int,
         passes: Passes,
         own: Mapping[str, Recording],
         expected: Mapping[str, Recording],
         seen: Mapping[str, KVCache],
-    ) -> dict[str, np.ndarray]:
+    ) -> None:
         layer = self._model.language_model.model.layers[index]
         measured = {call: each for call, each in passes.items() if each.arm == "cond"}
         right = {name: tap for call, each in measured.items() for name, tap in sampled(expected[call], each).items()}
@@ -162,7 +174,7 @@ class ReferenceStream:
                 model.language_model.model.layers = nn.ModuleList()
             return found
 
-        return self._errors(right, mine, (), vary)
+        self._measure(mine, (), vary)
 
     @torch.inference_mode()
     def finish(self) -> Computed:
@@ -175,24 +187,23 @@ class ReferenceStream:
             def vary(run: TorchReplay, variant: Variant) -> Recording:
                 return finish_passes(run, self._passes, expected)
 
-            return Computed(expected, self._errors(expected, own, parts, vary))
+            self._measure(own, parts, vary)
+            return Computed(expected, own)
 
-    def _errors(
-        self,
-        expected: Recording,
-        own: Recording,
-        parts: Sequence[str],
-        vary: Callable[[TorchReplay, Variant], Recording],
-    ) -> dict[str, np.ndarray]:
-        """Errors of the reference itself and of its variants, float32 [1 + variants], by tap."""
-        names = floats_of(expected)
-        columns = [errors_of(expected, own, names)]
-        for variant, run in zip(self.variants, self._runs, strict=True):
+    def _measure(
+        self, own: Recording, parts: Sequence[str], vary: Callable[[TorchReplay, Variant], Recording]
+    ) -> None:
+        """Take how far the reference and its variants are from the most exact of them."""
+        center = Recording()
+        for number, (variant, run) in enumerate(zip(self.variants, self._runs, strict=True)):
             with _copied(self._model, run.pipeline.model, parts):
                 found = run_variant(variant, lambda run=run, variant=variant: vary(run, variant))
-            columns.append(errors_of(expected, found, names))
+            if number:
+                self._levels.add(number, center, found, variant)
+            else:
+                center = found
+                self._levels.add(number, center, own)
             release()
-        return dict(zip(names, np.stack(columns, 1), strict=True))
 
     def _twins(self, computed: Mapping[str, Recording]) -> Iterator[tuple[str, str]]:
         """Taps of the unconditional arm, and those of the conditional one that are about the same tokens."""

@@ -89,21 +89,10 @@ class MlxSubject:
 
     def preprocessed(self, media: Path) -> dict[str, np.ndarray] | None:
         """See Subject.preprocessed."""
-        import lance_mlx.visuals as visuals
-        from parity.replay_mlx import request_from_bundle
+        from parity.replay_mlx import preprocess_mlx
 
-        asked = request_from_bundle(self._bundle.request, self._bundle.entry, media)
-        if not asked.visuals or not all(Path(visual.path).is_file() for visual in asked.visuals):
-            return None
         with one_line(f"mlx cannot prepare the visuals of bundle {self._bundle.name}"):
-            prepared = visuals.prepare_visuals(asked)
-        arrays: dict[str, np.ndarray] = {}
-        for index, visual in enumerate(prepared):
-            if visual.pixels is not None:
-                arrays[f"vae_pixels{index}"] = visual.pixels.transpose(3, 0, 1, 2)
-            if visual.vit_patches is not None:
-                arrays[f"vit_patches{index}"] = visual.vit_patches
-        return arrays
+            return preprocess_mlx(self._bundle.request, self._bundle.entry, media)
 
     def versions(self) -> dict[str, str]:
         """See Subject.versions."""

@@ -1,5 +1,7 @@
 """Every tap's local, propagated and total error."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from parity.bounds import Bounds
@@ -7,26 +9,30 @@ from parity.findings import TapError
 from parity.metrics import compare
 from parity.oracle import Oracle
 from parity.recording import Recording, Tap
+from parity.sketch import Sketch
 
 
-def tap_errors(oracle: Oracle, forced: Recording, free: Recording, bounds: Bounds) -> list[TapError]:
+def tap_errors(
+    oracle: Oracle, expected_of: Mapping[str, Tap | Sketch], forced: Recording, free: Recording, bounds: Bounds
+) -> list[TapError]:
     """The errors of all taps that a steered run computed, in order of execution.
 
-    `forced` was computed from the oracle's input, `free` from the run's own; it may lack taps.
+    `forced` was computed from the oracle's values, and so was `expected_of`, which it is held against; `free` was
+    computed from the run's own, is held against the oracle, and may lack taps.
     """
     errors: list[TapError] = []
     before: dict[str, float] = {}
-    judged = oracle.judged
+    held = oracle.taps | oracle.bundle.sketches
     for name, expected in oracle.taps.items():
         if name not in forced:
             continue
         tap = oracle.bundle.locate(name)
-        local, total = compare(judged[name], forced[name], tap.most), None
+        local, total = compare(expected_of[name], forced[name], tap.most), None
         if name in free and free[name].array.shape == expected.array.shape:
-            total = compare(judged[name], free[name]).rel_l2
+            total = compare(held[name], free[name]).rel_l2
         propagated = propagated_error(expected, forced[name], free.get(name))
         exact = expected.dtype == "int32"
-        level = 0.0 if exact else bounds.levels[name]
+        level = 0.0 if exact else bounds.floor(name)
         previous = before.get(tap.call)
         gain = propagated / previous if propagated is not None and previous else None
         if total is not None:

@@ -1,23 +1,23 @@
 """How far a tap may be from the oracle's when a run goes its own way, and how comparisons can end.
 
-The bound of a tap is its floor, measured for the bundle with equally right variants of the reference, times a
-threshold that is measured as well (parity/floors.py, parity/bounds.py). The median tap may not be farther than MEDIAN
-floors: that sees what moves every tap by a little. Measured on all captured bundles, lance_mlx and the reference reach
-1.1 in the median of float32 runs and where every order of rounding is saturated, as in bfloat16 runs of a few steps.
+The bound of a tap comes from what equally right variants of the reference do (parity/floors.py, parity/bounds.py). The
+median tap may not be farther than MEDIAN floors, which is as far as two right runs can be from each other: that sees
+what moves every tap by a little.
 
-An answer's tokens are equal up to where the equally right variants themselves part: there two tokens are all but
-equally probable, and what follows hangs on which is taken.
+An answer is run with the oracle's tokens, so that its taps can be compared to the end; a choice may be another one only
+where the logits are a rounding apart.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from parity.bounds import free_bounds
+from parity.bounds import bounds_of
 from parity.bundle import Bundle
 from parity.findings import Alarm
 from parity.floors import Floors
 from parity.metrics import Difference
+from parity.recording import Recording
 
 MEDIAN = 2.0
 
@@ -29,28 +29,26 @@ class Limit:
     """The largest relative L2 error with which a tap agrees, and what it comes from.
 
     Attributes:
-        error: the bound, `floor` times the run's threshold.
+        error: the bound.
         floor: what equally right orders of rounding do.
         upstream: how far upstream's bfloat16 is from float32; None for float32.
-        leading: how many tokens of an answer can be compared, None for all: after them equally right orders of rounding
-            answer differently, so near a tie lie the probabilities.
     """
 
     error: float
     floor: float = 0.0
     upstream: float | None = None
-    leading: int | None = None
 
 
-def limits_from(bundle: Bundle, floors: Floors) -> tuple[dict[str, Limit], Alarm]:
-    """The limit of every tap of a bundle, and how often they alarm falsely; integers must be equal."""
-    bounds = free_bounds(bundle, floors)
+def limits_from(bundle: Bundle, floors: Floors, logits: Recording) -> tuple[dict[str, Limit], Alarm]:
+    """The limit of every tap of a bundle and of the reference's `logits`, and how often they alarm falsely.
+
+    Integers must be equal.
+    """
+    bounds = bounds_of(floors, bundle.expected | logits, bundle.dtype)
     limits = {}
-    for name in bundle.expected:
-        if name == "tokens":
-            limits[name] = Limit(0.0, leading=floors.leading)
-        elif name in bounds.levels:
-            limits[name] = Limit(bounds.allowed(name), bounds.levels[name], floors.upstream.get(name))
+    for name in [*bundle.expected, *logits]:
+        if name in bounds.taps:
+            limits[name] = Limit(bounds.allowed(name), bounds.floor(name), floors.upstream.get(name))
         else:
             limits[name] = Limit(0.0)
     return limits, bounds.alarm

@@ -100,8 +100,9 @@ def floors(made: Path, stored: Path) -> list[Path]:
     import torch
 
     from parity.bundle import read_bundle
-    from parity.floors import measure_free, measure_local
+    from parity.floors import measure
     from parity.floors_file import FILE, write_floors
+    from parity.machines import settings
     from parity.oracle import Oracle
 
     torch.set_num_threads(1)
@@ -109,7 +110,7 @@ def floors(made: Path, stored: Path) -> list[Path]:
     for path in sorted((stored / ORACLES).glob(f"[!.]*/{FILE}")):
         oracle = Oracle.of(read_bundle(path.parent))
         name = path.relative_to(stored)
-        write_floors(made / name, oracle, measure_local(oracle), measure_free(oracle.bundle))
+        write_floors(made / name, oracle, measure(oracle, environments=settings()))
         paths.append(name)
     return paths
 

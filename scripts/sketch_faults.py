@@ -19,7 +19,7 @@ from parity.bundle import Bundle, find_bundles, read_bundle, write_bundle
 from parity.cli import one_line_errors
 from parity.fault_table import plan, try_fault
 from parity.faults import CATALOGUE
-from parity.floors import measure_free, measure_local
+from parity.floors import measure
 from parity.floors_file import FILE, write_floors
 from parity.keeper import Keeper, parted
 from parity.oracle import Oracle
@@ -42,7 +42,7 @@ def sketched(oracle: Oracle, folder: Path) -> Bundle:
             (folder / name).symlink_to(bundle.path.parent / name, target_is_directory=True)
     write_bundle(folder / bundle.name, bundle.manifest, bundle.inputs, taps, sketches)
     made = Oracle.of(read_bundle(folder / bundle.name))
-    write_floors(made.bundle.path / FILE, made, measure_local(made), measure_free(made.bundle))
+    write_floors(made.bundle.path / FILE, made, measure(made))
     return made.bundle
 
 

@@ -1,0 +1,195 @@
+"""Whether the oracle and the reference agree, which comes before anything is said of a port.
+
+The reference runs from upstream's own taps; how far it is from them is held against what rounding does over the same
+way. Where it is farther, one of weights, inputs, upstream's commit, the captured file or the reference is not what it
+should be: no verdict about a port follows from such a bundle.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from parity.bounds import Bounds, bounds_of
+from parity.floors import Floors
+from parity.metrics import Difference, compare
+from parity.oracle import SEQUENCE, Oracle
+from parity.recording import Tap
+from parity.registry import TapName, component_kind, parse
+from parity.sketch import Sketch
+
+
+class Cause(StrEnum):
+    """What is likely not what it should be."""
+
+    WEIGHTS = "the weights"
+    INPUTS = "the inputs"
+    CODE = "upstream's commit or the reference"
+    CAPTURE = "the captured file"
+    WEIGHTS_OR_CODE = "the weights, upstream's commit or the reference"
+
+
+# Components that compute without weights: if these differ throughout, the code does.
+_FUNCTIONS = re.compile(r"sdpa|_rope|positions|euler|schedule|guidance|sequence|grids|tokens|frames|latent_pos_embed|"
+                        r"layers\.\d+(\.self_attn)?$")  # fmt: skip
+_GIVEN = re.compile(r"sampler\.x_init|sampler\.x_t0|sampler\.noise|vae\.latent\d+|vae\.encode\d+\.eps")
+# Where no more than this part of what a component computed is wrong, the rest shows that it computes rightly.
+_SOME = 0.5
+
+
+@dataclass(frozen=True)
+class Departure:
+    """One of upstream's taps that the reference does not compute from those before it.
+
+    Attributes:
+        difference: of the reference's value from the oracle's.
+        allowed: the largest error that rounding explains; 0 for integers.
+    """
+
+    tap: TapName
+    difference: Difference
+    allowed: float
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Where the oracle and the reference disagree, in order of execution, and what is likely the cause."""
+
+    departures: tuple[Departure, ...]
+    cause: Cause | None = None
+    why: str = ""
+
+    @property
+    def agree(self) -> bool:
+        """Whether the reference computes what the oracle holds."""
+        return not self.departures
+
+    @property
+    def names(self) -> set[str]:
+        """The taps where they disagree."""
+        return {departure.tap.name for departure in self.departures}
+
+    def sentence(self) -> str:
+        """Say in one line what disagrees first, by how much, and why."""
+        if self.agree:
+            return ""
+        first, more = self.departures[0], len(self.departures) - 1
+        d = first.difference
+        far = f"error {d.rel_l2:.3g}, rounding allows {first.allowed:.3g}" if first.allowed else "it differs"
+        off = d.mismatch or far
+        others = f", and {more} more tap{'s' * (more != 1)}" if more else ""
+        return f"oracle and reference disagree at {first.tap.name} ({off}){others}; likely {self.cause}: {self.why}"
+
+
+def judge(oracle: Oracle, segment: Floors) -> Judgement:
+    """Hold the reference against every tap of upstream's; see Judgement."""
+    wrong = [_departure(name, oracle.bundle.inputs[name], arrays[name])
+             for arrays in (_sequence(oracle),) for name in SEQUENCE
+             if not np.array_equal(oracle.bundle.inputs[name].array, arrays[name].array)]  # fmt: skip
+    bounds = segment_bounds(oracle, segment)
+    places = sorted(oracle.bundle.expected, key=lambda name: oracle.bundle.locate(name).place)
+    for name in places:
+        expected, own = oracle.bundle.expected[name], oracle.own[name]
+        tap = oracle.bundle.locate(name)
+        if name == "tokens":
+            wrong += _choices(oracle, bounds)
+            continue
+        difference = compare(expected, own, tap.most)
+        allowed = 0.0 if expected.dtype == "int32" or name not in bounds.taps else bounds.allowed(name)
+        far = difference.rel_l2 is None or not difference.rel_l2 <= allowed
+        if difference.mismatch or far:
+            wrong.append(Departure(tap, difference, allowed))
+    if not wrong:
+        return Judgement(())
+    cause, why = _cause(oracle, wrong)
+    return Judgement(tuple(wrong), cause, why)
+
+
+def segment_bounds(oracle: Oracle, segment: Floors) -> Bounds:
+    """How far the reference, run from upstream's taps, may be from them."""
+    values = oracle.own | {name: sketch for name, sketch in oracle.bundle.sketches.items() if name in oracle.own}
+    return bounds_of(segment, values, oracle.bundle.dtype)
+
+
+def clears(
+    judgement: Judgement,
+    got: Mapping[str, Tap],
+    expected: Mapping[str, Tap | Sketch],
+    allowed: Mapping[str, float],
+) -> bool:
+    """Whether a run agrees with the oracle wherever the reference does not: then the reference is wrong there.
+
+    `allowed` is the largest error by tap, 0 where there is none.
+    """
+    for departure in judgement.departures:
+        name = departure.tap.name
+        if name not in got or name not in expected:
+            return False
+        difference = compare(expected[name], got[name], departure.tap.most)
+        if difference.mismatch or difference.rel_l2 is None or not difference.rel_l2 <= allowed.get(name, 0.0):
+            return False
+    return True
+
+
+def _sequence(oracle: Oracle) -> Mapping[str, Tap]:
+    arrays = oracle.layout.arrays()
+    return {name: Tap(np.asarray(arrays[name], np.int32), "int32") for name in SEQUENCE}
+
+
+def _departure(name: str, expected: Tap, got: Tap) -> Departure:
+    return Departure(parse(f"inputs/{name}"), compare(expected, got), 0.0)
+
+
+def _choices(oracle: Oracle, bounds: Bounds) -> list[Departure]:
+    """The answer, where a token is not the likeliest of the reference's, by more than rounding."""
+    expected = oracle.bundle.taps["tokens"]
+    vocabulary, chosen = len(oracle.run.pipeline.tokenizer), expected.array.copy()
+    for step, token in enumerate(expected.array.tolist()):
+        name = f"cond.decode{step}/language_model.lm_head"
+        if name not in oracle.own:
+            continue
+        logits = oracle.own[name].array.reshape(-1)[:vocabulary].astype(np.float64)
+        allowed = bounds.allowed(name) if name in bounds.taps else 0.0
+        if not 0 <= token < vocabulary or logits.max() - logits[token] > allowed * np.linalg.norm(logits):
+            chosen[step] = logits.argmax()
+    if np.array_equal(chosen, expected.array):
+        return []
+    return [Departure(parse("tokens"), compare(expected, Tap(chosen, "int32")), 0.0)]
+
+
+def _cause(oracle: Oracle, wrong: Sequence[Departure]) -> tuple[Cause, str]:
+    first = wrong[0].tap
+    names = {departure.tap.name for departure in wrong}
+    if first.name.startswith("inputs/"):
+        return Cause.INPUTS, "the request or the tokenizer is another one than the capture's"
+    if _GIVEN.fullmatch(first.name):
+        return Cause.INPUTS, "the state does not follow from the noise that the bundle holds"
+    kind, call = component_kind(first.name), _kind_of_call(first)
+    peers = [name for name in oracle.bundle.expected
+             if component_kind(name) == kind and parse(name).component == first.component
+             and _kind_of_call(parse(name)) == call]  # fmt: skip
+    off = [name for name in peers if name in names]
+    if len(off) <= _SOME * len(peers):
+        return Cause.CAPTURE, f"the same component agrees in {len(peers) - len(off)} other places"
+    if len(peers) == 1 and _part_off(oracle, wrong[0]) <= _SOME:
+        return Cause.CAPTURE, "most of its values agree"
+    if re.search(r"velocity|hidden_out", first.name):
+        return Cause.WEIGHTS_OR_CODE, "no tap tells which part of the model it is"
+    if _FUNCTIONS.search(first.component) and not first.component.startswith("vae."):
+        return Cause.CODE, f"{first.component} has no weights and differs in all {len(off)} places"
+    return Cause.WEIGHTS, f"{first.component} differs in all {len(off)} places"
+
+
+def _kind_of_call(tap: TapName) -> str:
+    return re.sub(r"\d+", "*", tap.call)
+
+
+def _part_off(oracle: Oracle, departure: Departure) -> float:
+    """The part of the elements that are off by more than rounding."""
+    expected, own = oracle.bundle.expected[departure.tap.name], oracle.own[departure.tap.name].array
+    if isinstance(expected, Sketch) or expected.array.shape != own.shape or not own.size:
+        return 1.0
+    size = departure.allowed * float(np.linalg.norm(own.astype(np.float64))) / own.size**0.5
+    return float(np.mean(np.abs(expected.array.astype(np.float64) - own) > 4 * max(size, 1e-30)))
