@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from parity.explain import Causes, explain, removed
-from parity.hypotheses import DoesNotApply, Hypothesis
+from parity.hypotheses import HYPOTHESES, DoesNotApply, Hypothesis
+from parity.registry import parse
+from parity.site import Site, site_of
 
 CASES = runpy.run_path(str(Path(__file__).with_name("explain_cases.py")))
 ALL, Place, at, base, caused_by, names = (CASES[name] for name in ("ALL", "Place", "at", "base", "caused_by", "names"))
@@ -53,6 +55,17 @@ def test_a_rounding_that_falls_the_other_way_has_no_cause(whose, floor):
     assert causes.together == () and causes.removed <= 0
     assert {"the weight", "the result is r", "the result is m"}.isdisjoint(e.name[:15] for e in causes.ranked)
     assert all(e.residual_removed <= 0 for e in causes.ranked)
+
+
+@pytest.mark.parametrize("tap", ["language_model.model.layers.1.self_attn.q_proj_moe_gen", "llm2vae"])
+def test_no_hypothesis_of_ours_explains_a_rounding_that_falls_the_other_way(oracle_of, tap):
+    oracle, name = oracle_of("t2v-bf16-kv"), f"cond.step0/{tap}"
+    own = site_of(oracle, name, oracle.taps[name].array, {}).recompute()
+    flipped = a_unit_off(own, (3, 7))
+    for got, expected in ((flipped, own), (own, flipped), (flipped, a_unit_off(own, (2, 5)))):
+        causes = explain(Site(oracle, parse(name), expected, got, {}), None, HYPOTHESES)
+        assert causes.together == () and causes.failed == {}
+        assert all(e.residual_removed <= 0 for e in causes.ranked)
 
 
 @pytest.mark.parametrize("nothing", [REWEIGHTED, TIMES_ONE], ids=lambda h: h.name)
