@@ -107,8 +107,9 @@ class Finding:
         floor: what rounding alone does there; 0 where equality is asked for.
         slice: the slice that holds most of the error, in words, or None.
         slices: all slices measured.
-        explanations: best first; empty when no hypothesis is about such a tap.
+        explanations: best first; empty when no hypothesis changes anything there.
         also: other taps that have the same cause.
+        failed: hypotheses that could not be tried, each with what it raised, in a line.
         detail: one sentence with the first values that differ.
     """
 
@@ -123,6 +124,7 @@ class Finding:
     explanations: Sequence[Explanation] = ()
     also: Sequence[str] = ()
     detail: str = ""
+    failed: Sequence[tuple[str, str]] = ()
 
     @property
     def explained(self) -> bool:
@@ -146,6 +148,7 @@ class Finding:
                 for e in self.explanations
             ],
             "also": list(self.also),
+            "failed": [{"name": name, "error": error} for name, error in self.failed],
             "detail": self.detail,
         }  # fmt: skip
 

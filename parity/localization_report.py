@@ -137,6 +137,7 @@ def render(localization: Localization, drawn: Drawn) -> str:
         verdict=words.VERDICTS[localization.verdict],
         said=words.said(localization),
         explained=words.explained,
+        failures=words.failures,
         slices=slices_by_axis,
         counted=words.counted(localization),
         false_alarms=words.false_alarms(localization),

@@ -15,8 +15,8 @@ VERDICTS = {
     verdict.INCONCLUSIVE: "? INCONCLUSIVE",
     verdict.UNUSABLE: "! UNUSABLE",
 }
-# Findings after the first that the sentence names.
-FURTHER = 12
+# Findings after the first that the sentence names, and hypotheses that failed.
+FURTHER, FAILED = 12, 3
 ARMS = {"cond": "conditional", "uncond": "unconditional"}
 
 
@@ -59,6 +59,14 @@ def explained(finding: Finding) -> str:
         return f"{best.name} (removes {percent(best.residual_removed)} of the difference)"
     tried = len(finding.explanations)
     return f"no hypothesis explains it (the best of {tried} removes {percent(best.residual_removed)})"
+
+
+def failures(finding: Finding) -> str:
+    """Return in a line which hypotheses could not be tried and what they raised; nothing where none failed."""
+    count = len(finding.failed)
+    shown = "; ".join(f"{name} ({error})" for name, error in finding.failed[:FAILED])
+    more = f"; and {count - FAILED} more" if count > FAILED else ""
+    return f"{count} hypothes{'i' if count == 1 else 'e'}s failed: {shown}{more}" if count else ""
 
 
 def multiple(finding: Finding | TapError) -> float | None:
@@ -191,7 +199,8 @@ def localization_markdown(localization: Localization) -> str:
     for place, finding in enumerate(localization.findings, 1):
         lines += [f"**{place}. {_code(finding.component)}**: {_plain(finding.detail or explained(finding))}"]
         lines += [f"- {_tried(explanation)}" for explanation in finding.explanations[:5]]
-        lines += ["- no hypothesis was tried on it"] if not finding.explanations else []
+        lines += ["- no hypothesis changes anything there"] if not finding.explanations else []
+        lines += [f"- {_plain(failures(finding))}"] if finding.failed else []
         lines += (
             [f"- the same cause: {len(finding.also)} more tap{'s' * (len(finding.also) != 1)}"] if finding.also else []
         )

@@ -216,10 +216,11 @@ class Investigation:
             causes = explain(sites[0], second, self.hypotheses)
             slices, place = self._slices(sites[0])
         # What a cause says nothing about, such as other words about roles, it leaves as it is.
-        known = [[h for h in causes.together if site and removed(site, [h]) is not None] for site in sites[1:]]
+        failed = causes.failed
+        known = [[h for h in causes.together if site and removed(site, [h], failed) is not None] for site in sites[1:]]
         covered, left = [], []
         for breach, site, causing in zip(rest, sites[1:], known, strict=True):
-            whole = site is not None and (removed(site, causing) or 0.0) >= 1 - 1e-9
+            whole = site is not None and (removed(site, causing, failed) or 0.0) >= 1 - 1e-9
             (covered if whole or not causes.together else left).append((breach, site, causing))
         also = [breach.tap for breach, _, _ in covered]
         kind = STRUCTURE if first.got is None else EXACT
@@ -280,6 +281,7 @@ class Investigation:
             explanations=causes.ranked,
             also=also,
             detail=detail,
+            failed=tuple(causes.failed.items()),
         )
         if len(causes.together) < 2:
             self.findings.append(finding)
@@ -307,11 +309,14 @@ class Investigation:
         return covered
 
     def _explained(self, tap: TapError, causes: Causes, recording: Recording) -> bool:
-        amount = removed(self._site(tap, recording), causes.together)
+        amount = removed(self._site(tap, recording), causes.together, causes.failed)
         return amount is not None and amount >= EXPLAINS
 
     def _site(self, tap: TapError, recording: Recording) -> Site:
-        return site_of(self.oracle, tap.tap.name, recording[tap.tap.name].array, self.contract.exact)
+        name = tap.tap.name
+        # A wrong dtype or a value beyond bounds is no rounding, however small it is.
+        floor = 0.0 if tap.mismatch else tap.floor or 0.0
+        return site_of(self.oracle, name, recording[name].array, self.contract.exact, floor)
 
     def _slices(self, site: Site) -> tuple[list, str | None]:
         slices = slice_errors(site.tap, site.expected, site.got, self.oracle.layout)

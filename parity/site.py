@@ -23,12 +23,19 @@ class Site:
         tap: the tap, with its component, call and axes.
         expected: the oracle's value, float32 or int32; a weight is in PyTorch's layout.
         got: what the implementation computed from the oracle's input.
+        floor: what rounding alone does to the tap, relative to |expected|; 0 where it may do nothing.
     """
 
     def __init__(
-        self, oracle: Oracle, tap: TapName, expected: np.ndarray, got: np.ndarray, exact: Mapping[str, np.ndarray]
+        self,
+        oracle: Oracle,
+        tap: TapName,
+        expected: np.ndarray,
+        got: np.ndarray,
+        exact: Mapping[str, np.ndarray],
+        floor: float = 0.0,
     ) -> None:
-        self.oracle, self.tap, self.expected, self.got = oracle, tap, expected, got
+        self.oracle, self.tap, self.expected, self.got, self.floor = oracle, tap, expected, got, floor
         self._exact = exact
 
     @property
@@ -142,10 +149,10 @@ class Site:
         return name
 
 
-def site_of(oracle: Oracle, name: str, got: np.ndarray, exact: Mapping[str, np.ndarray]) -> Site:
+def site_of(oracle: Oracle, name: str, got: np.ndarray, exact: Mapping[str, np.ndarray], floor: float = 0.0) -> Site:
     """The site of a tap or an exact array."""
     expected = exact[name] if name in exact else oracle.taps[name].array
-    return Site(oracle, parse(name), expected, got, exact)
+    return Site(oracle, parse(name), expected, got, exact, floor)
 
 
 def _held(array: np.ndarray) -> str:

@@ -5,7 +5,7 @@ from rich.text import Text
 
 from parity.faults import CATALOGUE, PROFILES
 from parity.findings import Finding, Localization
-from parity.localization_words import counted, false_alarms, sentence
+from parity.localization_words import counted, failures, false_alarms, sentence
 from parity.report import significant
 from parity.terminal import new_table, print_table, styled
 from parity.verdict import AGREE
@@ -47,6 +47,7 @@ def _print_finding(console: Console, number: int, finding: Finding) -> None:
     ]
     if not finding.explained:
         lines.append("no hypothesis explains it")
+    lines.append(failures(finding))
     for line in lines:
         if line:
             console.print(f"   {line}", markup=False)

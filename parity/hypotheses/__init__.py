@@ -24,7 +24,16 @@ from parity.hypotheses import (
     vision_attention,
     weights,
 )
-from parity.hypotheses.base import DoesNotApply, Hypothesis, attempt, check_unique, load_hypotheses, nothing, same
+from parity.hypotheses.base import (
+    DoesNotApply,
+    Hypothesis,
+    attempt,
+    check_unique,
+    load_hypotheses,
+    nothing,
+    same,
+    unpatched,
+)
 
 # Of two that explain something equally well the earlier one is shown: what says most about the cause comes first.
 HYPOTHESES: list[Hypothesis] = check_unique(
@@ -58,4 +67,14 @@ HYPOTHESES: list[Hypothesis] = check_unique(
     ]
 )
 
-__all__ = ["HYPOTHESES", "DoesNotApply", "Hypothesis", "attempt", "check_unique", "load_hypotheses", "nothing", "same"]
+__all__ = [
+    "HYPOTHESES",
+    "DoesNotApply",
+    "Hypothesis",
+    "attempt",
+    "check_unique",
+    "load_hypotheses",
+    "nothing",
+    "same",
+    "unpatched",
+]

@@ -54,6 +54,7 @@ def longer(site):
 
 
 LONG = Hypothesis("the Euler step is 3% too long", ("euler",), longer)
+BROKEN = Hypothesis("the Euler step is divided by nothing", ("euler",), lambda site: 1 / 0)
 """
 
 
@@ -114,6 +115,12 @@ def test_the_command_finds_a_fault_of_a_file_and_exits_1(lance_parity, oracles, 
         best = finding["explanations"][0]
         assert {"name", "residual_removed"} <= set(best) and best["residual_removed"] > EXPLAINS
     assert document["findings"][1]["explanations"][0]["name"] == "the Euler step is 3% too long"
+    assert document["findings"][0]["failed"] == []
+    assert document["findings"][1]["failed"] == [
+        {"name": "the Euler step is divided by nothing", "error": "ZeroDivisionError: division by zero"}
+    ]
+    failed = "1 hypothesis failed: the Euler step is divided by nothing (ZeroDivisionError: division by zero)"
+    assert result.stdout.count("failed") == result.stdout.count(failed) == 1
     assert document["taps"] and document["trajectory"]
     floats = [tap for tap in document["taps"] if tap["dtype"] != "int32"]
     assert document["alarm"]["taps"] >= len(floats) > 1000

@@ -16,7 +16,7 @@ from parity.findings import LOCAL, Explanation, Finding, Picture, TapError
 from parity.localization_map import lay_out, shade
 from parity.localization_pictures import axis_names, binned, frames_of, is_frames, picture_plot
 from parity.localization_report import draw, localization_markdown, render, write_localization
-from parity.localization_words import percent, sentence, times
+from parity.localization_words import failures, percent, sentence, times
 from parity.registry import parse
 
 CASES = runpy.run_path(str(Path(__file__).with_name("localization_cases.py")))
@@ -369,6 +369,20 @@ def test_a_best_hypothesis_that_removes_too_little_is_no_explanation():
     assert "moon" not in text and text.endswith("no hypothesis explains it (the best of 2 removes 89 %).")
     page = render(CASES["localization"](findings=[weak]), draw(CASES["localization"](findings=[weak])))
     assert "makes it worse" in page
+
+
+def test_hypotheses_that_failed_are_counted_and_the_first_are_named():
+    failed = [("the moon is <full>", "ZeroDivisionError"), *((f"h{i}", "ValueError: no") for i in range(4))]
+    localization = CASES["localization"](findings=[finding(failed=failed), finding(failed=failed[:1]), finding()])
+    assert failures(localization.findings[0]) == (
+        "5 hypotheses failed: the moon is <full> (ZeroDivisionError); h0 (ValueError: no); h1 (ValueError: no); and 2 more"
+    )
+    assert failures(localization.findings[1]) == "1 hypothesis failed: the moon is <full> (ZeroDivisionError)"
+    assert failures(localization.findings[2]) == ""
+    page = render(localization, draw(localization))
+    assert page.count("5 hypotheses failed: the moon is &lt;full&gt; (ZeroDivisionError); h0") == 1
+    assert page.count("failed:") == 2
+    assert localization_markdown(localization).count("- 5 hypotheses failed: the moon is") == 1
 
 
 @pytest.mark.parametrize(
