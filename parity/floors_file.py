@@ -67,7 +67,7 @@ def write_floors(path: Path, oracle: Oracle, floors: FloorSet) -> None:
     arrays["upstream"] = _packed(upstream)
     facts_kept = {
         "format": _FORMAT,
-        "taps_sha256": _taps_sum(oracle.bundle),
+        "capture_sha256": _capture_sum(oracle.bundle),
         "names": {kind: list(each.levels) for kind, each in floors.items()},
         "upstream": list(upstream),
         "variants": {kind: each.variants for kind, each in floors.items()},
@@ -95,7 +95,7 @@ def read_floors(path: Path, oracle: Oracle) -> FloorSet | None:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- no mapping
         if kept.get("format") != _FORMAT:
             raise ParityError(f"{path} has format {kept.get('format')!r}, not {_FORMAT!r}: {remedy}")
-        if kept["taps_sha256"] != _taps_sum(oracle.bundle):
+        if kept["capture_sha256"] != _capture_sum(oracle.bundle):
             raise ParityError(f"{path} holds the floors of another capture than the bundle's: {remedy}")
         if kept["arrays_sha256"] != _arrays_sum(arrays):
             raise ParityError(f"{path} holds other numbers than were measured: {remedy}")
@@ -136,6 +136,13 @@ def _key(oracle: Oracle) -> str:
     """What a measurement belongs to: the capture, the taps, the machine and the way to measure."""
     parts = [_FORMAT, _taps_sum(oracle.bundle), _names_sum(oracle.taps), machine(), oracle.bundle.name]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _capture_sum(bundle: Bundle) -> str:
+    """What a bundle was asked for and holds, whatever the values of its taps: floors do not hang on those."""
+    manifest = bundle.manifest
+    kept = [manifest[key] for key in ("request", "checkpoint", "variant", "taps")] + [bundle.entry, bundle.dtype]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _taps_sum(bundle: Bundle) -> str:
