@@ -111,6 +111,7 @@ class Finding:
         also: other taps that have the same cause.
         failed: hypotheses that could not be tried, each with what it raised, in a line.
         detail: one sentence with the first values that differ.
+        allowed: the largest local error that agrees there; None where equality is asked for.
     """
 
     component: str
@@ -125,6 +126,7 @@ class Finding:
     also: Sequence[str] = ()
     detail: str = ""
     failed: Sequence[tuple[str, str]] = ()
+    allowed: float | None = None
 
     @property
     def explained(self) -> bool:
@@ -140,6 +142,7 @@ class Finding:
             "kind": self.kind,
             "local_error": finite(self.local_error),
             "floor": finite(self.floor),
+            "allowed": finite(self.allowed),
             "slice": self.slice,
             "slices": [{"axis": s.axis, "label": s.label, "share": finite(s.share), "error": finite(s.error)}
                        for s in self.slices],

@@ -29,14 +29,16 @@ class Cause(StrEnum):
     CODE = "upstream's commit or the reference"
     CAPTURE = "the captured file"
     WEIGHTS_OR_CODE = "the weights, upstream's commit or the reference"
+    CAPTURE_OR_WEIGHTS = "the captured file or the weights"
 
 
 # Components that compute without weights: if these differ throughout, the code does.
 _FUNCTIONS = re.compile(r"sdpa|_rope|positions|euler|schedule|guidance|sequence|grids|tokens|frames|latent_pos_embed|"
-                        r"layers\.\d+(\.self_attn)?$")  # fmt: skip
+                        r"layers\.\d+(\.self_attn)?$|vae\.pixels|vae\.encoder\.sample")  # fmt: skip
 _GIVEN = re.compile(r"sampler\.x_init|sampler\.x_t0|sampler\.noise|vae\.latent\d+|vae\.encode\d+\.eps")
 # Where no more than this part of what a component computed is wrong, the rest shows that it computes rightly.
 _SOME = 0.5
+_NOTHING = 1e-2
 
 
 @dataclass(frozen=True)
@@ -173,13 +175,44 @@ def _cause(oracle: Oracle, wrong: Sequence[Departure]) -> tuple[Cause, str]:
     off = [name for name in peers if name in names]
     if len(off) <= _SOME * len(peers):
         return Cause.CAPTURE, f"the same component agrees in {len(peers) - len(off)} other places"
-    if len(peers) == 1 and _part_off(oracle, wrong[0]) <= _SOME:
-        return Cause.CAPTURE, "most of its values agree"
+    if _reordered(oracle, first.name):
+        return Cause.CAPTURE, "its values are the right ones, in another order"
+    if len(peers) == 1:
+        if _part_off(oracle, wrong[0]) <= _SOME:
+            return Cause.CAPTURE, "most of its values agree"
+        if not any(map(_weighs, _between(oracle, first.name))):
+            return Cause.CAPTURE, "it follows from the tap before it without any weight"
+        return Cause.CAPTURE_OR_WEIGHTS, "there is no second tap of its kind to tell by"
     if re.search(r"velocity|hidden_out", first.name):
         return Cause.WEIGHTS_OR_CODE, "no tap tells which part of the model it is"
-    if _FUNCTIONS.search(first.component) and not first.component.startswith("vae."):
+    if not _weighs(first.name):
         return Cause.CODE, f"{first.component} has no weights and differs in all {len(off)} places"
     return Cause.WEIGHTS, f"{first.component} differs in all {len(off)} places"
+
+
+def _weighs(name: str) -> bool:
+    """Whether what computes a tap has weights."""
+    return not _FUNCTIONS.search(parse(name).component)
+
+
+def _between(oracle: Oracle, name: str) -> list[str]:
+    """The tap and those that the reference computes between it and upstream's last one before it."""
+    names = list(oracle.own)
+    last = names.index(name)
+    first = last
+    while first and names[first - 1] not in oracle.bundle.expected:
+        first -= 1
+    return names[first : last + 1]
+
+
+def _reordered(oracle: Oracle, name: str) -> bool:
+    """Whether a tap holds the values that it should, elsewhere."""
+    expected, own = oracle.bundle.expected[name], oracle.own[name].array
+    if isinstance(expected, Sketch) or expected.array.shape != own.shape:
+        return False
+    a, b = np.sort(expected.array, axis=None).astype(np.float64), np.sort(own, axis=None)
+    # Sorting takes noise away with the order: what is left has to be next to nothing of the difference.
+    return bool(np.linalg.norm(a - b) <= _NOTHING * np.linalg.norm(expected.array.astype(np.float64) - own))
 
 
 def _kind_of_call(tap: TapName) -> str:

@@ -131,8 +131,8 @@ def false_alarms(localization: Localization) -> str:
         return "How often a right implementation would be called wrong was not measured for this run."
     return (
         f"A right implementation, which differs in its order of rounding alone, is called wrong in at most "
-        f"{percent(alarm.rate)} of such runs, all {alarm.taps:,} taps together: a tap alarms from at "
-        f"most {times(alarm.threshold)} times its floor, fitted to {alarm.samples:,} measured ratios."
+        f"{percent(alarm.rate)} of such runs by the model of the bounds, all {alarm.taps:,} taps together. A tap "
+        f"alarms from at most {times(alarm.threshold)} times its floor, measured with {alarm.samples:,} right variants."
     )
 
 
@@ -177,6 +177,7 @@ def _beginning(finding: Finding) -> str:
     if finding.kind == LOCAL and finding.local_error is not None:
         ratio = multiple(finding)
         over = f", {times(ratio)} times the floor" if ratio is not None and math.isfinite(ratio) else ""
+        over += f" where {number(finding.allowed)} is allowed" if over and finding.allowed else ""
         held = f", most of it in {finding.slice}" if finding.slice else ""
         return f"{start}local error {number(finding.local_error)}{over}{held}; "
     return f"{start}{(finding.detail or 'it cannot be compared').rstrip('.')}; "

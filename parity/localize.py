@@ -250,8 +250,9 @@ class Investigation:
         slices, place = self._slices(site)
         difference = compare(self.oracle.own[name], recording[name], first.tap.most)
         self._add(
-            name, LOCAL, first.local, first.floor, causes, slices, place, sorted(covered), _sentence(name, difference)
-        )
+            name, LOCAL, first.local, first.floor, causes, slices, place, sorted(covered), _sentence(name, difference),
+            first.allowed,
+        )  # fmt: skip
         self.pictures.append(Picture(first.tap, site.expected, site.got))
         return [tap for tap in wrong[1:] if tap.tap.name not in covered]
 
@@ -266,6 +267,7 @@ class Investigation:
         place: str | None,
         also: Sequence[str],
         detail: str,
+        allowed: float | None = None,
     ) -> None:
         """Add a finding for every cause that meets in a place."""
         parsed = self.bundle.locate(tap)
@@ -281,6 +283,7 @@ class Investigation:
             explanations=causes.ranked,
             also=also,
             detail=detail,
+            allowed=allowed,
             failed=tuple(causes.failed.items()),
         )
         if len(causes.together) < 2:

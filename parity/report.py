@@ -22,9 +22,10 @@ UNSUPPORTED = "unsupported"
 SYMBOLS = {AGREE: "✓", DIVERGE: "✗", INCONCLUSIVE: "?", UNUSABLE: "!", UNSUPPORTED: "–"}
 
 MEASURED = (
-    "How far a tap may be is measured for each bundle: equally right variants of the reference give its floor, and the "
-    "threshold on error over floor is where such variants among themselves would raise a false alarm in one run of a "
-    f"hundred, all taps together. The median tap may be {MEDIAN:g} floors off."
+    "How far a tap may be is measured for each bundle: its floor is how far equally right variants of the reference "
+    "are from the one that rounds least, and its limit is what two such runs may be apart, so that one right run in a hundred "
+    f"alarms, all taps together. The median tap may be {MEDIAN:g} floors off. Before that the reference itself is held "
+    "against the oracle: where they disagree nothing is said of a port."
 )
 POLICIES = {
     "float32": "Everything in float32.",
@@ -62,10 +63,10 @@ def row_of(result: Result, taken: set[str]) -> Row:
 
 def first_line(result: Result) -> str:
     """Return in words where a result diverges or what it lacks; empty when it agrees."""
-    if result.first_divergence:
-        return f"first divergence: {result.first_divergence['component']} in {result.first_divergence['call']}"
     if result.verdict == INCONCLUSIVE:
         return result.reason
+    if result.first_divergence:
+        return f"first divergence: {result.first_divergence['component']} in {result.first_divergence['call']}"
     if result.missing:
         return f"missing: {result.missing[0]}" + (f" and {more} more" if (more := len(result.missing) - 1) else "")
     return "" if result.verdict == AGREE else "nothing was compared"

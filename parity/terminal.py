@@ -71,6 +71,8 @@ def print_result(result: Result) -> None:
         console.print(f"median error: {significant(result.upstream_median, 2)} of upstream's own rounding error")
     if result.verdict != AGREE:
         console.print(first_line(result), style="bold")
+    if result.remark:
+        console.print(result.remark)
     first = result.first_divergence and next(
         r for r in [*result.inputs, *result.taps] if r.tap.name == result.first_divergence["tap"]
     )

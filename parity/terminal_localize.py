@@ -22,6 +22,8 @@ def print_localization(found: Localization) -> None:
     console.print(sentence(found), style="bold" if found.verdict != AGREE else "", markup=False)
     console.print(counted(found), markup=False)
     console.print(false_alarms(found), markup=False)
+    if found.remark:
+        console.print(found.remark, markup=False)
     if found.faults:
         console.print(f"broken on purpose: {', '.join(found.faults)}", markup=False)
     for number, finding in enumerate(found.findings, 1):
@@ -33,7 +35,7 @@ def print_localization(found: Localization) -> None:
 def _print_finding(console: Console, number: int, finding: Finding) -> None:
     console.print(Text(f"{number}. {finding.component}", style="bold red"))
     local, floor = significant(finding.local_error), significant(finding.floor, 2)
-    level = f"local error {local}, floor {floor}" if finding.floor else f"error {local}; it must be equal"
+    level = f"local error {local}, floor {floor}, limit {significant(finding.allowed, 2)}" if finding.floor else f"error {local}; it must be equal"
     lines = [f"tap {finding.tap}: {level}", finding.detail]
     if finding.slice:
         lines.append(f"where: {finding.slice}")
