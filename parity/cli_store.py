@@ -112,6 +112,10 @@ def record(
         Weights,
         typer.Option(help="With --upstream none keeps the sequence alone, BUNDLE.npz and .json, and reads no weights."),
     ] = Weights.ALL,
+    hold: Annotated[
+        bool,
+        typer.Option("--hold/--no-hold", help="With --upstream: hold the bundle against the reference afterwards."),
+    ] = True,
     level: Annotated[
         str,
         typer.Option(metavar="NAME", help="whole: every tap as it is; sketch: at most 16 kB of each that is larger."),
@@ -169,6 +173,8 @@ def record(
             how = entry, numerics, copy_checkpoint, weights is Weights.NONE, level, tuple(whole or ())
             asked = Asked(task, options, out, checkpoint, *how)
             print(record_from_clone(asked, upstream, upstream_python, inputs_of))
+            if hold and weights is not Weights.NONE:
+                _hold_against_reference(out)
             return
         refuse_without_upstream(upstream_python, inputs_of, weights)
         request = build_request(task, options)
@@ -177,6 +183,18 @@ def record(
             recorder.record(out, checkpoint, request, entry, numerics, copy_checkpoint, tell, level, patterns)
         kept = describe(out)
         print(f"{out}: {kept.taps} taps, {kept.dtype}, {kept.entry}, {sizes(kept.size)}")
+
+
+def _hold_against_reference(bundle: Path) -> None:
+    """Say whether the reference computes what upstream did; ends the command with status 1 where it does not."""
+    from parity.judgement import judge_bundle
+    from parity.terminal import progress_bar
+
+    with progress_bar(1, "bundle") as start:
+        judgement = judge_bundle(bundle, start(bundle.name))
+    print(judgement.sentence() or "the reference computes the same, but for rounding")
+    if not judgement.agree:
+        raise typer.Exit(1)
 
 
 def refuse_without_upstream(python: Path | None, inputs_of: Path | None, weights: Weights) -> None:
@@ -211,9 +229,11 @@ def verify(
 ) -> None:
     """Verify what is kept: checksums, formats, values, and all that can be derived anew.
 
-    Derived without weights, by the reference: the sequence and all position ids from the request, the schedule and
-    which steps are guided, RoPE from queries and keys, the residual stream, sampled latents, every state from the state
-    and velocities before it, the range of pixels, and where this project recorded the bundle what the seed draws.
+    Where the checkpoint's weights are at hand, the reference has to compute what the bundle holds, up to what
+    rounding does. Derived without weights, by the reference: the sequence and all position ids from the request, the
+    schedule and which steps are guided, RoPE from queries and keys, the residual stream, sampled latents, every state
+    from the state and velocities before it, the range of pixels, and where this project recorded the bundle what the
+    seed draws.
     """
     from parity.cli import one_line_errors
 

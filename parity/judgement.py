@@ -6,14 +6,17 @@ should be: no verdict about a port follows from such a bundle.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 import numpy as np
 
 from parity.bounds import Bounds, bounds_of
-from parity.floors import Floors
+from parity.bundle import read_bundle
+from parity.floors import SEGMENT, Floors
+from parity.floors_file import floors_of
 from parity.metrics import Difference, compare
 from parity.oracle import SEQUENCE, Oracle
 from parity.recording import Tap
@@ -83,6 +86,15 @@ class Judgement:
         off = d.mismatch or far
         others = f", and {more} more tap{'s' * (more != 1)}" if more else ""
         return f"oracle and reference disagree at {first.tap.name} ({off}){others}; likely {self.cause}: {self.why}"
+
+
+def judge_bundle(path: Path, progress: Callable[[str], None] | None = None) -> Judgement:
+    """Run the reference for a bundle, with its variants where their floors are not known yet, and judge it.
+
+    Raises ParityError for a bundle that is unusable or that the reference cannot run.
+    """
+    oracle = Oracle.of(read_bundle(path))
+    return judge(oracle, floors_of(oracle, progress)[SEGMENT])
 
 
 def judge(oracle: Oracle, segment: Floors) -> Judgement:

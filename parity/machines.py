@@ -37,8 +37,8 @@ _KINDS = ("local", "segment", "free")
 
 
 def others() -> dict[str, Environment]:
-    """Settings under which this machine computes as others do, by the name of their instructions."""
-    return {name: dict(zip(VARIABLES, values, strict=True)) for name, values in _supported().items()}
+    """Settings under which this machine computes as lesser ones do, by the name of their instructions."""
+    return {name: environment for name, environment in _combined().items() if name != _own_instructions()}
 
 
 def settings() -> dict[str, Environment]:
@@ -48,7 +48,17 @@ def settings() -> dict[str, Environment]:
         for values in _supported().values()
         for variable, value in zip(VARIABLES, values, strict=True)
     }
-    return others() | single
+    return _combined() | single
+
+
+def _combined() -> dict[str, Environment]:
+    return {name: dict(zip(VARIABLES, values, strict=True)) for name, values in _supported().items()}
+
+
+def _own_instructions() -> str:
+    """The setting that changes nothing here; none where there are instructions beyond all of them."""
+    flags = _flags()
+    return "" if "amx_tile" in flags or "avx512_bf16" in flags else list(_supported() or [""])[-1]
 
 
 def _supported() -> dict[str, tuple[str, ...]]:

@@ -35,7 +35,8 @@ def print_localization(found: Localization) -> None:
 def _print_finding(console: Console, number: int, finding: Finding) -> None:
     console.print(Text(f"{number}. {finding.component}", style="bold red"))
     local, floor = significant(finding.local_error), significant(finding.floor, 2)
-    level = f"local error {local}, floor {floor}, limit {significant(finding.allowed, 2)}" if finding.floor else f"error {local}; it must be equal"
+    limit = f", limit {significant(finding.allowed, 2)}" if finding.allowed else ""
+    level = f"local error {local}, floor {floor}{limit}" if finding.floor else f"error {local}; it must be equal"
     lines = [f"tap {finding.tap}: {level}", finding.detail]
     if finding.slice:
         lines.append(f"where: {finding.slice}")

@@ -125,7 +125,20 @@ def verify_bundle(path: Path) -> Verified:
             found.derived += 1
             if item.problem is not None:
                 found.add(item.tensor, f"{item.problem} ({item.quantity})")
+        _judge(bundle, found)
     return found
+
+
+def _judge(bundle: Bundle, found: Verified) -> None:
+    """Hold the reference against every tap, where the weights are at hand."""
+    from parity.judgement import judge_bundle
+
+    try:
+        judgement = judge_bundle(bundle.path)
+    except ParityError:
+        return
+    if not judgement.agree and judgement.departures[0].tap.name not in {problem.place for problem in found.problems}:
+        found.add(judgement.departures[0].tap.name, judgement.sentence())
 
 
 def _others(root: Path, paths: Sequence[Path], single: bool) -> dict[str, Any]:

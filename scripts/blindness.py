@@ -3,7 +3,7 @@
     python scripts/blindness.py [--bundle PATH]... [--output FILE]
 
 Each way changes a copy: a weight of the checkpoint, a tap of the capture, its noise, or what upstream computes (what a
-reference with another mask, stride or guidance computes takes the place of the capture). `check` and `localize` are given
+reference with another mask, stride or guidance computes takes the place of the capture). `check` and `localize` get
 every copy, with lance_mlx, which runs from the same copy; for the first of each kind floors are measured anew, for the
 others those of the bundle are kept with it. A way that leaves the reference's values as they are, to the bit, is no
 disagreement and is left out. Exit status: 0 when every way is refused or called wrong and what was
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import typer
 from safetensors.torch import load_file, save_file
-from tables import README, replace_between, table
+from tables import README, replace_between
 
 import reference.model
 import reference.mot
@@ -57,8 +57,8 @@ NAMED = {
     INPUTS: (Cause.INPUTS,),
     CAPTURE: (Cause.CAPTURE, Cause.CAPTURE_OR_WEIGHTS),
 }
-"""What may be named of each kind: where no tap lies between, weights and code look alike, and so do a wrong tap and wrong
-weights where a component has one tap alone."""
+"""What may be named of each kind: where no tap lies between, weights and code look alike, and so do a wrong tap and
+wrong weights where a component has one tap alone."""
 
 
 class Unchanged(Exception):
@@ -97,8 +97,9 @@ def ways(folder: Path) -> Iterator[Way]:
     floats = [name for name, tap in bundle.taps.items() if tap.dtype != "int32" and not name.endswith(given)]
     floats = [name for name in floats if not name.startswith(("sampler.timestep", "vae.latent"))]
     middle = [name for name in floats if name.endswith(("hidden_out", "layers.1.mlp", "layers.1.mlp_moe_gen"))]
-    chosen = list(dict.fromkeys([floats[0], *middle[:1], *[n for n in ("latent", "pixels", "vit_model0") if n in floats],
-                                 *[n for n in floats if n.startswith("velocity_call")][1:2]]))  # fmt: skip
+    results = [name for name in ("latent", "pixels", "vit_model0") if name in floats]
+    velocities = [name for name in floats if name.startswith("velocity_call")]
+    chosen = list(dict.fromkeys([floats[0], *middle[:1], *results, *velocities[1:2]]))
     for name in chosen:
         for what, change in _TAPS.items():
             yield Way(f"tap {name} {what}", CAPTURE, _tap(name, change))
