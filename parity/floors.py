@@ -85,6 +85,8 @@ def measure(
         add(name, recordings)
     expected = (oracle.taps, bundle.expected, bundle.expected | logits_of(own))
     floors = [table.floors(floats_of(taps), tuple(names)) for table, taps in zip(tables, expected, strict=True)]
+    # Where errors have added up on the way their sum says nothing of how often one component rounds the other way.
+    floors[1:] = [replace(each, flips={n: floors[0].flips.get(n, 0.0) for n in each.levels}) for each in floors[1:]]
     if bundle.dtype != "float32":
         kept = floats_of(bundle.expected)
         float32 = run_free(load_run(bundle, Numerics("float32")), bundle, set(kept))
