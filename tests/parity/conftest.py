@@ -1,6 +1,7 @@
 """Bundles to damage, and an implementation that answers with the oracle's own taps."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from parity.subject import Subject, make_subject
 ROOT = Path(__file__).parents[2]
 ORACLES = ROOT / "oracles"
 SHARED = ROOT.parent / "shared" / "oracles"
+# All processes of a run measure into one folder, so that each bundle is measured once on a machine.
+os.environ.setdefault("LANCE_PARITY_CACHE", str(ROOT / ".pytest_cache" / "floors"))
 
 # The bundles are small: with more threads the processes of a parallel run only wait for each other.
 torch.set_num_threads(1)
@@ -57,6 +60,10 @@ class ReplayedOracle:
                 change = self.changed.get(name, lambda array: array)
                 recording[name] = Tap(change(tap.array.copy()), self.dtypes.get(name, tap.dtype))
         return recording
+
+    def preprocessed(self, bundle: Bundle) -> None:
+        """No visual is resized: what the bundle holds is taken."""
+        return None
 
     def versions(self) -> dict[str, str]:
         return {"numpy": np.__version__}
