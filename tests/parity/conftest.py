@@ -101,17 +101,28 @@ def oracles() -> Path:
     return ORACLES
 
 
-def copy_into(folder: Path, name: str, weights: bool = False) -> Path:
-    """Copy an embedded bundle, its floors and its checkpoint, of which only the config where no weights are needed."""
+def copy_into(folder: Path, name: str, weights: bool | None = None) -> Path:
+    """Copy an embedded bundle and its floors.
+
+    `weights` True copies its checkpoint too, so that a test may change it; by default the weights are links, and with
+    False there is only the config.
+    """
     bundle = Path(shutil.copytree(ORACLES / name, folder / name))
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     source, copied = ORACLES / manifest["checkpoint"], bundle.parent / manifest["checkpoint"]
-    if weights:
-        shutil.copytree(source, copied, dirs_exist_ok=True)
-    else:
+    if weights is False:
         (copied / manifest["variant"]).mkdir(parents=True, exist_ok=True)
         shutil.copy(source / manifest["variant"] / "llm_config.json", copied / manifest["variant"])
+    elif not copied.exists():
+        shutil.copytree(source, copied, copy_function=shutil.copy2 if weights else _copy_or_link)
     return bundle
+
+
+def _copy_or_link(source: str, copied: str) -> None:
+    if source.endswith((".safetensors", ".pth")):
+        os.symlink(source, copied)
+    else:
+        shutil.copy2(source, copied)
 
 
 @pytest.fixture
@@ -164,11 +175,11 @@ def localized(oracle_of, subject_of) -> Callable[..., Localization]:
 
 @pytest.fixture
 def bundle(copy_bundle) -> Path:
-    """A small float32 bundle that a test may damage; its checkpoint holds no weights."""
+    """A small float32 bundle that a test may damage; the weights of its checkpoint are links."""
     return copy_bundle("t2i-fp32-nokv")
 
 
 @pytest.fixture
 def detailed_bundle(copy_bundle) -> Path:
-    """A float32 bundle with every layer's taps; its checkpoint holds no weights."""
+    """A float32 bundle with every layer's taps; the weights of its checkpoint are links."""
     return copy_bundle("t2i-fp32-kv")
