@@ -77,7 +77,9 @@ class Scale(NamedTuple):
 
 
 def scale_of(value: Tap | Sketch) -> Scale:
-    """The scale of a tap, or of a sketch by what its elements are on average."""
+    """The scale of a tap, or of a sketch by what its elements are on average; integers round to nothing."""
+    if value.dtype == "int32":
+        return Scale(value.dtype, 0.0, 0.0, 0.0)
     if isinstance(value, Sketch):
         one = ULP[value.dtype] ** 2 / max(value.size, 1)
         return Scale(value.dtype, value.size * one, one, one, estimated=True)

@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 from parity.bundle import Bundle, sha256
 from parity.errors import ParityError
-from parity.floors import KINDS, Floors, FloorSet, measure, pooled
+from parity.floors import FREE, KINDS, Floors, FloorSet, floats_of, logits_of, measure, pooled
 from parity.machines import facts, machine
 from parity.oracle import Oracle
 from parity.recording import write_atomically
@@ -23,7 +23,7 @@ from parity.sketch_file import FILE as SKETCHES
 FILE = "floors.safetensors"
 CACHE = "LANCE_PARITY_CACHE"
 """Environment variable with the folder of what is measured on this machine; by default ~/.cache/lance-parity."""
-_FORMAT = "lance-floors/4"
+_FORMAT = "lance-floors/5"
 _FACTS = "floors"
 _TABLES = ("levels", "flips", "spreads")
 # A float32 run is off by a millionth; a floor of more is none.
@@ -63,13 +63,12 @@ def write_floors(path: Path, oracle: Oracle, floors: FloorSet) -> None:
     arrays = {
         f"{kind}_{table}": _packed(getattr(each, table)) for kind, each in floors.items() for table in _TABLES
     }
-    upstream = floors["free"].upstream
-    arrays["upstream"] = _packed(upstream)
+    arrays["upstream"] = _packed(floors[FREE].upstream)
     facts_kept = {
         "format": _FORMAT,
         "capture_sha256": _capture_sum(oracle.bundle),
-        "names": {kind: list(each.levels) for kind, each in floors.items()},
-        "upstream": list(upstream),
+        # The names follow from the bundle, and would fill most of the file.
+        "names_sha256": {kind: _names_sum(each.levels) for kind, each in floors.items()},
         "variants": {kind: each.variants for kind, each in floors.items()},
         "machines": {kind: each.machines for kind, each in floors.items()},
         "machine": facts(),
@@ -99,27 +98,29 @@ def read_floors(path: Path, oracle: Oracle) -> FloorSet | None:
             raise ParityError(f"{path} holds the floors of another capture than the bundle's: {remedy}")
         if kept["arrays_sha256"] != _arrays_sum(arrays):
             raise ParityError(f"{path} holds other numbers than were measured: {remedy}")
-        floors = {}
-        for kind in KINDS:
-            names = kept["names"][kind]
+        floors, wanted = {}, _names(oracle)
+        for kind, names in wanted.items():
+            if kept["names_sha256"][kind] != _names_sum(names):
+                raise ParityError(f"{path} holds the floors of other taps than the bundle's: {remedy}")
             tables = [dict(zip(names, _unpacked(arrays[f"{kind}_{t}"]), strict=True)) for t in _TABLES]
-            own = dict(zip(kept["upstream"], _unpacked(arrays["upstream"]), strict=True)) if kind == "free" else {}
+            # Upstream's taps come first, and those of logits have no distance from its own.
+            distances = _unpacked(arrays["upstream"]) if kind == FREE else []
+            own = dict(zip(names[: len(distances)], distances, strict=True))
             variants, machines = (tuple(kept[key][kind]) for key in ("variants", "machines"))
             floors[kind] = Floors(*tables, variants, machines, own)
-            _check(floors[kind], kind, oracle, path, remedy)
+            for name, level in floors[kind].levels.items():
+                if not 0 <= level <= _LARGEST[oracle.bundle.dtype]:
+                    raise ParityError(f"{path} says that rounding moves {name} by {level:g}: {remedy}")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ParityError(f"{path} is not a complete file of floors ({error}): {remedy}") from None
     return floors
 
 
-def _check(floors: Floors, kind: str, oracle: Oracle, path: Path, remedy: str) -> None:
-    wanted = oracle.taps if kind == "local" else oracle.bundle.expected
-    lost = next((name for name, tap in wanted.items() if tap.dtype != "int32" and name not in floors.levels), None)
-    if lost is not None:
-        raise ParityError(f"{path} holds floors of other taps, none of {lost}: {remedy}")
-    for name, level in floors.levels.items():
-        if not 0 <= level <= _LARGEST[oracle.bundle.dtype]:
-            raise ParityError(f"{path} says that rounding moves {name} by {level:g}: {remedy}")
+def _names(oracle: Oracle) -> dict[str, list[str]]:
+    """The taps that have floors, by kind, in the order in which they are measured."""
+    upstream = floats_of(oracle.bundle.expected)
+    logits = floats_of(oracle.bundle.expected | logits_of(oracle.own))
+    return dict(zip(KINDS, (floats_of(oracle.taps), upstream, logits), strict=True))
 
 
 def _packed(values: Mapping[str, float]) -> np.ndarray:

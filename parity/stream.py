@@ -164,7 +164,7 @@ class _Run:
         bounds = self._bounds()
         taps = [self._tap_error(name, bounds) for name in self.measured]
         breaches = list(check_exact(self.contract, observed))
-        blind = self._disagreement(bounds)
+        blind = self._disagreement()
         findings = [] if blind else [*map(_exact_finding, breaches), *self._local_findings(taps)]
         verdict = DIVERGE if findings else INCONCLUSIVE if blind or self.failure else AGREE
         return Streamed(
@@ -240,18 +240,20 @@ class _Run:
                 dtype=expected.dtype,
                 scale=scale_of(expected),
                 own=compare(expected, computed.own[name]),
-                local=compare(expected, steered[name]),
+                local=compare(computed.own[name], steered[name]),
                 total=total,
                 propagated=propagated_error(expected, steered[name], mine),
             )
 
-    def _bounds(self) -> Bounds:
-        floors = self.theirs.floors(name for name, found in self.measured.items() if found.dtype != "int32")
+    def _bounds(self, segment: bool = False) -> Bounds:
+        names = [name for name, found in self.measured.items() if found.dtype != "int32"]
+        floors = self.theirs.floors(names, segment)
         scales = {name: self.measured[name].scale for name in floors.levels}
         return bounds_by_scale(floors, scales, self.plan.numerics)
 
-    def _disagreement(self, bounds: Bounds) -> str:
+    def _disagreement(self) -> str:
         """Where the reference does not compute what is given, by more than rounding; empty where it does."""
+        bounds = self._bounds(segment=True)
         for name in self.measured:
             own = self.measured[name].own
             if name not in self.plan.given or name not in bounds.taps:

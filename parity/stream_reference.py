@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class ReferenceStream:
         self.run = TorchReplay(pipeline, Request.from_dict(request), "kv_cache", replay)
         kinds = {(variant.family, variant.draw): variant for variant in variants_of(numerics)}
         self.variants = [exact(numerics), *kinds.values()]
-        self._levels, self._twins_of = LevelTable(), dict[str, str]()
+        self._levels, self._segments, self._twins_of = LevelTable(), LevelTable(), dict[str, str]()
         self._runs = [_without_layers(self.run, each.numerics) for each in self.variants]
         self._passes: Passes = {}
 
@@ -103,10 +104,10 @@ class ReferenceStream:
             own, self._passes = note_passes(self.run, vit, self._given)
             expected = self._expected(own)
 
-            def vary(run: TorchReplay, variant: Variant) -> Recording:
-                return note_passes(run, vit, expected)[0]
+            def vary(run: TorchReplay, variant: Variant, force: Recording) -> Recording:
+                return note_passes(run, vit, force)[0]
 
-            self._measure(own, EMBEDDINGS, vary)
+            self._measure(own, EMBEDDINGS, vary, expected)
             return Computed(expected, own)
 
     @torch.inference_mode()
@@ -135,10 +136,14 @@ class ReferenceStream:
         self._twins_of |= dict(self._twins(expected))
         return {call: Computed(taps, own[call]) for call, taps in expected.items()}
 
-    def floors(self, names: Iterable[str]) -> Floors:
-        """How far the variants were from the most exact one in what has been run; see parity.floors."""
+    def floors(self, names: Iterable[str], segment: bool = False) -> Floors:
+        """How far the variants were from the most exact one in what has been run; see parity.floors.
+
+        With `segment` from the given taps before each, in the same layer, instead of from all taps.
+        """
         wanted = {name: self._twins_of.get(name, name) for name in names}
-        found = self._levels.floors(wanted.values(), (OWN, *(variant.name for variant in self.variants)))
+        table = self._segments if segment else self._levels
+        found = table.floors(wanted.values(), (OWN, *(variant.name for variant in self.variants)))
 
         def of(table: Mapping[str, float]) -> dict[str, float]:
             return {name: table[twin] for name, twin in wanted.items() if twin in table}
@@ -158,7 +163,7 @@ class ReferenceStream:
         right = {name: tap for call, each in measured.items() for name, tap in sampled(expected[call], each).items()}
         mine = {name: tap for call, each in measured.items() for name, tap in sampled(own[call], each).items()}
 
-        def vary(run: TorchReplay, variant: Variant) -> Recording:
+        def vary(run: TorchReplay, variant: Variant, force: Recording) -> Recording:
             model, dtype, found = run.pipeline.model, variant.numerics.torch_dtype, Recording()
             # Its name is the one that it has in the whole model.
             own_layer = _variant_layer(layer, self._model.config, index, variant)
@@ -166,7 +171,7 @@ class ReferenceStream:
             try:
                 for call, each in measured.items():
                     taken, cache = each.taken(dtype), each.others(seen[call], index, dtype)
-                    with run.capture(force=right) as capture:
+                    with run.capture(force=force) as capture:
                         capture.enter(call)
                         model.language_model.model.layers[str(index)](taken.rows, taken.shared(model, cache))
                     found |= capture.recording
@@ -174,7 +179,7 @@ class ReferenceStream:
                 model.language_model.model.layers = nn.ModuleList()
             return found
 
-        self._measure(mine, (), vary)
+        self._measure(mine, (), vary, right)
 
     @torch.inference_mode()
     def finish(self) -> Computed:
@@ -184,25 +189,36 @@ class ReferenceStream:
             own = finish_passes(self.run, self._passes, given)
             expected = self._expected(own)
 
-            def vary(run: TorchReplay, variant: Variant) -> Recording:
-                return finish_passes(run, self._passes, expected)
+            def vary(run: TorchReplay, variant: Variant, force: Recording) -> Recording:
+                return finish_passes(run, self._passes, force)
 
-            self._measure(own, parts, vary)
+            self._measure(own, parts, vary, expected)
             return Computed(expected, own)
 
     def _measure(
-        self, own: Recording, parts: Sequence[str], vary: Callable[[TorchReplay, Variant], Recording]
+        self,
+        own: Recording,
+        parts: Sequence[str],
+        vary: Callable[[TorchReplay, Variant, Recording], Recording],
+        expected: Recording,
     ) -> None:
-        """Take how far the reference and its variants are from the most exact of them."""
-        center = Recording()
+        """Take how far the reference and its variants are from the most exact of them.
+
+        They run from what is expected at every tap, and where some of that is given, from that alone: the reference is
+        held against what is given over the same way.
+        """
+        given = {name: tap for name, tap in expected.items() if name in self._given}
+        tables = [(self._levels, expected)] + [(self._segments, given)] * bool(self._given)
+        centers = [Recording() for _ in tables]
         for number, (variant, run) in enumerate(zip(self.variants, self._runs, strict=True)):
-            with _copied(self._model, run.pipeline.model, parts):
-                found = run_variant(variant, lambda run=run, variant=variant: vary(run, variant))
-            if number:
-                self._levels.add(number, center, found, variant)
-            else:
-                center = found
-                self._levels.add(number, center, own)
+            for kind, (table, force) in enumerate(tables):
+                with _copied(self._model, run.pipeline.model, parts):
+                    found = run_variant(variant, partial(vary, run, variant, force))
+                if number:
+                    table.add(number, centers[kind], found, variant)
+                else:
+                    centers[kind] = found
+                    table.add(number, found, own)
             release()
 
     def _twins(self, computed: Mapping[str, Recording]) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Bundles to damage, and an implementation that answers with the oracle's own taps."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from parity.subject import Subject, make_subject
 ROOT = Path(__file__).parents[2]
 ORACLES = ROOT / "oracles"
 SHARED = ROOT.parent / "shared" / "oracles"
+# All processes of a run measure into one folder, so that each bundle is measured once on a machine.
+os.environ.setdefault("LANCE_PARITY_CACHE", str(ROOT / ".pytest_cache" / "floors"))
 
 # The bundles are small: with more threads the processes of a parallel run only wait for each other.
 torch.set_num_threads(1)
@@ -58,6 +61,10 @@ class ReplayedOracle:
                 recording[name] = Tap(change(tap.array.copy()), self.dtypes.get(name, tap.dtype))
         return recording
 
+    def preprocessed(self, bundle: Bundle) -> None:
+        """No visual is resized: what the bundle holds is taken."""
+        return None
+
     def versions(self) -> dict[str, str]:
         return {"numpy": np.__version__}
 
@@ -94,17 +101,28 @@ def oracles() -> Path:
     return ORACLES
 
 
-def copy_into(folder: Path, name: str, weights: bool = False) -> Path:
-    """Copy an embedded bundle, its floors and its checkpoint, of which only the config where no weights are needed."""
+def copy_into(folder: Path, name: str, weights: bool | None = None) -> Path:
+    """Copy an embedded bundle and its floors.
+
+    `weights` True copies its checkpoint too, so that a test may change it; by default the weights are links, and with
+    False there is only the config.
+    """
     bundle = Path(shutil.copytree(ORACLES / name, folder / name))
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     source, copied = ORACLES / manifest["checkpoint"], bundle.parent / manifest["checkpoint"]
-    if weights:
-        shutil.copytree(source, copied, dirs_exist_ok=True)
-    else:
+    if weights is False:
         (copied / manifest["variant"]).mkdir(parents=True, exist_ok=True)
         shutil.copy(source / manifest["variant"] / "llm_config.json", copied / manifest["variant"])
+    elif not copied.exists():
+        shutil.copytree(source, copied, copy_function=shutil.copy2 if weights else _copy_or_link)
     return bundle
+
+
+def _copy_or_link(source: str, copied: str) -> None:
+    if source.endswith((".safetensors", ".pth")):
+        os.symlink(source, copied)
+    else:
+        shutil.copy2(source, copied)
 
 
 @pytest.fixture
@@ -157,11 +175,11 @@ def localized(oracle_of, subject_of) -> Callable[..., Localization]:
 
 @pytest.fixture
 def bundle(copy_bundle) -> Path:
-    """A small float32 bundle that a test may damage; its checkpoint holds no weights."""
+    """A small float32 bundle that a test may damage; the weights of its checkpoint are links."""
     return copy_bundle("t2i-fp32-nokv")
 
 
 @pytest.fixture
 def detailed_bundle(copy_bundle) -> Path:
-    """A float32 bundle with every layer's taps; its checkpoint holds no weights."""
+    """A float32 bundle with every layer's taps; the weights of its checkpoint are links."""
     return copy_bundle("t2i-fp32-kv")

@@ -118,11 +118,11 @@ def test_check_exits_2_and_says_why_where_nothing_can_be_said(lance_parity, use,
     assert document["reason"] == "two equal runs differ first at velocity_call1"
 
 
-def test_check_exits_2_where_there_is_no_floor(lance_parity, use, bundle, replayed):
-    (bundle / "floors.safetensors").unlink()
+def test_check_exits_2_where_the_reference_cannot_run(lance_parity, use, copy_bundle, replayed):
     use(mlx=replayed())
-    result = lance_parity("check", bundle, "--impl", "mlx")
-    assert result.exit_code == 2 and "? inconclusive" in result.stdout and "no floor" in result.stdout
+    result = lance_parity("check", copy_bundle("t2i-fp32-nokv", weights=False), "--impl", "mlx")
+    assert result.exit_code == 2 and "? inconclusive" in result.stdout
+    assert "reference cannot run bundle t2i-fp32-nokv" in " ".join(result.stdout.split())
 
 
 def test_check_exits_2_in_one_line_where_the_bundle_is_broken(lance_parity, use, bundle, replayed, tmp_path):

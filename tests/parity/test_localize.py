@@ -80,14 +80,22 @@ def test_what_is_right_agrees(localized, oracle_of, name, impl):
     assert {"oracle", "this code", "machine", "command"} <= set(found.provenance) and found.seconds > 0
 
 
-def test_local_and_propagated_errors_add_up(localized):
+def test_local_and_propagated_errors_and_the_reference_s_own_add_up(localized, oracle_of):
+    oracle = oracle_of("t2i-fp32-kv")
+    norms = {name: np.linalg.norm(tap.array.astype(np.float64)) for name, tap in oracle.taps.items()}
     for found in (localized("t2i-fp32-kv"), localized("t2i-fp32-kv", "rope-pairs")):
         added = [tap for tap in found.taps if None not in (tap.local, tap.propagated, tap.total)]
         assert len(added) > 1000
         for tap in added:
-            # As vectors they add up, so no side of the triangle is longer than the other two.
-            sides = sorted([tap.local, tap.propagated, tap.total])
-            assert sides[2] <= (sides[0] + sides[1]) * (1 + 1e-9) + 1e-12, tap.tap.name
+            # As vectors they add up, with what the reference is off from upstream by, which `local` is held against: so
+            # no side of the polygon is longer than the others.
+            name = tap.tap.name
+            own = oracle.own[name].array.astype(np.float64)
+            local = tap.local * np.linalg.norm(own) / norms[name]
+            off = np.linalg.norm(own - oracle.taps[name].array) / norms[name]
+            assert off == 0 or tap.source == "upstream"
+            sides = sorted([local, tap.propagated, tap.total, float(off)])
+            assert sides[3] <= sum(sides[:3]) * (1 + 1e-9) + 1e-12, name
 
 
 # One thing is wrong.

@@ -112,9 +112,11 @@ def test_a_wrong_tap_of_a_bundle_is_found():
         taps = dict(plan.given)
         taps[name] = replace(taps[name], array=taps[name].array * np.float32(1.01))
         found = stream(replace(plan, given=taps))
-    # The reference differs from it as well, so it is its floor that says how far one may be.
-    assert found.first is None or found.first.tap == name
-    assert next(tap for tap in found.taps if tap.tap.name == name).local == pytest.approx(0.01, rel=0.01)
+    # The reference computes something else, as lance_mlx does: that says nothing against lance_mlx.
+    assert found.verdict == "inconclusive" and found.findings == []
+    assert found.reason.startswith(f"oracle and reference disagree at {name} (error 0.0099, rounding allows ")
+    tap = next(tap for tap in found.taps if tap.tap.name == name)
+    assert tap.local < 1e-6 and not tap.wrong and tap.total == pytest.approx(0.0099, rel=0.01)
 
 
 @pytest.mark.parametrize(
