@@ -130,7 +130,7 @@ def _continuous(level: float, spread: float, chance: float, dtype: str) -> Bound
 @lru_cache(maxsize=65536)
 def poisson_quantile(mean: float, chance: float) -> int:
     """The smallest number that a Poisson number of a mean exceeds with at most a given chance."""
-    if mean > 1000:
+    if mean > 500:
         far = NormalDist().inv_cdf(1 - chance)
         return math.ceil(mean + far * mean**0.5 + far**2 / 2)
     count, term = 0, math.exp(-mean)

@@ -26,8 +26,7 @@ class TapError:
         local: |f(oracle's input) - r| / |r|, r being what the reference makes of the oracle's input, which is held
             against the oracle before.
         propagated: |f(own input) - f(oracle's input)| / |oracle|: what earlier errors do here.
-        total: |f(own input) - oracle| / |oracle|; as vectors, local, propagated and what r is off from the oracle by add
-            up to it.
+        total: |f(own input) - oracle| / |oracle|; as vectors, local, propagated and what r is off by add up to it.
         gain: propagated error here over the total error of the tap before it in the same call, None without one.
         floor: the largest local error of equally right orders of rounding.
         allowed: the largest error that agrees; None where the tap has no floor.

@@ -181,8 +181,9 @@ def _cause(oracle: Oracle, wrong: Sequence[Departure]) -> tuple[Cause, str]:
     if _GIVEN.fullmatch(first.name):
         return Cause.INPUTS, "the state does not follow from the noise that the bundle holds"
     kind, call = component_kind(first.name), _kind_of_call(first)
-    peers = [name for name in oracle.bundle.expected if component_kind(name) == kind
-             and (tap := oracle.bundle.locate(name)).component == first.component and _kind_of_call(tap) == call]  # fmt: skip
+    located = {name: oracle.bundle.locate(name) for name in oracle.bundle.expected if component_kind(name) == kind}
+    peers = [name for name, tap in located.items()
+             if tap.component == first.component and _kind_of_call(tap) == call]  # fmt: skip
     off = [name for name in peers if name in names]
     if len(off) <= _SOME * len(peers):
         return Cause.CAPTURE, f"the same component agrees in {len(peers) - len(off)} other places"

@@ -1,4 +1,4 @@
-"""Floors: what the equally right variants do, and what is kept of it beside a bundle."""
+"""Floors: what the equally right variants do, here and on other machines, and what is kept of it."""
 
 import json
 from dataclasses import replace
@@ -12,15 +12,17 @@ from typer.testing import CliRunner
 
 import reference.sampler
 from parity import floors as measuring
-from parity import floors_file
-from parity.bundle import CHECKSUMS, CHECKSUMS_FORMAT, read_bundle, write_bundle
+from parity import floors_file, machines
+from parity.bundle import CHECKSUMS, CHECKSUMS_FORMAT, read_bundle
 from parity.cli import app
 from parity.errors import ParityError
-from parity.floors import FREE, LOCAL, Floors, floats_of, measure_free, measure_local, run_variant, variants_of
-from parity.floors_file import FILE, free_floors, local_floors, write_floors
+from parity.floors import FREE, KINDS, LOCAL, SEGMENT, Floors, floats_of, logits_of, measure, pooled
+from parity.floors_file import CACHE, FILE, floors_of, write_floors
+from parity.machines import machine, record_elsewhere, settings
 from parity.oracle import Oracle
 from parity.recording import Tap, to_tap
 from parity.store import entry_of, listed
+from parity.variants import exact, run_variant, variants_of
 from reference.request import Request
 
 SMALL = "t2i-fp32-nokv"
@@ -29,10 +31,10 @@ SMALL = "t2i-fp32-nokv"
 # Variants.
 
 
-@pytest.mark.parametrize("kind", [LOCAL, FREE])
+@pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_variants_have_names_and_several_families(dtype, kind):
-    variants = variants_of(dtype, kind)
+def test_variants_have_names_and_several_families(dtype, carried):
+    variants = [exact(dtype), *variants_of(dtype, carried)]
     assert len({variant.name for variant in variants}) == len(variants)
     assert not any(":" in variant.name for variant in variants)
     assert len({variant.family for variant in variants}) >= 5
@@ -40,9 +42,9 @@ def test_variants_have_names_and_several_families(dtype, kind):
 
 
 def test_a_bfloat16_run_of_its_own_is_drawn_more_often():
-    local, free = ({v.name for v in variants_of("bfloat16", kind)} for kind in (LOCAL, FREE))
-    assert len(free - local) == 4 and not local - free
-    assert variants_of("float32", LOCAL) == variants_of("float32", FREE)
+    once, carried = ({v.name for v in variants_of("bfloat16", carried)} for carried in (False, True))
+    assert len(carried - once) == 4 and not once - carried
+    assert variants_of("float32") == variants_of("float32", carried=True)
 
 
 def test_a_norm_near_the_middle_of_two_numbers_may_be_either():
@@ -59,240 +61,254 @@ def test_a_norm_near_the_middle_of_two_numbers_may_be_either():
     assert any(not np.array_equal(other, plain) for other in others)
 
 
+# What is measured.
+
+
 @pytest.fixture(scope="module")
 def measured(oracle_of):
-    """Both kinds of floors of the smallest bundle, measured here."""
-    oracle = oracle_of(SMALL)
-    return measure_local(oracle), measure_free(oracle.bundle)
+    """The floors of the smallest bundle, measured here and in no other process."""
+    return measure(oracle_of(SMALL), environments={})
 
 
 def test_what_is_measured_is_what_is_kept(oracle_of, measured):
-    oracle = oracle_of(SMALL)
-    for now, kept in zip(measured, (local_floors(oracle), free_floors(oracle.bundle)), strict=True):
-        assert now.variants == kept.variants and list(now.errors) == list(kept.errors)
-        assert now.count.keys() == kept.count.keys() and now.leading == kept.leading
+    kept = floors_of(oracle_of(SMALL))
+    for kind in KINDS:
+        assert list(measured[kind].levels) == list(kept[kind].levels)
+        assert set(measured[kind].variants) <= set(kept[kind].variants)
         # Another processor rounds otherwise, but not by another order of magnitude.
-        mine, stored = (np.array([errors.max() for errors in floors.errors.values()]) for floors in (now, kept))
+        mine, stored = (np.array(list(floors[kind].levels.values())) for floors in (measured, kept))
         assert np.median(mine / np.maximum(stored, 1e-12)) == pytest.approx(1, abs=0.3)
 
 
-def test_every_variant_rounds_in_its_own_way_and_none_computes_something_else(oracle_of, measured):
-    local, free = measured
-    assert local.variants[0] == "the reference itself:own"
-    for floors, limit in ((local, 2e-5), (free, 2e-4)):
-        table = np.stack(list(floors.errors.values()))
-        assert table.shape == (len(floors.errors), len(floors.variants)) and np.all(table < limit)
-        for name, column in zip(floors.variants[1:], table.T[1:], strict=True):
-            # Of few rows, and on some processors, these two change nothing.
-            assert name.startswith(("two threads", "padded")) or np.count_nonzero(column), name
-    # A unit in the last place, drawn evenly, is an error of 2**-23 / sqrt(3).
-    errors = np.stack([values for name, values in local.errors.items() if name.endswith("hidden_in")])
-    drawn = [index for index, name in enumerate(local.variants) if name.endswith(":last place")]
-    assert np.allclose(errors[:, drawn], 2.0**-23 / 3**0.5, rtol=0.3)
+def test_every_kind_has_the_taps_that_it_is_about(oracle_of, measured):
+    oracle = oracle_of(SMALL)
+    assert list(measured[LOCAL].levels) == floats_of(oracle.taps)
+    assert list(measured[SEGMENT].levels) == list(measured[FREE].levels) == floats_of(oracle.bundle.taps)
+    assert all(0 < level < 2e-4 for kind in KINDS for level in measured[kind].levels.values())
+    # What is computed at once is off by less than what has added up since upstream's tap before it.
+    name = "velocity_call1"
+    assert measured[LOCAL].levels[name] < measured[SEGMENT].levels[name] < 10 * measured[FREE].levels[name]
+
+
+def test_no_floor_hangs_on_what_the_oracle_holds(oracle_of, measured):
+    oracle = oracle_of(SMALL)
+    pixels = oracle.bundle.taps["pixels"].array.copy()
+    pixels.reshape(-1)[:400] = 0
+    taps = oracle.bundle.taps | {"pixels": Tap(pixels, "float32")}
+    damaged = Oracle.of(replace(oracle.bundle, taps=taps))
+    again = measure(damaged, environments={})
+    for kind in KINDS:
+        assert again[kind].levels["pixels"] == pytest.approx(measured[kind].levels["pixels"])
 
 
 def test_threads_are_given_back(oracle_of, monkeypatch):
-    import torch
-
     before, seen = torch.get_num_threads(), set()
 
-    def record(run, names=None):
+    def record(run, names=None, force=None):
         seen.add(torch.get_num_threads())
-        return oracle_of(SMALL).bundle.taps
-
-    monkeypatch.setattr(measuring.TorchReplay, "record", record)
-    measure_free(oracle_of(SMALL).bundle)
-    assert 2 in seen and torch.get_num_threads() == before
-
-    def fails(run, names=None):
         if torch.get_num_threads() == 2:
             raise ValueError("no")
-        return oracle_of(SMALL).bundle.taps
+        return dict(oracle_of(SMALL).bundle.taps)
 
-    monkeypatch.setattr(measuring.TorchReplay, "record", fails)
+    monkeypatch.setattr(measuring.TorchReplay, "record", record)
     with pytest.raises(ParityError, match="^reference cannot run bundle t2i-fp32-nokv: ValueError: no$"):
-        measure_free(oracle_of(SMALL).bundle)
-    assert torch.get_num_threads() == before
+        measure(oracle_of(SMALL), environments={})
+    assert 2 in seen and torch.get_num_threads() == before
 
 
-# What is kept beside a bundle.
+def test_pooled_floors_are_the_largest(measured):
+    local = measured[LOCAL]
+    larger = replace(local, levels={name: 2 * level for name, level in local.levels.items()}, variants=("other",))
+    both = pooled([local, larger])
+    assert both.levels == larger.levels and both.flips == local.flips
+    assert both.variants == (*local.variants, "other") and both.machines == local.machines
+
+
+# Other machines.
+
+
+def test_only_instructions_that_the_processor_has_are_asked_for(monkeypatch):
+    monkeypatch.setattr(machines.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(machines, "_flags", lambda: {"avx2"})
+    assert set(machines.others()) == {"baseline"} and "avx512" not in str(settings())
+    monkeypatch.setattr(machines, "_flags", lambda: {"avx2", "avx512f", "amx_tile"})
+    assert set(machines.others()) == {"baseline", "AVX2", "AVX-512"}
+    assert {"MKL_CBWR": "AVX2"} in settings().values()
+    monkeypatch.setattr(machines.platform, "machine", lambda: "arm64")
+    assert machines.others() == settings() == {}
+
+
+def test_a_bundle_is_run_as_another_machine_does(oracle_of):
+    oracle = oracle_of(SMALL)
+    dies = {"PYTHONHOME": "/nowhere"}
+    found = record_elsewhere(oracle.bundle, oracle.passes, {"plain": {}, "dies": dies})
+    assert list(found) == ["plain"]
+    local, segment, free = found["plain"]
+    # The same settings compute the same.
+    for name in ("velocity_call0", "pixels"):
+        assert np.array_equal(local[name].array, oracle.own[name].array)
+        assert np.array_equal(segment[name].array, oracle.own[name].array)
+    assert set(free) > set(floats_of(oracle.bundle.taps))
+    with pytest.raises(ParityError, match="cannot be run in a process of its own"):
+        record_elsewhere(oracle.bundle, oracle.passes, {"dies": dies})
+
+
+# What is kept beside a bundle, and in the cache.
 
 
 @pytest.fixture
 def never_measured(monkeypatch):
     """Measuring fails: floors can only be read."""
 
-    def measure(*arguments):
+    def measured(*arguments):
         raise AssertionError("measured")
 
-    for name in ("measure_local", "measure_free"):
-        monkeypatch.setattr(floors_file, name, measure)
+    monkeypatch.setattr(floors_file, "measure", measured)
 
 
-def test_all_embedded_bundles_have_floors_that_fit_them(oracles, oracle_of, never_measured):
+def test_all_embedded_bundles_have_floors_that_fit_them(oracles, oracle_of, never_measured, monkeypatch):
     found = sorted(path.parent.name for path in oracles.glob("*/manifest.json"))
     assert len(found) >= 8
     for name in found:
-        local, free = local_floors(oracle_of(name)), free_floors(oracle_of(name).bundle)
-        assert list(local.errors) == floats_of(oracle_of(name).taps)
-        assert list(free.errors) == floats_of(oracle_of(name).bundle.taps)
-        for kind, floors in ((LOCAL, local), (FREE, free)):
-            names = [v.name for v in variants_of(oracle_of(name).bundle.dtype, kind)]
-            assert [v.rpartition(":")[0] for v in floors.variants[1:]] == names
-        assert bool(free.upstream) == (oracle_of(name).bundle.dtype == "bfloat16") and not local.upstream
+        oracle = oracle_of(name)
+        kept = floors_file.read_floors(oracle.bundle.path / FILE, oracle)
+        assert list(kept[LOCAL].levels) == floats_of(oracle.taps)
+        assert list(kept[SEGMENT].levels) == floats_of(oracle.bundle.taps)
+        assert list(kept[FREE].levels) == floats_of(oracle.bundle.taps | logits_of(oracle.own))
+        assert {v.name for v in variants_of(oracle.bundle.dtype)} < set(kept[LOCAL].variants)
+        assert {"baseline", "AVX2", "MKL_CBWR=COMPATIBLE"} < set(kept[LOCAL].variants)
+        assert bool(kept[FREE].upstream) == (oracle.bundle.dtype == "bfloat16") and not kept[LOCAL].upstream
 
 
-def test_reading_free_floors_needs_no_weights(bundle, never_measured):
-    read = read_bundle(bundle)
-    assert not list(read.checkpoint.rglob("*.safetensors"))
-    assert set(free_floors(read).errors) == set(floats_of(read.taps))
-
-
-def invented(names, seed, upstream=()):
+def invented(names, seed, machines=("here",)):
     draw = np.random.default_rng(seed)
-    errors = {name: np.exp2(draw.uniform(-25, -3, 3)).astype(np.float32) for name in names}
-    errors[next(iter(errors))][1] = 0
-    ratios = {"float32": np.array([5.0, 1, 0.25], np.float32), "bfloat16": np.zeros(0, np.float32)}
-    distances = {name: float(value) for name, value in zip(upstream, draw.uniform(0.001, 0.1, 999), strict=False)}
-    return Floors(("a:a", "b:a", "c:c"), errors, ratios, {"float32": 77, "bfloat16": 0}, distances, 3 + seed)
+
+    def table(low, high):
+        return {name: float(np.exp2(draw.uniform(low, high))) for name in names}
+
+    levels = table(-25, -8)
+    levels[next(iter(levels))] = 0.0
+    return Floors(levels, table(-20, -3), table(-9, 0), ("a", "b"), machines)
 
 
 @pytest.fixture
-def stored(oracle_of, copy_bundle):
-    """The smallest bundle with invented floors beside it, and those."""
+def stored(oracle_of, copy_bundle, monkeypatch, tmp_path):
+    """The smallest bundle with invented floors of this machine beside it, and those; the cache is empty."""
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     path = copy_bundle(SMALL)
-    own = read_bundle(path)
-    oracle = replace(oracle_of(SMALL), bundle=own)
-    local = invented(floats_of(oracle.taps), 0)
-    free = invented(floats_of(own.taps), 1, upstream=floats_of(own.taps))
-    write_floors(path / FILE, oracle, local, free)
-    return oracle, local, free
+    oracle = replace(oracle_of(SMALL), bundle=read_bundle(path))
+    names = {LOCAL: floats_of(oracle.taps), SEGMENT: floats_of(oracle.bundle.taps)}
+    names[FREE] = names[SEGMENT]
+    floors = {kind: invented(each, seed, (machine(),)) for seed, (kind, each) in enumerate(names.items())}
+    write_floors(path / FILE, oracle, floors)
+    return oracle, floors
 
 
 def test_what_is_written_is_read(stored, never_measured):
-    oracle, local, free = stored
-    for written, read in ((local, local_floors(oracle)), (free, free_floors(oracle.bundle))):
-        assert read.variants == written.variants and read.count == written.count
-        assert list(read.errors) == list(written.errors)
-        for name, errors in written.errors.items():
-            assert read.errors[name] == pytest.approx(errors, rel=0.01), name
-        for dtype, values in written.ratios.items():
-            assert read.ratios[dtype] == pytest.approx(values, rel=0.01)
-    assert local_floors(oracle).leading == free_floors(oracle.bundle).leading == free.leading
-    assert free_floors(oracle.bundle).upstream == pytest.approx(free.upstream, rel=0.01)
+    oracle, floors = stored
+    for kind, read in floors_of(oracle).items():
+        assert read.variants == floors[kind].variants and read.machines == (machine(),)
+        for table in ("levels", "flips", "spreads"):
+            assert getattr(read, table) == pytest.approx(getattr(floors[kind], table), rel=0.01)
+
+
+def test_another_machine_measures_its_own_once_and_pools_them(stored, monkeypatch):
+    oracle, floors = stored
+    monkeypatch.setattr(floors_file, "machine", lambda: "elsewhere")
+    counted = []
+
+    def mine(oracle, progress):
+        counted.append(1)
+        return {kind: replace(each, levels={n: 2 * level for n, level in each.levels.items()}, machines=("elsewhere",))
+                for kind, each in floors.items()}  # fmt: skip
+
+    monkeypatch.setattr(floors_file, "measure", mine)
+    for _ in range(2):
+        found = floors_of(oracle)[LOCAL]
+        doubled = {name: 2 * level for name, level in floors[LOCAL].levels.items()}
+        assert found.levels == pytest.approx(doubled, rel=0.01) and set(found.machines) == {machine(), "elsewhere"}
+    assert len(counted) == 1
+    # What the cache cannot give is measured again.
+    (kept,) = floors_file.cache_folder().iterdir()
+    kept.write_bytes(b"no")
+    floors_of(oracle)
+    assert len(counted) == 2
+
+
+def parts(path):
+    with safe_open(path, "np") as file:
+        return json.loads(file.metadata()["floors"]), {name: file.get_tensor(name) for name in file.keys()}
+
+
+def told(facts):
+    return {"floors": json.dumps(facts)}
+
+
+def summed(arrays, facts):
+    return told(facts | {"arrays_sha256": floors_file._arrays_sum(arrays)})
+
+
+def damages():
+    def scaled(path, facts, arrays):
+        save_file(arrays | {"local_levels": arrays["local_levels"] + np.float16(7)}, path, told(facts))
+
+    def rounding_of_a_whole(path, facts, arrays):
+        more = arrays | {"local_levels": np.full_like(arrays["local_levels"], 3)}
+        save_file(more, path, summed(more, facts))
+
+    def not_finite(path, facts, arrays):
+        more = arrays | {"free_levels": np.full_like(arrays["free_levels"], np.nan)}
+        save_file(more, path, summed(more, facts))
+
+    def of_another_format(path, facts, arrays):
+        save_file(arrays, path, told(facts | {"format": "lance-floors/0"}))
+
+    def of_another_capture(path, facts, arrays):
+        save_file(arrays, path, told(facts | {"capture_sha256": "0"}))
+
+    def of_other_taps(path, facts, arrays):
+        save_file(arrays, path, told(facts | {"names_sha256": dict.fromkeys(facts["names_sha256"], "0")}))
+
+    def shorter(path, facts, arrays):
+        less = {name: array[:-1] for name, array in arrays.items()}
+        save_file(less, path, summed(less, facts))
+
+    def without_facts(path, facts, arrays):
+        save_file(arrays, path)
+
+    def garbled(path, facts, arrays):
+        save_file(arrays, path, {"floors": json.dumps(facts)[:-1]})
+
+    def cut(path, facts, arrays):
+        path.write_bytes(path.read_bytes()[:-10])
+
+    def empty(path, facts, arrays):
+        path.write_bytes(b"")
+
+    return [scaled, rounding_of_a_whole, not_finite, of_another_format, of_another_capture, of_other_taps, shorter,
+            without_facts, garbled, cut, empty]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", damages(), ids=lambda damage: damage.__name__)
+def test_bad_floors_are_refused_in_one_line(stored, damage, never_measured):
+    oracle = stored[0]
+    path = oracle.bundle.path / FILE
+    damage(path, *parts(path))
+    with pytest.raises(ParityError) as caught:
+        floors_of(oracle)
+    text = str(caught.value)
+    assert "floors.safetensors" in text and "lance-parity floors" in text and "\n" not in text
 
 
 def test_writing_replaces_the_whole_file_or_nothing(stored, monkeypatch):
-    oracle, local, free = stored
+    oracle, floors = stored
     path = oracle.bundle.path / FILE
     before = path.read_bytes()
     monkeypatch.setattr("parity.recording.os.replace", lambda *paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write_floors(path, oracle, free, local)
+        write_floors(path, oracle, floors)
     assert path.read_bytes() == before
     assert [item.name for item in path.parent.iterdir() if item.name.startswith(".")] == []
-
-
-class Measured(Exception):
-    pass
-
-
-@pytest.fixture
-def measuring_is_seen(monkeypatch):
-    def measure(*arguments):
-        raise Measured
-
-    for name in ("measure_local", "measure_free"):
-        monkeypatch.setattr(floors_file, name, measure)
-
-
-def test_floors_of_another_capture_are_measured_again(stored, measuring_is_seen):
-    oracle, _, _ = stored
-    bundle = oracle.bundle
-    kept = (bundle.path / FILE).read_bytes()
-    taps = dict(bundle.taps)
-    taps["latent"] = Tap(np.nextafter(taps["latent"].array, np.float32(9)), "float32")
-    write_bundle(bundle.path, bundle.manifest, bundle.inputs, taps)
-    again = read_bundle(bundle.path)
-    for _ in range(2):
-        with pytest.raises(Measured):
-            free_floors(again)
-        with pytest.raises(Measured):
-            local_floors(replace(oracle, bundle=again))
-        (bundle.path / FILE).write_bytes(kept)
-
-
-def test_floors_of_other_taps_of_the_reference_are_measured_again(stored, measuring_is_seen):
-    oracle, _, _ = stored
-    fewer = {name: tap for name, tap in oracle.taps.items() if name != "frames"}
-    with pytest.raises(Measured):
-        local_floors(replace(oracle, taps=fewer))
-    # The same in another order are other rows of the table.
-    names = list(oracle.taps)
-    with pytest.raises(Measured):
-        local_floors(replace(oracle, taps={name: oracle.taps[name] for name in [*names[1:], names[0]]}))
-    # Those of the bundle's own taps still fit.
-    assert free_floors(oracle.bundle).leading == 4
-
-
-def test_floors_of_another_format_are_measured_again(stored, measuring_is_seen):
-    path = stored[0].bundle.path / FILE
-    with safe_open(path, "np") as file:
-        facts = json.loads(file.metadata()["floors"])
-        arrays = {name: file.get_tensor(name) for name in file.keys()}
-    save_file(arrays, path, {"floors": json.dumps(facts | {"format": "lance-floors/0"})})
-    with pytest.raises(Measured):
-        free_floors(stored[0].bundle)
-    save_file(arrays, path)
-    with pytest.raises(Measured):
-        free_floors(stored[0].bundle)
-
-
-def damages():
-    def told(facts):
-        return {"floors": json.dumps(facts)}
-
-    def cut(path, arrays, facts):
-        path.write_bytes(path.read_bytes()[:-10])
-
-    def without(name):
-        return lambda path, arrays, facts: save_file(
-            {key: value for key, value in arrays.items() if key != name}, path, told(facts)
-        )
-
-    def shorter(path, arrays, facts):
-        save_file(arrays | {"free": arrays["free"][:-1], "local": arrays["local"][:-1]}, path, told(facts))
-
-    def unnamed(path, arrays, facts):
-        save_file(arrays, path, told({key: value for key, value in facts.items() if key != "free_variants"}))
-
-    def garbled(path, arrays, facts):
-        save_file(arrays, path, {"floors": json.dumps(facts)[:-1]})
-
-    def listed(path, arrays, facts):
-        save_file(arrays, path, {"floors": "[1, 2]"})
-
-    def empty(path, arrays, facts):
-        path.write_bytes(b"")
-
-    def folder(path, arrays, facts):
-        path.write_bytes(b"\0" * 20)
-
-    return [cut, without("free"), shorter, unnamed, garbled, listed, empty, folder]
-
-
-@pytest.mark.parametrize("damage", damages())
-def test_damaged_floors_are_named_in_one_line(stored, damage, never_measured):
-    oracle = stored[0]
-    path = oracle.bundle.path / FILE
-    with safe_open(path, "np") as file:
-        facts = json.loads(file.metadata()["floors"])
-        arrays = {name: file.get_tensor(name) for name in file.keys()}
-    damage(path, arrays, facts)
-    with pytest.raises(ParityError) as caught:
-        free_floors(oracle.bundle)
-    text = str(caught.value)
-    assert "floors.safetensors is not a complete file of floors" in text and "\n" not in text
 
 
 # The command.
@@ -311,24 +327,21 @@ def lance_parity(monkeypatch):
 def test_floors_writes_them_beside_the_taps(lance_parity, linked_bundle, stored, monkeypatch):
     path = linked_bundle(SMALL)
     (path / FILE).unlink()
-    _, local, free = stored
-    monkeypatch.setattr(measuring, "measure_local", lambda oracle, progress: local)
-    monkeypatch.setattr(measuring, "measure_free", lambda bundle, progress: free)
+    _, floors = stored
+    monkeypatch.setattr(measuring, "measure", lambda oracle, progress, environments: floors)
     before = {item.name: item.read_bytes() for item in path.iterdir()}
     result = lance_parity("floors", path)
     assert result.exit_code == 0 and result.stderr == ""
-    assert f"{path / FILE}: {len(local.errors)} taps, 3 variants" in result.stdout.replace("\n", "")
+    assert f"{path / FILE}: {len(floors[LOCAL].levels)} taps, 2 variants" in result.stdout.replace("\n", "")
     after = {item.name: item.read_bytes() for item in path.iterdir()}
     assert after.keys() - before.keys() == {FILE} and after.items() >= before.items()
-    oracle = Oracle.of(read_bundle(path))
-    assert local_floors(oracle).variants == local.variants
+    assert floors_of(Oracle.of(read_bundle(path)))[LOCAL].variants == floors[LOCAL].variants
 
 
 def test_floors_that_are_listed_are_listed_anew(lance_parity, linked_bundle, stored, monkeypatch):
     path = linked_bundle(SMALL)
-    _, local, free = stored
-    monkeypatch.setattr(measuring, "measure_local", lambda oracle, progress: local)
-    monkeypatch.setattr(measuring, "measure_free", lambda bundle, progress: free)
+    _, floors = stored
+    monkeypatch.setattr(measuring, "measure", lambda oracle, progress, environments: floors)
     name = f"{SMALL}/{FILE}"
     listing = {"format": CHECKSUMS_FORMAT, "files": {name: entry_of(path / FILE), "other": {"sha256": "0"}}}
     (path.parent / CHECKSUMS).write_text(json.dumps(listing))
@@ -339,7 +352,8 @@ def test_floors_that_are_listed_are_listed_anew(lance_parity, linked_bundle, sto
     read_bundle(path)
 
 
-def test_floors_of_bad_folders_are_one_line(lance_parity, tmp_path, bundle):
+def test_floors_of_bad_folders_are_one_line(lance_parity, tmp_path, copy_bundle):
+    bundle = copy_bundle(SMALL, weights=False)
     for folder, words in ((tmp_path / "nothing", "nothing"), (bundle, "reference cannot run bundle")):
         result = lance_parity("floors", folder)
         assert result.exit_code == 2

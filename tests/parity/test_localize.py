@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from functools import cache
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import lance_mlx.sampling.flow as flow
