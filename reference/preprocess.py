@@ -161,8 +161,6 @@ def aspect_box(width: int, height: int, aspect: float) -> Box:
     box = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if box[0] > width or box[1] > height:
         box = min(width, round(height * aspect)), min(height, round(width / aspect))
-    if 0 in box:
-        raise ReferenceError(f"a picture of {width}x{height} pixels leaves nothing at the aspect {aspect:.2f}")
     left, top = (width - box[0]) // 2, (height - box[1]) // 2
     return left, top, left + box[0], top + box[1]
 
