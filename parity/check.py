@@ -38,6 +38,7 @@ from parity.verdict import (
     median_over_floor,
     median_over_upstream,
 )
+from parity.weight_sums import require_weights
 
 # One tap that agrees may do so by chance.
 FEWEST_TAPS = 2
@@ -190,6 +191,7 @@ def record_bundle(path: Path, impl: Implementation, progress: Progress | None = 
     bundle = read_bundle(path)
     if bundle.task not in SUPPORTED_TASKS:
         raise UnsupportedTask(f"bundle {bundle.name}: task {bundle.task!r} is not supported yet")
+    require_weights(bundle)
     memory.reset_peak()
     start = time.perf_counter()
     recording = impl.record(bundle, progress)

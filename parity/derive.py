@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lance_mlx.visuals import PreparedVisual
 from parity.bundle import Bundle
 from parity.errors import ParityError
 from parity.facts import Facts
@@ -24,6 +23,7 @@ from parity.registry import parse, velocity_calls
 from reference.errors import ReferenceError
 from reference.mot import LanguageModel, Rope
 from reference.numerics import Numerics
+from reference.preprocess import Preprocessed
 from reference.sampler import advance, guide, start
 from reference.understanding import BLOCK
 from reference.vae import Posterior
@@ -183,10 +183,10 @@ def _drawn(facts: Facts) -> Iterator[Derived]:
         yield _near("draws from the seed", f"inputs/{name}", bundle.inputs[name], expected, expected.abs() + 1)
 
 
-def _given(facts: Facts) -> list[PreparedVisual]:
+def _given(facts: Facts) -> list[Preprocessed]:
     pixels = facts.replay.vae_pixels
     pixels = (pixels[0][:, :1],) if facts.request.task == "i2v" else pixels[:-1]
-    return [PreparedVisual(pixels=array.transpose(1, 2, 3, 0)) for array in pixels]
+    return [Preprocessed(array) for array in pixels]
 
 
 def _encoded(facts: Facts) -> Iterator[Derived]:

@@ -6,20 +6,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lance_mlx.errors import LanceError
-from lance_mlx.visuals import prepare_visuals
 from parity.bundle import Bundle
 from parity.implementations import replay_of
-from parity.record import IMPLEMENTATION, size_of
+from parity.record import IMPLEMENTATION
 from parity.recording import DTYPES, Replay
 from parity.registry import parse
-from parity.replay_mlx import request_from_bundle
 from parity.replay_torch import replayed_sizes
 from reference.arms import CachedArm, Inputs
 from reference.config import LanguageConfig
 from reference.errors import ReferenceError
 from reference.layout import Layout, Split, VisualSize
 from reference.media import visual_sizes
+from reference.preprocess import preprocess
 from reference.prompt import Tokenizer
 from reference.request import Request
 from reference.sampler import is_guided, time_grid
@@ -56,11 +54,10 @@ class Facts:
             return None
         try:
             if self.recorded:
-                # These were preprocessed by lance_mlx, which turns photos upright, where upstream does not.
-                asked = request_from_bundle(self.bundle.request, self.bundle.entry, root)
-                return [size_of(visual) for visual in prepare_visuals(asked)]
+                # The reference turns photos and videos upright, upstream does not.
+                return [visual.size for visual in preprocess(self.request, root)]
             return visual_sizes(self.request, root)
-        except (LanceError, ReferenceError) as error:
+        except ReferenceError as error:
             return str(error)
 
     @cached_property

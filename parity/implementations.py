@@ -88,8 +88,11 @@ class Reference:
 
     def preprocessed(self, bundle: Bundle) -> dict[str, np.ndarray] | None:
         """See Implementation.preprocessed."""
-        del bundle
-        return None
+        with one_line(f"reference cannot prepare the visuals of bundle {bundle.name}"):
+            from parity.replay_torch import preprocess_reference
+            from reference.request import Request
+
+            return preprocess_reference(Request.from_dict(bundle.request), bundle.path.parent)
 
     def versions(self) -> dict[str, str]:
         """See Implementation.versions."""

@@ -13,6 +13,7 @@ from parity.implementations import one_line, replay_of
 from parity.recording import Contract, Recording, Split, Tap
 from parity.replay_torch import TorchReplay
 from parity.splitting import split_passes
+from parity.weight_sums import require_weights
 from reference.layout import Layout, Mode, Role
 from reference.model import Pipeline
 from reference.numerics import Numerics
@@ -43,7 +44,9 @@ class Oracle:
 
     @classmethod
     def of(cls, bundle: Bundle) -> "Oracle":
-        """Run the reference from the bundle's taps; raises ParityError when it cannot run the bundle."""
+        """Run the reference from the bundle's taps; raises ParityError when it cannot run the bundle, or has others
+        of its weights."""
+        require_weights(bundle)
         with one_line(f"reference cannot run bundle {bundle.name}"):
             run = load_run(bundle, Numerics(bundle.dtype))
             passes = run_passes(run, bundle.taps)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lance_mlx.visuals import PreparedVisual, prepare_visuals
 from parity.errors import ParityError
 from parity.implementations import one_line
 from parity.keeper import Keeper, keep_whole, parted
@@ -16,12 +15,12 @@ from parity.placing import checkpoint_name, publish, staging_beside, with_media
 from parity.provenance import code_commit
 from parity.recorded_taps import INPUTS, RecordedTaps
 from parity.recording import Recording, Replay, Tap
-from parity.replay_mlx import request_from_bundle
 from parity.replay_torch import record_pipeline
 from parity.sketch_file import SKETCH, WHOLE, check_level
-from reference.layout import Layout, VisualSize
+from reference.layout import Layout
 from reference.model import Pipeline
 from reference.numerics import Numerics
+from reference.preprocess import Preprocessed, preprocess
 from reference.request import Request
 from reference.vae_layers import LATENT_CHANNELS
 
@@ -45,9 +44,9 @@ def record(
     """Run a request on the reference and write the bundle `out`, whole or not at all; return its path.
 
     `request` has the form of a bundle's, with paths of images and videos as they are given; `checkpoint` is a folder in
-    the official layout. Images and videos are preprocessed by lance_mlx.visuals, since the reference knows their sizes
-    alone, and copied into media/ beside the bundle unless they lie below its folder already. The checkpoint is linked
-    beside the bundle under its own name, or the parts that the request needs are copied there.
+    the official layout. Images and videos are preprocessed by the reference, and copied into media/ beside the bundle
+    unless they lie below its folder already. The checkpoint is linked beside the bundle under its own name, or the
+    parts that the request needs are copied there.
 
     From the request's seed PyTorch draws, in this order: the noise [latents, 48] in `dtype`, the pixels of the target's
     placeholder, and the noise of each encoded visual.
@@ -63,15 +62,15 @@ def record(
     check_level(level, whole)
     name = checkpoint_name(out, checkpoint)
     with one_line("the request cannot be recorded"):
-        ours = request_from_bundle(request, entry)
+        variant = variant_for(request, entry)
         asked = Request.from_dict(request)
     if not 0 <= request.get("seed", 0) < 2**64:
         raise ParityError(f"seed {request['seed']} must be between 0 and 2**64 - 1")
     with staging_beside(out) as staging:
         with one_line("the request cannot be recorded"):
-            visuals = prepare_visuals(ours)
-            pipeline = Pipeline.load(Path(checkpoint), ours.variant.value, Numerics(dtype))
-            layout = pipeline.layout(asked, [size_of(visual) for visual in visuals])
+            visuals = preprocess(asked, Path())
+            pipeline = Pipeline.load(Path(checkpoint), variant, Numerics(dtype))
+            layout = pipeline.layout(asked, [visual.size for visual in visuals])
             replay = draw(asked, layout, visuals, dtype, request.get("seed", 0))
             kept = RecordedTaps(entry, asked.num_steps)
             hold = Keeper(layout, whole) if level == SKETCH else keep_whole
@@ -79,7 +78,7 @@ def record(
         manifest = {
             "source": source(entry, dtype),
             "checkpoint": name,
-            "variant": ours.variant.value,
+            "variant": variant,
             "request": with_media(request, asked, out.parent, staging),
         }
         kept_as = sketches if level == SKETCH else None
@@ -87,7 +86,14 @@ def record(
     return out
 
 
-def draw(request: Request, layout: Layout, visuals: Sequence[PreparedVisual], dtype: str, seed: int) -> Replay:
+def variant_for(request: dict[str, Any], entry: str) -> str:
+    """Return the checkpoint's folder for a request's task; raises LanceError for what lance_mlx cannot run."""
+    from parity.replay_mlx import request_from_bundle
+
+    return request_from_bundle(request, entry).variant.value
+
+
+def draw(request: Request, layout: Layout, visuals: Sequence[Preprocessed], dtype: str, seed: int) -> Replay:
     """Return what a run is given: the preprocessed visuals, and what PyTorch draws from the seed; see record."""
     patches = tuple(visual.vit_patches for visual in visuals if visual.vit_patches is not None)
     grids = tuple(visual.vit_grid for visual in visuals if visual.vit_grid is not None)
@@ -96,7 +102,7 @@ def draw(request: Request, layout: Layout, visuals: Sequence[PreparedVisual], dt
     generator = torch.Generator().manual_seed(seed)
     shape = len(layout.latent_rows), LATENT_CHANNELS
     noise = torch.randn(shape, generator=generator, dtype=Numerics(dtype).torch_dtype).float().numpy()
-    pixels = [visual.pixels.transpose(3, 0, 1, 2) for visual in visuals]
+    pixels = [visual.vae_pixels for visual in visuals]
     if visuals:
         placeholder = torch.randn(3, *layout.target.size, generator=generator).numpy()
         if request.task == "i2v":
@@ -121,11 +127,6 @@ def source(entry: str, dtype: str) -> dict[str, str]:
     if commit:
         known["commit"] = commit
     return known | {"entry": entry, "torch": torch.__version__, "device": "cpu", "dtype": dtype}
-
-
-def size_of(visual: PreparedVisual) -> VisualSize:
-    """Return the size of a preprocessed visual as the reference lays it out."""
-    return VisualSize(None if visual.pixels is None else visual.pixels.shape[:3], visual.vit_grid)
 
 
 def _inputs(layout: Layout, replay: Replay) -> Recording:

@@ -20,6 +20,7 @@ from reference.layout import Layout, VisualSize
 from reference.media import visual_sizes
 from reference.model import Pipeline
 from reference.numerics import Numerics
+from reference.preprocess import preprocess
 from reference.prompt import Tokenizer
 from reference.request import Request
 from reference.sampler import denoise, is_guided, start, time_grid
@@ -304,6 +305,19 @@ def decode(run: TorchReplay, latent: Tensor, capture: TorchCapture) -> None:
         chunks.append(next(decoding))
     pixels = capture.observe("pixels", torch.cat(chunks, 1))
     capture.keep("frames", ((pixels / 2 + 0.5) * 255).round().clamp(0, 255).to(torch.int32))
+
+
+def preprocess_reference(request: Request, media: Path) -> dict[str, np.ndarray] | None:
+    """The visuals of a request as the reference prepares them, by the names of the bundles' inputs.
+
+    None where there are none or their files are not below `media`. Raises ReferenceError for a file that is unreadable.
+    """
+    if not request.visuals or not all((media / element.content).is_file() for element in request.visuals):
+        return None
+    arrays = {}
+    for index, visual in enumerate(preprocess(request, media)):
+        arrays |= {f"vae_pixels{index}": visual.vae_pixels, f"vit_patches{index}": visual.vit_patches}
+    return {name: array for name, array in arrays.items() if array is not None}
 
 
 def layout_reference(request: dict, tokenizer_dir: Path, media: Path | None = None) -> dict[str, np.ndarray]:

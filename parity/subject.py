@@ -138,9 +138,11 @@ class ReferenceSubject:
         yield
 
     def preprocessed(self, media: Path) -> dict[str, np.ndarray] | None:
-        """See Subject.preprocessed: the reference has sizes only."""
-        del media
-        return None
+        """See Subject.preprocessed."""
+        from parity.replay_torch import preprocess_reference
+
+        with one_line("reference cannot prepare the visuals of the bundle"):
+            return preprocess_reference(self._run.request, media)
 
     def versions(self) -> dict[str, str]:
         """See Subject.versions."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.bundle import CHECKSUMS, Bundle, read_bundle
+from parity.bundle import CHECKSUMS, WEIGHTS, Bundle, read_bundle
 from parity.errors import ParityError
 from parity.recording import Recording, Tap, read_tensors
 from parity.requests import check_request
@@ -119,6 +119,7 @@ def verify_bundle(path: Path) -> Verified:
     bundle = _bundle(path, manifest, inputs, taps, found)
     bundle = bundle and replace(bundle, sketches=sketches)
     if bundle is not None:
+        _check_weights(bundle, found)
         from parity.derive import derive
 
         for item in derive(bundle):
@@ -139,6 +140,19 @@ def _judge(bundle: Bundle, found: Verified) -> None:
         return
     if not judgement.agree and judgement.departures[0].tap.name not in {problem.place for problem in found.problems}:
         found.add(judgement.departures[0].tap.name, judgement.sentence())
+
+
+def _check_weights(bundle: Bundle, found: Verified) -> None:
+    """Compare the checkpoint's weights, where they are at hand, with the manifest's checksums."""
+    if WEIGHTS not in bundle.manifest or not (bundle.checkpoint / bundle.variant / "model.safetensors").is_file():
+        return
+    from parity.weight_sums import changed_weights
+
+    try:
+        for name in changed_weights(bundle):
+            found.add(name, f"is another one in {bundle.checkpoint.name} than when the bundle was computed")
+    except ParityError as error:
+        found.add("manifest.json", str(error), unusable=True)
 
 
 def _others(root: Path, paths: Sequence[Path], single: bool) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Sizes of what upstream's preprocessing makes of an image or video; no pixel is touched."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from reference.errors import ReferenceError
 from reference.layout import VisualSize
@@ -44,13 +46,18 @@ class MediaSize:
 
 def visual_sizes(request: Request, media: Path) -> list[VisualSize]:
     """Sizes of a request's visuals after preprocessing; paths start from `media`. Raises ReferenceError."""
-    if not request.visuals:
-        return []
+    vae, vit = resolutions(request)
+    return [visual_size(request, element, media, vae, vit) for element in request.visuals]
+
+
+def resolutions(request: Request) -> tuple[int | None, int | None]:
+    """Sides of the squares that have the buckets' areas for VAE and ViT; raises ReferenceError where one is missing."""
     vae, vit = RESOLUTIONS.get(request.resolution, (None, None))
     vae, vit = request.vae_resolution or vae, request.vit_resolution or vit
-    if vit is None and request.task != "i2v" or vae is None and not request.understanding:
+    missing = vit is None and request.task != "i2v" or vae is None and not request.understanding
+    if request.visuals and missing:
         raise ReferenceError(f"request: resolution {request.resolution!r} is not one of {', '.join(RESOLUTIONS)}")
-    return [visual_size(request, element, media, vae, vit) for element in request.visuals]
+    return vae, vit
 
 
 def visual_size(request: Request, element: Element, media: Path, vae: int | None, vit: int | None) -> VisualSize:
@@ -67,7 +74,7 @@ def visual_size(request: Request, element: Element, media: Path, vae: int | None
 
 def read_size(path: Path, medium: Medium) -> MediaSize:
     """Size of a file as stored; raises ReferenceError when it cannot be read."""
-    try:
+    with reading(path, medium):
         if medium is Medium.IMAGE:
             with Image.open(path) as image:
                 return MediaSize(*image.size)
@@ -75,11 +82,22 @@ def read_size(path: Path, medium: Medium) -> MediaSize:
             stream = container.streams.video[0]
             rate = stream.average_rate
             frames = sum(1 for _ in container.decode(stream))
-            return MediaSize(stream.width, stream.height, frames, round(float(rate)) if rate else 24)
+            # Less than half a frame a second would be none.
+            return MediaSize(stream.width, stream.height, frames, max(round(float(rate)), 1) if rate else 24)
+
+
+@contextmanager
+def reading(path: Path, medium: Medium) -> Iterator[None]:
+    """Raise ReferenceError in one line for whatever is wrong with a file."""
+    try:
+        yield
+    except ReferenceError:
+        raise
     except FileNotFoundError:
         raise ReferenceError(f"{path}: not found") from None
-    except (OSError, UnidentifiedImageError, av.FFmpegError, IndexError) as error:
-        raise ReferenceError(f"{path}: not readable as {medium.value} ({error})") from None
+    except Exception as error:  # Pillow passes on whatever its parsers stumble over
+        reason = " ".join((str(error) or type(error).__name__).split())
+        raise ReferenceError(f"{path}: not readable as {medium.value} ({reason})") from None
 
 
 def sampled_frames(file: MediaSize) -> int:
@@ -99,10 +117,15 @@ def resized(file: MediaSize, side: int, unit: int) -> tuple[int, int]:
 
     (data/video/transforms/bucket_resize.py, divisible_crop.py)
     """
+    height, width = nearest_bucket(file, side)
+    return height // unit * unit, width // unit * unit
+
+
+def nearest_bucket(file: MediaSize, side: int) -> tuple[int, int]:
+    """Height and width of the bucket whose aspect ratio is nearest, the first of equally near ones."""
     buckets = [bucket(width / height, side) for width, height in ASPECT_RATIOS]
     distances = [abs(file.width / file.height - width / height) for height, width in buckets]
-    height, width = buckets[int(np.argmin(distances))]
-    return height // unit * unit, width // unit * unit
+    return buckets[int(np.argmin(distances))]
 
 
 def bucket(ratio: float, side: int) -> tuple[int, int]:

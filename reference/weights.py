@@ -22,7 +22,8 @@ from reference.vit import VisionTower
 
 VIT_PREFIX = "vit_model."
 # The position table is recomputed; the vision tower is loaded by itself.
-ELSEWHERE = ("latent_pos_embed.pos_embed", VIT_PREFIX)
+POSITION_TABLE = "latent_pos_embed.pos_embed"
+ELSEWHERE = (POSITION_TABLE, VIT_PREFIX)
 # The encoder's parts of the VAE: its own tower and the convolution behind it.
 VAE_ENCODER = ("encoder.", "conv1.")
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,19 +97,11 @@ def load_vit(tower: VisionTower, path: Path, over: Path, numerics: Numerics, dev
 
 
 def load_vae(path: Path, numerics: Numerics, device: torch.device) -> VAE:
-    """Read Wan2.2_VAE.pth (a state dict, read without running pickled code) and build what it holds.
+    """Read Wan2.2_VAE.pth and build what it holds.
 
     A file without any tensor of the encoder makes a VAE that only decodes.
     """
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ReferenceError(f"{path}: not found; the VAE belongs beside the two variants") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ReferenceError(f"{path}: not readable as a state dict of tensors ({reason})") from None
-    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
-        raise ReferenceError(f"{path}: does not hold a state dict of tensors")
+    stored = read_vae(path)
     shapes = {name: tuple(value.shape) for name, value in stored.items()}
     try:
         decoder = DecoderPlan.from_shapes(shapes)
@@ -119,6 +112,20 @@ def load_vae(path: Path, numerics: Numerics, device: torch.device) -> VAE:
         vae = VAE(decoder, numerics, encoder)
     fill(vae, shapes, stored.__getitem__, path, numerics, device)
     return vae.eval()
+
+
+def read_vae(path: Path) -> dict[str, Tensor]:
+    """The tensors of Wan2.2_VAE.pth, a state dict, read without running pickled code; raises ReferenceError."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ReferenceError(f"{path}: not found; the VAE belongs beside the two variants") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ReferenceError(f"{path}: not readable as a state dict of tensors ({reason})") from None
+    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
+        raise ReferenceError(f"{path}: does not hold a state dict of tensors")
+    return stored
 
 
 def fill(

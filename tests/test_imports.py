@@ -106,6 +106,23 @@ print(len(names))
     assert int(result.stdout) > 0
 
 
+def test_preprocessing_is_compared_with_what_knows_nothing_of_lance_mlx():
+    modules = ("record", "facts", "derive", "hypotheses.resizing")
+    script = f"""
+import importlib, sys
+for name in ("lance_mlx", "mlx"):
+    sys.modules[name] = None
+for name in {modules!r}:
+    importlib.import_module(f"parity.{{name}}")
+assert sys.modules["lance_mlx"] is None and "parity.replay_mlx" not in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    files = {Path("parity", *name.split(".")).with_suffix(".py") for name in modules}
+    found = [f"{path} imports {name}" for path, name, _ in imports_of("parity") if path in files]
+    assert len(found) > 10 and not [line for line in found if line.endswith((" lance_mlx", " mlx"))]
+
+
 def test_declared_dependencies_are_those_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     base = distributions(*project["dependencies"])

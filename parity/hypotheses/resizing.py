@@ -12,50 +12,47 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from lance_mlx.config import SPATIAL_STRIDE
-from lance_mlx.errors import LanceError
-from lance_mlx.media_in import read_visual
-from lance_mlx.preprocess import TEMPORAL_PATCH_SIZE, VIT_DIVISOR, bucket_size, crop_box, patchify
-from lance_mlx.request import VisualKind
 from parity.hypotheses.base import Hypothesis
-from parity.hypotheses.preprocess import CLIP, HALVES, PREPROCESS
+from parity.hypotheses.preprocess import PREPROCESS
+from reference.errors import ReferenceError
+from reference.media import STRIDE, VAE_UNIT, VIT_UNIT, MediaSize, nearest_bucket, resolutions
+from reference.preprocess import Box, aspect_box, cut, frames, vae_pixels, vit_patches
+from reference.request import Medium
 
 if TYPE_CHECKING:
     from parity.site import Site
 
-Box = tuple[int, int, int, int]
-"""Top, left, height and width."""
-
 
 @dataclass(frozen=True)
 class Way:
-    """A way to resize: `size` of (height, width, resolution) is (rows, columns), `box` of (height, width, aspect) is
+    """A way to resize: `size` of (width, height, resolution) is (rows, columns), `box` of (width, height, aspect) is
     what is kept of the picture before."""
 
     size: Callable[[int, int, int], tuple[int, int]]
-    box: Callable[[int, int, float], Box] = crop_box
+    box: Callable[[int, int, float], Box] = aspect_box
     filter: Image.Resampling = Image.Resampling.BICUBIC
 
 
-def bucket(height: int, width: int, resolution: int) -> tuple[int, int]:
+def bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
     """Upstream's size."""
-    return bucket_size(height, width, resolution, SPATIAL_STRIDE)
+    return nearest_bucket(MediaSize(width, height), resolution)
 
 
-def square(height: int, width: int, resolution: int) -> tuple[int, int]:
+def square(width: int, height: int, resolution: int) -> tuple[int, int]:
     """The resolution itself, whatever the picture's aspect."""
-    side = max(round(resolution / SPATIAL_STRIDE), 1) * SPATIAL_STRIDE
+    side = max(round(resolution / STRIDE), 1) * STRIDE
     return side, side
 
 
-def all_of_it(height: int, width: int, aspect: float) -> Box:
+def all_of_it(width: int, height: int, aspect: float) -> Box:
     """All of the picture, which is stretched then."""
-    return 0, 0, height, width
+    return 0, 0, width, height
 
 
-def at_the_corner(height: int, width: int, aspect: float) -> Box:
+def at_the_corner(width: int, height: int, aspect: float) -> Box:
     """Upstream's part of the picture, from its top left corner."""
-    return 0, 0, *crop_box(height, width, aspect)[2:]
+    left, top, right, bottom = aspect_box(width, height, aspect)
+    return 0, 0, right - left, bottom - top
 
 
 def resized(way: Way, swapped: bool = False) -> Callable[["Site", np.ndarray], np.ndarray | None]:
@@ -63,18 +60,17 @@ def resized(way: Way, swapped: bool = False) -> Callable[["Site", np.ndarray], n
     of the other encoder."""
 
     def again(site: "Site", array: np.ndarray) -> np.ndarray | None:
-        from parity.replay_mlx import request_from_bundle
-
-        bundle, index = site.oracle.bundle, site.tap.numbers.get("index", 0)
-        asked = request_from_bundle(bundle.request, bundle.entry, bundle.path.parent)
-        if index >= len(asked.visuals) or not Path(asked.visuals[index].path).is_file():
+        request, index = site.oracle.run.request, site.tap.numbers.get("index", 0)
+        if index >= len(request.visuals):
             return None
-        visual, for_vit = asked.visuals[index], site.tap.name.startswith("inputs/vit_patches")
-        resolutions = asked.vit_resolution, getattr(asked, "vae_resolution", None)
-        resolution = resolutions[for_vit if swapped else not for_vit]
+        visual, for_vit = request.visuals[index], site.tap.name.startswith("inputs/vit_patches")
+        path = site.oracle.bundle.path.parent / visual.content
+        resolution = resolutions(request)[for_vit if not swapped else not for_vit]
+        if resolution is None or not path.is_file():
+            return None
         try:
-            return None if resolution is None else _made(str(visual.path), visual.kind, way, resolution, for_vit)
-        except LanceError:
+            return _made(path, visual.medium, way, resolution, for_vit)
+        except ReferenceError:
             # A resolution that leaves nothing.
             return None
 
@@ -82,31 +78,17 @@ def resized(way: Way, swapped: bool = False) -> Callable[["Site", np.ndarray], n
 
 
 @lru_cache(maxsize=8)
-def _made(path: str, kind: VisualKind, way: Way, resolution: int, for_vit: bool) -> np.ndarray | None:
+def _made(path: Path, medium: Medium, way: Way, resolution: int, for_vit: bool) -> np.ndarray:
     """What an encoder is given of a file, in the form of a bundle's inputs; kept, since combinations are tried."""
-    frames = read_visual(Path(path), kind).pixels
-    pixels = _resize(frames, way, resolution, VIT_DIVISOR if for_vit else SPATIAL_STRIDE)
-    if not pixels.size:
-        return None
-    mean, deviation = (np.float32(values) for values in (CLIP if for_vit else HALVES))
-    pixels = (pixels / np.float32(255) - mean) / deviation
-    if not for_vit:
-        return np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))
-    if len(pixels) % TEMPORAL_PATCH_SIZE:
-        pixels = np.concatenate([pixels, pixels[-1:]])
-    return patchify(pixels)[0]
+    unit = VIT_UNIT if for_vit else VAE_UNIT
+    shown = np.stack([cut(_resized(image, way, resolution), unit) for image in frames(path, medium)])
+    return vit_patches(shown)[0] if for_vit else vae_pixels(shown)
 
 
-def _resize(frames: np.ndarray, way: Way, resolution: int, divisor: int) -> np.ndarray:
-    """Cut, resize, and cut to multiples of a divisor; float32 [T, H, W, 3] in [0, 255]."""
-    height, width = frames.shape[1:3]
-    rows, columns = way.size(height, width, resolution)
-    top, left, box_height, box_width = way.box(height, width, columns / rows)
-    kept = rows - rows % divisor, columns - columns % divisor
-    row, column = (round((whole - part) / 2) for whole, part in zip((rows, columns), kept, strict=True))
-    images = (Image.fromarray(frame[top : top + box_height, left : left + box_width]) for frame in frames)
-    done = [np.asarray(image.resize((columns, rows), way.filter), np.float32) for image in images]
-    return np.stack(done)[:, row : row + kept[0], column : column + kept[1]]
+def _resized(image: Image.Image, way: Way, resolution: int) -> np.ndarray:
+    rows, columns = way.size(*image.size, resolution)
+    part = image.crop(way.box(*image.size, columns / rows))
+    return np.asarray(part.resize((columns, rows), way.filter))
 
 
 HYPOTHESES = [

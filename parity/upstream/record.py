@@ -13,9 +13,8 @@ from parity.implementations import one_line
 from parity.layouts import FORMAT as LAYOUT_FORMAT
 from parity.layouts import TOKENIZER_FILES, read_layout
 from parity.placing import checkpoint_name, place_media, publish, staging_beside, with_media
-from parity.record import NUMERICS
+from parity.record import NUMERICS, variant_for
 from parity.recording import read_tensors, write_tensors
-from parity.replay_mlx import request_from_bundle
 from parity.sketch_file import SKETCH, WHOLE, check_level, read_sketches
 from parity.upstream.clone import check_clone
 from parity.upstream.process import Run, default_python, run_worker
@@ -197,7 +196,7 @@ def _with_files(request: dict[str, Any], placed: Callable[[str], Path]) -> dict[
 def _checked(request: dict[str, Any], entry: str) -> tuple[Request, str]:
     """A request as the reference reads it, and the checkpoint's folder for its task."""
     with one_line("the request cannot be recorded"):
-        asked, variant = Request.from_dict(request), request_from_bundle(request, entry).variant.value
+        asked, variant = Request.from_dict(request), variant_for(request, entry)
     for element in asked.visuals:
         if not Path(element.content).is_file():
             raise ParityError(f"{element.content} does not exist: name an image or a video")

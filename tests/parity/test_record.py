@@ -317,7 +317,7 @@ IMAGE = {"images": (GARDEN,)}
         ("video_edit", {"prompt": "a", **IMAGE}, "takes a video"),
         ("image_edit", {"prompt": "a", "width": 64, **IMAGE}, "takes its size"),
         ("image_edit", {"prompt": "a", "resolution": "8k", **IMAGE}, "resolution '8k' is not one of"),
-        ("image_edit", {"prompt": "a", "images": (Path("no.png"),)}, "no.png does not exist"),
+        ("image_edit", {"prompt": "a", "images": (Path("no.png"),)}, "no.png: not found"),
         ("i2v", {"prompt": "a", "num_frames": 3, **IMAGE}, "num_frames 3"),
         ("i2v", {"prompt": "a", "vit_resolution": 56, **IMAGE}, "--vit-resolution means nothing"),
         ("x2t_image", IMAGE, "needs a --question"),

@@ -1,0 +1,121 @@
+"""The reference's own preprocessing: what upstream was given, and not what a broken lance_mlx makes."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from av.sidedata.sidedata import Type
+from PIL import Image
+
+import lance_mlx.preprocess
+from lance_mlx import media_in
+from parity.bundle import read_bundle
+from parity.check import check_bundle
+from parity.contract import check_preprocessed
+from parity.hypotheses.preprocess import IMAGENET
+from parity.implementations import Mlx, Reference
+from parity.record import record
+from parity.record_options import Options, build_request
+from parity.verdict import AGREE, DIVERGE
+from reference.errors import ReferenceError
+from reference.preprocess import _displayed, aspect_box, frames, preprocess
+from reference.request import Medium, Request
+
+ORACLES = Path(__file__).parents[2] / "oracles"
+GARDEN = ORACLES / "media" / "garden.png"
+
+
+def edit_of(path, vae=64, vit=56, kind="image"):
+    spec = {
+        "interleave_array": ["a hat", str(path)],
+        "element_dtype_array": ["text", kind],
+        "istarget_in_interleave": [0, 0],
+    }
+    return Request.from_dict({"task": f"{kind}_edit", "spec": spec, "vae_resolution": vae, "vit_resolution": vit})
+
+
+def test_visuals_are_prepared_as_upstream_did(oracle):
+    bundle = read_bundle(oracle)
+    computed = Reference().preprocessed(bundle)
+    if not bundle.inputs.keys() & {"vae_pixels0", "vit_patches0"}:
+        assert computed is None
+        return
+    assert computed and list(check_preprocessed(computed, bundle.inputs)) == []
+
+
+def varied(folder):
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 256, (90, 130, 4), np.uint8), "RGBA")
+    images = {mode: colours.convert(mode) for mode in ("RGBA", "RGB", "LA", "L", "CMYK", "1")}
+    images["P"] = colours.convert("RGB").quantize(16)
+    images["16"] = Image.fromarray(rng.integers(0, 2**16, (90, 130), np.uint16))
+    for name, image in images.items():
+        image.save(folder / f"{name}.{'tif' if name == 'CMYK' else 'png'}")
+    images["P"].save(folder / "key.png", transparency=3)
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        images["RGB"].save(folder / f"turned{turn}.png", exif=exif)
+    return sorted(folder.iterdir())
+
+
+def test_both_sides_make_the_same_of_every_kind_of_image(tmp_path):
+    paths = varied(tmp_path)
+    assert len(paths) == 17
+    for path in paths:
+        ours = media_in.read_visual(path, "image").pixels
+        (visual,) = preprocess(edit_of(path), Path())
+        assert np.array_equal(np.asarray(next(frames(path, Medium.IMAGE)))[None], ours), path.name
+        assert np.array_equal(visual.vae_pixels, lance_mlx.preprocess.vae_pixels(ours, 64).transpose(3, 0, 1, 2))
+        patches, grid = lance_mlx.preprocess.vit_patches(ours, 56)
+        assert np.array_equal(visual.vit_patches, patches) and visual.vit_grid == grid
+
+
+def test_both_sides_cut_pictures_of_any_size_alike():
+    rng = np.random.default_rng(1)
+    for width, height in rng.integers(16, 3000, (300, 2)).tolist():
+        for aspect in (976 / 416, 848 / 480, 4 / 3, 1.0, 0.75, 9 / 16):
+            left, top, right, bottom = aspect_box(width, height, aspect)
+            assert (top, left, bottom - top, right - left) == lance_mlx.preprocess.crop_box(height, width, aspect)
+
+
+def test_lance_mlx_is_not_compared_with_itself(tmp_path, monkeypatch):
+    options = Options(question="a", images=(GARDEN,), vit_resolution=56, max_new_tokens=2)
+    bundle = record(tmp_path / "x", ORACLES / "checkpoint-a", build_request("x2t_image", options), dtype="float32")
+    assert check_bundle(bundle, Reference()).verdict == check_bundle(bundle, Mlx()).verdict == AGREE
+    monkeypatch.setattr(lance_mlx.preprocess, "_VIT_STD", IMAGENET[1])
+    found = check_bundle(bundle, Mlx())
+    assert found.verdict == DIVERGE and found.first_divergence["tap"] == "inputs/vit_patches0"
+    assert check_bundle(bundle, Reference()).verdict == AGREE
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("no.png", "image", "not found"),
+        ("text.png", "image", "not readable as image"),
+        ("text.png", "video", "as video"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(tmp_path, name, kind, message):
+    (tmp_path / "text.png").write_text("nothing")
+    with pytest.raises(ReferenceError, match=message) as caught:
+        preprocess(edit_of(tmp_path / name, kind=kind), Path())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_resolution_that_leaves_nothing_is_refused():
+    with pytest.raises(ReferenceError, match="16x16 pixels leave no multiple of 28"):
+        preprocess(edit_of(GARDEN, vit=16), Path())
+
+
+def test_both_sides_turn_and_mirror_frames_alike():
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    for a, b, c, d in [(x, 0, 0, y) for x in (-1, 1) for y in (-1, 1)] + [
+        (0, x, y, 0) for x in (-1, 1) for y in (-1, 1)
+    ]:
+        matrix = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 14], np.int32) * (1 << 16)
+        frame = SimpleNamespace(side_data={Type.DISPLAYMATRIX: matrix.tobytes()})
+        expected = media_in._turn(pixels, media_in._display_axes(frame))
+        assert np.array_equal(_displayed(pixels, frame), expected), (a, b, c, d)
