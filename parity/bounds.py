@@ -54,6 +54,10 @@ class Bounds:
         """The largest error with which a tap agrees."""
         return self.taps[name].allowed
 
+    def limits(self) -> dict[str, float]:
+        """The largest errors with which taps agree, by their names."""
+        return {name: bound.allowed for name, bound in self.taps.items()}
+
     def floor(self, name: str) -> float:
         """What rounding alone does to a tap."""
         return self.taps[name].floor

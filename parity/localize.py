@@ -32,7 +32,7 @@ from parity.floors import LOCAL as STEERED
 from parity.floors import SEGMENT
 from parity.floors_file import floors_of
 from parity.hypotheses import HYPOTHESES, Hypothesis
-from parity.judgement import clears, judge
+from parity.judgement import clears, judge, segment_bounds
 from parity.metrics import Difference, compare
 from parity.oracle import Oracle
 from parity.provenance import provenance_of
@@ -121,15 +121,19 @@ class Investigation:
             with self.subject.with_weights(given) if given else nullcontext():
                 self.tell("steered run")
                 forced, stuck = self._attempt(lambda: self.subject.steered(self.oracle))
+                along, led_by_upstream = segment_bounds(self.oracle, floors[SEGMENT]), _NOTHING
+                if not judgement.agree:
+                    upstream = {name: tap for name, tap in self.bundle.taps.items() if name in self.oracle.taps}
+                    led_by_upstream = self._attempt(lambda: self.subject.run(set(upstream), upstream, self.contract))[0]
             self.tell("trajectory")
             led = self._attempt(lambda: teacher_forced(self.subject, self.oracle))[0] if self.thorough else _NOTHING
             preprocessed = self.subject.preprocessed(self.bundle.path.parent)
         breaches = [*checked.breaches, *check_exact(self.contract, forced)]
         breaches += check_preprocessed(preprocessed, self.bundle.inputs)
         held, blind, remark = self.oracle.own, judgement.sentence(), ""
-        allowed = {name: bounds.allowed(name) for name in bounds.taps}
-        if blind and clears(judgement, forced.recording, self.bundle.expected, allowed):
-            held = held | {name: self.bundle.expected[name] for name in judgement.names if name in held}
+        if blind and clears(judgement, led_by_upstream.recording, self.bundle.expected, along.limits()):
+            # What the reference computes between upstream's taps is nothing to go by.
+            held, bounds, forced = self.bundle.expected, along, led_by_upstream
             blind, remark = "", f"{blind}; {self.subject.name} agrees with the oracle there"
         taps = tap_errors(self.oracle, held, forced.recording, free.recording, bounds)
         answered = margins(self.oracle, led.recording)

@@ -1,0 +1,131 @@
+"""Whether the oracle and the reference agree is judged before a port: what disagrees first, and the likely cause."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import reference.sampler
+from parity.bundle import read_bundle
+from parity.check import check_bundle
+from parity.floors import SEGMENT
+from parity.floors_file import floors_of
+from parity.implementations import Mlx
+from parity.judgement import Cause, judge
+from parity.localize import localize
+from parity.oracle import Oracle
+from parity.recording import Tap, read_tensors, write_tensors
+from parity.verify import verify_bundle
+
+SMALL, DETAILED = "t2i-fp32-nokv", "t2i-fp32-kv"
+
+
+def judged(bundle):
+    oracle = Oracle.of(read_bundle(bundle))
+    return judge(oracle, floors_of(oracle)[SEGMENT])
+
+
+def with_tap(bundle, name, change):
+    taps = read_tensors(bundle / "taps.safetensors")
+    write_tensors(bundle / "taps.safetensors", taps | {name: Tap(change(taps[name].array), taps[name].dtype)})
+
+
+def zeroed(array):
+    array = array.copy()
+    array.reshape(-1)[:400] = 0
+    return array
+
+
+def noisy(array):
+    return (array + 1e-3 * np.random.default_rng(0).standard_normal(array.shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", [SMALL, DETAILED, "t2v-bf16-kv", "x2t_image-bf16-kv"])
+def test_upstreams_own_captures_agree(oracles, name):
+    judgement = judged(oracles / name)
+    assert judgement.agree and judgement.sentence() == "" and not judgement.names
+
+
+@pytest.mark.parametrize(
+    ("name", "tap", "change"),
+    [
+        (SMALL, "pixels", zeroed),
+        (SMALL, "pixels", lambda x: np.roll(x, 1, -1)),
+        (SMALL, "velocity_call2", noisy),
+        (DETAILED, "cond.step0/language_model.model.layers.1.mlp_moe_gen", noisy),
+        (DETAILED, "pixels", noisy),
+    ],
+)
+def test_a_damaged_tap_is_told_from_wrong_weights(copy_bundle, name, tap, change):
+    bundle = copy_bundle(name)
+    with_tap(bundle, tap, change)
+    judgement = judged(bundle)
+    assert judgement.departures[0].tap.name == tap and judgement.cause is Cause.CAPTURE
+    assert judgement.sentence().startswith(f"oracle and reference disagree at {tap} (error ")
+    assert "\n" not in judgement.sentence()
+
+
+def test_nothing_is_said_of_a_port_then(copy_bundle):
+    bundle = copy_bundle(SMALL)
+    with_tap(bundle, "pixels", zeroed)
+    checked, localized = check_bundle(bundle, Mlx()), localize(bundle)
+    for found in (checked, localized):
+        assert found.verdict == "inconclusive" and "disagree at pixels" in found.reason and not found.remark
+    assert not localized.findings
+    verified = verify_bundle(bundle)
+    assert any(problem.place == "pixels" and "disagree" in problem.what for problem in verified.problems)
+
+
+def reweighted(bundle, name, factor):
+    path = bundle.parent / "checkpoint-a" / read_bundle(bundle).variant / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name] = tensors[name] * factor
+    path.unlink()
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(("name", "cause"), [(SMALL, Cause.WEIGHTS_OR_CODE), (DETAILED, Cause.WEIGHTS)])
+@pytest.mark.parametrize("factor", [1.001, 1.05])
+def test_other_weights_than_the_captured_ones_are_no_agreement(copy_bundle, name, cause, factor):
+    # The port and the reference have the same weights: each agrees with the other.
+    bundle = copy_bundle(name)
+    reweighted(bundle, "language_model.model.layers.1.mlp_moe_gen.down_proj.weight", factor)
+    assert judged(bundle).cause is cause
+    assert check_bundle(bundle, Mlx()).verdict == localize(bundle).verdict == "inconclusive"
+
+
+def test_other_noise_is_an_input(copy_bundle):
+    bundle = copy_bundle(SMALL)
+    with_tap(bundle, "sampler.noise", lambda x: x[::-1].copy())
+    assert judged(bundle).cause is Cause.INPUTS
+
+
+def test_another_request_is_an_input(copy_bundle):
+    bundle = copy_bundle(SMALL)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["request"]["spec"] = "another prompt of another length"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    (bundle / "floors.safetensors").unlink()
+    with pytest.raises(Exception, match="t2i-fp32-nokv"):
+        localize(bundle)
+
+
+def test_a_wrong_reference_is_told_where_the_port_agrees_with_the_oracle(oracles, monkeypatch):
+    real = reference.sampler.guide
+
+    def guide(cond: torch.Tensor, uncond: torch.Tensor, request: object) -> torch.Tensor:
+        return real(cond, uncond, request) * 1.01
+
+    monkeypatch.setattr(reference.sampler, "guide", guide)
+    found = localize(oracles / SMALL)
+    assert found.verdict == "agree" and "mlx agrees with the oracle there" in found.remark
+    assert "upstream's commit or the reference" in found.remark
+
+
+@pytest.fixture
+def oracles(oracles, tmp_path):
+    """The embedded bundles, in a place where nothing is remembered of them."""
+    return shutil.copytree(oracles, tmp_path / "oracles")
