@@ -372,10 +372,11 @@ def test_a_best_hypothesis_that_removes_too_little_is_no_explanation():
 
 
 def test_hypotheses_that_failed_are_counted_and_the_first_are_named():
-    failed = [("the moon is <full>", "ZeroDivisionError"), *((f"h{i}", "KeyError: 0") for i in range(4))]
+    failed = [("the moon is <full>", "ZeroDivisionError"), *((f"h{i}", "ValueError: no") for i in range(4))]
     localization = CASES["localization"](findings=[finding(failed=failed), finding(failed=failed[:1]), finding()])
     assert failures(localization.findings[0]) == (
-        "5 hypotheses failed: the moon is <full> (ZeroDivisionError); h0 (KeyError: 0); h1 (KeyError: 0); and 2 more"
+        "5 hypotheses failed: the moon is <full> (ZeroDivisionError); h0 (ValueError: no); h1 (ValueError: no); "
+        "and 2 more"
     )
     assert failures(localization.findings[1]) == "1 hypothesis failed: the moon is <full> (ZeroDivisionError)"
     assert failures(localization.findings[2]) == ""
