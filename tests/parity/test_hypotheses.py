@@ -311,9 +311,11 @@ def test_the_rows_of_a_call():
         ("x2t_image-bf16-kv", "inputs/grids_thw", ("grids have one frame too few", "the ViT block is missing")),
         ("t2i-fp32-kv", "vae.decode.chunk0/decoder.conv1", (
             "the result's rows are reversed", "the result is rounded to float16")),
+        ("t2v-bf16-kv", f"cond.step0/{LAYER}.input_layernorm", (
+            "the norm's result is not rounded", "the brackets of latents go to the generation expert")),
     ],
 )  # fmt: skip
-def test_hypotheses_that_leave_nothing_or_turn_it_round_go_together(bundle, tap, names):
+def test_hypotheses_of_other_shapes_and_dtypes_go_together(bundle, tap, names):
     for order in (names, names[::-1]):
         attempt(at(bundle, tap), [BY_NAME[name] for name in order])
 
