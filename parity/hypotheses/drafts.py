@@ -84,7 +84,11 @@ def array_of(name: str, draft: Draft) -> np.ndarray | None:
         "attn_modes": lambda: [piece.mode for piece in draft],
         "grids_thw": lambda: [(g.frames, g.rows, g.columns) for g in (piece.grid for piece in draft) if g],
     }
-    return np.array(arrays[name](), np.int32) if name in arrays else None
+    if name not in arrays:
+        return None
+    array = np.array(arrays[name](), np.int32)
+    # Without any visual there are no grids, of three sides still.
+    return array.reshape(-1, 3) if name == "grids_thw" else array
 
 
 def answer_of(layout: Layout, draft: Draft) -> np.ndarray | None:
@@ -117,7 +121,7 @@ def hunk(base: np.ndarray, changed: np.ndarray) -> tuple[int, int, np.ndarray]:
     shared = min(len(base), len(changed))
 
     def differing(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-        return np.flatnonzero((ours != theirs).reshape(len(ours), -1).any(1))
+        return np.flatnonzero((ours != theirs).any(tuple(range(1, ours.ndim))))
 
     differ = differing(base[:shared], changed[:shared])
     start = int(differ[0]) if len(differ) else shared

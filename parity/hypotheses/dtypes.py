@@ -82,7 +82,8 @@ def result(dtype: torch.dtype):
     def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
         if of_weight(site) or array.dtype != np.float32:
             return None
-        return rounded(torch.from_numpy(np.ascontiguousarray(array)), dtype).numpy()
+        # A reversed axis of one element is contiguous to NumPy and refused by PyTorch.
+        return rounded(torch.from_numpy(array.copy()), dtype).numpy()
 
     return transform
 

@@ -35,8 +35,9 @@ def rows(which: Callable[[Tokens], np.ndarray]) -> Patch:
         chosen = tokens.rows(which(tokens))[gen if GEN in site.path else ~gen]
         if not chosen.any():
             raise DoesNotApply
-        out = original(x)
-        out[chosen] = twin(site).forward(x[chosen])
+        # Under other hypotheses the module may hand back its input, or another dtype than its twin does.
+        out = original(x).clone()
+        out[chosen] = twin(site).forward(x[chosen]).to(out.dtype)
         return out
 
     return in_own_pass(mixed)

@@ -301,6 +301,25 @@ def test_the_rows_of_a_call():
     assert Role.TEXT not in pass_tokens(site).role
 
 
+@pytest.mark.parametrize(
+    ("bundle", "tap", "names"),
+    [
+        ("t2i-fp32-kv", "inputs/text_ids", (
+            "the closing <|im_end|> is missing", "a line break follows the closing <|im_end|>")),
+        ("x2t_image-bf16-kv", "inputs/grids_thw", (
+            "the ViT block is missing", "rows and columns of grids are exchanged")),
+        ("x2t_image-bf16-kv", "inputs/grids_thw", ("grids have one frame too few", "the ViT block is missing")),
+        ("t2i-fp32-kv", "vae.decode.chunk0/decoder.conv1", (
+            "the result's rows are reversed", "the result is rounded to float16")),
+        ("t2v-bf16-kv", f"cond.step0/{LAYER}.input_layernorm", (
+            "the norm's result is not rounded", "the brackets of latents go to the generation expert")),
+    ],
+)  # fmt: skip
+def test_hypotheses_of_other_shapes_and_dtypes_go_together(bundle, tap, names):
+    for order in (names, names[::-1]):
+        attempt(at(bundle, tap), [BY_NAME[name] for name in order])
+
+
 def test_changes_of_a_list_add_up():
     base = np.arange(8)
     cut, longer, marked = np.delete(base, 2), np.insert(base, 6, 9), np.where(base == 5, 50, base)
