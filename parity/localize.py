@@ -36,9 +36,10 @@ from parity.judgement import clears, judge, segment_bounds
 from parity.metrics import Difference, compare
 from parity.oracle import Oracle
 from parity.provenance import provenance_of
-from parity.recording import Observed, Recording
+from parity.recording import Observed, Recording, Tap
 from parity.registry import component_kind, parse
-from parity.site import Site, site_of
+from parity.site import Site
+from parity.sketch import Sketch
 from parity.slices import place_of, slice_errors, slice_sizes
 from parity.subject import MlxSubject, Subject, make_subject
 from parity.tap_errors import tap_errors
@@ -101,6 +102,7 @@ class Investigation:
         self.contract = oracle.contract
         self.findings: list[Finding] = []
         self.pictures: list[Picture] = []
+        self.held: dict[str, Tap | Sketch] = dict(oracle.own)
 
     def run(self, started: float | None = None) -> Localization:
         """Run the subject free, steered and from the oracle's states, and judge what it computed."""
@@ -135,6 +137,7 @@ class Investigation:
             # What the reference computes between upstream's taps is nothing to go by.
             held, bounds, forced = self.bundle.expected, along, led_by_upstream
             blind, remark = "", f"{blind}; {self.subject.name} agrees with the oracle there"
+        self.held = held
         taps = tap_errors(self.oracle, held, forced.recording, free.recording, bounds)
         answered = margins(self.oracle, led.recording)
         if not blind:
@@ -323,7 +326,9 @@ class Investigation:
         name = tap.tap.name
         # A wrong dtype or a value beyond bounds is no rounding, however small it is.
         floor = 0.0 if tap.mismatch else tap.floor or 0.0
-        return site_of(self.oracle, name, recording[name].array, self.contract.exact, floor)
+        # What a tap was held against is what an explanation has to start from.
+        expected = self.held[name] if isinstance(self.held.get(name), Tap) else self.oracle.taps[name]
+        return Site(self.oracle, parse(name), expected.array, recording[name].array, self.contract.exact, floor)
 
     def _slices(self, site: Site) -> tuple[list, str | None]:
         slices = slice_errors(site.tap, site.expected, site.got, self.oracle.layout)
