@@ -24,7 +24,7 @@ SYMBOLS = {AGREE: "✓", DIVERGE: "✗", INCONCLUSIVE: "?", UNUSABLE: "!", UNSUP
 MEASURED = (
     "How far a tap may be is measured for each bundle: its floor is how far equally right variants of the reference "
     "are from the one that rounds least, and its limit is what two such runs may be apart, so that one right run in a "
-    f"hundred alarms, all taps together. The median tap may be {MEDIAN:g} floors off. Before that the reference "
+    f"hundred alarms, all taps together. The median tap may be {MEDIAN:.3g} floors off. Before that the reference "
     "itself is held against the oracle: where they disagree nothing is said of a port."
 )
 POLICIES = {

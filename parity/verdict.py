@@ -1,8 +1,8 @@
 """How far a tap may be from the oracle's when a run goes its own way, and how comparisons can end.
 
 The bound of a tap comes from what equally right variants of the reference do (parity/floors.py, parity/bounds.py). The
-median tap may not be farther than MEDIAN floors, which is as far as two right runs can be from each other: that sees
-what moves every tap by a little.
+median tap may not be farther than MEDIAN floors, where the squares of two runs' errors add up that are each a whole
+floor off everywhere: that sees what moves every tap by a little.
 
 An answer is run with the oracle's tokens, so that its taps can be compared to the end; a choice may be another one only
 where the logits are a rounding apart.
@@ -19,7 +19,7 @@ from parity.floors import Floors
 from parity.metrics import Difference
 from parity.recording import Recording
 
-MEDIAN = 2.0
+MEDIAN = 2**0.5
 
 AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE = "agree", "diverge", "inconclusive", "unusable"
 

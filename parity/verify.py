@@ -126,7 +126,9 @@ def verify_bundle(path: Path) -> Verified:
             found.derived += 1
             if item.problem is not None:
                 found.add(item.tensor, f"{item.problem} ({item.quantity})")
-        _judge(bundle, found)
+        if not found.problems:
+            # What is known to be damaged is no news.
+            _judge(bundle, found)
     return found
 
 
@@ -138,7 +140,7 @@ def _judge(bundle: Bundle, found: Verified) -> None:
         judgement = judge_bundle(bundle.path)
     except ParityError:
         return
-    if not judgement.agree and judgement.departures[0].tap.name not in {problem.place for problem in found.problems}:
+    if not judgement.agree:
         found.add(judgement.departures[0].tap.name, judgement.sentence())
 
 

@@ -236,7 +236,9 @@ def synthesise(source, path, dtype, entry, **settings):
     manifest = oracle.manifest | {"request": request, "source": oracle.manifest["source"] | {"entry": entry}}
     base = dataclasses.replace(oracle, manifest=manifest)
     recording = Reference().record_with(base, dtype)
-    names = set(oracle.taps) & set(recording) | {n for n in recording if n.startswith("velocity_call")}
+    # A pass of the full-sequence entry holds all tokens, and its calls are no taps of such a bundle.
+    inside = {n for n in oracle.taps if entry == "kv_cache" or "/" not in n}
+    names = inside & set(recording) | {n for n in recording if n.startswith("velocity_call")}
     steps = range(request["num_steps"])
     names |= {f"sampler.{kind}{k}" for kind in ("x_t", "timestep") for k in steps} & set(recording)
     write_bundle(path, manifest, oracle.inputs, {name: recording[name] for name in names})
