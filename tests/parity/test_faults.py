@@ -86,8 +86,8 @@ def guided_everywhere(patch: pytest.MonkeyPatch) -> None:
 def renorm_by_channel(patch: pytest.MonkeyPatch) -> None:
     original = replay_mlx.request_from_bundle
 
-    def changed(request: dict, entry: str) -> Request:
-        return original(request | {"cfg_renorm_type": Renorm.CHANNEL}, entry)
+    def changed(request: dict, entry: str, media: Path | None = None) -> Request:
+        return original(request | {"cfg_renorm_type": Renorm.CHANNEL}, entry, media)
 
     patch.setattr(replay_mlx, "request_from_bundle", changed)
 
