@@ -326,14 +326,25 @@ def _blind(trusted: Trusted, recording: Recording, limits: dict[str, Limit]) -> 
 
 
 def _settled(oracle: Oracle, recording: Recording) -> Recording:
-    """An answer whose choices are the oracle's wherever the logits are a rounding apart."""
+    """An answer whose choices are the oracle's wherever those chosen instead are a rounding behind the likeliest."""
     wanted, got = oracle.taps.get("tokens"), recording.get("tokens")
     if wanted is None or got is None or wanted.array.shape != got.array.shape:
         return {}
-    ties = [margin.step for margin in margins(oracle, recording) if margin.tie]
+    ties = [
+        margin.step
+        for margin in margins(oracle, recording)
+        if margin.tie and _behind(oracle, margin.step, int(got.array[margin.step])) <= 2 * margin.error
+    ]
     settled = got.array.copy()
     settled[ties] = wanted.array[ties]
     return {"tokens": Tap(settled, "int32")}
+
+
+def _behind(oracle: Oracle, step: int, token: int) -> float:
+    """By how much the reference's logit of a token is lower than that of the likeliest."""
+    name = f"cond.decode{step}/language_model.lm_head"
+    logits = oracle.taps[name].array.reshape(-1)[: len(oracle.run.pipeline.tokenizer)].astype(np.float64)
+    return float(logits.max() - logits[token]) if 0 <= token < len(logits) else math.inf
 
 
 def _preprocessed(run: Run) -> list[TapResult]:

@@ -1,4 +1,4 @@
-"""Answers under rounding: tokens are compared up to where equally right orders of rounding part."""
+"""Answers under rounding: run with the oracle's tokens to the end; logits are compared, and choices that are no tie."""
 
 from dataclasses import replace
 
@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from parity.bundle import read_bundle
-from parity.check import Run, check_recording
-from parity.floors import measure_free, shared_start, variants_of
-from parity.floors_file import free_floors
-from parity.implementations import Mlx
+from parity.check import Run, check_recording, limits_of, trusted_of
+from parity.floors import logits_of
+from parity.implementations import Mlx, Reference
 from parity.recording import Recording, Tap
-from parity.replay_torch import TorchReplay
-from parity.verdict import limits_from
+from parity.trajectory import margins
 
 
 @pytest.fixture(scope="module")
@@ -26,55 +24,86 @@ def changed_from(tokens: np.ndarray, start: int) -> Tap:
     return Tap(np.where(np.arange(len(tokens)) < start, tokens, tokens + 1).astype(np.int32), "int32")
 
 
-def verdict(answered, recording: Recording) -> str:
+def changed_at(tokens: np.ndarray, step: int) -> Tap:
+    return Tap(np.where(np.arange(len(tokens)) == step, tokens + 1, tokens).astype(np.int32), "int32")
+
+
+def checked(answered, recording: Recording):
     bundle, _ = answered
-    return check_recording(Run(bundle, recording, Mlx())).verdict
+    return check_recording(Run(bundle, recording, Mlx()))
 
 
-def test_the_answer_is_compared_to_its_end_where_no_order_of_rounding_changes_it(answered):
+def logits_at(step: int) -> str:
+    return f"cond.decode{step}/language_model.lm_head"
+
+
+def test_the_answer_is_compared_to_its_end(answered):
     bundle, recording = answered
-    assert verdict(answered, recording) == "agree"
+    assert checked(answered, recording).verdict == "agree"
     tokens = bundle.taps["tokens"].array
-    for start in (0, len(tokens) - 1):
-        assert verdict(answered, recording | {"tokens": changed_from(tokens, start)}) == "diverge"
-    assert verdict(answered, recording | {"tokens": Tap(tokens[:-1], "int32")}) == "diverge"
+    for start in range(len(tokens)):
+        result = checked(answered, recording | {"tokens": changed_from(tokens, start)})
+        assert result.verdict == "diverge" and result.first_divergence["tap"] == "tokens"
+    assert checked(answered, recording | {"tokens": Tap(tokens[:-1], "int32")}).verdict == "diverge"
 
 
-def test_only_the_tokens_before_the_first_variant_that_parts_are_compared(answered, monkeypatch):
+def test_the_logits_of_every_token_are_compared(answered):
+    bundle, recording = answered
+    compared = {tap.tap.name: tap for tap in checked(answered, recording).taps}
+    limits, _ = limits_of(bundle)
+    for step in range(bundle.taps["tokens"].array.size):
+        assert compared[logits_at(step)].limit == limits[logits_at(step)] and limits[logits_at(step)].floor > 0
+    last = logits_at(bundle.taps["tokens"].array.size - 1)
+    # The likeliest token stays the likeliest.
+    moved = recording | {last: replace(recording[last], array=2 * recording[last].array)}
+    result = checked(answered, moved)
+    assert result.verdict == "diverge" and result.first_divergence["tap"] == last
+
+
+@pytest.mark.parametrize("implementation", [Mlx(), Reference()])
+def test_an_answer_is_run_with_the_oracle_s_tokens(answered, implementation):
     bundle, _ = answered
     tokens = bundle.taps["tokens"].array
-    answers = [changed_from(tokens, 5), changed_from(tokens, 3)]
-    assert [shared_start(bundle.taps["tokens"], answer) for answer in answers] == [5, 3]
-    assert shared_start(bundle.taps["tokens"], bundle.taps["tokens"]) is None
-    assert shared_start(bundle.taps["tokens"], Tap(tokens[:6], "int32")) == 6
-
-    def leading(*turns):
-        """What measuring finds where the reference and its variants answer in turn; all else is upstream's."""
-        turns = list(turns)
-
-        def record(run, names=None):
-            return bundle.taps | {"tokens": turns.pop(0) if len(turns) > 1 else turns[0]}
-
-        monkeypatch.setattr(TorchReplay, "record", record)
-        return measure_free(bundle).leading
-
-    same = bundle.taps["tokens"]
-    assert leading(same) is None
-    assert leading(same, *answers, same) == 3
-    assert leading(same, Tap(tokens[:6], "int32"), same) == 6
-    assert len(variants_of(bundle.dtype)) > 3
+    # Another second token, which nobody would choose: what follows it is computed from it.
+    taps = bundle.taps | {"tokens": changed_at(tokens, 1)}
+    plain, other = implementation.record(bundle), implementation.record(replace(bundle, taps=taps))
+    for step, alike in ((0, True), (1, True), (2, False)):
+        assert np.array_equal(plain[logits_at(step)].array, other[logits_at(step)].array) == alike
+    if implementation.name == "mlx":
+        # Its own choice is what is recorded.
+        assert other["tokens"].array[1] == tokens[1] != taps["tokens"].array[1]
 
 
-def test_an_answer_that_parts_after_a_tie_agrees_and_before_it_does_not(answered, monkeypatch):
+def test_a_choice_may_be_another_one_where_the_logits_are_a_rounding_apart(answered):
     bundle, recording = answered
-    tokens = bundle.taps["tokens"].array
-    measured = free_floors(bundle)
-    tied = replace(measured, leading=4)
-    assert limits_from(bundle, measured)[0]["tokens"].leading is None
-    assert limits_from(bundle, tied)[0]["tokens"].leading == 4
-    monkeypatch.setattr("parity.check.limits_of", lambda bundle: limits_from(bundle, tied))
-    flipped = [check_recording(Run(bundle, recording | {"tokens": changed_from(tokens, at)}, Mlx())) for at in (4, 3)]
-    by_name = [{tap.tap.name: tap for tap in result.taps}["tokens"] for result in flipped]
-    assert [tap.diverges for tap in by_name] == [False, True]
-    assert [result.verdict for result in flipped] == ["agree", "diverge"]
-    assert by_name[0].to_json()["leading"] == 4
+    tokens, oracle = bundle.taps["tokens"].array, trusted_of(bundle).oracle
+    found = margins(oracle, recording)
+    tied = [margin.step for margin in found if margin.tie]
+    assert len(found) == len(tokens) and 0 < len(tied) < len(tokens)
+    for step in range(len(tokens)):
+        logits = oracle.taps[logits_at(step)].array.reshape(-1)[: len(oracle.run.pipeline.tokenizer)]
+        second, third = (int(token) for token in np.argsort(logits)[[-2, -3]])
+        for token, agrees in ((second, step in tied), (third, False)):
+            chosen = np.where(np.arange(len(tokens)) == step, token, tokens).astype(np.int32)
+            result = checked(answered, recording | {"tokens": Tap(chosen, "int32")})
+            assert result.verdict == ("agree" if agrees else "diverge"), (step, token)
+
+
+def test_logits_that_are_far_off_make_no_tie_of_a_wrong_choice(answered):
+    bundle, recording = answered
+    tokens, name = bundle.taps["tokens"].array, logits_at(0)
+    logits = recording[name].array.copy()
+    logits.reshape(-1)[tokens[0]] = -128
+    moved = recording | {name: Tap(logits, recording[name].dtype), "tokens": changed_at(tokens, 0)}
+    assert 0 in [margin.step for margin in margins(trusted_of(bundle).oracle, moved) if margin.tie]
+    # What the choice hangs on is compared itself.
+    result = checked(answered, moved)
+    assert result.verdict == "diverge" and result.first_divergence["tap"] == name
+
+
+def test_logits_are_what_the_reference_computes_of_its_own(answered):
+    bundle, _ = answered
+    trusted = trusted_of(bundle)
+    logits = logits_of(trusted.own)
+    assert list(logits) == [logits_at(step) for step in range(bundle.taps["tokens"].array.size)]
+    assert not logits.keys() & bundle.expected.keys() and logits.keys() <= limits_of(bundle)[0].keys()

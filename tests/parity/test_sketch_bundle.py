@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from parity.comparison import compare_runs
 from parity.errors import ParityError
 from parity.fault_table import try_fault
 from parity.faults import CATALOGUE
-from parity.floors import measure_free, measure_local
+from parity.floors import SEGMENT, measure
 from parity.floors_file import FILE as FLOORS
-from parity.floors_file import write_floors
+from parity.floors_file import floors_of, write_floors
 from parity.implementations import Mlx
+from parity.judgement import judge
 from parity.metrics import compare
 from parity.oracle import Oracle
 from parity.record import record
@@ -47,7 +49,7 @@ def bundles(tmp_path_factory):
     ):
         made[name] = record(folder / name, ORACLES / "checkpoint-a", request, dtype="float32", **more)
     oracle = Oracle.of(read_bundle(made["sketch"]))
-    write_floors(made["sketch"] / FLOORS, oracle, measure_local(oracle), measure_free(oracle.bundle))
+    write_floors(made["sketch"] / FLOORS, oracle, measure(oracle))
     return made
 
 
@@ -119,10 +121,16 @@ def localized_sketch(bundles):
     return bundle, Oracle.of(bundle), MlxSubject(bundle)
 
 
-def test_the_oracle_is_judged_by_its_sketches(localized_sketch):
+def test_the_reference_is_held_against_sketches(localized_sketch):
     bundle, oracle, _ = localized_sketch
-    assert isinstance(oracle.judged[STREAM], Sketch) and oracle.source(STREAM) == "upstream"
-    assert compare(oracle.judged[STREAM], oracle.taps[STREAM]).rel_l2 < 1e-12
+    assert isinstance(bundle.expected[STREAM], Sketch) and oracle.source(STREAM) == "upstream"
+    assert compare(bundle.expected[STREAM], oracle.own[STREAM]).rel_l2 < 1e-12
+    segment = floors_of(oracle)[SEGMENT]
+    assert judge(oracle, segment).agree
+    # Another sketch in its place is seen.
+    other = replace(bundle.expected[STREAM], sums=bundle.expected[STREAM].sums * np.float32(1.01))
+    changed = replace(oracle, bundle=replace(bundle, sketches=bundle.sketches | {STREAM: other}))
+    assert judge(changed, segment).departures[0].tap.name == STREAM
 
 
 def test_levels_and_names_that_go_together(bundles, tmp_path):
