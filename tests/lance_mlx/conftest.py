@@ -94,7 +94,7 @@ def run() -> Callable[..., subprocess.CompletedProcess]:
             [COMMAND, *map(str, arguments)],
             capture_output=True,
             encoding="utf-8",
-            timeout=120,
+            timeout=600,
             env=os.environ | environment,
         )
 

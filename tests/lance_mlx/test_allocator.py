@@ -23,7 +23,7 @@ print(kept, faults() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 @pytest.mark.skipif(not runs_on_cpu(), reason="on a GPU MLX has an allocator of its own")
 def test_large_arrays_are_used_again_until_they_are_released():
-    done = subprocess.run([sys.executable, "-c", REUSE], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", REUSE], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     kept, released = map(int, done.stdout.split())
     # 64 MiB are 16,384 pages, unless the kernel gives larger ones.

@@ -182,7 +182,7 @@ def test_questions_on_one_picture_share_its_reading(model, image, media, looks):
         assert answer.tokens == model.answer(question).tokens
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(alphabet="what is the color?é鸟\n ", max_size=12), min_size=1, max_size=4))
 def test_a_batch_of_questions_equals_its_items(model, image, questions):
     asked = [asking(image, question, max_new_tokens=3) for question in questions]

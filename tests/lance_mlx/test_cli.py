@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import av
@@ -121,9 +120,12 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, checkpoint):
     arguments = ["--width", "512", "--height", "512", "--num-frames", "49", "--steps", "1000"]
     command = [COMMAND, "generate", "t2v", "--model", checkpoint, "--prompt", "a", "-o", tmp_path / "a.mp4", *arguments]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    time.sleep(4)
+    shown = ""
+    while "denoising" not in shown:
+        assert running.poll() is None, shown
+        shown += running.stderr.read(1)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=600)
     assert running.returncode == 130
     assert "interrupted, nothing written" in errors
     assert "Traceback" not in errors

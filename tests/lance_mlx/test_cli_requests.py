@@ -142,12 +142,11 @@ def test_an_interrupted_run_says_what_is_kept_and_goes_on(run, checkpoint, folde
     command = [COMMAND, "generate", "--requests", path, "--model", checkpoint, "--output", "results"]
     options = list(map(str, DRAWING))
     running = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
-        if len(list(Path("results").glob("*.png"))) >= 2:
-            break
+    while len(list(Path("results").glob("*.png"))) < 2:
+        assert running.poll() is None
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=600)
     assert running.returncode == 130
     assert "of 200 are in results: the same command goes on from there" in errors
     assert "Traceback" not in errors

@@ -166,7 +166,9 @@ def test_passes_are_those_of_the_sequence(pipeline):
 @ON_CPU
 @pytest.mark.parametrize("low_ram", [False, True], ids=["kept", "low_ram"])
 @pytest.mark.parametrize("numerics", [BFLOAT16, FLOAT32], ids=lambda numerics: numerics.name)
-def test_memory_and_time_are_near_what_is_measured(checkpoint, numerics, low_ram):
+def test_memory_and_time_are_near_what_is_measured(checkpoint, numerics, low_ram, monkeypatch):
+    # Of the processor, on both sides: what else runs on the machine takes none of it.
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
     request = Request(Task.T2I, "a red bird", 256, 256, num_steps=4)
     sizes, work = sizes_of(find_checkpoint(checkpoint, Variant.IMAGE), looks=False), work_of(request, 1, on_cpu=True)
     expected = peak_memory(sizes, numerics, work, low_ram, on_cpu=True)
@@ -183,5 +185,5 @@ def test_memory_and_time_are_near_what_is_measured(checkpoint, numerics, low_ram
     elapsed = time.perf_counter() - started
     assert mx.get_peak_memory() - before == pytest.approx(max(expected.values()), rel=0.25)
     if not low_ram:
-        # Loosely: other processes may take the time between the two.
+        # Loosely: processes share caches and memory.
         assert 1 / 8 < seconds_of(sizes, measure(sizes, numerics), work).total / elapsed < 8

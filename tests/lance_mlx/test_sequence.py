@@ -1,6 +1,5 @@
 """Segments, roles and positions."""
 
-import time
 
 import numpy as np
 import pytest
@@ -57,14 +56,12 @@ def test_without_the_template_everything_before_the_block_is_the_users(tokenizer
     assert sequence.segments[0].ids.tolist() == [start, *tokenizer.encode("a bird"), end]
 
 
-def test_the_largest_layout_builds_in_under_a_second(real_tokenizer):
+def test_the_largest_layout_builds(real_tokenizer):
     request = Request(Task.T2V, "a bird", 480, 848, 121)
-    started = time.perf_counter()
     sequence = build_sequence(request, real_tokenizer)
     position_ids(sequence, 2)
     unconditional_position_ids(sequence, 2, Entry.KV_CACHE)
     latent_position_ids(request.latent_grid)
-    assert time.perf_counter() - started < 1
     assert len(sequence.ids) > 49_000
 
 

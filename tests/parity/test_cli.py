@@ -256,6 +256,6 @@ cli.main()
 
 def test_an_interrupted_process_exits_130_and_leaves_nothing(oracles, tmp_path):
     command = [sys.executable, "-c", INTERRUPTED_RUN, oracles]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert (done.returncode, done.stderr) == (130, "lance-parity: interrupted\n")
     assert list(tmp_path.iterdir()) == []

@@ -157,7 +157,7 @@ def measured(a, b):
     }
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(patterns, st.data())
 def test_every_number_is_that_of_the_definition(block, a, data):
     places = data.draw(hnp.arrays(bool, a.shape))
@@ -204,7 +204,7 @@ def test_comparing_holds_no_copy_of_a_tensor():
             tracemalloc.stop()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(patterns, st.data())
 def test_slices_add_up_what_is_within_them(block, a, data):
     b = data.draw(hnp.arrays(np.uint32, a.shape)).view(np.float32)

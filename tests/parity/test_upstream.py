@@ -184,7 +184,7 @@ def test_a_python_that_is_none_is_named(tmp_path, fake):
 
 def test_an_interrupt_ends_the_process_and_leaves_nothing(tmp_path, fake):
     marker = tmp_path / "started"
-    source = f"import os, time; open({str(marker)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    source = f"import os, time; open({str(marker)!r}, 'w').write(str(os.getpid())); time.sleep(900)"
     out = tmp_path / "bundles" / "new"
     words = ["record", "t2i", "--upstream", fake(source), "--prompt", "a", "--checkpoint", CHECKPOINT, "-o", out]
     line = [sys.executable, "-c", "from parity.cli import main; main()", *map(str, words)]
@@ -193,7 +193,7 @@ def test_an_interrupt_ends_the_process_and_leaves_nothing(tmp_path, fake):
         assert running.poll() is None
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
-    assert running.wait(60) == 130
+    assert running.wait(600) == 130
     with pytest.raises(ProcessLookupError):
         os.kill(int(marker.read_text()), 0)
     assert nothing_in(out.parent)
