@@ -41,7 +41,7 @@ def load() -> None:
     _too_late = "mlx.core" in sys.modules
     if _too_late:
         return
-    if _KERNEL not in os.environ and _AVX512 <= _cpu_flags():
+    if _KERNEL not in os.environ and _AVX512 <= cpu_flags():
         # OpenBLAS knows processors by their model, and takes slower kernels for those newer than itself.
         os.environ[_KERNEL] = "SKYLAKEX"
     for name in (chosen,) if chosen else _candidates():
@@ -134,9 +134,11 @@ def _beside_python() -> str | None:
     return str(path) if path.is_file() else None
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """The processor's features as Linux names them; none where it does not tell."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return set()
-    return set(next((line.split(":", 1)[1] for line in text.splitlines() if line.startswith("flags")), "").split())
+    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), ":")
+    return set(line.split(":", 1)[1].split())

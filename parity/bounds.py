@@ -112,23 +112,22 @@ def _bound(floors: Floors, name: str, scale: Scale, dtype: str, chance: float) -
     wider = 1 + ACCURACY * scale.estimated
     if scale.dtype != "bfloat16" or not scale.lump:
         # One rounding, of the largest element, is always allowed for.
-        bound = _continuous(max(level, scale.peak**0.5), spread, chance, dtype)
-        return Bound(bound.floor, bound.allowed * wider)
+        floor = max(level, scale.peak**0.5)
+        return Bound(floor, floor * _apart(spread, chance, dtype) * wider)
     square = max(level**2, floors.flips[name] * scale.total)
     counted = poisson_quantile(square / scale.lump, chance) * scale.lump + scale.peak
-    far = _continuous(square**0.5, spread, chance, dtype).allowed if square > scale.lump else 0.0
+    far = square**0.5 * _apart(spread, chance, dtype) if square > scale.lump else 0.0
     return Bound(max(square, scale.peak) ** 0.5, max(counted**0.5, far) * wider)
 
 
-def _continuous(level: float, spread: float, chance: float, dtype: str) -> Bound:
-    """The bound of an error that varies from draw to draw with a standard deviation of its logarithm.
+def _apart(spread: float, chance: float, dtype: str) -> float:
+    """How many floors two right runs may be apart; `spread` is the standard deviation of an error's logarithm.
 
     Under bfloat16 it comes from roundings that fall one way or the other, of which the floor has seen many.
     """
     degrees = max(1 / (2 * spread**2), 1.0) if spread else math.inf
     beyond = 1 + NormalDist().inv_cdf(1 - chance) / (2 * degrees) ** 0.5
-    allowed = _APART * beyond
-    return Bound(level, level * (min(allowed, _FARTHEST) if dtype == "bfloat16" else allowed))
+    return min(_APART * beyond, _FARTHEST) if dtype == "bfloat16" else _APART * beyond
 
 
 @lru_cache(maxsize=65536)

@@ -16,17 +16,18 @@ from parity.contract import check_preprocessed
 from parity.diagnosis import name_component
 from parity.errors import ParityError
 from parity.findings import Alarm, finite
-from parity.floors import FREE, SEGMENT, logits_of, run_free
+from parity.floors import logits_of, run_free
 from parity.floors_file import floors_of
 from parity.implementations import Implementation, Progress
 from parity.judgement import Judgement, clears, judge
 from parity.metrics import Difference, bits, compare
-from parity.oracle import Oracle
+from parity.oracle import Oracle, answer_logits
 from parity.recording import Recording, Tap
 from parity.registry import TapName, parse
 from parity.requests import SUPPORTED_TASKS
 from parity.sketch import Sketch
 from parity.trajectory import margins
+from parity.variants import FREE, SEGMENT
 from parity.verdict import (
     AGREE,
     DIVERGE,
@@ -61,8 +62,7 @@ class TapResult:
     @property
     def diverges(self) -> bool:
         """Whether the tap is farther than its limit, or cannot be close at all."""
-        error = self.difference.rel_l2
-        return self.difference.mismatch is not None or error is None or not error <= self.limit.error
+        return self.difference.beyond(self.limit.error)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; what is not finite becomes null."""
@@ -342,8 +342,7 @@ def _settled(oracle: Oracle, recording: Recording) -> Recording:
 
 def _behind(oracle: Oracle, step: int, token: int) -> float:
     """By how much the reference's logit of a token is lower than that of the likeliest."""
-    name = f"cond.decode{step}/language_model.lm_head"
-    logits = oracle.taps[name].array.reshape(-1)[: len(oracle.run.pipeline.tokenizer)].astype(np.float64)
+    logits = answer_logits(oracle, oracle.taps, step).astype(np.float64)
     return float(logits.max() - logits[token]) if 0 <= token < len(logits) else math.inf
 
 

@@ -132,13 +132,14 @@ def floors(
 
     with one_line_errors():
         from parity.bundle import find_bundles, read_bundle
-        from parity.floors import LOCAL, measure
+        from parity.floors import measure
         from parity.floors_file import FILE, write_floors
         from parity.machines import machine, settings
         from parity.oracle import Oracle
         from parity.runner import limit_threads
         from parity.store import relist
         from parity.terminal import progress_bar
+        from parity.variants import LOCAL
 
         limit_threads()
         paths = find_bundles(folders)

@@ -21,11 +21,9 @@ from parity.registry import component_kind
 from parity.replay_torch import TorchReplay
 from parity.rounding import step_squares
 from parity.sketch import Sketch
-from parity.variants import Variant, exact, run_variant, variants_of
+from parity.variants import KINDS, Variant, exact, run_variant, variants_of
 from reference.numerics import Numerics
 
-LOCAL, SEGMENT, FREE = KINDS = ("local", "segment", "free")
-"""Kinds of floors: from the oracle's values, from upstream's own taps, and from the run's own values."""
 OWN = "the reference itself"
 
 Progress = Callable[[str], None]

@@ -14,11 +14,12 @@ from safetensors.numpy import save
 
 from parity.bundle import Bundle, sha256
 from parity.errors import ParityError
-from parity.floors import FREE, KINDS, Floors, FloorSet, floats_of, logits_of, measure, pooled
+from parity.floors import Floors, FloorSet, floats_of, logits_of, measure, pooled
 from parity.machines import facts, machine
 from parity.oracle import Oracle
 from parity.recording import write_atomically
 from parity.sketch_file import FILE as SKETCHES
+from parity.variants import FREE, KINDS
 
 FILE = "floors.safetensors"
 CACHE = "LANCE_PARITY_CACHE"

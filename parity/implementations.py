@@ -12,6 +12,7 @@ import numpy as np
 from parity.bundle import Bundle
 from parity.errors import ParityError, interrupted
 from parity.recording import Recording, Replay
+from parity.registry import logits_name
 
 Progress = Callable[[str], None]
 
@@ -190,7 +191,7 @@ def wanted(bundle: Bundle) -> set[str]:
     steps = range(len(bundle.timesteps))
     names = {*bundle.expected, *bundle.inputs, *(f"sampler.velocity{step}" for step in steps)}
     if "tokens" in bundle.taps:
-        names |= {f"cond.decode{step}/language_model.lm_head" for step in range(bundle.taps["tokens"].size)}
+        names |= {logits_name(step) for step in range(bundle.taps["tokens"].size)}
     if bundle.entry == "full_sequence":
         names |= {f"velocity_call{call}" for call in range(2 * len(steps))} | set(POSITION_LAYOUTS)
     return names

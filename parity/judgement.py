@@ -15,13 +15,14 @@ import numpy as np
 
 from parity.bounds import Bounds, bounds_of
 from parity.bundle import read_bundle
-from parity.floors import SEGMENT, Floors
+from parity.floors import Floors
 from parity.floors_file import floors_of
 from parity.metrics import Difference, compare
-from parity.oracle import SEQUENCE, Oracle
+from parity.oracle import SEQUENCE, Oracle, answer_logits
 from parity.recording import Tap
-from parity.registry import TapName, component_kind, parse
+from parity.registry import TapName, component_kind, logits_name, parse
 from parity.sketch import Sketch
+from parity.variants import SEGMENT
 
 
 class Cause(StrEnum):
@@ -57,6 +58,13 @@ class Departure:
     difference: Difference
     allowed: float
 
+    @property
+    def said(self) -> str:
+        """Where they disagree and by how much, in words."""
+        d = self.difference
+        far = f"error {d.rel_l2:.3g}, rounding allows {self.allowed:.3g}" if self.allowed else "it differs"
+        return f"oracle and reference disagree at {self.tap.name} ({d.mismatch or far})"
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -80,12 +88,9 @@ class Judgement:
         """Say in one line what disagrees first, by how much, and why."""
         if self.agree:
             return ""
-        first, more = self.departures[0], len(self.departures) - 1
-        d = first.difference
-        far = f"error {d.rel_l2:.3g}, rounding allows {first.allowed:.3g}" if first.allowed else "it differs"
-        off = d.mismatch or far
+        more = len(self.departures) - 1
         others = f", and {more} more tap{'s' * (more != 1)}" if more else ""
-        return f"oracle and reference disagree at {first.tap.name} ({off}){others}; likely {self.cause}: {self.why}"
+        return f"{self.departures[0].said}{others}; likely {self.cause}: {self.why}"
 
 
 def judge_bundle(path: Path, progress: Callable[[str], None] | None = None) -> Judgement:
@@ -99,9 +104,11 @@ def judge_bundle(path: Path, progress: Callable[[str], None] | None = None) -> J
 
 def judge(oracle: Oracle, segment: Floors) -> Judgement:
     """Hold the reference against every tap of upstream's; see Judgement."""
-    wrong = [_departure(name, oracle.bundle.inputs[name], arrays[name])
-             for arrays in (_sequence(oracle),) for name in SEQUENCE
-             if not np.array_equal(oracle.bundle.inputs[name].array, arrays[name].array)]  # fmt: skip
+    arrays, wrong = oracle.layout.arrays(), list[Departure]()
+    for name in SEQUENCE:
+        difference = compare(oracle.bundle.inputs[name], Tap(np.asarray(arrays[name], np.int32), "int32"))
+        if difference.beyond(0.0):
+            wrong.append(Departure(parse(f"inputs/{name}"), difference, 0.0))
     bounds = segment_bounds(oracle, segment)
     places = sorted(oracle.bundle.expected, key=lambda name: oracle.bundle.locate(name).place)
     for name in places:
@@ -112,8 +119,7 @@ def judge(oracle: Oracle, segment: Floors) -> Judgement:
             continue
         difference = compare(expected, own, tap.most)
         allowed = 0.0 if expected.dtype == "int32" or name not in bounds.taps else bounds.allowed(name)
-        far = difference.rel_l2 is None or not difference.rel_l2 <= allowed
-        if difference.mismatch or far:
+        if difference.beyond(allowed):
             wrong.append(Departure(tap, difference, allowed))
     if not wrong:
         return Judgement(())
@@ -141,32 +147,22 @@ def clears(
         name = departure.tap.name
         if name not in got or name not in expected:
             return False
-        difference = compare(expected[name], got[name], departure.tap.most)
-        if difference.mismatch or difference.rel_l2 is None or not difference.rel_l2 <= allowed.get(name, 0.0):
+        if compare(expected[name], got[name], departure.tap.most).beyond(allowed.get(name, 0.0)):
             return False
     return True
-
-
-def _sequence(oracle: Oracle) -> Mapping[str, Tap]:
-    arrays = oracle.layout.arrays()
-    return {name: Tap(np.asarray(arrays[name], np.int32), "int32") for name in SEQUENCE}
-
-
-def _departure(name: str, expected: Tap, got: Tap) -> Departure:
-    return Departure(parse(f"inputs/{name}"), compare(expected, got), 0.0)
 
 
 def _choices(oracle: Oracle, bounds: Bounds) -> list[Departure]:
     """The answer, where a token is not the likeliest of the reference's, by more than rounding."""
     expected = oracle.bundle.taps["tokens"]
-    vocabulary, chosen = len(oracle.run.pipeline.tokenizer), expected.array.copy()
+    chosen = expected.array.copy()
     for step, token in enumerate(expected.array.tolist()):
-        name = f"cond.decode{step}/language_model.lm_head"
-        if name not in oracle.own:
+        logits, name = answer_logits(oracle, oracle.own, step), logits_name(step)
+        if logits is None:
             continue
-        logits = oracle.own[name].array.reshape(-1)[:vocabulary].astype(np.float64)
+        logits = logits.astype(np.float64)
         allowed = bounds.allowed(name) if name in bounds.taps else 0.0
-        if not 0 <= token < vocabulary or logits.max() - logits[token] > allowed * np.linalg.norm(logits):
+        if not 0 <= token < len(logits) or logits.max() - logits[token] > allowed * np.linalg.norm(logits):
             chosen[step] = logits.argmax()
     if np.array_equal(chosen, expected.array):
         return []

@@ -28,8 +28,6 @@ from parity.findings import (
     Picture,
     TapError,
 )
-from parity.floors import LOCAL as STEERED
-from parity.floors import SEGMENT
 from parity.floors_file import floors_of
 from parity.hypotheses import HYPOTHESES, Hypothesis
 from parity.judgement import clears, judge, segment_bounds
@@ -38,12 +36,14 @@ from parity.oracle import Oracle
 from parity.provenance import provenance_of
 from parity.recording import Observed, Recording, Tap
 from parity.registry import component_kind, parse
-from parity.site import Site
+from parity.site import Site, site_of
 from parity.sketch import Sketch
 from parity.slices import place_of, slice_errors, slice_sizes
 from parity.subject import MlxSubject, Subject, make_subject
 from parity.tap_errors import tap_errors
 from parity.trajectory import margins, teacher_forced, trajectory
+from parity.variants import LOCAL as STEERED
+from parity.variants import SEGMENT
 from parity.verdict import AGREE, DIVERGE, INCONCLUSIVE
 
 # Fewer activations than this say too little for a run to be called right.
@@ -327,8 +327,7 @@ class Investigation:
         # A wrong dtype or a value beyond bounds is no rounding, however small it is.
         floor = 0.0 if tap.mismatch else tap.floor or 0.0
         # What a tap was held against is what an explanation has to start from.
-        expected = self.held[name] if isinstance(self.held.get(name), Tap) else self.oracle.taps[name]
-        return Site(self.oracle, parse(name), expected.array, recording[name].array, self.contract.exact, floor)
+        return site_of(self.oracle, name, recording[name].array, self.contract.exact, floor, self.held)
 
     def _slices(self, site: Site) -> tuple[list, str | None]:
         slices = slice_errors(site.tap, site.expected, site.got, self.oracle.layout)

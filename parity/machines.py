@@ -19,9 +19,11 @@ from pathlib import Path
 
 import torch
 
+from lance_mlx.blas import cpu_flags
 from parity.bundle import Bundle, read_bundle
 from parity.errors import ParityError
 from parity.recording import Recording, read_tensors, write_tensors
+from parity.variants import KINDS
 
 Environment = dict[str, str]
 # What each library calls the instruction sets, from the least on.
@@ -33,7 +35,6 @@ _NAMES = {
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR", "OPENBLAS_CORETYPE")
 """Environment variables that choose the instructions of PyTorch, oneDNN, MKL and OpenBLAS."""
 _FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "bf16", "sve")
-_KINDS = ("local", "segment", "free")
 
 
 def others() -> dict[str, Environment]:
@@ -57,14 +58,14 @@ def _combined() -> dict[str, Environment]:
 
 def _own_instructions() -> str:
     """The setting that changes nothing here; none where there are instructions beyond all of them."""
-    flags = _flags()
+    flags = cpu_flags()
     return "" if "amx_tile" in flags or "avx512_bf16" in flags else list(_supported() or [""])[-1]
 
 
 def _supported() -> dict[str, tuple[str, ...]]:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return {}
-    flags = _flags()
+    flags = cpu_flags()
     known = {"baseline": True, "AVX2": "avx2" in flags, "AVX-512": "avx512f" in flags}
     return {name: values for name, values in _NAMES.items() if known[name]}
 
@@ -72,7 +73,7 @@ def _supported() -> dict[str, tuple[str, ...]]:
 @cache
 def facts() -> dict[str, str]:
     """What decides how this process rounds: processor, kernels, versions and threads."""
-    flags = _flags()
+    flags = cpu_flags()
     return {
         "processor": f"{platform.system()} {platform.machine()} " + " ".join(f for f in _FEATURES if f in flags),
         "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
@@ -112,22 +113,13 @@ def record_elsewhere(
             done = subprocess.run(command, env=os.environ | environment | added, capture_output=True, text=True)
             if done.returncode:
                 return name, None, (done.stderr.strip().splitlines() or ["it died"])[-1]
-            return name, [read_tensors(out / f"{kind}.safetensors") for kind in _KINDS], ""
+            return name, [read_tensors(out / f"{kind}.safetensors") for kind in KINDS], ""
 
         with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
             found = list(pool.map(run, environments.items()))
     if environments and all(recordings is None for _, recordings, _ in found):
         raise ParityError(f"bundle {bundle.name} cannot be run in a process of its own: {found[0][2]}")
     return {name: recordings for name, recordings, _ in found if recordings is not None}
-
-
-def _flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return set()
-    line = next((line for line in text.splitlines() if line.lower().startswith(("flags", "features"))), ":")
-    return set(line.split(":", 1)[1].split())
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -140,7 +132,7 @@ def main(arguments: Sequence[str]) -> None:
     path, given, out = map(Path, arguments)
     bundle = read_bundle(path)
     run = load_run(bundle, Numerics(bundle.dtype))
-    for kind, recording in zip(_KINDS, own_runs(run, bundle, read_tensors(given / "passes.safetensors")), strict=True):
+    for kind, recording in zip(KINDS, own_runs(run, bundle, read_tensors(given / "passes.safetensors")), strict=True):
         write_tensors(out / f"{kind}.safetensors", recording)
 
 

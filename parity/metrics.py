@@ -55,6 +55,10 @@ class Difference:
         """Whether shape, dtype and every value agree."""
         return self.mismatch is None and self.rel_l2 == 0.0
 
+    def beyond(self, allowed: float) -> bool:
+        """Whether the tap is farther than an error that is allowed, or cannot be close at all."""
+        return self.mismatch is not None or self.rel_l2 is None or not self.rel_l2 <= allowed
+
 
 class AxisErrors(NamedTuple):
     """Sums over slices of a tensor, float64, over the places where both sides are finite.

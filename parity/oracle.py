@@ -11,6 +11,7 @@ from parity.errors import ParityError
 from parity.findings import REFERENCE, UPSTREAM
 from parity.implementations import one_line, replay_of
 from parity.recording import Contract, Recording, Split, Tap
+from parity.registry import logits_name
 from parity.replay_torch import TorchReplay
 from parity.splitting import split_passes
 from parity.weight_sums import require_weights
@@ -74,6 +75,12 @@ class Oracle:
             if not np.array_equal(arrays[name], self.bundle.inputs[name].array):
                 raise ParityError(f"the reference lays bundle {self.bundle.name} out with other {name}: it is no judge")
         return contract_of(self.run)
+
+
+def answer_logits(oracle: Oracle, taps: Mapping[str, Tap], step: int) -> np.ndarray | None:
+    """The logits float32 [tokens of the tokenizer] of an answer's token in a run; None where it has none."""
+    tap = taps.get(logits_name(step))
+    return None if tap is None else tap.array.reshape(-1)[: len(oracle.run.pipeline.tokenizer)]
 
 
 def contract_of(run: TorchReplay) -> Contract:

@@ -231,6 +231,11 @@ def component_kind(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in parse(name).component.split("."))
 
 
+def logits_name(step: int) -> str:
+    """The tap of the logits that an answer's token is chosen from, counted from 0."""
+    return f"cond.decode{step}/language_model.lm_head"
+
+
 def velocity_calls(guided: Sequence[bool]) -> list[tuple[str, int]]:
     """Return (arm, step) of every velocity_call of the full-sequence entry: cond, and uncond where guided."""
     return [(arm, step) for step, both in enumerate(guided) for arm in ("cond", "uncond")[: 1 + both]]

@@ -10,6 +10,7 @@ from torch import nn
 from parity.oracle import Oracle, cut
 from parity.recording import Tap
 from parity.registry import TapName, parse
+from parity.sketch import Sketch
 from reference.layout import Layout
 from reference.model import Pipeline
 from reference.request import Request
@@ -149,9 +150,17 @@ class Site:
         return name
 
 
-def site_of(oracle: Oracle, name: str, got: np.ndarray, exact: Mapping[str, np.ndarray], floor: float = 0.0) -> Site:
-    """The site of a tap or an exact array."""
-    expected = exact[name] if name in exact else oracle.taps[name].array
+def site_of(
+    oracle: Oracle,
+    name: str,
+    got: np.ndarray,
+    exact: Mapping[str, np.ndarray],
+    floor: float = 0.0,
+    held: Mapping[str, Tap | Sketch] | None = None,
+) -> Site:
+    """The site of a tap or an exact array; `held` is what taps were held against, where that is not the oracle's."""
+    other = (held or {}).get(name)
+    expected = exact[name] if name in exact else (other if isinstance(other, Tap) else oracle.taps[name]).array
     return Site(oracle, parse(name), expected, got, exact, floor)
 
 

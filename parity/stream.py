@@ -21,6 +21,7 @@ from parity.faults import Fault
 from parity.faults.layered import at_layer
 from parity.findings import EXACT, LOCAL, REFERENCE, STRUCTURE, UPSTREAM, Finding, Localization, TapError, finite
 from parity.implementations import one_line, versions
+from parity.judgement import Departure
 from parity.metrics import Difference, compare
 from parity.oracle import contract_of
 from parity.recording import Observed, Recording
@@ -255,12 +256,11 @@ class _Run:
         """Where the reference does not compute what is given, by more than rounding; empty where it does."""
         bounds = self._bounds(segment=True)
         for name in self.measured:
-            own = self.measured[name].own
             if name not in self.plan.given or name not in bounds.taps:
                 continue
-            if own.mismatch or own.rel_l2 is None or not own.rel_l2 <= bounds.allowed(name):
-                off = own.mismatch or f"error {own.rel_l2:.3g}, rounding allows {bounds.allowed(name):.3g}"
-                return f"oracle and reference disagree at {name} ({off}): it is not about lance_mlx"
+            departure = Departure(parse(name), self.measured[name].own, bounds.allowed(name))
+            if departure.difference.beyond(departure.allowed):
+                return f"{departure.said}: it is not about lance_mlx"
         return ""
 
     def _tap_error(self, name: str, bounds: Bounds) -> TapError:

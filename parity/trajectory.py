@@ -7,7 +7,7 @@ import numpy as np
 
 from parity.findings import Departure, Margin
 from parity.metrics import compare
-from parity.oracle import Oracle
+from parity.oracle import Oracle, answer_logits
 from parity.recording import Observed, Recording, Tap
 from parity.registry import velocity_calls
 from parity.rounding import ULP, rounded
@@ -64,13 +64,11 @@ def margins(oracle: Oracle, forced: Recording) -> list[Margin]:
     tokens = oracle.taps.get("tokens")
     if tokens is None:
         return []
-    vocabulary = len(oracle.run.pipeline.tokenizer)
     found = []
     for step, token in enumerate(tokens.array.tolist()):
-        name = f"cond.decode{step}/language_model.lm_head"
-        if name not in oracle.taps or name not in forced:
+        expected, got = (answer_logits(oracle, taps, step) for taps in (oracle.taps, forced))
+        if expected is None or got is None:
             continue
-        expected, got = (taps[name].array.reshape(-1)[:vocabulary] for taps in (oracle.taps, forced))
         second, first = np.sort(expected)[-2:]
         apart = float(np.abs(got.astype(np.float64) - expected).max())
         found.append(Margin(step, int(token), int(got.argmax()), float(first - second), apart))

@@ -21,6 +21,8 @@ from parity.registry import parse
 from reference.numerics import Numerics
 from reference.sampler import norm
 
+LOCAL, SEGMENT, FREE = KINDS = ("local", "segment", "free")
+"""How variants are run: from the oracle's values, from upstream's own taps, and from the run's own values."""
 # Components whose last sum is that of a norm, whichever way the products before it are summed.
 _NORMED = re.compile(r"norm|ln_q|guidance|residual\.[03]$|head\.0$")
 

@@ -7,25 +7,22 @@ FOLDERs hold oracle bundles (by default oracles/). With --fault only these are t
 Exit status: 0 when every fault is tried, detected and named, 1 otherwise.
 """
 
-import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from tables import README, replace_between
 
 from parity.bundle import find_bundles, read_bundle
 from parity.cli import one_line_errors
 from parity.fault_table import markdown, record_more, summary, try_faults, untried
 from parity.faults import CATALOGUE, load_fault
-from parity.recording import write_atomically
 from parity.runner import limit_threads
 from parity.terminal import progress_bar
 
 ORACLES = Path(__file__).parents[1] / "oracles"
-README = Path(__file__).parents[1] / "reports" / "README.md"
-PLACE = re.compile(r"(<!-- faults: begin -->\n).*?(<!-- faults: end -->)", re.DOTALL)
 
 
 def main(
@@ -51,8 +48,7 @@ def main(
         if fault:
             print(table, end="")
         else:
-            text = PLACE.sub(lambda match: match[1] + table + match[2], output.read_text(encoding="utf-8"))
-            write_atomically(output, text.encode())
+            replace_between(output, "faults", table)
         print(summary(trials))
         found = all(trial.detected and trial.named for trial in trials)
         raise typer.Exit(0 if trials and found and not left_out else 1)

@@ -19,7 +19,7 @@ from tables import README, replace_between, table
 from parity.bounds import Bounds, bounds_of
 from parity.bundle import find_bundles, read_bundle
 from parity.cli import one_line_errors
-from parity.floors import FREE, LOCAL, logits_of, run_free
+from parity.floors import logits_of, run_free
 from parity.floors_file import floors_of
 from parity.implementations import answered
 from parity.metrics import compare
@@ -30,6 +30,7 @@ from parity.rounding import rounded
 from parity.runner import limit_threads
 from parity.subject import MlxSubject
 from parity.terminal import progress_bar
+from parity.variants import FREE, LOCAL
 
 SIZES = (1, 2, 3, 5, 10, 30, 100)
 TAPS = 3
@@ -81,8 +82,7 @@ def _trials(path: Path, tell: object) -> Iterator[tuple[str, str, int, bool, str
         for name in _chosen(bounds, got):
             for size in SIZES:
                 noisy = _noisy(held[name], got[name], size * bounds.floor(name), size)
-                error = compare(held[name], noisy, parse(name).most).rel_l2
-                found = error is None or not error <= bounds.allowed(name)
+                found = compare(held[name], noisy, parse(name).most).beyond(bounds.allowed(name))
                 yield command, bundle.dtype, size, found, f"{bundle.name} {name}"
 
 

@@ -11,6 +11,7 @@ import reference.sampler
 from parity.hypotheses.base import DoesNotApply, Hypothesis
 from parity.hypotheses.schedule import bfloat16, times_of
 from parity.hypotheses.tools import function
+from parity.registry import logits_name
 
 if TYPE_CHECKING:
     from parity.site import Site
@@ -122,7 +123,7 @@ def chosen(choose: Callable[[np.ndarray, int], int]) -> Callable[["Site", np.nda
     def transform(site: "Site", tokens: np.ndarray) -> np.ndarray | None:
         picked = []
         for step in range(len(tokens)):
-            logits = site.value(f"cond.decode{step}/language_model.lm_head")
+            logits = site.value(logits_name(step))
             if logits is None:
                 return None
             picked.append(choose(logits[-1], len(site.pipeline.tokenizer)))

@@ -10,10 +10,11 @@ from parity.bounds import FALSE_ALARM, bounds_of, scale_of
 from parity.bundle import read_bundle, write_bundle
 from parity.check import UnsupportedTask, check_bundle, check_recording, limits_of, record_bundle, trusted_of
 from parity.errors import ParityError
-from parity.floors import FREE, Floors, logits_of
+from parity.floors import Floors, logits_of
 from parity.floors_file import floors_of
 from parity.implementations import Mlx, Reference, one_line, wanted
 from parity.recording import Tap, write_tensors
+from parity.variants import FREE
 from parity.verdict import MEDIAN, Limit, limits_from
 from reference.request import Renorm
 

@@ -16,13 +16,13 @@ from parity import floors_file, machines
 from parity.bundle import CHECKSUMS, CHECKSUMS_FORMAT, read_bundle
 from parity.cli import app
 from parity.errors import ParityError
-from parity.floors import FREE, KINDS, LOCAL, SEGMENT, Floors, floats_of, logits_of, measure, pooled
+from parity.floors import Floors, floats_of, logits_of, measure, pooled
 from parity.floors_file import CACHE, FILE, floors_of, write_floors
 from parity.machines import machine, record_elsewhere, settings
 from parity.oracle import Oracle
 from parity.recording import Tap, to_tap
 from parity.store import entry_of, listed
-from parity.variants import exact, run_variant, variants_of
+from parity.variants import FREE, KINDS, LOCAL, SEGMENT, exact, run_variant, variants_of
 from reference.request import Request
 
 SMALL = "t2i-fp32-nokv"
@@ -129,9 +129,9 @@ def test_pooled_floors_are_the_largest(measured):
 
 def test_only_instructions_that_the_processor_has_are_asked_for(monkeypatch):
     monkeypatch.setattr(machines.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(machines, "_flags", lambda: {"avx2"})
+    monkeypatch.setattr(machines, "cpu_flags", lambda: {"avx2"})
     assert set(machines.others()) == {"baseline"} and "avx512" not in str(settings())
-    monkeypatch.setattr(machines, "_flags", lambda: {"avx2", "avx512f", "amx_tile"})
+    monkeypatch.setattr(machines, "cpu_flags", lambda: {"avx2", "avx512f", "amx_tile"})
     assert set(machines.others()) == {"baseline", "AVX2", "AVX-512"}
     assert {"MKL_CBWR": "AVX2"} in settings().values()
     monkeypatch.setattr(machines.platform, "machine", lambda: "arm64")

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 import reference.sampler
 from parity.bundle import read_bundle
 from parity.check import check_bundle
-from parity.floors import SEGMENT
 from parity.floors_file import floors_of
 from parity.implementations import Mlx
 from parity.judgement import Cause, judge
 from parity.localize import localize
 from parity.oracle import Oracle
 from parity.recording import Tap, read_tensors, write_tensors
+from parity.variants import SEGMENT
 from parity.verify import verify_bundle
 
 SMALL, DETAILED = "t2i-fp32-nokv", "t2i-fp32-kv"

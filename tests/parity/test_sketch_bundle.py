@@ -16,7 +16,7 @@ from parity.comparison import compare_runs
 from parity.errors import ParityError
 from parity.fault_table import try_fault
 from parity.faults import CATALOGUE
-from parity.floors import SEGMENT, measure
+from parity.floors import measure
 from parity.floors_file import FILE as FLOORS
 from parity.floors_file import floors_of, write_floors
 from parity.implementations import Mlx
@@ -29,6 +29,7 @@ from parity.recording import read_tensors, write_tensors
 from parity.sketch import ACCURACY, LARGEST, Sketch
 from parity.sketch_file import FILE
 from parity.subject import MlxSubject
+from parity.variants import SEGMENT
 from parity.verify import verify_bundle
 
 ORACLES = Path(__file__).parents[2] / "oracles"
