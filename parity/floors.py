@@ -6,6 +6,7 @@ errors add up between one and the next (segment), and from the request's randomn
 oracle's tokens in all three.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +15,7 @@ import numpy as np
 from parity.bundle import Bundle
 from parity.implementations import answered, one_line
 from parity.machines import machine, others, record_elsewhere
-from parity.metrics import compare
+from parity.metrics import compare, rel_l2
 from parity.oracle import Oracle, cut, load_run, run_passes
 from parity.recording import Recording, Tap
 from parity.registry import component_kind
@@ -196,8 +197,11 @@ class LevelTable:
 def relative(expected: Tap | Sketch, got: Tap) -> float:
     """Relative L2 error whatever the dtypes; 0 where it says nothing of rounding: no value, or nothing finite."""
     # The dtypes differ where one side is wider on purpose: only values count here.
-    error = compare(replace(expected, dtype="float32"), replace(got, dtype="float32")).rel_l2
-    return error if error is not None and np.isfinite(error) else 0.0
+    if isinstance(expected, Sketch):
+        error = compare(replace(expected, dtype="float32"), replace(got, dtype="float32")).rel_l2
+    else:
+        error = rel_l2(expected.array, got.array)
+    return error if error is not None and math.isfinite(error) else 0.0
 
 
 def errors_of(expected: Mapping[str, Tap | Sketch], got: Mapping[str, Tap], names: Sequence[str]) -> list[float]:

@@ -5,6 +5,7 @@ way. Where it is farther, one of weights, inputs, upstream's commit, the capture
 should be: no verdict about a port follows from such a bundle.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from parity.bundle import read_bundle
 from parity.floors import Floors
 from parity.floors_file import floors_of
 from parity.metrics import Difference, compare
-from parity.oracle import SEQUENCE, Oracle, answer_logits
+from parity.oracle import SEQUENCE, Oracle, answer_logits, cut, run_passes
 from parity.recording import Tap
 from parity.registry import TapName, component_kind, logits_name, parse
 from parity.sketch import Sketch
@@ -43,6 +44,8 @@ _GIVEN = re.compile(r"sampler\.x_init|sampler\.x_t0|sampler\.noise|vae\.latent\d
 # Where no more than this part of what a component computed is wrong, the rest shows that it computes rightly.
 _SOME = 0.5
 _NOTHING = 1e-2
+# Two right runs are at most two floors apart: of two errors the smaller one is told from the other by more than that.
+_APART = 2.0
 
 
 @dataclass(frozen=True)
@@ -181,11 +184,14 @@ def _cause(oracle: Oracle, wrong: Sequence[Departure]) -> tuple[Cause, str]:
     peers = [name for name, tap in located.items()
              if tap.component == first.component and _kind_of_call(tap) == call]  # fmt: skip
     off = [name for name in peers if name in names]
-    if len(off) <= _SOME * len(peers):
+    used = _used(oracle, first.name)
+    if used is False:
+        return Cause.CAPTURE, "what comes after it does not follow from it, but from what the reference computes"
+    if used is None and len(off) <= _SOME * len(peers):
         return Cause.CAPTURE, f"the same component agrees in {len(peers) - len(off)} other places"
-    if _reordered(oracle, first.name):
-        return Cause.CAPTURE, "its values are the right ones, in another order"
-    if len(peers) == 1:
+    if used is None and len(peers) == 1:
+        if _reordered(oracle, first.name):
+            return Cause.CAPTURE, "its values are the right ones, in another order"
         if _part_off(oracle, wrong[0]) <= _SOME:
             return Cause.CAPTURE, "most of its values agree"
         if not any(map(_weighs, _between(oracle, first.name))):
@@ -194,8 +200,35 @@ def _cause(oracle: Oracle, wrong: Sequence[Departure]) -> tuple[Cause, str]:
     if re.search(r"velocity|hidden_out", first.name):
         return Cause.WEIGHTS_OR_CODE, "no tap tells which part of the model it is"
     if not _weighs(first.name):
-        return Cause.CODE, f"{first.component} has no weights and differs in all {len(off)} places"
-    return Cause.WEIGHTS, f"{first.component} differs in all {len(off)} places"
+        return Cause.CODE, f"{first.component} has no weights and differs in {_places(off, peers)}"
+    return Cause.WEIGHTS, f"{first.component} differs in {_places(off, peers)}"
+
+
+def _places(off: Sequence[str], peers: Sequence[str]) -> str:
+    return f"all {len(off)} places" if len(off) == len(peers) else f"{len(off)} of {len(peers)} places"
+
+
+def _used(oracle: Oracle, name: str) -> bool | None:
+    """Whether upstream went on from the value that a bundle holds of a tap rather than from the reference's; None where
+    nothing tells.
+
+    What upstream computed next follows from a value that it computed otherwise, and not from one damaged afterwards.
+    """
+    given = {other: tap for other, tap in oracle.bundle.taps.items() if other != name}
+    without = cut(oracle.run, run_passes(oracle.run, given))
+    for other, expected in oracle.bundle.expected.items():
+        own, mended = oracle.own[other], without[other]
+        if other == name or expected.dtype == "int32" or np.array_equal(own.array, mended.array):
+            continue
+        from_it, from_own = (_error(expected, got, oracle.bundle.locate(other).most) for got in (own, mended))
+        if max(from_it, from_own) > _APART * min(from_it, from_own):
+            return from_it < from_own
+    return None
+
+
+def _error(expected: Tap | Sketch, got: Tap, most: float | None) -> float:
+    error = compare(expected, got, most).rel_l2
+    return math.inf if error is None or math.isnan(error) else error
 
 
 def _weighs(name: str) -> bool:

@@ -130,6 +130,24 @@ def compare(oracle: Tap | Sketch, ours: Tap | Sketch, most: float | None = None)
     )
 
 
+def rel_l2(expected: np.ndarray, got: np.ndarray) -> float | None:
+    """Return the relative L2 error of `got` alone, None where the shapes differ; see Difference.
+
+    What is not finite on either side counts as equal. Where `expected` is zero the error is infinite, or 0.
+    """
+    if expected.shape != got.shape:
+        return None
+    squares, norms, widened = 0.0, 0.0, _Widened()
+    for x, y in _pairs(expected, got):
+        widened.load(x, y)
+        apart = widened.apart()
+        squares += _dot(apart, apart)
+        norms += widened.norm
+    if not norms:
+        return math.inf if squares else 0.0
+    return math.sqrt(squares / norms)
+
+
 def _largest(tap: Tap | Sketch) -> float:
     """The largest absolute value among the finite ones."""
     if isinstance(tap, Sketch):

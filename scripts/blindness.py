@@ -103,6 +103,7 @@ def ways(folder: Path) -> Iterator[Way]:
     for name in chosen:
         for what, change in _TAPS.items():
             yield Way(f"tap {name} {what}", CAPTURE, _tap(name, change))
+        yield Way(f"tap {name} with noise", CAPTURE, _tap(name, _noisy(_NOISE[bundle.taps[name].dtype])))
     if drawn:
         yield Way("other noise", INPUTS, _tap("sampler.noise", lambda x: np.random.default_rng(1).permuted(x, axis=0)))
     for name, patched in _CODE.items():
@@ -123,9 +124,14 @@ _TAPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "zeroed in part": lambda x: _changed(x, lambda flat: flat.__setitem__(_part(flat), 0)),
     "shifted": lambda x: np.roll(x, 1, axis=-1),
     "permuted": lambda x: np.random.default_rng(2).permuted(x, axis=0) if len(x) > 1 else np.flip(x, -1).copy(),
-    "with noise": lambda x: x + 0.01 * np.abs(x).mean() * np.random.default_rng(3).standard_normal(x.shape),
     "with NaN": lambda x: _changed(x, lambda flat: flat.__setitem__(0, np.nan)),
 }
+_NOISE = {"float32": 0.001, "bfloat16": 0.05}
+"""Noise as a part of a tap's mean size: well beyond what one rounding does in each dtype."""
+
+
+def _noisy(size: float) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda x: x + size * np.abs(x).mean() * np.random.default_rng(3).standard_normal(x.shape)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -14,6 +15,7 @@ import torch
 
 from parity.bundle import Bundle, read_bundle
 from parity.findings import Localization
+from parity.floors_file import FILE, floors_of, write_floors
 from parity.oracle import Oracle
 from parity.recording import Recording, Tap
 from parity.requests import SUPPORTED_TASKS
@@ -101,6 +103,16 @@ def oracles() -> Path:
     return ORACLES
 
 
+@cache
+def floors_here(name: str) -> bytes:
+    """The floors of an embedded bundle, pooled with this machine's: what was changed in a copy measures no others."""
+    oracle = Oracle.of(read_bundle(ORACLES / name))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / FILE
+        write_floors(path, oracle, floors_of(oracle))
+        return path.read_bytes()
+
+
 def copy_into(folder: Path, name: str, weights: bool | None = None) -> Path:
     """Copy an embedded bundle and its floors.
 
@@ -108,6 +120,7 @@ def copy_into(folder: Path, name: str, weights: bool | None = None) -> Path:
     False there is only the config.
     """
     bundle = Path(shutil.copytree(ORACLES / name, folder / name))
+    (bundle / FILE).write_bytes(floors_here(name))
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     source, copied = ORACLES / manifest["checkpoint"], bundle.parent / manifest["checkpoint"]
     if weights is False:
@@ -138,6 +151,7 @@ def linked_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     def copy(name: str) -> Path:
         folder = tmp_path_factory.mktemp("oracles")
         bundle = Path(shutil.copytree(ORACLES / name, folder / name))
+        (bundle / FILE).write_bytes(floors_here(name))
         checkpoint = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["checkpoint"]
         (folder / checkpoint).symlink_to(ORACLES / checkpoint, target_is_directory=True)
         return bundle
