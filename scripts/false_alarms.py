@@ -2,9 +2,10 @@
 
     python scripts/false_alarms.py [FOLDER...] [--settings NAME]... [--every N] [--output FILE]
 
-FOLDERs hold oracle bundles (by default oracles/). Every bundle is run by both implementations under every setting of
-parity.machines.settings and as it is, with one and with two threads, by `check` and by `localize`. Floors are those of
-this machine as it is: no run gets floors of its own setting, unless those are kept with the bundle.
+FOLDERs hold oracle bundles (by default oracles/). Every bundle is run by both implementations as this machine is and
+under the settings of parity.machines.settings, with one and with two threads, by `check` and by `localize`. With
+--every N each setting gets every Nth bundle, the next setting those after them. Floors are those of this machine as it
+is: no run gets floors of its own setting by itself.
 Exit status: 0 when no run is called wrong and at least one was made, 1 otherwise.
 """
 
@@ -21,7 +22,7 @@ from tables import README, replace_between, table, upper_bound
 
 from parity.bundle import find_bundles
 from parity.cli import one_line_errors
-from parity.machines import machine, settings
+from parity.machines import facts, machine, settings
 from parity.verdict import AGREE
 
 PLAIN = "as it is"
@@ -31,19 +32,20 @@ THREADS = (1, 2)
 def main(
     folders: Annotated[list[Path] | None, typer.Argument(help="Folders of bundles.", show_default="oracles/")] = None,
     chosen: Annotated[list[str] | None, typer.Option("--settings", metavar="NAME", help="Only these.")] = None,
-    every: Annotated[int, typer.Option(help="Take only every Nth bundle.")] = 1,
+    every: Annotated[int, typer.Option(help="Give a setting only every Nth bundle.")] = 1,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="File that holds the table.")] = None,
 ) -> None:
     """Run the matrix and write the table."""
     with one_line_errors():
-        paths = find_bundles(folders or [Path("oracles")])[::every]
+        paths = find_bundles(folders or [Path("oracles")])
         known = {PLAIN: {}} | settings()
         environments = {name: known[name] for name in chosen} if chosen else known
         # As it is comes first, and by itself: it measures the floors that the others are judged by.
         first = _run(PLAIN, {}, paths)
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            rest = {name: env for name, env in environments.items() if name != PLAIN}
-            more = list(pool.map(lambda item: _run(*item, paths), rest.items()))
+            rest = [(name, env) for name, env in environments.items() if name != PLAIN]
+            shares = [(*item, paths[i % every :: every]) for i, item in enumerate(rest)]
+            more = list(pool.map(lambda share: _run(*share), shares))
         runs = [*first, *(run for each in more for run in each)]
         wrong = [run for run in runs if run["verdict"] != AGREE]
         for run in wrong:
@@ -54,9 +56,9 @@ def main(
                 own = [run for run in runs if (run["setting"], run["command"]) == (name, command)]
                 rows.append((name, command, len(own), sum(run["verdict"] != AGREE for run in own)))
         bound = upper_bound(len(wrong), len(runs))
-        text = f"{len(runs)} clean runs of {len(paths)} bundles, {len(wrong)} called wrong: at most {bound:.2%} "
-        text += "(95 %).\n\n" + table(("setting", "command", "runs", "called wrong"), rows)
-        if output or not (chosen or every > 1):
+        text = f"{len(runs)} clean runs of {len(paths)} bundles on {facts()['processor']}, PyTorch "
+        text += f"{facts()['torch']}; {len(wrong)} called wrong: at most {bound:.2%} (95 %).\n\n" + table(("setting", "command", "runs", "called wrong"), rows)
+        if output or not chosen:
             replace_between(output or README, "false_alarms", text)
         print(text, end="")
         raise typer.Exit(bool(wrong) or not runs)
