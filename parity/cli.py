@@ -46,7 +46,7 @@ def run(
     oracles: Annotated[
         list[Path] | None, typer.Argument(help="Folders of bundles, or single bundles.", show_default="oracles/")
     ] = None,
-    report: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the HTML report; replaced as a whole.")] = Path(
+    report: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the HTML report, anew.")] = Path(
         "reports/latest"
     ),
     form: FormatOption = None,
@@ -60,12 +60,14 @@ def run(
     with one_line_errors():
         from parity.bundle import find_bundles
         from parity.implementations import IMPLEMENTATIONS
+        from parity.output import require_own
         from parity.report import write_report
         from parity.runner import compare_all, exit_status
         from parity.terminal import print_rows, progress_bar
 
         folders = oracles or [Path("oracles")]
         paths = find_bundles(folders)
+        require_own(report)
         with progress_bar(len(paths) * len(IMPLEMENTATIONS), "comparison") as start:
             rows = compare_all(paths, start)
         index = write_report(report, rows, [str(folder) for folder in folders])

@@ -66,8 +66,9 @@ def localize(
         from parity.errors import ParityError
         from parity.faults import PROFILES, load_fault
         from parity.hypotheses import HYPOTHESES, check_unique, load_hypotheses
-        from parity.localization_report import write_localization
+        from parity.localization_report import plots_folder, write_localization
         from parity.localize import localize as run
+        from parity.output import require_own
         from parity.recording import write_atomically
         from parity.runner import limit_threads
         from parity.terminal import progress_bar
@@ -75,6 +76,7 @@ def localize(
         from parity.verdict import AGREE, DIVERGE, UNUSABLE
 
         limit_threads()
+        require_own(plots_folder(report or REPORTS / f"{bundle.name}.html"))
         try:
             chosen = [load_fault(name) for name in fault or []]
             if profile is not None:

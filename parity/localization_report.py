@@ -4,23 +4,21 @@ import base64
 import json
 import math
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from parity import localization_words as words
-from parity.errors import ParityError
 from parity.findings import EXPLAINS, Finding, Localization, Picture, SliceError
 from parity.localization_drawing import STEPS, THEMES, Plot
 from parity.localization_map import Map, lay_out, shade
 from parity.localization_pictures import Frames, frames_of, is_frames, picture_plot
 from parity.localization_plots import exact_shades, map_plot, margins_plot, order_plot, trajectory_plot
 from parity.localization_words import localization_markdown
+from parity.output import new_folder
 from parity.recording import write_atomically
-from parity.report import page_environment, swap_folder
+from parity.report import page_environment
 
 __all__ = ["localization_markdown", "write_localization"]
 
@@ -63,27 +61,20 @@ def write_localization(path: Path, localization: Localization) -> Path:
     """Write the page `path`, and its plots as PNG into `<stem>-plots` beside it; return the path.
 
     Both are written under other names and renamed. Raises ParityError where they cannot be written, or where the
-    folder of the plots holds other files than PNG.
+    folder of the plots holds what was not written there so.
     """
-    folder = path.with_name(f"{path.stem}-plots")
     drawn = draw(localization)
     page = render(localization, drawn)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and (not folder.is_dir() or any(file.suffix != ".png" for file in folder.iterdir())):
-            raise ParityError(f"{folder} holds more than plots: remove it, or write the report under another name")
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=path.parent))
-        try:
-            for name, data in drawn.files().items():
-                (beside / name).write_bytes(data)
-            beside.chmod(0o755)
-            swap_folder(beside, folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    except OSError as error:
-        raise ParityError(f"the report {path} cannot be written: {error.strerror}") from error
+    with new_folder(plots_folder(path)) as beside:
+        for name, data in drawn.files().items():
+            (beside / name).write_bytes(data)
     write_atomically(path, page.encode(errors="replace"))
     return path
+
+
+def plots_folder(path: Path) -> Path:
+    """The folder of a page's plots."""
+    return path.with_name(f"{path.stem}-plots")
 
 
 def draw(localization: Localization) -> Drawn:

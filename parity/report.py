@@ -1,8 +1,5 @@
 """The HTML report of a run: a table of all comparisons and a page for each."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,8 +8,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from parity.check import Result
-from parity.errors import ParityError
 from parity.metrics import Difference
+from parity.output import new_folder
 from parity.plot import error_plot
 from parity.provenance import origin
 from parity.sketch import CONFIDENCE
@@ -73,7 +70,7 @@ def first_line(result: Result) -> str:
 
 
 def write_report(folder: Path, rows: Sequence[Row], sources: Sequence[str]) -> Path:
-    """Write the pages beside `folder` and swap them in; return the index page. Raises ParityError.
+    """Write the pages into `folder`, whole or not at all; return the index page. See new_folder; raises ParityError.
 
     `sources` are the folders that were named on the command line.
     """
@@ -81,22 +78,13 @@ def write_report(folder: Path, rows: Sequence[Row], sources: Sequence[str]) -> P
     created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in SYMBOLS}
     page = environment.get_template("index.html")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            rules = {"policies": POLICIES, "measured": MEASURED}
-            html = page.render(rows=rows, counts=counts, created=created, sources=sources, **rules)
-            (beside / "index.html").write_text(html, encoding="utf-8")
-            for row in rows:
-                if row.result is not None:
-                    (beside / row.page).write_text(_comparison(environment, row, created), encoding="utf-8")
-            beside.chmod(0o755)
-            swap_folder(beside, folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    except OSError as error:
-        raise ParityError(f"the report {folder} cannot be written: {error.strerror}") from error
+    with new_folder(folder) as beside:
+        rules = {"policies": POLICIES, "measured": MEASURED}
+        html = page.render(rows=rows, counts=counts, created=created, sources=sources, **rules)
+        (beside / "index.html").write_text(html, encoding="utf-8")
+        for row in rows:
+            if row.result is not None:
+                (beside / row.page).write_text(_comparison(environment, row, created), encoding="utf-8")
     return folder / "index.html"
 
 
@@ -138,12 +126,3 @@ def _comparison(environment: Environment, row: Row, created: str) -> str:
         plot=error_plot(result),
         policy=POLICIES[result.dtype],
     )
-
-
-def swap_folder(new: Path, folder: Path) -> None:
-    """Put the folder `new` in the place of `folder`, whatever that holds; both are in one file system."""
-    old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -57,7 +57,8 @@ def main(
                 rows.append((name, command, len(own), sum(run["verdict"] != AGREE for run in own)))
         bound = upper_bound(len(wrong), len(runs))
         text = f"{len(runs)} clean runs of {len(paths)} bundles on {facts()['processor']}, PyTorch "
-        text += f"{facts()['torch']}; {len(wrong)} called wrong: at most {bound:.2%} (95 %).\n\n" + table(("setting", "command", "runs", "called wrong"), rows)
+        text += f"{facts()['torch']}; {len(wrong)} called wrong: at most {bound:.2%} (95 %).\n\n"
+        text += table(("setting", "command", "runs", "called wrong"), rows)
         if output or not chosen:
             replace_between(output or README, "false_alarms", text)
         print(text, end="")

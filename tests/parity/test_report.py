@@ -38,6 +38,9 @@ def halved(array):
     return array / 2
 
 
+LISTED = ".written-by-lance-parity"
+
+
 @pytest.fixture
 def rows(bundle, replayed):
     taken = {"index.html"}
@@ -79,7 +82,7 @@ def test_a_page_says_what_is_known_of_where_the_oracle_comes_from(rows, tmp_path
 
 def test_pages_stand_alone(rows, tmp_path):
     index = write_report(tmp_path / "reports" / "latest", rows, ["oracles"])
-    pages = {path.name: path.read_text(encoding="utf-8") for path in index.parent.iterdir()}
+    pages = {path.name: path.read_text(encoding="utf-8") for path in index.parent.glob("*.html")}
     assert set(pages) == {"index.html", *(row.page for row in rows if row.page)}
     for text in pages.values():
         page = Page(text)
@@ -127,10 +130,30 @@ def test_the_plot_is_an_inline_svg_that_marks_the_first_divergence(rows):
 def test_the_report_is_replaced_as_a_whole(rows, tmp_path):
     folder = tmp_path / "latest"
     write_report(folder, rows[:1], [])
-    (folder / "left-over.html").touch()
     write_report(folder, rows[1:2], [])
-    assert {path.name for path in folder.iterdir()} == {"index.html", rows[1].page}
+    assert {path.name for path in folder.glob("*.*")} == {"index.html", rows[1].page, LISTED}
     assert [path.name for path in tmp_path.iterdir() if "latest" in path.name] == ["latest"]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_folder_that_holds_what_is_not_ours_is_left_as_it_is(rows, tmp_path, before):
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    if before:
+        write_report(folder, rows[:1], [])
+    (folder / "notes.txt").write_text("mine")
+    held = {path.name for path in folder.iterdir()}
+    with pytest.raises(ParityError, match="notes.txt, which lance-parity did not write: name another folder"):
+        write_report(folder, rows[1:2], [])
+    assert {path.name for path in folder.iterdir()} == held and (folder / "notes.txt").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir() if path.name != "oracles"} == {"thesis"}
+
+
+def test_a_link_to_a_report_stays_one(rows, tmp_path):
+    write_report(tmp_path / "there", rows[:1], [])
+    (tmp_path / "latest").symlink_to("there")
+    write_report(tmp_path / "latest", rows[1:2], [])
+    assert (tmp_path / "latest").is_symlink() and (tmp_path / "there" / rows[1].page).is_file()
 
 
 def test_a_report_that_cannot_be_written_is_an_error_and_leaves_nothing(rows, tmp_path, monkeypatch):
@@ -141,7 +164,7 @@ def test_a_report_that_cannot_be_written_is_an_error_and_leaves_nothing(rows, tm
     monkeypatch.setattr("parity.report.error_plot", lambda result: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(tmp_path / "latest", rows, [])
-    assert {path.name for path in (tmp_path / "latest").iterdir()} == {"index.html", rows[0].page}
+    assert {path.name for path in (tmp_path / "latest").iterdir()} == {"index.html", rows[0].page, LISTED}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".latest")]
 
 
