@@ -17,7 +17,7 @@ parity: $(INSTALLED)
 	$(BIN)/lance-parity run
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

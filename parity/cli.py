@@ -1,6 +1,7 @@
 """The command lance-parity."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -196,6 +197,8 @@ def _write_json(path: Path, document: dict) -> None:
 
 def main() -> None:
     """Run the command."""
+    # PyTorch reads it when it is loaded: a waiting thread that spins takes its core from another process.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 
