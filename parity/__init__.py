@@ -12,12 +12,12 @@ with suppress(ModuleNotFoundError):
 
 if TYPE_CHECKING:
     from parity.api import assert_agrees, compare
-    from parity.comparison import Comparison
+    from parity.comparison.compare import Comparison
     from parity.errors import ParityError
 
 __all__ = ["Comparison", "ParityError", "assert_agrees", "compare"]
 
-_PLACES = {"Comparison": "comparison", "ParityError": "errors"}
+_PLACES = {"Comparison": "comparison.compare", "ParityError": "errors"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 """Parity in Python: comparing any two runs, and asserting that they agree in anybody's tests."""
 
-from parity.comparison import Comparison, compare_runs
-from parity.runs import Given
-from parity.verdict import AGREE
+from parity.comparison.compare import Comparison, compare_runs
+from parity.comparison.runs import Given
+from parity.comparison.verdict import AGREE
 
 
 def compare(

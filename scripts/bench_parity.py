@@ -34,10 +34,10 @@ from lance_mlx.model.mot import ExpertRows
 from lance_mlx.pipeline import Pipeline, load
 from lance_mlx.request import Request, Variant
 from lance_mlx.sampling.flow import State, make_arms, velocities
-from parity.capture_mlx import MlxCapture
-from parity.capture_torch import TorchCapture
-from parity.metrics import axis_errors, compare
-from parity.recording import DTYPES, Tap, open_tensors, write_tensors
+from parity.lance.capture_mlx import MlxCapture
+from parity.lance.capture_torch import TorchCapture
+from parity.tensors.metrics import axis_errors, compare
+from parity.tensors.recording import DTYPES, Tap, open_tensors, write_tensors
 
 CHECKPOINT = Path(__file__).parents[1] / "oracles" / "checkpoint-a"
 VARIANT = Variant.IMAGE

@@ -31,19 +31,19 @@ import reference.model
 import reference.mot
 import reference.sampler
 import reference.sequence
-from parity.bundle import read_bundle
-from parity.check import check_bundle
-from parity.cli import one_line_errors
+from parity.bundle.reading import read_bundle
+from parity.cli.errors import one_line_errors
+from parity.comparison.check import check_bundle
+from parity.comparison.verdict import AGREE
 from parity.errors import ParityError
-from parity.floors_file import FILE, floors_of, write_floors
-from parity.implementations import Mlx
-from parity.judgement import Cause
-from parity.localize import localize
-from parity.oracle import Oracle, load_run
-from parity.recording import Recording, Tap, read_tensors, write_tensors
-from parity.runner import limit_threads
-from parity.terminal import progress_bar
-from parity.verdict import AGREE
+from parity.localize.investigation import localize
+from parity.oracle.floors_file import FILE, floors_of, write_floors
+from parity.oracle.judgement import Cause
+from parity.oracle.oracle import Oracle, load_run
+from parity.ports.implementations import Mlx
+from parity.report.runner import limit_threads
+from parity.report.terminal import progress_bar
+from parity.tensors.recording import Recording, Tap, read_tensors, write_tensors
 from reference.numerics import Numerics
 
 SHARED = Path(__file__).parents[2] / "shared" / "oracles"

@@ -3,7 +3,7 @@
     python scripts/false_alarms.py [FOLDER...] [--settings NAME]... [--every N] [--output FILE]
 
 FOLDERs hold oracle bundles (by default oracles/). Every bundle is run by both implementations as this machine is and
-under the settings of parity.machines.settings, with one and with two threads, by `check` and by `localize`. With
+under the settings of parity.oracle.machines.settings, with one and with two threads, by `check` and by `localize`. With
 --every N each setting gets every Nth bundle, the next setting those after them. Floors are those of this machine as it
 is: no run gets floors of its own setting by itself.
 Exit status: 0 when no run is called wrong and at least one was made, 1 otherwise.
@@ -20,10 +20,10 @@ from typing import Annotated
 import typer
 from tables import README, replace_between, table, upper_bound
 
-from parity.bundle import find_bundles
-from parity.cli import one_line_errors
-from parity.machines import facts, machine, settings
-from parity.verdict import AGREE
+from parity.bundle.reading import find_bundles
+from parity.cli.errors import one_line_errors
+from parity.comparison.verdict import AGREE
+from parity.oracle.machines import facts, machine, settings
 
 PLAIN = "as it is"
 THREADS = (1, 2)
@@ -80,10 +80,10 @@ def in_process(name: str, measured_on: str, paths: list[str]) -> None:
     """Run the bundles in this process, with the floors of the machine that is named."""
     import torch
 
-    from parity import floors_file
-    from parity.check import check_bundle
-    from parity.implementations import IMPLEMENTATIONS
-    from parity.localize import localize
+    from parity.comparison.check import check_bundle
+    from parity.localize.investigation import localize
+    from parity.oracle import floors_file
+    from parity.ports.implementations import IMPLEMENTATIONS
 
     floors_file.machine = lambda: measured_on
     runs = []

@@ -15,12 +15,12 @@ from typing import Annotated
 import typer
 from tables import README, replace_between
 
-from parity.bundle import find_bundles, read_bundle
-from parity.cli import one_line_errors
-from parity.fault_table import markdown, record_more, summary, try_faults, untried
-from parity.faults import CATALOGUE, load_fault
-from parity.runner import limit_threads
-from parity.terminal import progress_bar
+from parity.bundle.reading import find_bundles, read_bundle
+from parity.cli.errors import one_line_errors
+from parity.lance.fault_table import markdown, record_more, summary, try_faults, untried
+from parity.lance.faults import CATALOGUE, load_fault
+from parity.report.runner import limit_threads
+from parity.report.terminal import progress_bar
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 

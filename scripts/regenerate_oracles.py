@@ -69,8 +69,8 @@ def recorded(made: Path, stored: Path) -> list[Path]:
     """Bundles in oracles/ that lance-parity recorded: recorded again, but for when and by which commit."""
     import torch
 
-    from parity.record import IMPLEMENTATION, record
-    from parity.store import seal
+    from parity.bundle.store import seal
+    from parity.lance.record import IMPLEMENTATION, record
 
     torch.set_num_threads(1)
     paths = []
@@ -99,11 +99,11 @@ def floors(made: Path, stored: Path) -> list[Path]:
     """What rounding does to every stored bundle, measured again; another processor may round otherwise."""
     import torch
 
-    from parity.bundle import read_bundle
-    from parity.floors import measure
-    from parity.floors_file import FILE, write_floors
-    from parity.machines import settings
-    from parity.oracle import Oracle
+    from parity.bundle.reading import read_bundle
+    from parity.oracle.floors import measure
+    from parity.oracle.floors_file import FILE, write_floors
+    from parity.oracle.machines import settings
+    from parity.oracle.oracle import Oracle
 
     torch.set_num_threads(1)
     paths = []

@@ -16,21 +16,21 @@ import numpy as np
 import typer
 from tables import README, replace_between, table
 
-from parity.bounds import Bounds, bounds_of
-from parity.bundle import find_bundles, read_bundle
-from parity.cli import one_line_errors
-from parity.floors import logits_of, run_free
-from parity.floors_file import floors_of
-from parity.implementations import answered
-from parity.metrics import compare
-from parity.oracle import Oracle
-from parity.recording import Recording, Tap
-from parity.registry import component_kind, parse
-from parity.rounding import rounded
-from parity.runner import limit_threads
-from parity.subject import MlxSubject
-from parity.terminal import progress_bar
-from parity.variants import FREE, LOCAL
+from parity.bundle.reading import find_bundles, read_bundle
+from parity.cli.errors import one_line_errors
+from parity.lance.names import component_kind, parse
+from parity.oracle.bounds import Bounds, bounds_of
+from parity.oracle.floors import logits_of, run_free
+from parity.oracle.floors_file import floors_of
+from parity.oracle.oracle import Oracle
+from parity.oracle.variants import FREE, LOCAL
+from parity.ports.implementations import answered
+from parity.ports.subject import MlxSubject
+from parity.report.runner import limit_threads
+from parity.report.terminal import progress_bar
+from parity.tensors.metrics import compare
+from parity.tensors.recording import Recording, Tap
+from parity.tensors.rounding import rounded
 
 SIZES = (1, 2, 3, 5, 10, 30, 100)
 TAPS = 3

@@ -15,18 +15,18 @@ from typing import Annotated
 import torch
 import typer
 
-from parity.bundle import Bundle, find_bundles, read_bundle, write_bundle
-from parity.cli import one_line_errors
-from parity.fault_table import plan, try_fault
-from parity.faults import CATALOGUE
-from parity.floors import measure
-from parity.floors_file import FILE, write_floors
-from parity.keeper import Keeper, parted
-from parity.oracle import Oracle
-from parity.recording import DTYPES
-from parity.runner import limit_threads
-from parity.subject import MlxSubject
-from parity.terminal import progress_bar
+from parity.bundle.reading import Bundle, find_bundles, read_bundle, write_bundle
+from parity.cli.errors import one_line_errors
+from parity.lance.fault_table import plan, try_fault
+from parity.lance.faults import CATALOGUE
+from parity.lance.retention import Keeper, parted
+from parity.oracle.floors import measure
+from parity.oracle.floors_file import FILE, write_floors
+from parity.oracle.oracle import Oracle
+from parity.ports.subject import MlxSubject
+from parity.report.runner import limit_threads
+from parity.report.terminal import progress_bar
+from parity.tensors.recording import DTYPES
 
 ALIKE = 0.95
 

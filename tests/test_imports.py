@@ -18,7 +18,7 @@ FORBIDDEN = {
     "parity": set(),
 }
 # They import a clone of upstream, and what it needs, by name, in a process that runs nothing else.
-OF_A_CLONE = {Path("parity/upstream/adapt.py"), Path("parity/upstream/stand_ins.py")}
+OF_A_CLONE = {Path("parity/lance/upstream/adapt.py"), Path("parity/lance/upstream/stand_ins.py")}
 MODULE_OF = {"pillow": "PIL"}
 
 
@@ -63,7 +63,7 @@ def test_no_file_imports_what_its_package_must_not_know(package):
 def test_every_kind_of_import_is_seen():
     source = """
 import torch.nn as nn, numpy
-from parity.metrics import compare
+from parity.tensors.metrics import compare
 from . import sibling
 def late():
     import mlx.core
@@ -107,14 +107,14 @@ print(len(names))
 
 
 def test_preprocessing_is_compared_with_what_knows_nothing_of_lance_mlx():
-    modules = ("record", "facts", "derive", "hypotheses.resizing")
+    modules = ("lance.record", "lance.derived_request", "lance.derive", "hypotheses.resizing")
     script = f"""
 import importlib, sys
 for name in ("lance_mlx", "mlx"):
     sys.modules[name] = None
 for name in {modules!r}:
     importlib.import_module(f"parity.{{name}}")
-assert sys.modules["lance_mlx"] is None and "parity.replay_mlx" not in sys.modules
+assert sys.modules["lance_mlx"] is None and "parity.lance.replay_mlx" not in sys.modules
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity.record import record
-from parity.record_options import Options, build_request
-from parity.recording import Tap, read_tensors, write_tensors
+from parity.lance.record import record
+from parity.lance.record_options import Options, build_request
+from parity.tensors.recording import Tap, read_tensors, write_tensors
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"

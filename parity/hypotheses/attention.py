@@ -19,7 +19,7 @@ from parity.hypotheses.tools import forward, function, in_own_pass
 from reference.mot import Rope
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 SDPA = ("layers.*.self_attn.sdpa",)
 ANY = (*SDPA, "vit_model.blocks.*.attn.proj", "vae.*.proj")
@@ -31,7 +31,7 @@ CALLERS = (("layers.", reference.mot), ("vit_model", reference.vit), ("vae.", re
 def attend_by(wrapper: Callable[..., Tensor]) -> Patch:
     """A patch of the attention function: `wrapper(site, original, q, k, v, mask, kind)`."""
 
-    def patched(site: "Site"):
+    def patched(site: "TapProbe"):
         for prefix, caller in CALLERS:
             if site.component.startswith(prefix):
                 return function(caller, "attend", wrapper)(site)
@@ -67,7 +67,7 @@ def wide(original: Callable, q: Tensor, factor: float, k: Tensor, v: Tensor, *re
     return original(q.float() * factor, k.float(), v.float(), *rest).to(q.dtype)
 
 
-def scaled_by_width(site: "Site", original: Callable, q: Tensor, *rest: Any) -> Tensor:
+def scaled_by_width(site: "TapProbe", original: Callable, q: Tensor, *rest: Any) -> Tensor:
     if q.shape[1] == 1:
         raise DoesNotApply
     return wide(original, q, q.shape[1] ** -0.5, *rest)
@@ -76,7 +76,7 @@ def scaled_by_width(site: "Site", original: Callable, q: Tensor, *rest: Any) -> 
 def key_heads(arrange: Callable[[Tensor, int], Tensor]) -> Patch:
     """Another key/value head for each query head: `arrange` makes [m, heads, d] of [m, kv_heads, d]."""
 
-    def attended(site: "Site", original: Callable, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    def attended(site: "TapProbe", original: Callable, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         if k.shape[1] in (1, q.shape[1]):
             raise DoesNotApply
         return original(q, arrange(k, q.shape[1]), arrange(v, q.shape[1]), *rest)
@@ -87,7 +87,7 @@ def key_heads(arrange: Callable[[Tensor, int], Tensor]) -> Patch:
 def exchanged(*order: int) -> Patch:
     """Queries, keys and values in another order."""
 
-    def attended(site: "Site", original: Callable, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    def attended(site: "TapProbe", original: Callable, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         inputs = (q, k, v)
         if order[0] != 0 and k.shape != q.shape:
             raise DoesNotApply
@@ -97,13 +97,15 @@ def exchanged(*order: int) -> Patch:
 
 
 def in_dtype(dtype: torch.dtype, axis: int = -1) -> Patch:
-    def attended(site: "Site", original: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kind: str) -> Tensor:
+    def attended(
+        site: "TapProbe", original: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kind: str
+    ) -> Tensor:
         return explicit(q, k, v, mask, q.shape[-1] ** -0.5, dtype, axis).to(q.dtype)
 
     return attend_by(attended)
 
 
-def softmax_in_bfloat16(site: "Site", original: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kind: str):
+def softmax_in_bfloat16(site: "TapProbe", original: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kind: str):
     k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
     q_, k_, v_ = (x.transpose(0, 1).float() for x in (q, k, v))
     scores = q_ @ k_.transpose(1, 2) * q.shape[-1] ** -0.5
@@ -115,7 +117,7 @@ def softmax_in_bfloat16(site: "Site", original: Callable, q: Tensor, k: Tensor, 
     return (weights @ v_).transpose(0, 1).to(q.dtype)
 
 
-def in_tf32(site: "Site", original: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kind: str) -> Tensor:
+def in_tf32(site: "TapProbe", original: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kind: str) -> Tensor:
     """Both products in TF32, the softmax between them in float32."""
     float32_policy(site)
     k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
@@ -126,7 +128,7 @@ def in_tf32(site: "Site", original: Callable, q: Tensor, k: Tensor, v: Tensor, m
     return (tf32(torch.softmax(scores, -1)) @ v_).transpose(0, 1)
 
 
-def masked_to_zero(site: "Site", original: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kind: str):
+def masked_to_zero(site: "TapProbe", original: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kind: str):
     """Hidden scores count as 0 instead of minus infinity."""
     if mask is None:
         raise DoesNotApply
@@ -136,16 +138,16 @@ def masked_to_zero(site: "Site", original: Callable, q: Tensor, k: Tensor, v: Te
     return (torch.softmax(scores, -1) @ v_).transpose(0, 1).to(q.dtype)
 
 
-def heads_apart(site: "Site", original: Callable, *inputs: Any) -> Tensor:
+def heads_apart(site: "TapProbe", original: Callable, *inputs: Any) -> Tensor:
     """The result [heads, n, d] is read as [n, heads, d] without being transposed."""
     out = original(*inputs)
     return out.transpose(0, 1).reshape(out.shape)
 
 
-def with_cache(change: Callable[["Site", Tensor, Tensor], tuple[Tensor, Tensor]]) -> Patch:
+def with_cache(change: Callable[["TapProbe", Tensor, Tensor], tuple[Tensor, Tensor]]) -> Patch:
     """Other cached keys and values: `change` is given those of the cache."""
 
-    def attended(site: "Site", module: object, original: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor):
+    def attended(site: "TapProbe", module: object, original: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor):
         tokens, count = pass_tokens(site), cached_count(site)
         if (tokens.queries, len(tokens.split)) != (len(q), len(k)):
             return original(q, k, v, mask)  # a pass before the site's
@@ -158,7 +160,7 @@ def with_cache(change: Callable[["Site", Tensor, Tensor], tuple[Tensor, Tensor]]
     return forward(attended)
 
 
-def turned(site: "Site", k: Tensor, times: int) -> Tensor:
+def turned(site: "TapProbe", k: Tensor, times: int) -> Tensor:
     """Cached keys turned by RoPE once more, or back."""
     parts = [site.value(f"{call}/position_ids") for call, rows in calls_of(site) if rows.start < len(k)]
     if any(part is None for part in parts):
@@ -168,7 +170,7 @@ def turned(site: "Site", k: Tensor, times: int) -> Tensor:
     return Rope().forward(k, cos, times * sin)
 
 
-def earlier_steps(site: "Site", k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def earlier_steps(site: "TapProbe", k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The cache also holds the blocks of the denoising steps before."""
     step, arm = site.tap.numbers.get("step", 0), site.tap.arm
     if ".step" not in site.tap.call:
@@ -176,14 +178,14 @@ def earlier_steps(site: "Site", k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return followed(site, k, v, [f"{arm}.step{before}" for before in range(step)])
 
 
-def conditional_cache(site: "Site", k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def conditional_cache(site: "TapProbe", k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The unconditional arm reads the cache of the conditional one."""
     if site.tap.arm != "uncond" or ".step" not in site.tap.call:
         raise DoesNotApply
     return followed(site, k[:0], v[:0], [call for call, _ in calls_of(site, "cond")[:-1]])
 
 
-def followed(site: "Site", k: Tensor, v: Tensor, calls: list[str]) -> tuple[Tensor, Tensor]:
+def followed(site: "TapProbe", k: Tensor, v: Tensor, calls: list[str]) -> tuple[Tensor, Tensor]:
     """Keys and values followed by those of other calls of the same layer."""
     if not calls:
         raise DoesNotApply
@@ -205,7 +207,7 @@ def followed(site: "Site", k: Tensor, v: Tensor, calls: list[str]) -> tuple[Tens
 def without_rope(queries: bool, keys: bool) -> Patch:
     """Attention reads what the norms made, before RoPE."""
 
-    def attended(site: "Site", module: object, original: Callable, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+    def attended(site: "TapProbe", module: object, original: Callable, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
         root = site.path.rpartition(".")[0]
         if queries:
             q = in_pass(site, f"{root}.q_norm", experts=True).to(q.dtype)
@@ -217,7 +219,7 @@ def without_rope(queries: bool, keys: bool) -> Patch:
     return in_own_pass(attended)
 
 
-def channels_first(site: "Site", module: object, original: Callable, x: Tensor) -> Tensor:
+def channels_first(site: "TapProbe", module: object, original: Callable, x: Tensor) -> Tensor:
     """Heads and channels of the attention's output change places before it is projected."""
     heads = site.pipeline.model.config.num_attention_heads
     if site.component.startswith("vit_model"):

@@ -14,25 +14,25 @@ import numpy as np
 from parity.errors import ParityError
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
-Patch = Callable[["Site"], AbstractContextManager[object]]
-Transform = Callable[["Site", np.ndarray], np.ndarray | None]
+Patch = Callable[["TapProbe"], AbstractContextManager[object]]
+Transform = Callable[["TapProbe", np.ndarray], np.ndarray | None]
 
 
-_UNPATCHED: WeakKeyDictionary["Site", np.ndarray] = WeakKeyDictionary()
+_UNPATCHED: WeakKeyDictionary["TapProbe", np.ndarray] = WeakKeyDictionary()
 
 
 class DoesNotApply(Exception):
     """Raised by a patch for a site that it has no meaning for."""
 
 
-def nothing(site: "Site") -> AbstractContextManager[object]:
+def nothing(site: "TapProbe") -> AbstractContextManager[object]:
     """Leave the reference as it is."""
     return nullcontext()
 
 
-def same(site: "Site", array: np.ndarray) -> np.ndarray:
+def same(site: "TapProbe", array: np.ndarray) -> np.ndarray:
     """Leave the array as it is."""
     return array
 
@@ -60,7 +60,7 @@ class Hypothesis:
         return any(fnmatchcase(component, pattern) for pattern in self.components)
 
 
-def attempt(site: "Site", hypotheses: Sequence[Hypothesis]) -> np.ndarray | None:
+def attempt(site: "TapProbe", hypotheses: Sequence[Hypothesis]) -> np.ndarray | None:
     """What the reference computes at a site under hypotheses, the first patched first; None where they do not apply."""
     if sum(hypothesis.anew for hypothesis in hypotheses) > 1:
         # The later one would undo the earlier.
@@ -78,7 +78,7 @@ def attempt(site: "Site", hypotheses: Sequence[Hypothesis]) -> np.ndarray | None
     return array
 
 
-def recomputed(site: "Site") -> np.ndarray:
+def recomputed(site: "TapProbe") -> np.ndarray:
     """What the reference computes at a site; the oracle's value where it never comes to it."""
     try:
         return site.recompute()
@@ -86,7 +86,7 @@ def recomputed(site: "Site") -> np.ndarray:
         return site.expected
 
 
-def unpatched(site: "Site") -> np.ndarray:
+def unpatched(site: "TapProbe") -> np.ndarray:
     """What the reference computes at a site as it is: the same however often it is asked for."""
     if site not in _UNPATCHED:
         _UNPATCHED[site] = recomputed(site)

@@ -13,10 +13,10 @@ from reference.layout import Mode, Role, Split
 from reference.positions import SUBJECT_ANCHOR, VIT_ANCHOR
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 # Which recipe made which ids at a site: hypotheses that are tried on top of each other change one recipe.
-_MADE_BY: WeakKeyDictionary["Site", dict[bytes, "Recipe"]] = WeakKeyDictionary()
+_MADE_BY: WeakKeyDictionary["TapProbe", dict[bytes, "Recipe"]] = WeakKeyDictionary()
 VISUAL = (Role.VIT, Role.SOURCE, Role.SUBJECT, Role.NOISE)
 CLEAN = (Role.SOURCE, Role.SUBJECT)
 
@@ -96,7 +96,7 @@ class Recipe:
         return ids
 
 
-def counted(site: "Site", recipe: Recipe) -> np.ndarray:
+def counted(site: "TapProbe", recipe: Recipe) -> np.ndarray:
     """Rotary ids of the site's arm by a recipe, as its entry puts them together; an answer's go on behind them."""
     tokens_per_second = site.pipeline.model.config.tokens_per_second
     moves, layout = not site.request.understanding, site.layout
@@ -117,7 +117,7 @@ def counted(site: "Site", recipe: Recipe) -> np.ndarray:
     return own
 
 
-def columns(site: "Site", ids: np.ndarray) -> slice:
+def columns(site: "TapProbe", ids: np.ndarray) -> slice:
     """Which tokens of the arm's sequence a tap's ids [3, n] belong to."""
     total = sum(split.length for split in arm_splits(site))
     rows = dict(calls_of(site)).get(site.tap.call) if "/position_ids" in site.tap.name else None
@@ -128,7 +128,7 @@ def columns(site: "Site", ids: np.ndarray) -> slice:
     return slice(0, ids.shape[1])
 
 
-def of_tap(site: "Site", ids: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def of_tap(site: "TapProbe", ids: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """The part of a sequence's ids [3, m] that a tap with ids of this shape holds; text goes on behind it."""
     rows = columns(site, ids)
     answer = site.layout.answer
@@ -138,7 +138,7 @@ def of_tap(site: "Site", ids: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return whole[:, rows]
 
 
-def recounted(site: "Site", ids: np.ndarray, changes: dict[str, object]) -> np.ndarray:
+def recounted(site: "TapProbe", ids: np.ndarray, changes: dict[str, object]) -> np.ndarray:
     """Ids counted with changes to the recipe that made them; where none did, as much is added as the changes make."""
     made_by = _MADE_BY.setdefault(site, {})
 
@@ -167,7 +167,7 @@ class Run:
     cells: np.ndarray
 
 
-def runs(site: "Site", ids: np.ndarray) -> list[Run]:
+def runs(site: "TapProbe", ids: np.ndarray) -> list[Run]:
     """The splits of the site's arm that lie within a tap's ids, as columns of it."""
     rows, found, start = columns(site, ids), [], 0
     splits = arm_splits(site)
@@ -180,6 +180,6 @@ def runs(site: "Site", ids: np.ndarray) -> list[Run]:
     return found
 
 
-def chosen(roles: Sequence[Role]) -> Callable[["Site", np.ndarray], list[Run]]:
+def chosen(roles: Sequence[Role]) -> Callable[["TapProbe", np.ndarray], list[Run]]:
     """The visual blocks of some roles within a tap's ids."""
     return lambda site, ids: [run for run in runs(site, ids) if run.split.grid and run.split.role in roles]

@@ -12,7 +12,7 @@ from reference.prompt import template
 from reference.sequence import asked
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Piece:
 
 
 Draft = list[Piece]
-Edit = Callable[["Site", Draft], Draft | None]
+Edit = Callable[["TapProbe", Draft], Draft | None]
 """Another draft of the same request; None where it does not apply."""
 
 
@@ -45,21 +45,21 @@ class Texts:
     user: tuple[int, ...]
 
 
-def encoded(site: "Site", text: str) -> tuple[int, ...]:
+def encoded(site: "TapProbe", text: str) -> tuple[int, ...]:
     return tuple(site.pipeline.tokenizer.encode(text))
 
 
-def user_text(site: "Site") -> str:
+def user_text(site: "TapProbe") -> str:
     """What the user wrote."""
     return next(asked(element) for element in site.request.elements if element.medium.value == "text")
 
 
-def texts_of(site: "Site") -> Texts:
+def texts_of(site: "TapProbe") -> Texts:
     """The texts of the site's request."""
     return Texts(*(encoded(site, text) for text in (*template(site.request), user_text(site))))
 
 
-def draft_of(site: "Site", arm: str) -> Draft:
+def draft_of(site: "TapProbe", arm: str) -> Draft:
     """Upstream's sequence of an arm, as pieces."""
     layout = site.layout
     return [

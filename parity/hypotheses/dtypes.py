@@ -16,7 +16,7 @@ from parity.hypotheses.tools import CONVOLUTIONS, LINEARS, forward, leaf, module
 from reference.numerics import Linear
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 PRODUCTS = (*LINEARS, *CONVOLUTIONS, "time_embedder*")
 SUMS = ("layers.*", "vit_model.*", "vae.*", "embeddings", "guidance", "euler", "noise", "velocity*", "llm2vae",
@@ -30,7 +30,7 @@ def tf32(x: Tensor) -> Tensor:
     return kept.view(torch.float32)
 
 
-def float32_policy(site: "Site") -> None:
+def float32_policy(site: "TapProbe") -> None:
     if site.dtype != "float32":
         raise DoesNotApply
 
@@ -38,7 +38,7 @@ def float32_policy(site: "Site") -> None:
 def product(narrow: Callable[[Tensor], Tensor], result: bool = True, bias: bool = True) -> Patch:
     """Inputs and parameters of a product narrowed; its result and its bias too, or not."""
 
-    def computed(site: "Site", module: nn.Module, original: Callable, x: Tensor, *rest: Any) -> Tensor:
+    def computed(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor, *rest: Any) -> Tensor:
         float32_policy(site)
         holder = leaf(module)
         values = {
@@ -58,7 +58,7 @@ def to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def unrounded(site: "Site") -> Iterator[None]:
+def unrounded(site: "TapProbe") -> Iterator[None]:
     """A product of float32 values that is not rounded to the policy's dtype."""
     module = module_of(site)
     numerics = getattr(module, "numerics", None)
@@ -68,7 +68,7 @@ def unrounded(site: "Site") -> Iterator[None]:
         yield
 
 
-def bias_afterwards(site: "Site", module: nn.Module, original: Callable, x: Tensor, *rest: Any) -> Tensor:
+def bias_afterwards(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor, *rest: Any) -> Tensor:
     """The product is rounded before its bias is added."""
     if not isinstance(module, Linear) or module.bias is None or site.dtype == "float32":
         raise DoesNotApply
@@ -79,7 +79,7 @@ def bias_afterwards(site: "Site", module: nn.Module, original: Callable, x: Tens
 def result(dtype: torch.dtype):
     """A result rounded to a dtype."""
 
-    def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
         if of_weight(site) or array.dtype != np.float32:
             return None
         # A reversed axis of one element is contiguous to NumPy and refused by PyTorch.

@@ -12,7 +12,7 @@ from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
 from parity.hypotheses.tools import around, of_weight, on_input, on_output
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 SUM = ("embeddings",)
 TOKENS = ("embed_tokens",)
@@ -22,7 +22,7 @@ LLM2VAE = ("llm2vae", "velocity*")
 def assembled(make: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]) -> Patch:
     """The embedding of latents made in another way, of the state, the times and the places."""
 
-    def patched(site: "Site"):
+    def patched(site: "TapProbe"):
         model = site.pipeline.model
         return around(model, "embed_latents", lambda original, *inputs: make(model, *inputs))
 
@@ -44,10 +44,10 @@ def wide_sum(model: nn.Module, x_t: Tensor, timestep: Tensor, places: Tensor) ->
     return sum(part.float() for part in parts).to(parts[0].dtype)
 
 
-def embeds(change: Callable[["Site", Callable, Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Patch:
+def embeds(change: Callable[["TapProbe", Callable, Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Patch:
     """The embeddings of tokens put together in another way."""
 
-    def patched(site: "Site"):
+    def patched(site: "TapProbe"):
         return around(
             reference.arms.Inputs,
             "embed",
@@ -57,19 +57,19 @@ def embeds(change: Callable[["Site", Callable, Any, Tensor, Tensor, Tensor], tup
     return patched
 
 
-def at_step(site: "Site") -> float:
+def at_step(site: "TapProbe") -> float:
     """t of the step that the site's call belongs to; of a prefix the first one's."""
     times = site.value("sampler.timestep" + str(site.tap.numbers.get("step", 0)))
     return 1.0 if times is None else float(times.max())
 
 
-def clean_at_t(site: "Site", embed: Callable, inputs: Any, rows: Tensor, x_t: Tensor, timestep: Tensor):
+def clean_at_t(site: "TapProbe", embed: Callable, inputs: Any, rows: Tensor, x_t: Tensor, timestep: Tensor):
     if timestep is None:
         raise DoesNotApply
     return embed(rows, x_t, torch.full_like(timestep, at_step(site)))
 
 
-def vit_turned(site: "Site", embed: Callable, inputs: Any, rows: Tensor, x_t: Tensor, timestep: Tensor):
+def vit_turned(site: "TapProbe", embed: Callable, inputs: Any, rows: Tensor, x_t: Tensor, timestep: Tensor):
     """The ViT's tokens of every frame column by column."""
     if inputs.vit is None:
         raise DoesNotApply
@@ -86,7 +86,7 @@ def vit_turned(site: "Site", embed: Callable, inputs: Any, rows: Tensor, x_t: Te
         inputs.vit = kept
 
 
-def vit_left_out(site: "Site", embed: Callable, inputs: Any, rows: Tensor, x_t: Tensor, timestep: Tensor):
+def vit_left_out(site: "TapProbe", embed: Callable, inputs: Any, rows: Tensor, x_t: Tensor, timestep: Tensor):
     """The placeholder's own embedding stays."""
     out, gen = embed(rows, x_t, timestep)
     seen = inputs.vit_of[rows] >= 0
@@ -97,7 +97,7 @@ def vit_left_out(site: "Site", embed: Callable, inputs: Any, rows: Tensor, x_t: 
 def one_row_off(kind: str, by: int) -> Patch:
     """Contents one token too early or too late; a bracket is overwritten."""
 
-    def change(site: "Site", embed: Callable, inputs: Any, rows: Tensor, x_t: Tensor, timestep: Tensor):
+    def change(site: "TapProbe", embed: Callable, inputs: Any, rows: Tensor, x_t: Tensor, timestep: Tensor):
         out, gen = embed(rows, x_t, timestep)
         places = torch.nonzero((inputs.vit_of if kind == "vit" else inputs.latent_of)[rows] >= 0)[:, 0]
         moved = out.clone()
@@ -109,7 +109,7 @@ def one_row_off(kind: str, by: int) -> Patch:
     return embeds(change)
 
 
-def latents_turned(site: "Site", embed: Callable, inputs: Any, rows: Tensor, x_t: Tensor, timestep: Tensor):
+def latents_turned(site: "TapProbe", embed: Callable, inputs: Any, rows: Tensor, x_t: Tensor, timestep: Tensor):
     """The latents of every frame column by column."""
     if x_t is None:
         raise DoesNotApply

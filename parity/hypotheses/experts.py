@@ -12,24 +12,24 @@ from parity.hypotheses.tools import forward, in_own_pass, submodule, twin_path
 from reference.layout import Role
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 MODULES = ("layers.*_proj*", "layers.*norm*", "norm*")
 
 
-def twin(site: "Site") -> nn.Module:
+def twin(site: "TapProbe") -> nn.Module:
     """The module of the other expert."""
     return submodule(site, twin_path(site.path))
 
 
-def other(site: "Site", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+def other(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
     return twin(site).forward(x)
 
 
 def rows(which: Callable[[Tokens], np.ndarray]) -> Patch:
     """Some of the rows go to the other expert."""
 
-    def mixed(site: "Site", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+    def mixed(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
         tokens = pass_tokens(site)
         gen = tokens.rows(tokens.gen)
         chosen = tokens.rows(which(tokens))[gen if GEN in site.path else ~gen]
@@ -43,7 +43,7 @@ def rows(which: Callable[[Tokens], np.ndarray]) -> Patch:
     return in_own_pass(mixed)
 
 
-def both(site: "Site", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+def both(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
     return (original(x) + twin(site).forward(x)) / 2
 
 

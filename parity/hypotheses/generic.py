@@ -10,7 +10,7 @@ from parity.hypotheses.base import DoesNotApply, Hypothesis
 from parity.hypotheses.tools import forward, leaf, of_weight
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 ALL = ("*",)
 MODULES = ("layers.*", "norm*", "vit_model.*", "vae.*", "time_embedder*", "vae2llm", "llm2vae", "lm_head")
@@ -19,7 +19,7 @@ MODULES = ("layers.*", "norm*", "vit_model.*", "vae.*", "time_embedder*", "vae2l
 def result(name: str, change: Callable[[np.ndarray], np.ndarray | None]) -> Hypothesis:
     """A hypothesis about a result of any shape; integers and parameters have their own."""
 
-    def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
         if of_weight(site) or site.tap.integer or array.dtype != np.float32:
             return None
         new = change(array)
@@ -28,14 +28,14 @@ def result(name: str, change: Callable[[np.ndarray], np.ndarray | None]) -> Hypo
     return Hypothesis(name, ALL, transform=transform)
 
 
-def passed(site: "Site", module: nn.Module, original: Callable, x: Tensor, *rest: Any) -> Tensor:
+def passed(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor, *rest: Any) -> Tensor:
     """The input passes on."""
     if original(x, *rest).shape != x.shape:
         raise DoesNotApply
     return x
 
 
-def twice(site: "Site", module: nn.Module, original: Callable, x: Tensor, *rest: Any) -> Tensor:
+def twice(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor, *rest: Any) -> Tensor:
     leaf(module)
     out = original(x, *rest)
     if out.shape != x.shape:
@@ -43,7 +43,7 @@ def twice(site: "Site", module: nn.Module, original: Callable, x: Tensor, *rest:
     return original(out, *rest)
 
 
-def added(site: "Site", module: nn.Module, original: Callable, x: Tensor, *rest: Any) -> Tensor:
+def added(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor, *rest: Any) -> Tensor:
     """The input is added to the output."""
     out = original(x, *rest)
     if out.shape != x.shape:

@@ -14,7 +14,7 @@ from parity.hypotheses.tools import function
 from reference.request import Renorm, Request
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 Guide = Callable[[Tensor, Tensor, Request], Tensor]
 Formula = Callable[[Guide, Tensor, Tensor, Request], Tensor]
@@ -24,7 +24,7 @@ Formula = Callable[[Guide, Tensor, Tensor, Request], Tensor]
 def acts(name: str, act: Callable[[np.ndarray, float, float], np.ndarray]) -> Hypothesis:
     """A hypothesis about which steps are guided, given t of each step and the interval."""
 
-    def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
         if site.tap.name != "inputs/guided":
             return None
         # The comparison is made in float32.

@@ -16,7 +16,7 @@ from reference.vae_layers import AttentionBlock, ResidualBlock
 from reference.vit import Block
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 DOWN = ("*.down_proj",)
 SILU = (*DOWN, "vae.*.residual.2", "vae.*.residual.6", "vae.*.head.2", "vae.*coder.head", "time_embedder*")
@@ -30,7 +30,7 @@ def gated(combine: Callable[[Tensor, Tensor], Tensor]) -> Patch:
     """What an MLP makes of gate and up before its last product."""
 
     @contextmanager
-    def patched(site: "Site") -> Iterator[None]:
+    def patched(site: "TapProbe") -> Iterator[None]:
         parent = parent_of(site)
         if not isinstance(parent, MLP):
             raise DoesNotApply
@@ -95,7 +95,7 @@ def streams(combine: Sum) -> Patch:
     """Another sum of a layer's parts."""
 
     @contextmanager
-    def patched(site: "Site") -> Iterator[None]:
+    def patched(site: "TapProbe") -> Iterator[None]:
         layer = module_of(site)
         parts = {DecoderLayer: of_layer, Block: of_block}.get(type(layer))
         if parts is None:
@@ -127,7 +127,7 @@ def residual(combine: Callable[[Tensor, Tensor], Tensor]) -> Patch:
     """Another sum of a VAE block's input (or its shortcut) and its branch."""
 
     @contextmanager
-    def patched(site: "Site") -> Iterator[None]:
+    def patched(site: "TapProbe") -> Iterator[None]:
         block = module_of(site)
         if not isinstance(block, ResidualBlock | AttentionBlock):
             raise DoesNotApply

@@ -13,7 +13,7 @@ from parity.hypotheses.tools import forward
 from reference.layout import Mode, Role
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 SDPA = ("layers.*.self_attn.sdpa",)
 Seen = Callable[[Tokens, np.ndarray], np.ndarray]
@@ -23,7 +23,7 @@ Seen = Callable[[Tokens, np.ndarray], np.ndarray]
 def seen(name: str, change: Seen) -> Hypothesis:
     """A hypothesis that the mask is another one."""
 
-    def attended(site: "Site", module: object, original: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor):
+    def attended(site: "TapProbe", module: object, original: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor):
         n, m = len(q), len(k)
         tokens = pass_tokens(site)
         if (tokens.queries, len(tokens.split)) != (n, m):

@@ -15,7 +15,7 @@ from parity.hypotheses.tools import forward, in_own_pass
 from reference.mot import Rope
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 ROWS = ("*_norm", "*_norm_moe_gen", "*layernorm", "*layernorm_moe_gen", "norm", "norm_moe_gen", "vit_model.*.norm?",
         "vit_model.merger.ln_q")  # fmt: skip
@@ -67,7 +67,7 @@ def as_way(way: Way) -> Patch:
 
 
 def eps_is(eps: float) -> Patch:
-    def other(site: "Site", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+    def other(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
         if getattr(module, "eps", None) == eps:
             raise DoesNotApply
         return normed(module, x, Way(eps=eps))
@@ -75,26 +75,26 @@ def eps_is(eps: float) -> Patch:
     return forward(other)
 
 
-def missing(site: "Site", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+def missing(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
     return x
 
 
-def twice(site: "Site", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+def twice(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
     return original(original(x))
 
 
-def rounded_once(site: "Site", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+def rounded_once(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
     return normed(module, x, Way(rounded=False)).to(x.dtype)
 
 
-def weight_in_float32(site: "Site", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+def weight_in_float32(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
     return normed(module, x, Way(rounded=False, weight=Tensor.float))
 
 
 def stepwise(dtype: torch.dtype) -> Patch:
     """Every operation rounds to a dtype."""
 
-    def computed(site: "Site", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+    def computed(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
         return normed(module, x.to(dtype), Way(dtype=dtype, weight=lambda weight: weight.to(dtype))).to(x.dtype)
 
     return forward(computed)
@@ -103,20 +103,20 @@ def stepwise(dtype: torch.dtype) -> Patch:
 def kept(dtype: torch.dtype) -> Patch:
     """The norm's input is in a dtype, and so is its result."""
 
-    def computed(site: "Site", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+    def computed(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
         return original(x.to(dtype))
 
     return forward(computed)
 
 
-def own_rows(site: "Site", whole: Tensor) -> Tensor:
+def own_rows(site: "TapProbe", whole: Tensor) -> Tensor:
     """The rows of the site's expert."""
     tokens = pass_tokens(site)
     gen = tokens.rows(tokens.gen)
     return whole[gen if GEN in site.component else ~gen]
 
 
-def layer_input(site: "Site") -> Tensor:
+def layer_input(site: "TapProbe") -> Tensor:
     """What goes into the site's layer, [rows, hidden]."""
     layer = site.tap.layer
     if layer is None:
@@ -124,23 +124,23 @@ def layer_input(site: "Site") -> Tensor:
     return in_pass(site, f"language_model.model.layers.{layer - 1}" if layer else "hidden_in")
 
 
-def of_layer_input(site: "Site", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+def of_layer_input(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
     """The attention branch is not yet in the stream."""
     return original(own_rows(site, layer_input(site)).to(x.dtype))
 
 
-def of_branch(site: "Site", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+def of_branch(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
     """Only the attention branch is normed."""
     return original(x - own_rows(site, layer_input(site)).to(x.dtype))
 
 
-def after_rope(site: "Site", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
+def after_rope(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
     """What RoPE made is normed."""
     root, _, name = site.path.rpartition(".")
     return original(own_rows(site, in_pass(site, f"{root}.{name[0]}_rope")).to(x.dtype))
 
 
-def before_norm(site: "Site", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def before_norm(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE turns what was projected; with the norm behind it."""
     root, _, name = site.path.rpartition(".")
     whole = in_pass(site, f"{root}.{name[0]}_proj", experts=True).reshape(x.shape).to(x.dtype)
@@ -154,7 +154,7 @@ def before_norm(site: "Site", module: nn.Module, original: Callable, x: Tensor, 
     return out
 
 
-def not_normed(site: "Site", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def not_normed(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE turns what was projected."""
     root, _, name = site.path.rpartition(".")
     return original(in_pass(site, f"{root}.{name[0]}_proj", experts=True).reshape(x.shape).to(x.dtype), cos, sin)

@@ -16,7 +16,7 @@ from reference.embeddings import FEATURES, MAX_PERIOD
 from reference.positions import LATENT_SIDE
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 TIME = ("time_embedder*",)
 PLACE = ("latent_pos_embed",)
@@ -31,7 +31,7 @@ def timed(
 ) -> Patch:
     """Features of a time made in another way; `spacing` is taken off the number that the frequencies are spaced by."""
 
-    def embedded(site: "Site", module: nn.Module, original: Callable, timestep: Tensor) -> Tensor:
+    def embedded(site: "TapProbe", module: nn.Module, original: Callable, timestep: Tensor) -> Tensor:
         if not hasattr(module, "mlp"):
             raise DoesNotApply
         half = FEATURES // 2
@@ -54,7 +54,7 @@ def rounded_features(angles: Tensor) -> Tensor:
     return rounded(torch.cat([angles.cos(), angles.sin()], -1), torch.bfloat16)
 
 
-def wide_features(site: "Site", module: nn.Module, original: Callable, timestep: Tensor) -> Tensor:
+def wide_features(site: "TapProbe", module: nn.Module, original: Callable, timestep: Tensor) -> Tensor:
     """The first product reads the features as they are, and rounds its result."""
     if not hasattr(module, "mlp"):
         raise DoesNotApply
@@ -67,7 +67,7 @@ def wide_features(site: "Site", module: nn.Module, original: Callable, timestep:
         return original(timestep)
 
 
-def without_activation(site: "Site", module: nn.Module, original: Callable, timestep: Tensor) -> Tensor:
+def without_activation(site: "TapProbe", module: nn.Module, original: Callable, timestep: Tensor) -> Tensor:
     if not hasattr(module, "mlp"):
         raise DoesNotApply
     with around(module.mlp[1], "forward", lambda silu, x: x):
@@ -88,7 +88,7 @@ def placed(
     order: axes (t, h, w) of the three parts of the channels. rest: the part that gets the channels left over.
     """
 
-    def embedded(site: "Site", module: nn.Module, original: Callable, position_ids: Tensor) -> Tensor:
+    def embedded(site: "TapProbe", module: nn.Module, original: Callable, position_ids: Tensor) -> Tensor:
         ids = position_ids.long()
         places = [ids // LATENT_SIDE**2, ids // LATENT_SIDE % LATENT_SIDE, ids % LATENT_SIDE]
         third = module.widths[0]
@@ -112,32 +112,32 @@ def in_turn(angles: Tensor) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
 
 
-def index(name: str, change: Callable[["Site", np.ndarray], np.ndarray]) -> Hypothesis:
+def index(name: str, change: Callable[["TapProbe", np.ndarray], np.ndarray]) -> Hypothesis:
     """A hypothesis about the places of latents in the position table, [3, latents] -> row of the table [latents].
 
     It is tried on the ids themselves and on what is embedded of them.
     """
 
-    def changed(site: "Site", ids: np.ndarray) -> np.ndarray:
+    def changed(site: "TapProbe", ids: np.ndarray) -> np.ndarray:
         places = np.stack([ids // LATENT_SIDE**2, ids // LATENT_SIDE % LATENT_SIDE, ids % LATENT_SIDE])
         return np.asarray(change(site, places)).astype(ids.dtype)
 
-    def patch(site: "Site") -> AbstractContextManager[object]:
+    def patch(site: "TapProbe") -> AbstractContextManager[object]:
         if site.module is None:
             return nothing(site)
         return on_input(lambda site, ids: torch.from_numpy(changed(site, ids.numpy())))(site)
 
-    def transform(site: "Site", array: np.ndarray) -> np.ndarray:
+    def transform(site: "TapProbe", array: np.ndarray) -> np.ndarray:
         return changed(site, array) if array.ndim == 1 else array
 
     return Hypothesis(name, PLACE, patch, transform)
 
 
-def rows_of(side: int) -> Callable[["Site", np.ndarray], np.ndarray]:
+def rows_of(side: int) -> Callable[["TapProbe", np.ndarray], np.ndarray]:
     return lambda site, places: (places[0] * side + places[1]) * side + places[2]
 
 
-def own_rows(site: "Site", places: np.ndarray) -> np.ndarray:
+def own_rows(site: "TapProbe", places: np.ndarray) -> np.ndarray:
     """Rows as long as the grid's own."""
     t, h, w = places
     return (t * (h.max() + 1) + h) * (w.max() + 1) + w

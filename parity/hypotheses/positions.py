@@ -23,10 +23,10 @@ from reference.layout import Role
 from reference.positions import SUBJECT_ANCHOR, VIT_ANCHOR
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 InPlace = Callable[[np.ndarray, Run], None]
-Change = Callable[["Site", np.ndarray], np.ndarray | None]
+Change = Callable[["TapProbe", np.ndarray], np.ndarray | None]
 POSITIONS = ("positions",)
 GROUPS = (("target", (Role.NOISE,)), ("ViT block", (Role.VIT,)), ("source", CLEAN))
 ANCHORS = (0, 1000, 2000)
@@ -35,7 +35,7 @@ ANCHORS = (0, 1000, 2000)
 def recipe(name: str, needs: Role | None = None, **changes: object) -> Hypothesis:
     """A hypothesis that the whole sequence is counted in another way, where it holds a block with the role needed."""
 
-    def transform(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", ids: np.ndarray) -> np.ndarray | None:
         if not is_ids(ids) or (needs is not None and needs not in site.layout.roles):
             return None
         return recounted(site, ids, changes)
@@ -50,7 +50,7 @@ def is_ids(ids: np.ndarray) -> bool:
 def changed(name: str, change: Change) -> Hypothesis:
     """A hypothesis that ids [3, n] are changed in the end."""
 
-    def transform(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", ids: np.ndarray) -> np.ndarray | None:
         new = change(site, ids.copy()) if is_ids(ids) else None
         return None if new is None or new.shape != ids.shape else new.astype(np.int32)
 
@@ -60,7 +60,7 @@ def changed(name: str, change: Change) -> Hypothesis:
 def blocks(name: str, roles: Sequence[Role], change: InPlace) -> Hypothesis:
     """A hypothesis that the ids of some visual blocks are changed in place."""
 
-    def of_blocks(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+    def of_blocks(site: "TapProbe", ids: np.ndarray) -> np.ndarray | None:
         for run in chosen(roles)(site, ids):
             change(ids, run)
         return ids
@@ -118,7 +118,7 @@ def spread(change: Callable[[np.ndarray], np.ndarray]) -> InPlace:
 def after_blocks(change: Callable[[int], int]) -> Change:
     """Text behind the first visual block moved."""
 
-    def moved_text(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+    def moved_text(site: "TapProbe", ids: np.ndarray) -> np.ndarray | None:
         seen = False
         for run in runs(site, ids):
             if seen and run.split.grid is None:
@@ -129,7 +129,7 @@ def after_blocks(change: Callable[[int], int]) -> Change:
     return moved_text
 
 
-def goes_on(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+def goes_on(site: "TapProbe", ids: np.ndarray) -> np.ndarray | None:
     """Closing brackets and text count on from the largest id before them."""
     found, start = runs(site, ids), 0
     for run in found:
@@ -141,13 +141,13 @@ def goes_on(site: "Site", ids: np.ndarray) -> np.ndarray | None:
     return ids if columns(site, ids).start == 0 else None
 
 
-def every_split_from_zero(site: "Site", ids: np.ndarray) -> np.ndarray:
+def every_split_from_zero(site: "TapProbe", ids: np.ndarray) -> np.ndarray:
     for run in runs(site, ids):
         ids[:, run.whole] -= ids[:, run.whole[:1]]
     return ids
 
 
-def text_on_time_alone(site: "Site", ids: np.ndarray) -> np.ndarray:
+def text_on_time_alone(site: "TapProbe", ids: np.ndarray) -> np.ndarray:
     for run in runs(site, ids):
         if run.split.grid is None:
             ids[1:, run.whole] = 0
@@ -157,7 +157,7 @@ def text_on_time_alone(site: "Site", ids: np.ndarray) -> np.ndarray:
 def answers(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Change:
     """Ids of answer tokens, given those and their places in the sequence."""
 
-    def of_answer(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+    def of_answer(site: "TapProbe", ids: np.ndarray) -> np.ndarray | None:
         answer = site.layout.answer
         if answer is None:
             return None
@@ -174,7 +174,7 @@ def answers(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Change:
 def take_over(axes: Sequence[int]) -> Change:
     """The target takes over the source's ids on some axes alone."""
 
-    def change(site: "Site", ids: np.ndarray) -> np.ndarray | None:
+    def change(site: "TapProbe", ids: np.ndarray) -> np.ndarray | None:
         own = of_tap(site, ids, counted(site, Recipe(taken_over=False)))
         rows = of_tap(site, ids, np.stack([roles_of(site)] * 3))[0] == Role.NOISE
         left = [axis for axis in range(3) if axis not in axes]
@@ -184,7 +184,7 @@ def take_over(axes: Sequence[int]) -> Change:
     return change
 
 
-def roles_of(site: "Site") -> np.ndarray:
+def roles_of(site: "TapProbe") -> np.ndarray:
     return np.concatenate([np.full(split.length, int(split.role)) for split in arm_splits(site)])
 
 

@@ -9,7 +9,7 @@ from parity.hypotheses.base import Hypothesis
 from reference.layout import MERGE
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 PREPROCESS = ("preprocess",)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -21,10 +21,10 @@ FRAMES, SIDE = 2, 14
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
-def of_kind(kind: str, name: str, change: Callable[["Site", np.ndarray], np.ndarray | None]) -> Hypothesis:
+def of_kind(kind: str, name: str, change: Callable[["TapProbe", np.ndarray], np.ndarray | None]) -> Hypothesis:
     """A hypothesis about "vae_pixels" [3, frames, h, w] or "vit_patches" [n, 1176]."""
 
-    def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
         if not site.tap.name.startswith(f"inputs/{kind}"):
             return None
         new = change(site, array)
@@ -58,7 +58,7 @@ def values(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Hypothesis:
     return of_kind("vit_patches", name, lambda site, x: change(split(x)).reshape(x.shape))
 
 
-def line_by_line(site: "Site", patches: np.ndarray) -> np.ndarray | None:
+def line_by_line(site: "TapProbe", patches: np.ndarray) -> np.ndarray | None:
     """Patches in reading order instead of token by token."""
     number = site.tap.numbers.get("index", 0)
     splits = site.layout.vit_splits

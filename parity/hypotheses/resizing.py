@@ -20,7 +20,7 @@ from reference.preprocess import Box, aspect_box, cut, frames, vae_pixels, vit_p
 from reference.request import Medium
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def at_the_corner(width: int, height: int, aspect: float) -> Box:
     return 0, 0, right - left, bottom - top
 
 
-def resized(way: Way, swapped: bool = False) -> Callable[["Site", np.ndarray], np.ndarray | None]:
+def resized(way: Way, swapped: bool = False) -> Callable[["TapProbe", np.ndarray], np.ndarray | None]:
     """Resize a visual of the request in a way, for the encoder that the site is about; `swapped` takes the resolution
     of the other encoder."""
 
-    def again(site: "Site", array: np.ndarray) -> np.ndarray | None:
+    def again(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
         request, index = site.oracle.run.request, site.tap.numbers.get("index", 0)
         if index >= len(request.visuals):
             return None

@@ -13,7 +13,7 @@ from parity.hypotheses.tokens import pass_tokens
 from parity.hypotheses.tools import around, forward, module_of
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 ROPES = ("layers.*.self_attn.q_rope", "layers.*.self_attn.k_rope")
 THETAS = (100.0, 10000.0, 100000.0, 500000.0, 1000000.0, 5000000.0)
@@ -37,7 +37,7 @@ class Angles:
     result: str = "policy"
 
 
-def rotation(site: "Site", position_ids: Tensor, way: Angles) -> tuple[Tensor, Tensor]:
+def rotation(site: "TapProbe", position_ids: Tensor, way: Angles) -> tuple[Tensor, Tensor]:
     """cos and sin [n, d] made in a way."""
     model = site.pipeline.model.language_model
     config, d, policy = model.config, model.config.head_dim, model.numerics.torch_dtype
@@ -60,7 +60,7 @@ def rotation(site: "Site", position_ids: Tensor, way: Angles) -> tuple[Tensor, T
 def made(way: Angles) -> Patch:
     """A patch of the rotation; other layers' are changed too, which the site does not see."""
 
-    def patched(site: "Site") -> AbstractContextManager[object]:
+    def patched(site: "TapProbe") -> AbstractContextManager[object]:
         module_of(site)
         if way.theta == site.pipeline.model.config.rope_theta:
             raise DoesNotApply
@@ -73,7 +73,7 @@ def made(way: Angles) -> Patch:
 def shifted(change: Callable[[Tensor, Tensor], Tensor]) -> Patch:
     """A patch of the ids [3, n] that the rotation is given; `change` also gets each token's place in its split [n]."""
 
-    def patched(site: "Site") -> AbstractContextManager[object]:
+    def patched(site: "TapProbe") -> AbstractContextManager[object]:
         module_of(site)
         model, tokens = site.pipeline.model.language_model, pass_tokens(site)
         places = torch.from_numpy(tokens.index[len(tokens.index) - tokens.queries :])
@@ -87,7 +87,7 @@ def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 0::2], x[..., 1::2]
 
 
-def neighbours(site: "Site", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def neighbours(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Channels 2i and 2i + 1 form a pair."""
     first, second = pairs(x)
     half = x.shape[-1] // 2
@@ -95,7 +95,9 @@ def neighbours(site: "Site", module: nn.Module, original: Callable, x: Tensor, c
     return torch.stack([first * c - second * s, second * c + first * s], -1).flatten(-2)
 
 
-def gathered_pairs(site: "Site", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def gathered_pairs(
+    site: "TapProbe", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
     """Channels 2i and 2i + 1 form a pair, and are put into the two halves."""
     return original(torch.cat(pairs(x), -1), cos, sin)
 
@@ -104,18 +106,18 @@ def turned_by(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, T
     return forward(lambda site, module, original, x, cos, sin: original(*change(x, cos, sin)))
 
 
-def missing(site: "Site", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def missing(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x
 
 
-def twice(site: "Site", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def twice(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return original(original(x, cos, sin), cos, sin)
 
 
 def partial(part: float) -> Patch:
     """Only the first channels of a head turn, with frequencies of their own."""
 
-    def turned(site: "Site", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def turned(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         size = int(x.shape[-1] * part) // 2
         half = x.shape[-1] // 2
         c, s = (torch.cat([y[:, :size], y[:, :size]], -1) for y in (cos[:, :half], sin[:, :half]))
@@ -125,7 +127,7 @@ def partial(part: float) -> Patch:
 
 
 def in_dtype(dtype: torch.dtype) -> Patch:
-    def turned(site: "Site", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def turned(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return original(x.to(dtype), cos.to(dtype), sin.to(dtype))
 
     return forward(turned)

@@ -11,21 +11,21 @@ import reference.sampler
 from parity.hypotheses.base import DoesNotApply, Hypothesis
 from parity.hypotheses.schedule import bfloat16, times_of
 from parity.hypotheses.tools import function
-from parity.registry import logits_name
+from parity.lance.names import logits_name
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 
 Advance = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def euler(name: str, advance: Callable[["Site", Advance, Tensor, Tensor, Tensor, Tensor], Tensor]) -> Hypothesis:
+def euler(name: str, advance: Callable[["TapProbe", Advance, Tensor, Tensor, Tensor, Tensor], Tensor]) -> Hypothesis:
     """A hypothesis about the Euler step: `advance` gets the site, upstream's function and its inputs."""
     return Hypothesis(name, ("euler",), function(reference.sampler, "advance", advance))
 
 
-def step_of(site: "Site") -> int:
+def step_of(site: "TapProbe") -> int:
     """Number of the step that made the site's state."""
     return site.tap.numbers.get("step", site.request.num_steps) - 1
 
@@ -33,7 +33,7 @@ def step_of(site: "Site") -> int:
 def by_interval(interval: Callable[[np.ndarray, int], float]):
     """An Euler step of another length, given t at every step boundary and the step's number."""
 
-    def advance(site: "Site", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
+    def advance(site: "TapProbe", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
         return original(x_t, v, torch.tensor(interval(times_of(site), step_of(site)), dtype=torch.float32), made)
 
     return advance
@@ -52,18 +52,18 @@ def preceding(times: np.ndarray, step: int) -> float:
 def in_dtype(dtype: torch.dtype, kept: bool):
     """The step in a dtype, whose result is kept in it or rounded back."""
 
-    def advance(site: "Site", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
+    def advance(site: "TapProbe", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
         x_next = original(x_t.to(dtype), v.to(dtype), dt, made)
         return x_next if kept else x_next.to(x_t.dtype)
 
     return advance
 
 
-def rounded_interval(site: "Site", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
+def rounded_interval(site: "TapProbe", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
     return original(x_t, v, dt.bfloat16().float(), made)
 
 
-def moves_given(site: "Site", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
+def moves_given(site: "TapProbe", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
     """Given latents move by their own velocity too."""
     step = step_of(site)
     whole = site.value(f"sampler.velocity{step}")
@@ -79,48 +79,48 @@ def moves_given(site: "Site", original: Advance, x_t: Tensor, v: Tensor, dt: Ten
     return x_next
 
 
-def to_the_data(site: "Site", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
+def to_the_data(site: "TapProbe", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
     return original(x_t, v, torch.tensor(times_of(site)[step_of(site)]), made)
 
 
-def stays(site: "Site", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
+def stays(site: "TapProbe", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
     return x_t
 
 
-def noise(name: str, change: Callable[["Site", np.ndarray], np.ndarray | None]) -> Hypothesis:
+def noise(name: str, change: Callable[["TapProbe", np.ndarray], np.ndarray | None]) -> Hypothesis:
     """A hypothesis about the state before the first step, [latents, 48]."""
 
-    def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
         return change(site, array) if site.tap.name in ("sampler.x_init", "sampler.noise") else None
 
     return Hypothesis(name, ("noise",), transform=transform)
 
 
-def all_noise(site: "Site", array: np.ndarray) -> np.ndarray | None:
+def all_noise(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
     drawn = site.value("sampler.noise")
     return None if drawn is None else drawn
 
 
-def only_target_noise(site: "Site", array: np.ndarray) -> np.ndarray | None:
+def only_target_noise(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
     """The denoised block is noise throughout, clean blocks before it stay."""
     drawn, rows = site.value("sampler.noise"), site.layout.target.grid.size
     return None if drawn is None else np.concatenate([array[:-rows], drawn[-rows:]])
 
 
-def channels_first(site: "Site", array: np.ndarray) -> np.ndarray:
+def channels_first(site: "TapProbe", array: np.ndarray) -> np.ndarray:
     """Noise drawn channel by channel."""
     return array.reshape(array.shape[::-1]).T.copy()
 
 
-def given_last(site: "Site", array: np.ndarray) -> np.ndarray | None:
+def given_last(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
     rows = site.layout.clean_frames * site.layout.target.grid.rows * site.layout.target.grid.columns
     return np.concatenate([array[rows:], array[:rows]]) if rows else None
 
 
-def chosen(choose: Callable[[np.ndarray, int], int]) -> Callable[["Site", np.ndarray], np.ndarray | None]:
+def chosen(choose: Callable[[np.ndarray, int], int]) -> Callable[["TapProbe", np.ndarray], np.ndarray | None]:
     """Answer tokens chosen from the logits [vocabulary] after the oracle's tokens, and the tokenizer's size."""
 
-    def transform(site: "Site", tokens: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", tokens: np.ndarray) -> np.ndarray | None:
         picked = []
         for step in range(len(tokens)):
             logits = site.value(logits_name(step))

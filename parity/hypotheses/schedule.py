@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parity.hypotheses.base import Hypothesis
-from parity.rounding import rounded
+from parity.tensors.rounding import rounded
 from reference.sampler import time_grid
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
@@ -21,7 +21,7 @@ def bfloat16(x: np.ndarray) -> np.ndarray:
 def timed(name: str, times: Callable[[np.ndarray, int, float], np.ndarray]) -> Hypothesis:
     """A hypothesis about t at every step boundary, [steps + 1]: `times` gets upstream's, the steps and the shift."""
 
-    def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
         if site.tap.name != "inputs/timesteps":
             return None
         return times(array, site.request.num_steps, site.request.timestep_shift).astype(np.float32)
@@ -37,20 +37,20 @@ def even(points: int) -> np.ndarray:
     return np.linspace(1, 0, points)
 
 
-def per_latent(name: str, change: Callable[["Site", np.ndarray], np.ndarray]) -> Hypothesis:
+def per_latent(name: str, change: Callable[["TapProbe", np.ndarray], np.ndarray]) -> Hypothesis:
     """A hypothesis about the t of every latent in a step, [latents]."""
 
-    def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
         return change(site, array).astype(np.float32) if site.tap.name.startswith("sampler.timestep") else None
 
     return Hypothesis(name, ("schedule",), transform=transform)
 
 
-def times_of(site: "Site") -> np.ndarray:
+def times_of(site: "TapProbe") -> np.ndarray:
     return time_grid(site.request.num_steps, site.request.timestep_shift).numpy()
 
 
-def next_time(site: "Site", array: np.ndarray) -> np.ndarray:
+def next_time(site: "TapProbe", array: np.ndarray) -> np.ndarray:
     times = times_of(site)
     return np.where(array == 0, array, times[min(site.tap.numbers["step"] + 1, len(times) - 1)])
 

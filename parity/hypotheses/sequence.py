@@ -25,7 +25,7 @@ from reference.layout import Mode, Role
 from reference.prompt import PROMPTS, template
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 SEQUENCE = ("sequence", "grids")
 CLEAN = (Role.SOURCE, Role.SUBJECT)
@@ -39,7 +39,7 @@ def edited(name: str, edit: Edit) -> Hypothesis:
     What an edit leaves alone stays as it is.
     """
 
-    def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
         key = site.tap.name.removeprefix("inputs/")
         draft = draft_of(site, "uncond" if key.endswith(".uncond") else "cond")
         changed = edit(site, draft)
@@ -56,7 +56,7 @@ def edited(name: str, edit: Edit) -> Hypothesis:
 def grids(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Hypothesis:
     """A hypothesis about grids [visuals, 3] of frames, rows, columns."""
 
-    def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
         return change(array).astype(array.dtype) if site.tap.name == "inputs/grids_thw" else None
 
     return Hypothesis(name, ("grids",), transform=transform)
@@ -65,7 +65,7 @@ def grids(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Hypothesis:
 def text(change: Callable[[str, str, str, str], tuple[str, str, str, str]]) -> Edit:
     """Other texts, given the template's before, after and end and the user's own; each is encoded by itself."""
 
-    def edit(site: "Site", draft: Draft) -> Draft | None:
+    def edit(site: "TapProbe", draft: Draft) -> Draft | None:
         old = (*template(site.request), user_text(site))
         new, result = change(*old), None
         # The template's end also occurs within the texts before it.
@@ -91,7 +91,7 @@ def user(change: Callable[[str], str]) -> Edit:
 def instructed(key: str) -> Edit:
     """The instruction of another task."""
 
-    def edit(site: "Site", draft: Draft) -> Draft | None:
+    def edit(site: "TapProbe", draft: Draft) -> Draft | None:
         instruction = json.loads(PROMPTS.read_text(encoding="utf-8"))["instructions"][key]
         instruction = instruction.replace("{vision_type}", site.request.elements[-1].medium.value)
         return before(lambda old: with_instruction(old, instruction))(site, draft)
@@ -121,10 +121,10 @@ def without(*roles: Role) -> Edit:
     return pieces(lambda piece: None if piece.role in roles and piece.visual else piece)
 
 
-def visual(change: Callable[["Site", tuple[int, ...]], tuple[int, ...]], *roles: Role) -> Edit:
+def visual(change: Callable[["TapProbe", tuple[int, ...]], tuple[int, ...]], *roles: Role) -> Edit:
     """Tokens of the visual blocks changed."""
 
-    def edit(site: "Site", draft: Draft) -> Draft:
+    def edit(site: "TapProbe", draft: Draft) -> Draft:
         return [
             replace(piece, tokens=change(site, piece.tokens))
             if piece.visual and (not roles or piece.role in roles) else piece
@@ -134,12 +134,12 @@ def visual(change: Callable[["Site", tuple[int, ...]], tuple[int, ...]], *roles:
     return edit
 
 
-def other_pad(site: "Site", tokens: tuple[int, ...]) -> tuple[int, ...]:
+def other_pad(site: "TapProbe", tokens: tuple[int, ...]) -> tuple[int, ...]:
     ids = site.pipeline.tokenizer
     return tuple(ids.image_pad if token == ids.video_pad else token for token in tokens)
 
 
-def exchanged(site: "Site", tokens: tuple[int, ...]) -> tuple[int, ...]:
+def exchanged(site: "TapProbe", tokens: tuple[int, ...]) -> tuple[int, ...]:
     return (tokens[-1], *tokens[1:-1], tokens[0])
 
 
@@ -167,7 +167,7 @@ def ordered(*roles: Role) -> Edit:
     return lambda site, draft: moved_first(*roles)(draft)
 
 
-def question_first(site: "Site", draft: Draft) -> Draft | None:
+def question_first(site: "TapProbe", draft: Draft) -> Draft | None:
     """The text before the visuals; a question's is cut out of the text behind them."""
     if not site.request.understanding:
         return moved_first(Role.TEXT)(draft)
@@ -179,7 +179,7 @@ def question_first(site: "Site", draft: Draft) -> Draft | None:
     return [*cut[:first], Piece(asked, Role.TEMPLATE, Mode.CAUSAL), *cut[first:]]
 
 
-def bare(site: "Site", draft: Draft) -> Draft | None:
+def bare(site: "TapProbe", draft: Draft) -> Draft | None:
     """No template: a bracketed text, and the visual blocks."""
     ids, words = site.pipeline.tokenizer, texts_of(site)
     held = any(piece.role is Role.TEXT for piece in draft)
@@ -189,7 +189,7 @@ def bare(site: "Site", draft: Draft) -> Draft | None:
     return [*given, *([own] if held else []), *made]
 
 
-def merged(site: "Site", draft: Draft) -> Draft:
+def merged(site: "TapProbe", draft: Draft) -> Draft:
     """Neighbouring causal splits are one."""
     found: Draft = []
     for piece in draft:
@@ -200,7 +200,7 @@ def merged(site: "Site", draft: Draft) -> Draft:
     return found
 
 
-def brackets_outside(site: "Site", draft: Draft) -> Draft:
+def brackets_outside(site: "TapProbe", draft: Draft) -> Draft:
     """The brackets of visual blocks are causal splits of their own."""
     found: Draft = []
     for piece in draft:
@@ -216,28 +216,28 @@ def brackets_outside(site: "Site", draft: Draft) -> Draft:
 def unconditional(edit: Edit) -> Edit:
     """A change of the arm without the user's text alone."""
 
-    def changed(site: "Site", draft: Draft) -> Draft | None:
+    def changed(site: "TapProbe", draft: Draft) -> Draft | None:
         return edit(site, draft) if site.tap.name.endswith(".uncond") else None
 
     return changed
 
 
-def whole(site: "Site", draft: Draft) -> Draft:
+def whole(site: "TapProbe", draft: Draft) -> Draft:
     return draft_of(site, "cond")
 
 
-def empty_prompt(site: "Site", draft: Draft) -> Draft:
+def empty_prompt(site: "TapProbe", draft: Draft) -> Draft:
     ids = site.pipeline.tokenizer
     own = Piece((ids.im_start, ids.im_end), Role.TEXT, Mode.CAUSAL)
     blocks = [piece for piece in draft if piece.visual]
     return [own, *blocks]
 
 
-def target_alone(site: "Site", draft: Draft) -> Draft:
+def target_alone(site: "TapProbe", draft: Draft) -> Draft:
     return [piece for piece in draft if piece.mode is Mode.NOISE]
 
 
-def framed(site: "Site", draft: Draft) -> Draft:
+def framed(site: "TapProbe", draft: Draft) -> Draft:
     """An end-of-text token before everything."""
     token = (site.pipeline.tokenizer.padding,)
     return [replace(draft[0], tokens=token + draft[0].tokens), *draft[1:]]

@@ -16,7 +16,7 @@ from reference.layout import Mode, Role, Split
 from reference.understanding import BLOCK
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 LATENTS = (Mode.FULL_NOISE, Mode.NOISE)
 GEN = "_moe_gen"
@@ -50,13 +50,13 @@ class Tokens:
         return torch.from_numpy(flags[len(flags) - self.queries :])
 
 
-def arm_splits(site: "Site", arm: str | None = None) -> list[Split]:
+def arm_splits(site: "TapProbe", arm: str | None = None) -> list[Split]:
     """The splits that an arm's sequence holds, in order."""
     arm = site.tap.arm if arm is None else arm
     return [split for split in site.layout.splits if arm != "uncond" or split.role is not Role.TEXT]
 
 
-def calls_of(site: "Site", arm: str | None = None) -> list[tuple[str, slice]]:
+def calls_of(site: "TapProbe", arm: str | None = None) -> list[tuple[str, slice]]:
     """The calls of the cached entry up to the site's own step or answer token, and which tokens each computes."""
     layout, tap = site.layout, site.tap
     arm = arm or tap.arm
@@ -75,7 +75,7 @@ def calls_of(site: "Site", arm: str | None = None) -> list[tuple[str, slice]]:
     raise DoesNotApply
 
 
-def call_rows(site: "Site") -> slice:
+def call_rows(site: "TapProbe") -> slice:
     """Which tokens of the arm's sequence the site's call computes."""
     rows = dict(calls_of(site)).get(site.tap.call)
     if rows is None:
@@ -83,7 +83,7 @@ def call_rows(site: "Site") -> slice:
     return rows
 
 
-def pass_tokens(site: "Site") -> Tokens:
+def pass_tokens(site: "TapProbe") -> Tokens:
     """The tokens of the pass that the site's call is, or is a part of."""
     layout = site.layout
     columns = []
@@ -126,7 +126,7 @@ def pass_tokens(site: "Site") -> Tokens:
     )
 
 
-def cached_count(site: "Site") -> int:
+def cached_count(site: "TapProbe") -> int:
     """How many tokens come before the site's call, which a cache would hold; raises DoesNotApply when none do."""
     start = call_rows(site).start
     if not start:
@@ -134,7 +134,7 @@ def cached_count(site: "Site") -> int:
     return start
 
 
-def by_expert(site: "Site", call: str, path: str, gen: np.ndarray) -> np.ndarray:
+def by_expert(site: "TapProbe", call: str, path: str, gen: np.ndarray) -> np.ndarray:
     """The oracle's value of a module and of its twin in the other expert, in sequence order; `gen` bool [rows]."""
     und, own = site.value(f"{call}/{path}"), site.value(f"{call}/{path}{GEN}")
     known = own if und is None else und
@@ -148,7 +148,7 @@ def by_expert(site: "Site", call: str, path: str, gen: np.ndarray) -> np.ndarray
     return out
 
 
-def in_pass(site: "Site", path: str, experts: bool = False) -> Tensor:
+def in_pass(site: "TapProbe", path: str, experts: bool = False) -> Tensor:
     """The oracle's value of a module for all rows of the site's pass, [queries, ...]; what comes after its call is 0.
 
     `experts` tells that the module is one of two, whose rows are then put together.

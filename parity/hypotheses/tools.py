@@ -13,7 +13,7 @@ from parity.hypotheses.base import DoesNotApply, Patch
 from parity.hypotheses.tokens import GEN, pass_tokens
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 LINEARS = ("layers.*_proj", "layers.*_proj_moe_gen", "lm_head", "vae2llm", "llm2vae", "vit_model.*")
 CONVOLUTIONS = ("vae.*", "vit_model.patch_embed*")
@@ -50,7 +50,7 @@ def forward(wrapper: Callable[..., Tensor]) -> Patch:
     """A patch of the site's own module: `wrapper(site, module, original, *inputs)` is its forward."""
 
     @contextmanager
-    def patched(site: "Site") -> Iterator[None]:
+    def patched(site: "TapProbe") -> Iterator[None]:
         module = module_of(site)
 
         def replaced(original: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -68,7 +68,7 @@ def in_own_pass(wrapper: Callable[..., Tensor]) -> Patch:
     A pass runs after those whose tokens it sees.
     """
 
-    def own(site: "Site", module: nn.Module, original: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+    def own(site: "TapProbe", module: nn.Module, original: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
         if len(x) != rows_in_pass(site):
             return original(x, *rest)
         return wrapper(site, module, original, x, *rest)
@@ -76,7 +76,7 @@ def in_own_pass(wrapper: Callable[..., Tensor]) -> Patch:
     return forward(own)
 
 
-def rows_in_pass(site: "Site") -> int:
+def rows_in_pass(site: "TapProbe") -> int:
     """How many rows the site's module is given in its pass: those of its expert, or all."""
     tokens = pass_tokens(site)
     gen = int(tokens.rows(tokens.gen).sum())
@@ -94,12 +94,12 @@ def has_twin(path: str) -> bool:
     return True
 
 
-def on_input(change: Callable[["Site", Tensor], Tensor]) -> Patch:
+def on_input(change: Callable[["TapProbe", Tensor], Tensor]) -> Patch:
     """A patch that changes the first input of the site's own module."""
     return forward(lambda site, module, original, x, *rest: original(change(site, x), *rest))
 
 
-def on_output(change: Callable[["Site", Tensor], Tensor]) -> Patch:
+def on_output(change: Callable[["TapProbe", Tensor], Tensor]) -> Patch:
     """A patch that changes the output of the site's own module."""
     return forward(lambda site, module, original, *inputs: change(site, original(*inputs)))
 
@@ -109,23 +109,23 @@ def function(owner: object, name: str, wrapper: Callable[..., Any]) -> Patch:
     return lambda site: around(owner, name, partial(_with_site, site, wrapper))
 
 
-def _with_site(site: "Site", wrapper: Callable[..., Any], original: Callable, *args: Any, **values: Any) -> Any:
+def _with_site(site: "TapProbe", wrapper: Callable[..., Any], original: Callable, *args: Any, **values: Any) -> Any:
     return wrapper(site, original, *args, **values)
 
 
-def module_of(site: "Site") -> nn.Module:
+def module_of(site: "TapProbe") -> nn.Module:
     """The module whose output a site is; raises DoesNotApply when a function makes it."""
     if site.module is None or of_weight(site):
         raise DoesNotApply
     return site.module
 
 
-def of_weight(site: "Site") -> bool:
+def of_weight(site: "TapProbe") -> bool:
     """Whether a site is a parameter and no activation."""
     return site.tap.name.startswith("weights/")
 
 
-def submodule(site: "Site", path: str) -> nn.Module:
+def submodule(site: "TapProbe", path: str) -> nn.Module:
     """A module of the reference by its path in the checkpoint; raises DoesNotApply when there is none."""
     pipeline = site.pipeline
     head = path.partition(".")[0]
@@ -140,7 +140,7 @@ def submodule(site: "Site", path: str) -> nn.Module:
         raise DoesNotApply from None
 
 
-def parent_of(site: "Site") -> nn.Module:
+def parent_of(site: "TapProbe") -> nn.Module:
     """The module that holds the site's own."""
     module_of(site)
     return submodule(site, site.path.rpartition(".")[0])

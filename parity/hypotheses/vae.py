@@ -15,7 +15,7 @@ from reference.vae import DEVIATION, MEAN, Posterior
 from reference.vae_layers import PATCH, unpack
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 PACKED = ("vae.encoder.conv1", "vae.pixels")
 ENCODER = ("vae.encoder.conv1",)
@@ -41,7 +41,7 @@ def packed(order: tuple[int, int, int], flip: bool = False) -> Patch:
         x = x.permute(0, *(1 + order.index(axis) for axis in range(3)), 4, 5, 6)
         return (x.flip(1) if flip else x).flatten(1, 3)
 
-    def patched(site: "Site"):
+    def patched(site: "TapProbe"):
         if site.component == "vae.pixels":
             return around(reference.vae, "unpack", lambda original, x: original(read(x)))
         return on_input(lambda site, x: put(x))(site)
@@ -52,7 +52,7 @@ def packed(order: tuple[int, int, int], flip: bool = False) -> Patch:
 def pixels(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Hypothesis:
     """A hypothesis about decoded pixels float32 [3, frames, h, w] before they are clipped."""
 
-    def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
         chunks = [site.value(f"vae.decode.chunk{index}/decoder") for index in range(site.layout.target.grid.frames)]
         if any(chunk is None for chunk in chunks):
             return None
@@ -69,14 +69,14 @@ Statistics = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 def scaled(change: Statistics) -> Patch:
     """The statistics of latents changed: latents are decoded as x / reciprocal + mean, encoded as the inverse."""
 
-    def patched(site: "Site"):
+    def patched(site: "TapProbe"):
         return around(site.pipeline.vae, "scale", lambda original, device: change(*original(device)))
 
     return patched
 
 
 @contextmanager
-def exact(site: "Site") -> Iterator[None]:
+def exact(site: "TapProbe") -> Iterator[None]:
     """Statistics in float32; what conv2 is given is rounded once."""
     statistics = torch.tensor(MEAN), 1 / torch.tensor(DEVIATION)
     vae = site.pipeline.vae
@@ -89,15 +89,15 @@ def exact(site: "Site") -> Iterator[None]:
         yield
 
 
-def statistics_of(site: "Site") -> tuple[np.ndarray, np.ndarray]:
+def statistics_of(site: "TapProbe") -> tuple[np.ndarray, np.ndarray]:
     """Mean and reciprocal deviation, float32 [48, 1, 1, 1]."""
     return tuple(x.float().view(-1, 1, 1, 1).numpy() for x in site.pipeline.vae.scale(torch.device("cpu")))
 
 
-def moments(change: Callable[["Site", np.ndarray, np.ndarray], np.ndarray]):
+def moments(change: Callable[["TapProbe", np.ndarray, np.ndarray], np.ndarray]):
     """A change of a mean or log-variance [1, 48, t, h, w], given it without normalisation and the other one so too."""
 
-    def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
         call = site.tap.name.rpartition(".")[0]
         mean, logvar = site.value(f"{call}.mean"), site.value(f"{call}.logvar")
         if mean is None or logvar is None:
@@ -110,26 +110,26 @@ def moments(change: Callable[["Site", np.ndarray, np.ndarray], np.ndarray]):
     return transform
 
 
-def normalised(site: "Site", x: np.ndarray) -> np.ndarray:
+def normalised(site: "TapProbe", x: np.ndarray) -> np.ndarray:
     shift, reciprocal = statistics_of(site)
     return (x - shift) * reciprocal
 
 
-def scaled_first(site: "Site", own: np.ndarray, other: np.ndarray) -> np.ndarray:
+def scaled_first(site: "TapProbe", own: np.ndarray, other: np.ndarray) -> np.ndarray:
     shift, reciprocal = statistics_of(site)
     return own * reciprocal - shift
 
 
-def sampled(draw: Callable[["Site", Posterior, Tensor], Tensor]) -> Patch:
+def sampled(draw: Callable[["TapProbe", Posterior, Tensor], Tensor]) -> Patch:
     """A sample [1, 48, t, h, w] drawn in another way."""
 
-    def sample(site: "Site", original: Callable, posterior: Posterior, eps: Tensor) -> Tensor:
+    def sample(site: "TapProbe", original: Callable, posterior: Posterior, eps: Tensor) -> Tensor:
         return draw(site, posterior, eps)[0].movedim(0, -1)
 
     return function(Posterior, "sample", sample)
 
 
-def normalised_afterwards(site: "Site", p: Posterior, eps: Tensor) -> Tensor:
+def normalised_afterwards(site: "TapProbe", p: Posterior, eps: Tensor) -> Tensor:
     """The deviation is normalised as well."""
     reciprocal = torch.from_numpy(statistics_of(site)[1])
     return p.mean + eps * torch.exp(0.5 * p.logvar) * reciprocal
@@ -138,7 +138,7 @@ def normalised_afterwards(site: "Site", p: Posterior, eps: Tensor) -> Tensor:
 def framed(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Hypothesis:
     """A hypothesis about 8-bit frames, of the pixels [3, frames, h, w] in [-1, 1]."""
 
-    def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
         decoded = site.value("pixels")
         if decoded is None or decoded.shape != array.shape:
             return None

@@ -14,7 +14,7 @@ from parity.hypotheses.tools import around, forward, module_of
 from reference.vae_layers import CausalConv3d, StreamState
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 CONVOLUTIONS = ("vae.*conv1", "vae.*conv2", "vae.*.residual.2", "vae.*.residual.6", "vae.*.head.2", "vae.*coder.head",
                 "vae.*.time_conv", "vae.*.resample.1")  # fmt: skip
@@ -24,7 +24,7 @@ def border(mode: str) -> Patch:
     """A convolution that pads rows and columns in another way than with zeros."""
 
     @contextmanager
-    def patched(site: "Site") -> Iterator[None]:
+    def patched(site: "TapProbe") -> Iterator[None]:
         module = module_of(site)
 
         def convolve(original: Callable, x: Tensor, layer: nn.Module, padding: object, *rest: object) -> Tensor:
@@ -47,7 +47,7 @@ def border(mode: str) -> Patch:
 def remembering(change: Callable[[CausalConv3d, Tensor, StreamState], None]) -> Patch:
     """A causal convolution whose history is changed before it runs."""
 
-    def convolved(site: "Site", module: nn.Module, original: Callable, x: Tensor, *state: StreamState) -> Tensor:
+    def convolved(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor, *state: StreamState) -> Tensor:
         if not isinstance(module, CausalConv3d) or module.kernel_size[0] == 1:
             raise DoesNotApply
         change(module, x, *state)
@@ -84,7 +84,7 @@ def looking_ahead(zeros: bool) -> Patch:
     """As many frames after the present one as before it; behind the last are zeros, or it is repeated."""
 
     @contextmanager
-    def patched(site: "Site") -> Iterator[None]:
+    def patched(site: "TapProbe") -> Iterator[None]:
         module = module_of(site)
         if not isinstance(module, CausalConv3d) or module.kernel_size[0] != 3 or module.stride[0] != 1:
             raise DoesNotApply

@@ -15,7 +15,7 @@ from reference.vae_encoder import DownBlock, Downsample
 from reference.vae_layers import Conv2d, StreamState
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 TIME_CONV = ("vae.*.time_conv",)
 UP = ("vae.decoder.upsamples.*.resample.1", "vae.decoder.upsamples.*.upsamples.?")
@@ -24,7 +24,7 @@ UP_STAGES = ("vae.decoder.upsamples.?",)
 DOWN_STAGES = ("vae.encoder.downsamples.?",)
 
 
-def held_by(site: "Site", kind: type[nn.Module]) -> nn.Module:
+def held_by(site: "TapProbe", kind: type[nn.Module]) -> nn.Module:
     """The module of a kind that is the site's own or holds it."""
     path = site.path
     module = module_of(site)
@@ -40,7 +40,7 @@ def resampled(change: Callable[[Resample, Callable, Tensor, StreamState], Tensor
     """An up-sampling that runs in another way."""
 
     @contextmanager
-    def patched(site: "Site") -> Iterator[None]:
+    def patched(site: "TapProbe") -> Iterator[None]:
         block = held_by(site, Resample)
 
         def upsampled(original: Callable, x: Tensor, state: StreamState) -> Tensor:
@@ -110,7 +110,7 @@ def shortcut(kind: type[nn.Module], name: str, change: Callable[..., Tensor]) ->
     """The shortcut around a stage made in another way: `change(stage, original, *inputs)`."""
 
     @contextmanager
-    def patched(site: "Site") -> Iterator[None]:
+    def patched(site: "TapProbe") -> Iterator[None]:
         stage = module_of(site)
         if not isinstance(stage, kind):
             raise DoesNotApply
@@ -181,7 +181,7 @@ def first_of_group(stage: DownBlock, original: Callable, x: Tensor) -> Tensor:
 def padded(sides: tuple[int, int, int, int], mode: str = "constant") -> Patch:
     """A down-sampling convolution whose frames are padded (left, right, above, below) in another way."""
 
-    def change(site: "Site", frames: Tensor) -> Tensor:
+    def change(site: "TapProbe", frames: Tensor) -> Tensor:
         if not isinstance(module_of(site), Conv2d) or not isinstance(held_by(site, Downsample), Downsample):
             raise DoesNotApply
         return F.pad(frames[..., :-1, :-1], sides, mode=mode)

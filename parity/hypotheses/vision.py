@@ -14,7 +14,7 @@ from reference.layout import MERGE
 from reference.vit import VisionTower
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 EMBED = ("vit_model.patch_embed*",)
 FIRST = ("vit_model.blocks.0.norm1",)
@@ -23,13 +23,13 @@ OUTPUT = ("vit_model.merger",)
 Thw = tuple[int, int, int]
 
 
-def grids_of(site: "Site") -> list[Thw]:
+def grids_of(site: "TapProbe") -> list[Thw]:
     """Frames, rows and columns of the visuals, in patches."""
     grids = [split.grid for split in site.layout.vit_splits]
     return [(grid.frames, MERGE * grid.rows, MERGE * grid.columns) for grid in grids]
 
 
-def windows_of(site: "Site", factor: float = 1) -> tuple[Tensor, Tensor, Tensor]:
+def windows_of(site: "TapProbe", factor: float = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Order of the tokens by window, and of each in that order the ids of its window and of its frame."""
     tower = site.pipeline.vit_model
     config = tower.config
@@ -65,16 +65,16 @@ def put_as(*order: int) -> Callable[[Tensor], Tensor]:
     return lambda x: x.permute(0, *(1 + axis for axis in order))
 
 
-def tokens_reordered(order: Callable[["Site"], Tensor]) -> Patch:
+def tokens_reordered(order: Callable[["TapProbe"], Tensor]) -> Patch:
     """What the first block is given, four patches a token, in another order of tokens."""
     return on_input(lambda site, x: x.unflatten(0, (-1, MERGE**2))[order(site)].flatten(0, 1))
 
 
-def reading_order(site: "Site") -> Tensor:
+def reading_order(site: "TapProbe") -> Tensor:
     return torch.argsort(windows_of(site)[0])
 
 
-def columns_first(site: "Site") -> Tensor:
+def columns_first(site: "TapProbe") -> Tensor:
     """Order of tokens column by column within every frame."""
     orders, start = [], 0
     for t, h, w in grids_of(site):
@@ -84,26 +84,26 @@ def columns_first(site: "Site") -> Tensor:
     return torch.cat(orders)
 
 
-def columns_first_in_windows(site: "Site") -> Tensor:
+def columns_first_in_windows(site: "TapProbe") -> Tensor:
     """Places in window order of tokens that go column by column in each window."""
     tokens, windows, _ = windows_of(site)
     rank = torch.argsort(columns_first(site))  # of each token in reading order, its place column by column
     return torch.argsort(windows * len(tokens) + rank[tokens])
 
 
-def other_windows(factor: float) -> Callable[["Site"], Tensor]:
+def other_windows(factor: float) -> Callable[["TapProbe"], Tensor]:
     """Places in window order of tokens that go by windows of another size."""
 
-    def order(site: "Site") -> Tensor:
+    def order(site: "TapProbe") -> Tensor:
         return torch.argsort(windows_of(site)[0])[windows_of(site, factor)[0]]
 
     return order
 
 
-def output(order: Callable[["Site"], Tensor]) -> Patch:
+def output(order: Callable[["TapProbe"], Tensor]) -> Patch:
     """The tower's output in another order."""
 
-    def change(site: "Site", x: Tensor) -> Tensor:
+    def change(site: "TapProbe", x: Tensor) -> Tensor:
         if not isinstance(module_of(site), VisionTower):
             raise DoesNotApply
         return x[order(site)]
@@ -116,7 +116,7 @@ def grouped(change: Callable[[Tensor], Tensor]) -> Patch:
     return on_input(lambda site, x: change(x.unflatten(1, (MERGE, MERGE, -1))).reshape(x.shape))
 
 
-def strided(site: "Site", x: Tensor) -> Tensor:
+def strided(site: "TapProbe", x: Tensor) -> Tensor:
     """Patches a quarter of the sequence apart are merged."""
     return x.unflatten(1, (MERGE**2, -1)).flatten(0, 1).unflatten(0, (MERGE**2, -1)).transpose(0, 1).flatten(1)
 

@@ -17,7 +17,7 @@ from parity.hypotheses.vision import grids_of, windows_of
 from reference.layout import MERGE
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
 ATTENTION = ("vit_model.blocks.*.attn.proj",)
 Split = Callable[[Tensor, int], Sequence[Tensor]]
@@ -74,11 +74,11 @@ def attention(parent: reference.vit.Attention, x: Tensor, mask: Tensor, cos: Ten
     return parent.proj(reference.vit.attend(q, k, v, plan.mask(mask), "math").flatten(1))
 
 
-def planned(change: Callable[["Site", Plan], Plan]) -> Patch:
+def planned(change: Callable[["TapProbe", Plan], Plan]) -> Patch:
     """A patch of the attention that a site's projection belongs to; plans are changed one on top of the other."""
 
     @contextmanager
-    def patched(site: "Site") -> Iterator[None]:
+    def patched(site: "TapProbe") -> Iterator[None]:
         parent = parent_of(site)
         if not isinstance(parent, reference.vit.Attention):
             raise DoesNotApply
@@ -94,20 +94,20 @@ def computed(**changes: object) -> Patch:
     return planned(lambda site, plan: replace(plan, **changes))
 
 
-def masked(change: Callable[["Site", Tensor], Tensor]) -> Patch:
+def masked(change: Callable[["TapProbe", Tensor], Tensor]) -> Patch:
     return planned(lambda site, plan: replace(plan, mask=lambda mask: change(site, plan.mask(mask))))
 
 
 def turned(change: Callable[[Tensor], Tensor]) -> Patch:
     """Another arrangement of both cos and sin [n, d]."""
 
-    def changed(site: "Site", plan: Plan) -> Plan:
+    def changed(site: "TapProbe", plan: Plan) -> Plan:
         return replace(plan, tables=lambda cos, sin: tuple(change(table) for table in plan.tables(cos, sin)))
 
     return planned(changed)
 
 
-def backwards(site: "Site", plan: Plan) -> Plan:
+def backwards(site: "TapProbe", plan: Plan) -> Plan:
     def tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = plan.tables(cos, sin)
         return cos, -sin
@@ -121,25 +121,25 @@ def same(ids: Tensor) -> Tensor:
     return ids[:, None] == ids[None]
 
 
-def visuals(site: "Site") -> Tensor:
+def visuals(site: "TapProbe") -> Tensor:
     """Which visual each token belongs to."""
     counts = torch.tensor([t * h * w // MERGE**2 for t, h, w in grids_of(site)])
     return torch.arange(len(counts)).repeat_interleave(counts)
 
 
-def is_full(site: "Site") -> bool:
+def is_full(site: "TapProbe") -> bool:
     """Whether the site's block attends to whole frames."""
     return site.tap.numbers.get("block") in site.pipeline.vit_model.config.fullatt_block_indexes
 
 
-def across_frames(site: "Site", mask: Tensor) -> Tensor:
+def across_frames(site: "TapProbe", mask: Tensor) -> Tensor:
     if not is_full(site):
         raise DoesNotApply
     return same(visuals(site)[windows_of(site)[0]])
 
 
 def rotation(
-    site: "Site",
+    site: "TapProbe",
     exact: bool = False,
     theta: float | None = None,
     line_by_line: bool = False,
@@ -173,7 +173,7 @@ def rotation(
 def made(gathered: bool = True, **way: object) -> Patch:
     """The rotation made in another way, and put in the order of the windows or not."""
 
-    def changed(site: "Site", plan: Plan) -> Plan:
+    def changed(site: "TapProbe", plan: Plan) -> Plan:
         tables = rotation(site, **way)
         if gathered:
             tokens = windows_of(site)[0]

@@ -22,9 +22,9 @@ from parity.hypotheses.tools import (
 )
 
 if TYPE_CHECKING:
-    from parity.site import Site
+    from parity.hypotheses.tap_probe import TapProbe
 
-Change = Callable[["Site", nn.Module, str, Tensor], Tensor | None]
+Change = Callable[["TapProbe", nn.Module, str, Tensor], Tensor | None]
 """Another value [same shape] of a module's parameter of that name; None leaves it as it is."""
 
 PROJECTIONS = ("layers.*_proj", "layers.*_proj_moe_gen", "lm_head", "vae2llm", "llm2vae", "time_embedder*",
@@ -40,7 +40,7 @@ def weights(name: str, components: tuple[str, ...], change: Change, loaded: bool
     """A hypothesis that the parameters of a module have other values; `loaded`: only as they were loaded."""
 
     @contextmanager
-    def patch(site: "Site") -> Iterator[None]:
+    def patch(site: "TapProbe") -> Iterator[None]:
         if of_weight(site):
             yield
             return
@@ -50,7 +50,7 @@ def weights(name: str, components: tuple[str, ...], change: Change, loaded: bool
         with parameters(module, changed(site, module)):
             yield
 
-    def changed(site: "Site", module: nn.Module) -> dict[str, Tensor]:
+    def changed(site: "TapProbe", module: nn.Module) -> dict[str, Tensor]:
         values = {}
         for key, value in module._parameters.items():
             new = None if value is None else change(site, module, key, value)
@@ -60,7 +60,7 @@ def weights(name: str, components: tuple[str, ...], change: Change, loaded: bool
             raise DoesNotApply
         return values
 
-    def transform(site: "Site", array: np.ndarray) -> np.ndarray | None:
+    def transform(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
         if not of_weight(site):
             return array
         try:
@@ -78,7 +78,7 @@ def weights(name: str, components: tuple[str, ...], change: Change, loaded: bool
 def of_module(path: Callable[[str], str]) -> Change:
     """The parameters of another module; `path` makes its path of the own one's."""
 
-    def change(site: "Site", module: nn.Module, key: str, value: Tensor) -> Tensor | None:
+    def change(site: "TapProbe", module: nn.Module, key: str, value: Tensor) -> Tensor | None:
         other = leaf(submodule(site, path(site.path)))
         if other is module:
             raise DoesNotApply
@@ -131,7 +131,7 @@ def transposed(value: Tensor) -> Tensor | None:
 
 
 def kernel(change: Callable[[Tensor], Tensor | None]) -> Change:
-    def changed(site: "Site", module: nn.Module, key: str, value: Tensor) -> Tensor | None:
+    def changed(site: "TapProbe", module: nn.Module, key: str, value: Tensor) -> Tensor | None:
         # The patches of the vision tower are a kernel's size: what is said of their layout says it better.
         if site.component.startswith("vit_model") and not of_weight(site):
             raise DoesNotApply
@@ -154,7 +154,7 @@ def reshaped_back(value: Tensor) -> Tensor:
 def per_head(arrange: Callable[[Tensor], Tensor]) -> Change:
     """Rows of every head in another order: `arrange` is given [heads, head_dim, ...]."""
 
-    def change(site: "Site", module: nn.Module, key: str, value: Tensor) -> Tensor:
+    def change(site: "TapProbe", module: nn.Module, key: str, value: Tensor) -> Tensor:
         heads = value.unflatten(0, (-1, site.pipeline.model.config.head_dim))
         return arrange(heads).reshape(value.shape)
 
@@ -175,7 +175,7 @@ def thirds(*order: int) -> Change:
     return each(lambda value: value.unflatten(0, (3, -1))[list(order)].flatten(0, 1))
 
 
-def head_by_head(site: "Site", module: nn.Module, key: str, value: Tensor) -> Tensor:
+def head_by_head(site: "TapProbe", module: nn.Module, key: str, value: Tensor) -> Tensor:
     """Rows in the order (head, query key value, dim)."""
     if not site.component.startswith("vit_model"):
         raise DoesNotApply
@@ -209,15 +209,15 @@ def quantized(bits: int, group: int, signed: bool = False) -> Change:
     return on("weight", change)
 
 
-def tied(site: "Site", module: nn.Module, key: str, value: Tensor) -> Tensor:
+def tied(site: "TapProbe", module: nn.Module, key: str, value: Tensor) -> Tensor:
     model = site.pipeline.model.language_model
     return model.model.embed_tokens.weight if module is model.lm_head else model.lm_head.weight
 
 
-def of_file(folder: Callable[["Site"], list[str]], prefix: str = "") -> Change:
+def of_file(folder: Callable[["TapProbe"], list[str]], prefix: str = "") -> Change:
     """The parameter as another file of the checkpoint holds it."""
 
-    def change(site: "Site", module: nn.Module, key: str, value: Tensor) -> Tensor:
+    def change(site: "TapProbe", module: nn.Module, key: str, value: Tensor) -> Tensor:
         name = f"{site.path}.{key}"
         if prefix and not name.startswith(prefix):
             raise DoesNotApply
@@ -232,11 +232,11 @@ def of_file(folder: Callable[["Site"], list[str]], prefix: str = "") -> Change:
     return change
 
 
-def other_variant(site: "Site") -> list[str]:
+def other_variant(site: "TapProbe") -> list[str]:
     return [f"{variant}/model.safetensors" for variant in VARIANTS if variant != site.pipeline.variant]
 
 
-def vit_file(site: "Site") -> list[str]:
+def vit_file(site: "TapProbe") -> list[str]:
     return ["Qwen2.5-VL-ViT/vit.safetensors"]
 
 

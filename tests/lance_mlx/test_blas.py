@@ -16,9 +16,7 @@ SHOW = "import lance_mlx; from lance_mlx import blas; print(blas.describe())"
 
 def run(code: str, **variables: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", blas.VARIABLE)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment | variables, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -1,6 +1,5 @@
 """Segments, roles and positions."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from parity.bundle import Bundle, read_bundle
-from parity.findings import Localization
-from parity.floors_file import FILE, floors_of, write_floors
-from parity.oracle import Oracle
-from parity.recording import Recording, Tap
-from parity.requests import SUPPORTED_TASKS
-from parity.subject import Subject, make_subject
+from parity.bundle.reading import Bundle, read_bundle
+from parity.lance.requests import SUPPORTED_TASKS
+from parity.localize.findings import Localization
+from parity.oracle.floors_file import FILE, floors_of, write_floors
+from parity.oracle.oracle import Oracle
+from parity.ports.subject import Subject, make_subject
+from parity.tensors.recording import Recording, Tap
 
 ROOT = Path(__file__).parents[2]
 ORACLES = ROOT / "oracles"
@@ -174,9 +174,9 @@ def subject_of(oracle_of) -> Callable[..., Subject]:
 @pytest.fixture(scope="session")
 def localized(oracle_of, subject_of) -> Callable[..., Localization]:
     """What an investigation of an embedded bundle finds, broken by faults or their names; each is made once."""
-    from parity.faults import CATALOGUE
     from parity.hypotheses import HYPOTHESES
-    from parity.localize import Investigation
+    from parity.lance.faults import CATALOGUE
+    from parity.localize.investigation import Investigation
 
     def run(name, *faults, impl="mlx", hypotheses=tuple(HYPOTHESES), subject=None, thorough=True):
         chosen = [CATALOGUE[fault] if isinstance(fault, str) else fault for fault in faults]

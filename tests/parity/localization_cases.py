@@ -4,24 +4,22 @@ import math
 
 import numpy as np
 
-from parity.findings import (
+from parity.comparison.trajectory import Departure, Margin
+from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
+from parity.lance.names import TapName, parse
+from parity.localize.findings import (
     EXACT,
     LOCAL,
-    REFERENCE,
     STRUCTURE,
-    UPSTREAM,
-    Alarm,
-    Departure,
     Explanation,
     Finding,
     Localization,
-    Margin,
     Picture,
     SliceError,
     TapError,
 )
-from parity.registry import TapName, parse
-from parity.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
+from parity.oracle.bounds import Alarm
+from parity.oracle.oracle import REFERENCE, UPSTREAM
 
 EXPERT = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm",
           "self_attn.k_norm", "self_attn.q_rope", "self_attn.k_rope", "self_attn.sdpa", "self_attn.o_proj",

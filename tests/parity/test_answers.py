@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from parity.bundle import read_bundle
-from parity.check import Run, check_recording, limits_of, trusted_of
-from parity.floors import logits_of
-from parity.implementations import Mlx, Reference
-from parity.recording import Recording, Tap
-from parity.trajectory import margins
+from parity.bundle.reading import read_bundle
+from parity.comparison.check import Run, check_recording, limits_of, trusted_of
+from parity.comparison.trajectory import margins
+from parity.oracle.floors import logits_of
+from parity.ports.implementations import Mlx, Reference
+from parity.tensors.recording import Recording, Tap
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from lance_mlx.sampling.schedule import timesteps
 from lance_mlx.sequence import AttentionMode, Role, Sequence
 from lance_mlx.tokenizer import LanceTokenizer
 from lance_mlx.visuals import PreparedVisual, sized_by_source
-from parity.replay_mlx import request_from_bundle
+from parity.lance.replay_mlx import request_from_bundle
 from reference.arms import CachedArm, FullSequenceArm, Inputs
 from reference.errors import ReferenceError
 from reference.layout import Layout, VisualSize

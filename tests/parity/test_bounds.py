@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity.bounds import FALSE_ALARM, bounds_of, poisson_quantile, scale_of
-from parity.floors import Floors
-from parity.metrics import compare
-from parity.recording import Tap
-from parity.rounding import step_squares
+from parity.oracle.bounds import FALSE_ALARM, bounds_of, poisson_quantile, scale_of
+from parity.oracle.floors import Floors
+from parity.tensors.metrics import compare
+from parity.tensors.recording import Tap
+from parity.tensors.rounding import step_squares
 
 
 def normal(size, seed=0, dtype="bfloat16"):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from parity.localization_report import write_localization
-from parity.localization_words import sentence
+from parity.report.localization_page import write_localization
+from parity.report.words import sentence
 
 CASES = runpy.run_path(str(Path(__file__).with_name("localization_cases.py")))
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parity.bundle import find_bundles, read_bundle, write_bundle
+from parity.bundle.reading import find_bundles, read_bundle, write_bundle
 from parity.errors import ParityError
-from parity.recording import Tap
+from parity.tensors.recording import Tap
 
 
 def manifest_of(bundle):

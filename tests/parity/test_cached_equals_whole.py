@@ -16,7 +16,7 @@ from lance_mlx.request import Question, Variant
 from lance_mlx.sampling.conditions import Conditions
 from lance_mlx.sampling.text import Reader, make_reader
 from lance_mlx.visuals import PreparedVisual, sized_by_source
-from parity.replay_mlx import request_from_bundle
+from parity.lance.replay_mlx import request_from_bundle
 from reference.arms import build_arms
 from reference.layout import VisualSize
 from reference.model import Pipeline as ReferencePipeline

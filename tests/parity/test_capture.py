@@ -16,14 +16,14 @@ from lance_mlx.model.mot import MoTModel
 from lance_mlx.model.rope import rotary_table
 from lance_mlx.model.vae_decoder import Decoder
 from lance_mlx.model.vit import VisionTransformer
-from parity.boundaries_mlx import MlxBoundaries
-from parity.capture_mlx import MlxCapture
-from parity.capture_torch import TorchCapture
 from parity.errors import ParityError
-from parity.implementations import replay_of
-from parity.metrics import compare
-from parity.recording import Tap
-from parity.replay_mlx import record_mlx, request_from_bundle
+from parity.lance.boundaries_mlx import MlxBoundaries
+from parity.lance.capture_mlx import MlxCapture
+from parity.lance.capture_torch import TorchCapture
+from parity.lance.replay_mlx import record_mlx, request_from_bundle
+from parity.ports.implementations import replay_of
+from parity.tensors.metrics import compare
+from parity.tensors.recording import Tap
 
 NAME = "image_edit-fp32-nokv"
 LAYER = "language_model.model.layers.1"

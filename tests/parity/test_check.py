@@ -5,17 +5,17 @@ import numpy as np
 import pytest
 
 import reference.sampler as sampler
-from parity import replay_torch
-from parity.bounds import FALSE_ALARM, bounds_of, scale_of
-from parity.bundle import read_bundle, write_bundle
-from parity.check import UnsupportedTask, check_bundle, check_recording, limits_of, record_bundle, trusted_of
+from parity.bundle.reading import read_bundle, write_bundle
+from parity.comparison.check import UnsupportedTask, check_bundle, check_recording, limits_of, record_bundle, trusted_of
+from parity.comparison.verdict import MEDIAN, Limit, limits_from
 from parity.errors import ParityError
-from parity.floors import Floors, logits_of
-from parity.floors_file import floors_of
-from parity.implementations import Mlx, Reference, one_line, wanted
-from parity.recording import Tap, write_tensors
-from parity.variants import FREE
-from parity.verdict import MEDIAN, Limit, limits_from
+from parity.lance import replay_torch
+from parity.oracle.bounds import FALSE_ALARM, bounds_of, scale_of
+from parity.oracle.floors import Floors, logits_of
+from parity.oracle.floors_file import floors_of
+from parity.oracle.variants import FREE
+from parity.ports.implementations import Mlx, Reference, one_line, wanted
+from parity.tensors.recording import Tap, write_tensors
 from reference.request import Renorm
 
 LAYER = "cond.step0/language_model.model.layers.1"
@@ -197,8 +197,10 @@ def test_without_the_reference_only_what_must_be_equal_is_judged(copy_bundle, re
 
 def test_one_tap_is_too_few(bundle, replayed, monkeypatch):
     oracle = read_bundle(bundle)
-    monkeypatch.setattr("parity.check.trusted_of", lambda bundle: trusted)
-    monkeypatch.setattr("parity.check.limits_of", lambda oracle: (dict.fromkeys(oracle.taps, Limit(1e-6, 1e-6)), None))
+    monkeypatch.setattr("parity.comparison.check.trusted_of", lambda bundle: trusted)
+    monkeypatch.setattr(
+        "parity.comparison.check.limits_of", lambda oracle: (dict.fromkeys(oracle.taps, Limit(1e-6, 1e-6)), None)
+    )
     trusted = trusted_of(oracle)
     for names, verdict in ((["pixels"], "inconclusive"), (["pixels", "latent"], "agree")):
         taps = {name: oracle.taps[name] for name in names}
@@ -384,7 +386,7 @@ def test_limits_are_made_once_for_a_bundle_that_stays_the_same(copy_bundle, monk
         made.append(oracle.bundle.name)
         return floors_of(oracle)
 
-    monkeypatch.setattr("parity.check.floors_of", floors)
+    monkeypatch.setattr("parity.comparison.check.floors_of", floors)
     for _ in range(2):
         limits_of(read_bundle(path))
         trusted_of(read_bundle(path))

@@ -7,9 +7,9 @@ import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from parity.cli import app
+from parity.cli.main import app
 from parity.errors import ParityError
-from parity.implementations import IMPLEMENTATIONS
+from parity.ports.implementations import IMPLEMENTATIONS
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_help_tells_the_exit_status(lance_parity, command):
 
 
 def test_as_a_process(oracles, tmp_path):
-    command = [sys.executable, "-m", "parity.cli", "check", oracles / "t2i-fp32-nokv", "--impl"]
+    command = [sys.executable, "-m", "parity.cli.main", "check", oracles / "t2i-fp32-nokv", "--impl"]
     done = subprocess.run([*command, "reference", "--dump", tmp_path], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "taps.safetensors").is_file()
     refused = subprocess.run([*command[:4], tmp_path, "--impl", "mlx"], capture_output=True, text=True)
@@ -243,7 +243,8 @@ def test_as_a_process(oracles, tmp_path):
 
 INTERRUPTED_RUN = """
 import os, signal, sys
-from parity import cli, implementations
+from parity.cli import main as cli
+from parity.ports import implementations
 class Waiting(implementations.Mlx):
     def record(self, bundle, progress=None):
         os.kill(os.getpid(), signal.SIGINT)

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from parity.cli import app
-from parity.faults import CATALOGUE, PROFILES, load_fault
-from parity.findings import EXPLAINS
+from parity.cli.main import app
 from parity.hypotheses import HYPOTHESES, load_hypotheses
+from parity.lance.faults import CATALOGUE, PROFILES, load_fault
+from parity.localize.findings import EXPLAINS
 
 FAULTS = '''
 from contextlib import contextmanager
@@ -131,7 +131,7 @@ def returns(monkeypatch):
     """The command is given these results, as they were found before."""
 
     def use(found):
-        monkeypatch.setattr("parity.localize.localize", lambda *arguments: found)
+        monkeypatch.setattr("parity.localize.investigation.localize", lambda *arguments: found)
 
     return use
 

@@ -10,13 +10,13 @@ import torch
 from typer.testing import CliRunner
 
 import parity
-from parity.check import check_bundle
-from parity.cli import app
-from parity.comparison import EQUALITY, FLOORS, WITHIN, compare_runs
+from parity.cli.main import app
+from parity.comparison.check import check_bundle
+from parity.comparison.compare import EQUALITY, FLOORS, WITHIN, compare_runs
+from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
 from parity.errors import ParityError
-from parity.implementations import IMPLEMENTATIONS
-from parity.recording import Tap, read_tensors, write_tensors
-from parity.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
+from parity.ports.implementations import IMPLEMENTATIONS
+from parity.tensors.recording import Tap, read_tensors, write_tensors
 
 ROOT = Path(__file__).parents[2]
 ORACLES = ROOT / "oracles"
@@ -256,7 +256,7 @@ import sys
 from pathlib import Path
 import parity
 from parity import memory
-from parity.comparison import compare_runs
+from parity.comparison.compare import compare_runs
 warm = compare_runs(sys.argv[1], sys.argv[1])
 memory.reset_peak()
 before = memory.peak()
@@ -306,7 +306,7 @@ def test_progress_is_told_of_what_is_computed(use, replayed):
 
 
 def test_importing_parity_loads_nothing_heavy():
-    script = "import sys, parity, parity.cli; assert not {'mlx', 'pandas', 'reference'} & set(sys.modules)"
+    script = "import sys, parity, parity.cli.main; assert not {'mlx', 'pandas', 'reference'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(getattr(parity, name) is not None for name in parity.__all__)

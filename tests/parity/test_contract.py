@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from parity.contract import ORDER, Breach, check_exact, check_preprocessed, check_weights, describe
-from parity.faults import CATALOGUE, Target
-from parity.recording import Contract, Observed, Tap
-from parity.subject import oracle_weights
+from parity.comparison.exact import ORDER, Breach, check_exact, check_preprocessed, check_weights, describe
+from parity.lance.faults import CATALOGUE, Target
+from parity.ports.subject import oracle_weights
+from parity.tensors.recording import Contract, Observed, Tap
 
 # Together they hold the ViT, the VAE's encoder, i2v's and the answering head.
 LOADED = ("image_edit-fp32-nokv", "x2t_image-bf16-kv")

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity.explain import BASES, DEPTH, FINALISTS, LISTED, explain, removed
-from parity.findings import EXPLAINS
 from parity.hypotheses import DoesNotApply, Hypothesis
+from parity.localize.explain import BASES, DEPTH, FINALISTS, LISTED, explain, removed
+from parity.localize.findings import EXPLAINS
 
 CASES = runpy.run_path(str(Path(__file__).with_name("explain_cases.py")))
 ALL, SIZE, at, caused_by, names = (CASES[name] for name in ("ALL", "SIZE", "at", "caused_by", "names"))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from parity.explain import Causes, explain, removed
 from parity.hypotheses import HYPOTHESES, DoesNotApply, Hypothesis
-from parity.registry import parse
-from parity.site import Site, site_of
+from parity.hypotheses.tap_probe import TapProbe, site_of
+from parity.lance.names import parse
+from parity.localize.explain import Causes, explain, removed
 
 CASES = runpy.run_path(str(Path(__file__).with_name("explain_cases.py")))
 ALL, Place, at, base, caused_by, names = (CASES[name] for name in ("ALL", "Place", "at", "base", "caused_by", "names"))
@@ -63,7 +63,7 @@ def test_no_hypothesis_of_ours_explains_a_rounding_that_falls_the_other_way(orac
     own = site_of(oracle, name, oracle.taps[name].array, {}).recompute()
     flipped = a_unit_off(own, (3, 7))
     for got, expected in ((flipped, own), (own, flipped), (flipped, a_unit_off(own, (2, 5)))):
-        causes = explain(Site(oracle, parse(name), expected, got, {}), None, HYPOTHESES)
+        causes = explain(TapProbe(oracle, parse(name), expected, got, {}), None, HYPOTHESES)
         assert causes.together == () and causes.failed == {}
         assert all(e.residual_removed <= 0 for e in causes.ranked)
 

@@ -19,13 +19,13 @@ from lance_mlx.numerics import policy
 from lance_mlx.pipeline import Pipeline, load
 from lance_mlx.request import Question, Request
 from lance_mlx.visuals import prepare_visuals
-from parity.bundle import read_bundle
+from parity.bundle.reading import read_bundle
 from parity.errors import ParityError
-from parity.faults import CATALOGUE, PROFILES, Fault, Target, combined, load_fault
-from parity.implementations import replay_of
-from parity.metrics import compare
-from parity.recording import Recording, Replay
-from parity.replay_mlx import record_pipeline, request_from_bundle
+from parity.lance.faults import CATALOGUE, PROFILES, Fault, Target, combined, load_fault
+from parity.lance.replay_mlx import record_pipeline, request_from_bundle
+from parity.ports.implementations import replay_of
+from parity.tensors.metrics import compare
+from parity.tensors.recording import Recording, Replay
 
 ORACLES = Path(__file__).parents[2] / "oracles"
 TASKS = ("t2i", "t2v", "x2t_image", "image_edit", "i2v")
@@ -127,7 +127,7 @@ def state(pipeline: Pipeline) -> dict[str, Any]:
     """Everything that a fault may touch, by identity: functions, classes, modules and their parameters."""
     found: dict[str, Any] = {}
     for path, module in sorted(sys.modules.items()):
-        if path.startswith("lance_mlx") or path in ("mlx.nn", "parity.replay_mlx", "parity.capture_mlx"):
+        if path.startswith("lance_mlx") or path in ("mlx.nn", "parity.lance.replay_mlx", "parity.lance.capture_mlx"):
             for name, value in vars(module).items():
                 found[f"{path}.{name}"] = id(value)
                 if isinstance(value, type) and value.__module__.startswith(("lance_mlx", "mlx.nn")):
@@ -146,7 +146,7 @@ def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def test_the_catalogue_is_large_and_its_names_are_plain_and_unique():
-    from parity.faults import loading
+    from parity.lance.faults import loading
 
     assert len(CATALOGUE) >= 60
     assert len(CATALOGUE) == sum(len(module.FAULTS) for module in loading._MODULES)

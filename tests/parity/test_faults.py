@@ -16,10 +16,10 @@ from lance_mlx.numerics import Numerics
 from lance_mlx.pipeline import Pipeline
 from lance_mlx.request import Entry, Renorm, Request
 from lance_mlx.sequence import Role, Sequence
-from parity import replay_mlx
-from parity.bundle import read_bundle, write_bundle
-from parity.check import Result, check_bundle
-from parity.implementations import Mlx, Reference
+from parity.bundle.reading import read_bundle, write_bundle
+from parity.comparison.check import Result, check_bundle
+from parity.lance import replay_mlx
+from parity.ports.implementations import Mlx, Reference
 
 ROOT = Path(__file__).parents[2]
 ORACLES = ROOT / "oracles"

@@ -11,18 +11,18 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import reference.sampler
-from parity import floors as measuring
-from parity import floors_file, machines
-from parity.bundle import CHECKSUMS, CHECKSUMS_FORMAT, read_bundle
-from parity.cli import app
+from parity.bundle.reading import CHECKSUMS, CHECKSUMS_FORMAT, read_bundle
+from parity.bundle.store import entry_of, listed
+from parity.cli.main import app
 from parity.errors import ParityError
-from parity.floors import Floors, floats_of, logits_of, measure, pooled
-from parity.floors_file import CACHE, FILE, floors_of, write_floors
-from parity.machines import machine, record_elsewhere, settings
-from parity.oracle import Oracle
-from parity.recording import Tap, to_tap
-from parity.store import entry_of, listed
-from parity.variants import FREE, KINDS, LOCAL, SEGMENT, exact, run_variant, variants_of
+from parity.oracle import floors as measuring
+from parity.oracle import floors_file, machines
+from parity.oracle.floors import Floors, floats_of, logits_of, measure, pooled
+from parity.oracle.floors_file import CACHE, FILE, floors_of, write_floors
+from parity.oracle.machines import machine, record_elsewhere, settings
+from parity.oracle.oracle import Oracle
+from parity.oracle.variants import FREE, KINDS, LOCAL, SEGMENT, exact, run_variant, variants_of
+from parity.tensors.recording import Tap, to_tap
 from reference.request import Request
 
 SMALL = "t2i-fp32-nokv"
@@ -304,7 +304,7 @@ def test_writing_replaces_the_whole_file_or_nothing(stored, monkeypatch):
     oracle, floors = stored
     path = oracle.bundle.path / FILE
     before = path.read_bytes()
-    monkeypatch.setattr("parity.recording.os.replace", lambda *paths: 1 / 0)
+    monkeypatch.setattr("parity.tensors.recording.os.replace", lambda *paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_floors(path, oracle, floors)
     assert path.read_bytes() == before

@@ -8,16 +8,17 @@ import pandas
 import pytest
 
 import parity
-from parity.check import Result, TapResult
+from parity.comparison.check import Result, TapResult
+from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE, Limit
 from parity.errors import ParityError
-from parity.findings import EXACT, LOCAL, UPSTREAM, Explanation, Finding, Localization, TapError
-from parity.formats import render
-from parity.metrics import compare
-from parity.output import Format, emit
-from parity.recording import Tap
-from parity.registry import parse
-from parity.report import Row, row_of
-from parity.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE, Limit
+from parity.lance.names import parse
+from parity.localize.findings import EXACT, LOCAL, Explanation, Finding, Localization, TapError
+from parity.oracle.oracle import UPSTREAM
+from parity.report.formats import render
+from parity.report.output import Format, emit
+from parity.report.run_page import Row, row_of
+from parity.tensors.metrics import compare
+from parity.tensors.recording import Tap
 
 VALUES = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
 NORM = "cond.step0/language_model.model.layers.1.self_attn.q_norm_moe_gen"

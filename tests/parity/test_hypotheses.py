@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from parity.bundle import read_bundle
+from parity.bundle.reading import read_bundle
 from parity.errors import ParityError
 from parity.hypotheses import HYPOTHESES, DoesNotApply, Hypothesis, attempt, check_unique, load_hypotheses
 from parity.hypotheses.counting import Recipe, counted
 from parity.hypotheses.drafts import added, array_of, draft_of
+from parity.hypotheses.tap_probe import TapProbe, site_of
 from parity.hypotheses.tokens import call_rows, pass_tokens
-from parity.oracle import Oracle
-from parity.registry import parse
-from parity.site import Site, site_of
+from parity.lance.names import parse
+from parity.oracle.oracle import Oracle
 from reference.layout import Role
 
 ROOT = Path(__file__).parents[2]
@@ -31,19 +31,19 @@ def oracle_of(name: str) -> Oracle:
     return Oracle.of(read_bundle(ROOT / "oracles" / name))
 
 
-def at(bundle: str, tap: str) -> Site:
+def at(bundle: str, tap: str) -> TapProbe:
     """The site of a tap of an embedded bundle, of which nothing was computed yet."""
     oracle = oracle_of(bundle)
     return site_of(oracle, tap, np.zeros(0, np.float32), dict(oracle.contract.exact))
 
 
-def at_weight(bundle: str, name: str) -> Site:
+def at_weight(bundle: str, name: str) -> TapProbe:
     """The site of a parameter, of which the reference's own value was loaded."""
     oracle = oracle_of(bundle)
     part = name.startswith("vae.")
     root = oracle.run.pipeline.vae if part else oracle.run.pipeline.model
     array = root.state_dict()[name.removeprefix("vae.")].float().numpy()
-    return Site(oracle, parse(f"weights/{name}"), array, array, {})
+    return TapProbe(oracle, parse(f"weights/{name}"), array, array, {})
 
 
 def state_of(bundle: str) -> dict[str, torch.Tensor]:
@@ -218,7 +218,7 @@ def test_patches_are_undone_when_the_reference_fails():
     site = at("t2i-fp32-kv", f"cond.step0/{ATTENTION}.q_norm")
     before = site.recompute()
 
-    def failing(site: Site):
+    def failing(site: TapProbe):
         raise RuntimeError("no")
 
     broken = Hypothesis("fails", ("*",), failing)
@@ -232,7 +232,7 @@ def test_what_does_not_apply_is_no_candidate():
     assert attempt(site, [BY_NAME["cached keys are rotated twice"]]) is None
     assert attempt(site, [BY_NAME["the block attends causally"], BY_NAME["cached keys are rotated twice"]]) is None
 
-    def refuses(site: Site):
+    def refuses(site: TapProbe):
         raise DoesNotApply
 
     assert attempt(site, [Hypothesis("refuses", ("*",), refuses)]) is None

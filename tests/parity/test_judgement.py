@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import reference.sampler
-from parity.bundle import read_bundle
-from parity.check import check_bundle
-from parity.floors_file import floors_of
-from parity.implementations import Mlx
-from parity.judgement import Cause, judge
-from parity.localize import localize
-from parity.oracle import Oracle
-from parity.recording import Tap, read_tensors, write_tensors
-from parity.variants import SEGMENT
-from parity.verify import verify_bundle
+from parity.bundle.reading import read_bundle
+from parity.comparison.check import check_bundle
+from parity.localize.investigation import localize
+from parity.oracle.floors_file import floors_of
+from parity.oracle.judgement import Cause, judge
+from parity.oracle.oracle import Oracle
+from parity.oracle.variants import SEGMENT
+from parity.oracle.verify import verify_bundle
+from parity.ports.implementations import Mlx
+from parity.tensors.recording import Tap, read_tensors, write_tensors
 
 SMALL, DETAILED = "t2i-fp32-nokv", "t2i-fp32-kv"
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from parity.errors import ParityError
-from parity.implementations import Mlx, Reference
-from parity.layouts import check_layout, find_tokenizer, read_layout, read_layouts
+from parity.lance.sequence_layouts import check_layout, find_tokenizer, read_layout, read_layouts
+from parity.ports.implementations import Mlx, Reference
 
 
 @pytest.fixture

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity import localization_drawing, localization_report
 from parity.errors import ParityError
-from parity.findings import LOCAL, Explanation, Finding, Picture, TapError
-from parity.localization_map import lay_out, shade
-from parity.localization_pictures import axis_names, binned, frames_of, is_frames, picture_plot
-from parity.localization_report import draw, localization_markdown, render, write_localization
-from parity.localization_words import failures, percent, sentence, times
-from parity.registry import parse
+from parity.lance.names import parse
+from parity.localize.findings import LOCAL, Explanation, Finding, Picture, TapError
+from parity.report import drawing as localization_drawing
+from parity.report import localization_page as localization_report
+from parity.report.localization_page import draw, localization_markdown, render, write_localization
+from parity.report.map import lay_out, shade
+from parity.report.pictures import axis_names, binned, frames_of, is_frames, picture_plot
+from parity.report.words import failures, percent, sentence, times
 
 CASES = runpy.run_path(str(Path(__file__).with_name("localization_cases.py")))
 SENTENCES = {

@@ -12,11 +12,11 @@ import lance_mlx.sampling.flow as flow
 from lance_mlx.model.mot import MoTModel
 from lance_mlx.model.vae_decoder import Decoder
 from parity.errors import ParityError
-from parity.fault_table import judge
-from parity.faults import CATALOGUE, Fault
-from parity.findings import EXACT, EXPLAINS, LOCAL, STRUCTURE
-from parity.localize import Investigation, localize
-from parity.recording import Observed
+from parity.lance.fault_table import judge
+from parity.lance.faults import CATALOGUE, Fault
+from parity.localize.findings import EXACT, EXPLAINS, LOCAL, STRUCTURE
+from parity.localize.investigation import Investigation, localize
+from parity.tensors.recording import Observed
 
 EMBEDDED = (
     "t2i-fp32-kv",

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from parity.machines import settings
+from parity.oracle.machines import settings
 
 ROOT = Path(__file__).parents[2]
 

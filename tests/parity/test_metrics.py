@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from parity import blocks, metrics
 from parity.errors import ParityError
-from parity.metrics import axis_errors, bits, compare
-from parity.recording import Tap, open_tensors, read_tensors, write_tensors
-from parity.sketch import sketch_array
+from parity.tensors import blocks, metrics
+from parity.tensors.metrics import axis_errors, bits, compare
+from parity.tensors.recording import Tap, open_tensors, read_tensors, write_tensors
+from parity.tensors.sketch import sketch_array
 
 finite = st.floats(-1e6, 1e6, width=32)
 arrays = hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=5), elements=finite)
@@ -377,7 +377,7 @@ def test_writing_that_fails_keeps_what_was_there(tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("parity.recording.blocks", interrupt)
+    monkeypatch.setattr("parity.tensors.recording.blocks", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_tensors(path, {"a": taps["m"]})
     monkeypatch.undo()

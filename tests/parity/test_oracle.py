@@ -6,12 +6,12 @@ from fnmatch import fnmatchcase
 import numpy as np
 import pytest
 
-from parity.bundle import read_bundle
+from parity.bundle.reading import read_bundle
 from parity.errors import ParityError
-from parity.metrics import compare
-from parity.oracle import Oracle, cut, load_run, run_passes
-from parity.recording import Tap
-from parity.site import site_of
+from parity.hypotheses.tap_probe import site_of
+from parity.oracle.oracle import Oracle, cut, load_run, run_passes
+from parity.tensors.metrics import compare
+from parity.tensors.recording import Tap
 from reference.layout import Role
 from reference.numerics import Numerics
 

@@ -10,14 +10,14 @@ from PIL import Image
 
 import lance_mlx.preprocess
 from lance_mlx import media_in
-from parity.bundle import read_bundle
-from parity.check import check_bundle
-from parity.contract import check_preprocessed
+from parity.bundle.reading import read_bundle
+from parity.comparison.check import check_bundle
+from parity.comparison.exact import check_preprocessed
+from parity.comparison.verdict import AGREE, DIVERGE
 from parity.hypotheses.preprocess import IMAGENET
-from parity.implementations import Mlx, Reference
-from parity.record import record
-from parity.record_options import Options, build_request
-from parity.verdict import AGREE, DIVERGE
+from parity.lance.record import record
+from parity.lance.record_options import Options, build_request
+from parity.ports.implementations import Mlx, Reference
 from reference.errors import ReferenceError
 from reference.preprocess import _displayed, aspect_box, frames, preprocess
 from reference.request import Medium, Request

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from lance_mlx import allocator
-from parity.metrics import compare
-from parity.recording import Recording, Replay
-from parity.replay_mlx import record_mlx
-from parity.replay_torch import record_reference
+from parity.lance.replay_mlx import record_mlx
+from parity.lance.replay_torch import record_reference
+from parity.tensors.metrics import compare
+from parity.tensors.recording import Recording, Replay
 from reference.config import LanguageConfig
 from reference.model import Lance
 from reference.numerics import Numerics

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from parity.bundle import find_bundles, read_bundle
-from parity.check import check_bundle
-from parity.comparison import compare_runs
+from parity.bundle.reading import find_bundles, read_bundle
+from parity.bundle.store import list_bundles
+from parity.comparison.check import check_bundle
+from parity.comparison.compare import compare_runs
+from parity.comparison.verdict import AGREE
 from parity.errors import ParityError
-from parity.implementations import Mlx, Reference
-from parity.record import record
-from parity.record_options import Options, build_request
-from parity.recorded_taps import RecordedTaps
-from parity.recording import Tap, read_tensors
-from parity.replay_torch import record_pipeline
-from parity.store import list_bundles
-from parity.verdict import AGREE
-from parity.verify import SOUND, verify_bundle
+from parity.lance.record import record
+from parity.lance.record_options import Options, build_request
+from parity.lance.recorded_taps import RecordedTaps
+from parity.lance.replay_torch import record_pipeline
+from parity.oracle.verify import SOUND, verify_bundle
+from parity.ports.implementations import Mlx, Reference
+from parity.tensors.recording import Tap, read_tensors
 
 ROOT = Path(__file__).parents[2]
 ORACLES = ROOT / "oracles"
@@ -67,7 +67,7 @@ def asked_again(oracle):
 
 def test_a_recorded_bundle_has_what_upstreams_has_and_both_sides_agree_with(supported_oracle, tmp_path, monkeypatch):
     # What the reference recorded it computes again; to measure floors for each takes long.
-    monkeypatch.setattr("parity.verify._judge", lambda bundle, found: None)
+    monkeypatch.setattr("parity.oracle.verify._judge", lambda bundle, found: None)
     source = manifest_of(supported_oracle)["source"]
     checkpoint = supported_oracle.parent / manifest_of(supported_oracle)["checkpoint"]
     request = asked_again(supported_oracle)
@@ -146,7 +146,7 @@ def test_taps_that_share_memory_in_the_run_are_kept_apart(small, monkeypatch):
         seen.append([tap.array.__array_interface__["data"][0] for tap in taps.values() if tap.array.size])
         return taps
 
-    monkeypatch.setattr("parity.record.record_pipeline", spoiled)
+    monkeypatch.setattr("parity.lance.record.record_pipeline", spoiled)
     bundle = small()
     assert len(set(seen[0])) == len(seen[0])
     assert verify_bundle(bundle).verdict == SOUND
@@ -169,8 +169,9 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from parity import bundle, record
-from parity.record_options import Options, build_request
+from parity.bundle import reading as bundle
+from parity.lance import record
+from parity.lance.record_options import Options, build_request
 
 def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -218,8 +219,8 @@ def test_a_failed_recording_leaves_nothing(small, tmp_path, monkeypatch):
         return {"latent": Tap(np.full((1, 2, 3, 48), np.nan, np.float32), "float32")}
 
     for name, replacement, message in (
-        ("parity.bundle.write_tensors", full, "cannot be written: No space left"),
-        ("parity.record.record_pipeline", broken, "latent holds NaN or infinity"),
+        ("parity.bundle.reading.write_tensors", full, "cannot be written: No space left"),
+        ("parity.lance.record.record_pipeline", broken, "latent holds NaN or infinity"),
     ):
         with monkeypatch.context() as patched, pytest.raises(ParityError, match=message) as caught:
             patched.setattr(name, replacement)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parity.errors import ParityError
-from parity.registry import CALLS, PATHS, SINGLES, WORDS, locate, parse, velocity_calls
+from parity.lance.names import CALLS, PATHS, SINGLES, WORDS, locate, parse, velocity_calls
 
 LAYER = "language_model.model.layers.1"
 

@@ -5,11 +5,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from parity.check import check_bundle
+from parity.comparison.check import check_bundle
 from parity.errors import ParityError
-from parity.implementations import IMPLEMENTATIONS
-from parity.plot import error_plot
-from parity.report import UNSUPPORTED, Row, row_of, significant, write_report
+from parity.ports.implementations import IMPLEMENTATIONS
+from parity.report.error_plot import error_plot
+from parity.report.run_page import UNSUPPORTED, Row, row_of, significant, write_report
 
 
 class Page(HTMLParser):
@@ -161,7 +161,7 @@ def test_a_report_that_cannot_be_written_is_an_error_and_leaves_nothing(rows, tm
     with pytest.raises(ParityError, match="cannot be written"):
         write_report(tmp_path / "file" / "latest", rows, [])
     write_report(tmp_path / "latest", rows[:1], [])
-    monkeypatch.setattr("parity.report.error_plot", lambda result: 1 / 0)
+    monkeypatch.setattr("parity.report.run_page.error_plot", lambda result: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(tmp_path / "latest", rows, [])
     assert {path.name for path in (tmp_path / "latest").iterdir()} == {"index.html", rows[0].page, LISTED}

@@ -3,24 +3,24 @@
 import numpy as np
 import pytest
 
-from parity.bundle import read_bundle
-from parity.fault_table import try_fault
-from parity.faults import CATALOGUE
+from parity.bundle.reading import read_bundle
 from parity.hypotheses import attempt, resizing
-from parity.oracle import Oracle
-from parity.registry import parse
-from parity.site import Site
-from parity.subject import MlxSubject
+from parity.hypotheses.tap_probe import TapProbe
+from parity.lance.fault_table import try_fault
+from parity.lance.faults import CATALOGUE
+from parity.lance.names import parse
+from parity.oracle.oracle import Oracle
+from parity.ports.subject import MlxSubject
 
 PLACES = [(name, "vae_pixels0") for name in ("image_edit-fp32-nokv", "i2v-fp32-nokv")]
 PLACES.append(("image_edit-fp32-nokv", "vit_patches0"))
 
 
-def site_at(oracle: Oracle, tap: str) -> Site:
+def site_at(oracle: Oracle, tap: str) -> TapProbe:
     array = oracle.bundle.inputs[tap].array
     if tap == "vae_pixels0" and oracle.bundle.task == "i2v":
         array = array[:, :1]
-    return Site(oracle, parse(f"inputs/{tap}"), array, array, {f"inputs/{tap}": array})
+    return TapProbe(oracle, parse(f"inputs/{tap}"), array, array, {f"inputs/{tap}": array})
 
 
 @pytest.mark.parametrize(("name", "tap"), PLACES)

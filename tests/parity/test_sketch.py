@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from parity import sketch
-from parity.sketch import BUCKETS, estimate, mixed, runs_of, sketch_array, sketch_mlx, sketch_tensor, unpacked
+from parity.tensors import sketch
+from parity.tensors.sketch import BUCKETS, estimate, mixed, runs_of, sketch_array, sketch_mlx, sketch_tensor, unpacked
 
 RUNS = (("brackets", 1), ("noise", 60), ("brackets", 3))
 

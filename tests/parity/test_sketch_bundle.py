@@ -9,28 +9,28 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from parity.bundle import read_bundle
-from parity.check import check_bundle
-from parity.cli import app
-from parity.comparison import compare_runs
+from parity.bundle.reading import read_bundle
+from parity.cli.main import app
+from parity.comparison.check import check_bundle
+from parity.comparison.compare import compare_runs
 from parity.errors import ParityError
-from parity.fault_table import try_fault
-from parity.faults import CATALOGUE
-from parity.floors import measure
-from parity.floors_file import FILE as FLOORS
-from parity.floors_file import floors_of, write_floors
-from parity.implementations import Mlx
-from parity.judgement import judge
-from parity.metrics import compare
-from parity.oracle import Oracle
-from parity.record import record
-from parity.record_options import Options, build_request
-from parity.recording import read_tensors, write_tensors
-from parity.sketch import ACCURACY, LARGEST, Sketch
-from parity.sketch_file import FILE
-from parity.subject import MlxSubject
-from parity.variants import SEGMENT
-from parity.verify import verify_bundle
+from parity.lance.fault_table import try_fault
+from parity.lance.faults import CATALOGUE
+from parity.lance.record import record
+from parity.lance.record_options import Options, build_request
+from parity.oracle.floors import measure
+from parity.oracle.floors_file import FILE as FLOORS
+from parity.oracle.floors_file import floors_of, write_floors
+from parity.oracle.judgement import judge
+from parity.oracle.oracle import Oracle
+from parity.oracle.variants import SEGMENT
+from parity.oracle.verify import verify_bundle
+from parity.ports.implementations import Mlx
+from parity.ports.subject import MlxSubject
+from parity.tensors.metrics import compare
+from parity.tensors.recording import read_tensors, write_tensors
+from parity.tensors.sketch import ACCURACY, LARGEST, Sketch
+from parity.tensors.sketch_file import FILE
 
 ORACLES = Path(__file__).parents[2] / "oracles"
 STREAM = "cond.step0/language_model.model.layers.1"

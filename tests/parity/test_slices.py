@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity.registry import parse
-from parity.rows import BRACKET, layout_of, row_experts, row_frames, row_roles, split_of
-from parity.slices import CONCENTRATED, LISTED, MINORITY, place_of, slice_errors, slice_sizes
+from parity.lance.names import parse
+from parity.lance.rows import BRACKET, layout_of, row_experts, row_frames, row_roles, split_of
+from parity.localize.slices import CONCENTRATED, LISTED, MINORITY, place_of, slice_errors, slice_sizes
 from reference.layout import Mode
 from reference.positions import Grid
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parity.bundle.store import DAMAGED, INTACT, NONE, list_bundles, seal, sizes
 from parity.errors import ParityError
-from parity.record import record
-from parity.record_options import Options, build_request
-from parity.recording import Tap, read_tensors, write_tensors
-from parity.store import DAMAGED, INTACT, NONE, list_bundles, seal, sizes
-from parity.verify import FAILS, SOUND, UNUSABLE, exit_status, verify, verify_bundle
+from parity.lance.record import record
+from parity.lance.record_options import Options, build_request
+from parity.oracle.verify import FAILS, SOUND, UNUSABLE, exit_status, verify, verify_bundle
+from parity.tensors.recording import Tap, read_tensors, write_tensors
 
 ORACLES = Path(__file__).parents[2] / "oracles"
 LAYER = "language_model.model.layers.1"

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from parity import stream_reference
-from parity.cli import app
+from parity.cli.main import app
 from parity.errors import ParityError
-from parity.faults.layered import load_layered
-from parity.metrics import compare
-from parity.record_options import Options
-from parity.replay_torch import record_reference
-from parity.stream import EMBEDDED, HEAD, stream
-from parity.stream_plan import plan_against, plan_live, size_of_latents
-from parity.stream_reference import ReferenceStream
+from parity.lance.faults.layered import load_layered
+from parity.lance.record_options import Options
+from parity.lance.replay_torch import record_reference
+from parity.lance.stream import reference as stream_reference
+from parity.lance.stream.comparison import EMBEDDED, HEAD, stream
+from parity.lance.stream.plan import plan_against, plan_live, size_of_latents
+from parity.lance.stream.reference import ReferenceStream
+from parity.tensors.metrics import compare
 from reference.numerics import Numerics
 
 ORACLES = Path(__file__).parents[2] / "oracles"
@@ -140,7 +140,7 @@ def test_a_fault_is_named_with_its_layer(spec, component):
 def test_a_fault_of_a_file_breaks_one_layer(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from parity.faults.base import parameter\n"
+        "from parity.lance.faults.base import parameter\n"
         "def scaled(model):\n"
         "    norm = model.language_model.model.layers[1].input_layernorm\n"
         "    return parameter(norm, 'weight', norm['weight'] * 1.001)\n"

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from parity.findings import Alarm, Departure, Localization, Margin
-from parity.localization_words import departs
-from parity.recording import Tap
-from parity.trajectory import first_departure, margins, teacher_forced, trajectory
-from parity.verdict import DIVERGE
+from parity.comparison.trajectory import Departure, Margin, first_departure, margins, teacher_forced, trajectory
+from parity.comparison.verdict import DIVERGE
+from parity.localize.findings import Localization
+from parity.oracle.bounds import Alarm
+from parity.report.words import departs
+from parity.tensors.recording import Tap
 
 DRAWN = ("t2i-fp32-kv", "t2i-fp32-nokv", "t2v-bf16-kv")
 ROUNDING = {"float32": 1e-5, "bfloat16": 0.05}

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from parity.bundle import read_bundle
-from parity.cli import main
-from parity.comparison import compare_runs
+from parity.bundle.reading import read_bundle
+from parity.cli.main import main
+from parity.comparison.compare import compare_runs
+from parity.comparison.verdict import AGREE
 from parity.errors import ParityError
-from parity.layouts import read_layout
-from parity.record import record
-from parity.record_options import Options, build_request
-from parity.recording import read_tensors
-from parity.upstream.clone import COMMIT, NEEDED, check_clone
-from parity.upstream.record import Clone, record_upstream, record_upstream_layout, request_of
-from parity.verdict import AGREE
-from parity.verify import SOUND, verify_bundle
+from parity.lance.record import record
+from parity.lance.record_options import Options, build_request
+from parity.lance.sequence_layouts import read_layout
+from parity.lance.upstream.clone import COMMIT, NEEDED, check_clone
+from parity.lance.upstream.record import Clone, record_upstream, record_upstream_layout, request_of
+from parity.oracle.verify import SOUND, verify_bundle
+from parity.tensors.recording import read_tensors
 
 ROOT = Path(__file__).parents[2]
 ORACLES = ROOT / "oracles"
@@ -101,7 +101,7 @@ def test_another_commit_and_changed_files_are_used_with_a_warning(fake, monkeypa
     git(folder, "commit", "-qm", "all")
     commit, warning = check_clone(folder)
     assert len(commit) == 40 and f"at commit {commit[:7]}, not {COMMIT[:7]}" in warning
-    monkeypatch.setattr("parity.upstream.clone.COMMIT", commit)
+    monkeypatch.setattr("parity.lance.upstream.clone.COMMIT", commit)
     assert check_clone(folder) == (commit, None)
     (folder / NEEDED[0]).write_text("changed")
     assert f"at commit {commit[:7]}-dirty" in check_clone(folder)[1]
@@ -187,7 +187,7 @@ def test_an_interrupt_ends_the_process_and_leaves_nothing(tmp_path, fake):
     source = f"import os, time; open({str(marker)!r}, 'w').write(str(os.getpid())); time.sleep(900)"
     out = tmp_path / "bundles" / "new"
     words = ["record", "t2i", "--upstream", fake(source), "--prompt", "a", "--checkpoint", CHECKPOINT, "-o", out]
-    line = [sys.executable, "-c", "from parity.cli import main; main()", *map(str, words)]
+    line = [sys.executable, "-c", "from parity.cli.main import main; main()", *map(str, words)]
     running = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not (marker.exists() and marker.read_text()):
         assert running.poll() is None
@@ -201,8 +201,8 @@ def test_an_interrupt_ends_the_process_and_leaves_nothing(tmp_path, fake):
 
 def test_the_process_needs_only_packages_that_upstream_has():
     # The last of them needs NumPy 2.
-    ours = ("lance_mlx", "mlx", "transformers", "pandas", "parity.metrics")
-    code = f"import sys\nsys.modules.update(dict.fromkeys({ours}))\nimport parity.upstream.worker"
+    ours = ("lance_mlx", "mlx", "transformers", "pandas", "parity.tensors.metrics")
+    code = f"import sys\nsys.modules.update(dict.fromkeys({ours}))\nimport parity.lance.upstream.worker"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

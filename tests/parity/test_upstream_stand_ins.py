@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lance_mlx.preprocess import vae_pixels
-from parity.upstream import stand_ins
-from parity.upstream.namespace import Overlaid
-from parity.upstream.stand_ins import InterpolationMode, Normalize, RandomResizedCrop
+from parity.lance.upstream import stand_ins
+from parity.lance.upstream.namespace import Overlaid
+from parity.lance.upstream.stand_ins import InterpolationMode, Normalize, RandomResizedCrop
 
 sides = st.integers(1, 200)
 

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from parity.bundle import read_bundle
-from parity.check import check_bundle
-from parity.cli import app
+from parity.bundle.reading import read_bundle
+from parity.cli.main import app
+from parity.comparison.check import check_bundle
 from parity.errors import ParityError
-from parity.implementations import Mlx, Reference
-from parity.localize import localize
-from parity.record import record
-from parity.record_options import Options, build_request
-from parity.verify import FAILS, SOUND, UNUSABLE, verify_bundle
-from parity.weight_sums import changed_weights, weight_sums
+from parity.lance.record import record
+from parity.lance.record_options import Options, build_request
+from parity.lance.weight_sums import changed_weights, weight_sums
+from parity.localize.investigation import localize
+from parity.oracle.verify import FAILS, SOUND, UNUSABLE, verify_bundle
+from parity.ports.implementations import Mlx, Reference
 
 ORACLES = Path(__file__).parents[2] / "oracles"
 DOWN = "language_model.model.layers.1.mlp_moe_gen.down_proj.weight"

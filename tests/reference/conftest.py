@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from parity.recording import Replay
+from parity.tensors.recording import Replay
 from reference.arms import build_arms
 from reference.model import Pipeline
 from reference.numerics import Numerics

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from parity.recording import Replay
-from parity.replay_torch import record_pipeline
+from parity.lance.replay_torch import record_pipeline
+from parity.tensors.recording import Replay
 from reference.errors import ReferenceError
 from reference.numerics import Numerics, attend
 from reference.request import Element, Medium, Renorm

@@ -1,6 +1,5 @@
 """Template, splits, positions and masks on integers."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from parity.recording import Recording, Replay, to_tap
-from parity.replay_torch import layout_reference, record_reference
+from parity.lance.replay_torch import layout_reference, record_reference
+from parity.tensors.recording import Recording, Replay, to_tap
 from reference.numerics import Numerics
 
 ROOT = Path(__file__).parents[2]

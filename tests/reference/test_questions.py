@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from parity.replay_torch import record_pipeline
+from parity.lance.replay_torch import record_pipeline
 from reference.errors import ReferenceError
 from reference.layout import VisualSize
 from reference.understanding import answer, build_reader

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parity.replay_torch import record_pipeline
+from parity.lance.replay_torch import record_pipeline
 from reference.errors import ReferenceError
 from reference.model import Pipeline
 from reference.numerics import Numerics

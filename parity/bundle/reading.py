@@ -1,0 +1,357 @@
+"""Oracle bundles: a request, what upstream was given, and the taps it computed; every claim is checked on reading."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parity.errors import ParityError
+from parity.lance import names as registry
+from parity.lance.requests import check_request
+from parity.tensors.recording import DTYPES, Recording, Tap, read_tensors, write_tensors
+from parity.tensors.sketch import Sketch
+from parity.tensors.sketch_file import FILE, SKETCH, listing, read_sketches, write_sketches
+
+FORMAT = "lance-oracle/1"
+CHECKSUMS = "MANIFEST.json"
+CHECKSUMS_FORMAT = "lance-oracles/1"
+ENTRIES = ("kv_cache", "full_sequence")
+WEIGHTS = "weights"
+"""Key of a manifest under which a bundle lists the checksums of the weights that it was computed with."""
+SUM_DIGITS = 32
+FILES = ("manifest.json", "inputs.safetensors", "taps.safetensors")
+ROLES = range(-1, 5)
+ATTN_MODES = range(4)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One oracle: `request` is what was asked for, `inputs` what the model was given, `taps` what it computed.
+
+    Of taps that a bundle of the level "sketch" does not hold whole, `sketches` holds sketches.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    inputs: Recording
+    taps: Recording
+    checkpoint: Path
+    sketches: dict[str, Sketch] = field(default_factory=dict)
+
+    @property
+    def expected(self) -> dict[str, Tap | Sketch]:
+        """All taps: those that are whole, and the sketches of the others."""
+        return self.taps | self.sketches if self.sketches else self.taps
+
+    @property
+    def name(self) -> str:
+        """The name of the bundle's folder."""
+        return self.path.name
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """The request under upstream's key names."""
+        return self.manifest["request"]
+
+    @property
+    def task(self) -> str:
+        """The launcher task, such as t2i."""
+        return self.request["task"]
+
+    @property
+    def entry(self) -> str:
+        """Which of upstream's two sampling functions ran: kv_cache or full_sequence."""
+        return self.manifest["source"]["entry"]
+
+    @property
+    def dtype(self) -> str:
+        """The numerics policy of the run: float32 or bfloat16."""
+        return self.manifest["source"]["dtype"]
+
+    @property
+    def variant(self) -> str:
+        """The folder of the LLM within the checkpoint."""
+        return self.manifest["variant"]
+
+    @cached_property
+    def timesteps(self) -> list[float]:
+        """t of the tokens that are denoised at the start of every step, as captured."""
+        taps = (self.taps.get(f"sampler.timestep{step}") for step in range(self.request.get("num_steps", 0)))
+        return [float(tap.array.max()) for tap in taps if tap is not None and tap.array.size]
+
+    @cached_property
+    def guided(self) -> list[bool]:
+        """Whether the unconditional arm runs, for every step (bytedance/Lance modeling/lance/lance.py)."""
+        low, high = self.request.get("cfg_interval", (0.0, 1.0))
+        # Upstream compares in float32, t being a tensor.
+        low, high = np.float32(low), np.float32(high)
+        return [bool(self.request.get("cfg_text_scale", 1.0) > 1.0 and low < t <= high) for t in self.timesteps]
+
+    def locate(self, name: str) -> registry.TapName:
+        """Return the parsed tap name with what only this run's schedule can tell."""
+        return registry.locate(name, self.guided)
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read and validate one bundle folder; raises ParityError in one line that names what is wrong."""
+    if not path.is_dir():
+        raise ParityError(f"{path} is not a bundle folder: it needs {', '.join(FILES)}")
+    path = path.resolve()
+    root = path.parent
+    for name in FILES:
+        _inside(path / name, root, f"{path.name}/{name}")
+        if not (path / name).is_file():
+            raise ParityError(f"bundle {path.name} has no {name}: copy the bundle again")
+    manifest = _read_manifest(path / "manifest.json")
+    # Plain names cannot leave the folder; a link that its owner put there may, as the files of a hub's cache do.
+    checkpoint = root / _plain(manifest, "checkpoint", path.name)
+    variant = checkpoint / _plain(manifest, "variant", path.name)
+    if not variant.is_dir():
+        raise ParityError(f"bundle {path.name} names the checkpoint {variant}, which does not exist: put it there")
+    verify_checksums(root, [path, checkpoint])
+    inputs = read_tensors(path / "inputs.safetensors")
+    taps = read_tensors(path / "taps.safetensors")
+    bundle = Bundle(path, manifest, inputs, taps, checkpoint, read_sketches(path, manifest))
+    _check_taps(bundle)
+    _check_inputs(bundle)
+    return bundle
+
+
+def write_bundle(
+    path: Path,
+    manifest: dict[str, Any],
+    inputs: Recording,
+    taps: Recording,
+    sketches: Mapping[str, Sketch] | None = None,
+) -> None:
+    """Write a bundle folder, replacing one of the same name, with the list of taps filled in from what it is given.
+
+    `manifest` holds the other keys: source, checkpoint, variant, request. With `sketches`, also with none of them, the
+    bundle is of the level "sketch". Raises ParityError when that fails.
+    """
+    listed = [{"name": n, "shape": list(t.shape), "dtype": t.dtype} for n, t in taps.items()]
+    complete = {**manifest, "format": FORMAT, "name": path.name}
+    if sketches is not None:
+        complete["level"] = SKETCH
+        listed += listing(sketches)
+    complete["taps"] = sorted(listed, key=lambda entry: entry["name"])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            (beside / "manifest.json").write_text(json.dumps(complete, indent=1), encoding="utf-8")
+            write_tensors(beside / "inputs.safetensors", inputs)
+            write_tensors(beside / "taps.safetensors", taps)
+            if sketches is not None:
+                write_sketches(beside / FILE, sketches)
+            beside.chmod(0o755)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(beside, path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        raise ParityError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def find_bundles(folders: Sequence[Path]) -> list[Path]:
+    """Return the bundle folders among and directly in `folders`, in order; raises ParityError where there is none."""
+    found: list[Path] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise ParityError(f"{folder} is not a folder: name a folder of oracle bundles or one bundle")
+        # By listing: where file names ignore case, MANIFEST.json of a folder of bundles would pass for manifest.json.
+        inside = [folder] if "manifest.json" in {path.name for path in folder.iterdir()} else []
+        # A folder that only lacks its manifest is still listed, so that it is reported rather than passed over.
+        # What begins with a dot is being written, or was left by a run that was killed.
+        folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        inside = inside or [path for path in folders if any((path / name).exists() for name in FILES)]
+        if not inside:
+            raise ParityError(f"{folder} holds no oracle bundle: name a folder of bundles or one bundle")
+        found += [path for path in inside if path not in found]
+    return found
+
+
+def read_listing(root: Path) -> dict[str, Any] | None:
+    """Return MANIFEST.json of a folder of bundles, whose `files` have an entry each; None where there is none.
+
+    Raises ParityError for a file that is none.
+    """
+    path = root / CHECKSUMS
+    if not path.is_file():
+        return None
+    document = read_json(path)
+    if document.get("format") != CHECKSUMS_FORMAT or not isinstance(document.get("files"), dict):
+        raise ParityError(f"{path} is not a {CHECKSUMS_FORMAT} file: restore or remove it")
+    return document
+
+
+def verify_checksums(root: Path, folders: Sequence[Path]) -> None:
+    """Compare the files below `folders` with `root`/MANIFEST.json where there is one; raises ParityError."""
+    document = read_listing(root)
+    if document is None:
+        return
+    prefixes = tuple(f"{folder.relative_to(root).as_posix()}/" for folder in folders)
+    for name, expected in document["files"].items():
+        if not name.startswith(prefixes):
+            continue
+        if ".." in Path(name).parts:
+            raise ParityError(f"{CHECKSUMS} entry {name!r} leaves the oracle folder {root}: restore or remove it")
+        path = root / name
+        if not path.is_file():
+            raise ParityError(f"{name} is listed in {CHECKSUMS} but missing: copy it again")
+        if not isinstance(expected, dict) or sha256(path) != expected.get("sha256"):
+            raise ParityError(f"{name} does not match its checksum in {CHECKSUMS}: copy it again")
+
+
+def sha256(path: Path) -> str:
+    """Return the checksum of a file, computed once for as long as it does not change.
+
+    Raises ParityError where it cannot be read.
+    """
+    try:
+        status = path.stat()
+        return _sha256(path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise ParityError(f"{path} cannot be read: {error.strerror}") from error
+
+
+@cache
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    del size, mtime_ns  # they only tell a changed file apart in the cache
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object from a file; raises ParityError for anything else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ParityError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ParityError(f"{path} is not JSON ({error}): copy it again") from error
+    if not isinstance(document, dict):
+        raise ParityError(f"{path} must hold a JSON object: copy it again")
+    return document
+
+
+def _inside(path: Path, root: Path, what: str) -> Path:
+    try:
+        resolved = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ParityError(f"{what} is not a usable path ({error})") from error
+    if not resolved.is_relative_to(root):
+        raise ParityError(f"{what} leaves the oracle folder {root}: copy what it points to into that folder")
+    return resolved
+
+
+def _plain(manifest: dict[str, Any], key: str, bundle: str) -> str:
+    name = manifest[key]
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        raise ParityError(f"{key} {name!r} of bundle {bundle} leaves the folder: it must be the plain name of a folder")
+    return name
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = read_json(path)
+    what = f"{path.parent.name}/manifest.json"
+    if manifest.get("format") != FORMAT:
+        raise ParityError(f"{what} has format {manifest.get('format')!r}, not {FORMAT!r}: capture the bundle again")
+    for key, kind in (("source", dict), ("checkpoint", str), ("variant", str), ("request", dict), ("taps", list)):
+        if not isinstance(manifest.get(key), kind):
+            raise ParityError(f"{what} lacks {key!r} or holds no {kind.__name__} there: capture the bundle again")
+    if manifest["source"].get("entry") not in ENTRIES:
+        raise ParityError(f"{what} has entry {manifest['source'].get('entry')!r}, not one of {', '.join(ENTRIES)}")
+    if manifest["source"].get("dtype") not in ("float32", "bfloat16"):
+        raise ParityError(f"{what} has dtype {manifest['source'].get('dtype')!r}, not float32 or bfloat16")
+    check_request(manifest["request"], what)
+    check_weight_sums(manifest, path.parent.name)
+    for entry in manifest["taps"]:
+        listed = isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("shape"), list)
+        if not listed or entry.get("dtype") not in DTYPES:
+            raise ParityError(f"{what} lists a tap without a name, a shape or a known dtype: {entry!r}"[:300])
+    return manifest
+
+
+def check_weight_sums(manifest: Mapping[str, Any], bundle: str) -> None:
+    """Raise ParityError unless the checksums of weights that a manifest holds, if any, are some."""
+    sums = manifest.get(WEIGHTS, {})
+    if not isinstance(sums, dict) or WEIGHTS in manifest and not sums:
+        raise ParityError(f"{WEIGHTS!r} in manifest.json of bundle {bundle} must map names to checksums: copy it again")
+    for name, value in sums.items():
+        if not isinstance(value, str) or not re.fullmatch(rf"[0-9a-f]{{{SUM_DIGITS}}}", value):
+            raise ParityError(
+                f"{WEIGHTS!r} in manifest.json of bundle {bundle} gives {name} {value!r:.60}, "
+                f"which is no checksum of {SUM_DIGITS} hexadecimal digits: copy it again"
+            )
+
+
+def _check_taps(bundle: Bundle) -> None:
+    listed = [entry["name"] for entry in bundle.manifest["taps"]]
+    if not listed:
+        raise ParityError(f"bundle {bundle.name} lists no taps: there is nothing to compare with")
+    twice = {name for name in listed if listed.count(name) > 1} if len(set(listed)) < len(listed) else set()
+    if twice:
+        raise ParityError(f"bundle {bundle.name} lists tap {min(twice)} twice: capture the bundle again")
+    unlisted = sorted(set(bundle.taps) - set(listed))
+    if unlisted:
+        raise ParityError(f"taps.safetensors of bundle {bundle.name} holds {unlisted[0]}, which is not in its manifest")
+    for entry in bundle.manifest["taps"]:
+        name = entry["name"]
+        what = f"tap {name} of bundle {bundle.name}"
+        integer = registry.parse(name).integer
+        if name in bundle.sketches:
+            if bundle.sketches[name].statistics[:, -1].any():
+                raise ParityError(f"{what} holds NaN or infinity: the capture is broken, repeat it")
+            continue
+        if name not in bundle.taps:
+            raise ParityError(f"{what} is listed in the manifest but missing from taps.safetensors: copy it again")
+        tap = bundle.taps[name]
+        if list(tap.array.shape) != entry["shape"]:
+            raise ParityError(f"{what} has shape {list(tap.array.shape)}, its manifest says {entry['shape']}")
+        if tap.dtype != entry["dtype"]:
+            raise ParityError(f"{what} has dtype {tap.dtype}, its manifest says {entry['dtype']}")
+        if (tap.dtype == "int32") != integer:
+            raise ParityError(f"{what} has dtype {tap.dtype}, but it must be {'int32' if integer else 'a float'}")
+        bad = np.argwhere(~np.isfinite(tap.array))
+        if len(bad):
+            at = [int(i) for i in bad[0]]
+            raise ParityError(f"{what} holds {tap.array[tuple(at)]} at {at}: the capture is broken, repeat it")
+
+
+def _check_inputs(bundle: Bundle) -> None:
+    what = f"inputs.safetensors of bundle {bundle.name}"
+    for name, tap in bundle.inputs.items():
+        bad = np.argwhere(~np.isfinite(tap.array))
+        if len(bad):
+            raise ParityError(f"{name} in {what} is not finite at {bad[0].tolist()}: the capture is broken, repeat it")
+    ints = {name: tap.array for name, tap in bundle.inputs.items() if tap.dtype == "int32"}
+    for name in ("text_ids", "modality", "split_lens", "attn_modes"):
+        if name not in ints or ints[name].ndim != 1:
+            raise ParityError(f"{what} lacks {name} as a list of int32: copy the bundle again")
+    length = len(ints["text_ids"])
+    if len(ints["modality"]) != length or ints["split_lens"].sum() != length or np.any(ints["split_lens"] < 1):
+        raise ParityError(f"{what}: modality and split_lens must cover the {length} tokens of text_ids")
+    if len(ints["attn_modes"]) != len(ints["split_lens"]):
+        raise ParityError(f"{what}: attn_modes and split_lens differ in length")
+    vocabulary = read_json(bundle.checkpoint / bundle.variant / "llm_config.json").get("vocab_size")
+    if not isinstance(vocabulary, int):
+        raise ParityError(f"llm_config.json of {bundle.variant} gives no vocab_size: restore the checkpoint")
+    bounds = {"text_ids": range(vocabulary), "modality": ROLES, "attn_modes": ATTN_MODES}
+    bounds |= {name: range(length) for name in ints if name.endswith("_indexes")}
+    bounds |= {name: range(1, 2**31) for name in ints if name.endswith("_thw") or name == "video_sizes"}
+    for name, allowed in bounds.items():
+        values = ints[name]
+        if values.size and not (allowed.start <= values.min() and values.max() < allowed.stop):
+            wrong = values.min() if values.min() < allowed.start else values.max()
+            raise ParityError(f"{what}: {name} holds {wrong}, outside {allowed.start} to {allowed.stop - 1}")

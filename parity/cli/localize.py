@@ -1,0 +1,155 @@
+"""The commands of lance-parity that say where and why: localize, faults, floors."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parity.cli.errors import one_line_errors
+from parity.cli.results import FormatOption, OutputOption, deliver
+
+REPORTS = Path("reports/localize")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to an app."""
+    app.command(
+        epilog="Exit status: 0 agrees, 1 diverges, 2 inconclusive or unusable.",
+    )(localize)
+    app.command(epilog="Exit status: 0.")(faults)
+    app.command(epilog="Exit status: 0 written, 2 bad input: one line says what and how to mend it.")(floors)
+
+
+def localize(
+    bundle: Annotated[Path, typer.Argument(help="Folder of one bundle.")],
+    impl: Annotated[str, typer.Option(metavar="NAME", help="mlx or reference.")] = "mlx",
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fault",
+            metavar="NAME",
+            help="Break lance_mlx by a fault of the catalogue, or by FILE.py:NAME; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Break it as another port departs from upstream.", show_default=False),
+    ] = None,
+    hypotheses: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A .py file with hypotheses of your own.", show_default=False),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.", show_default=False)
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The HTML report.", show_default=f"{REPORTS}/BUNDLE.html"),
+    ] = None,
+    form: FormatOption = None,
+    output: OutputOption = None,
+) -> None:
+    """Find the first component that is wrong by itself, and everything else that is, with what explains it.
+
+    The bundle's request is replayed with every part given what the oracle has before it: what then differs by more than
+    rounding is wrong by itself, whatever went wrong earlier. Weights, tokens, positions and times are compared exactly
+    before that. At each place hypotheses are tried on the reference and ranked by how much of the difference they
+    remove. With several faults at once the list is complete and in order.
+
+    A fault in a file is a callable that is given the loaded model and returns a context manager; the model's attributes
+    are those of the checkpoint (`model.language_model.model.layers[0]`), and `model.vae`, `model.pipeline`.
+    """
+    with one_line_errors():
+        from parity.comparison.verdict import AGREE, DIVERGE, UNUSABLE
+        from parity.errors import ParityError
+        from parity.hypotheses import HYPOTHESES, check_unique, load_hypotheses
+        from parity.lance.faults import PROFILES, load_fault
+        from parity.localize.investigation import localize as run
+        from parity.report.localization_page import plots_folder, write_localization
+        from parity.report.output import require_own
+        from parity.report.runner import limit_threads
+        from parity.report.terminal import progress_bar
+        from parity.report.terminal_localize import print_localization
+        from parity.tensors.recording import write_atomically
+
+        limit_threads()
+        require_own(plots_folder(report or REPORTS / f"{bundle.name}.html"))
+        try:
+            chosen = [load_fault(name) for name in fault or []]
+            if profile is not None:
+                if profile not in PROFILES:
+                    raise ParityError(f"there is no profile {profile!r}: name one of {', '.join(PROFILES)}")
+                chosen += _departures(PROFILES[profile], bundle)
+            own = [h for path in hypotheses or [] for h in load_hypotheses(path)]
+            with progress_bar(1, "bundle") as start:
+                found = run(bundle, impl, chosen, check_unique([*own, *HYPOTHESES]), start(f"{bundle.name} {impl}"))
+        except ParityError as error:
+            if json_file:
+                document = {"verdict": UNUSABLE, "reason": str(error), "findings": [], "bundle": bundle.name}
+                write_atomically(json_file, json.dumps(document, indent=1).encode())
+            raise
+        if json_file:
+            write_atomically(json_file, json.dumps(found.to_json(), indent=1, allow_nan=False).encode())
+        page = write_localization(report or REPORTS / f"{found.bundle}.html", found)
+        if not deliver(found, form, output):
+            print_localization(found)
+            print(page)
+        raise typer.Exit({AGREE: 0, DIVERGE: 1}.get(found.verdict, 2))
+
+
+def _departures(profile: object, path: Path) -> list:
+    from parity.bundle.reading import read_bundle
+    from parity.errors import ParityError
+
+    bundle = read_bundle(path)
+    found = profile.faults_of(bundle)
+    if not found:
+        raise ParityError(f"profile {profile.name} does nothing to a {bundle.task} bundle in {bundle.dtype}")
+    return found
+
+
+def faults() -> None:
+    """List the faults of the catalogue and the profiles: what each does, and in which runs it shows."""
+    with one_line_errors():
+        from parity.report.terminal_localize import print_faults
+
+        print_faults()
+
+
+def floors(
+    folders: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders of bundles, or single bundles.")],
+) -> None:
+    """Measure what rounding alone does to bundles, and keep it beside their taps, in floors.safetensors.
+
+    The reference runs in every order of rounding, and in processes that compute as other processors do. Without that
+    file, or on another machine than it was measured on, the other commands measure once and keep it in
+    ~/.cache/lance-parity (LANCE_PARITY_CACHE names another folder). What is there is measured again.
+    """
+    with one_line_errors():
+        from parity.bundle.reading import find_bundles, read_bundle
+        from parity.bundle.store import relist
+        from parity.oracle.floors import measure
+        from parity.oracle.floors_file import FILE, write_floors
+        from parity.oracle.machines import machine, settings
+        from parity.oracle.oracle import Oracle
+        from parity.oracle.variants import LOCAL
+        from parity.report.runner import limit_threads
+        from parity.report.terminal import progress_bar
+
+        limit_threads()
+        paths = find_bundles(folders)
+        lines = []
+        with progress_bar(len(paths), "bundle") as start:
+            for path in paths:
+                tell = start(path.name)
+                oracle = Oracle.of(read_bundle(path))
+                floors = measure(oracle, tell, settings())
+                write_floors(path / FILE, oracle, floors)
+                relist(path / FILE)
+                local = floors[LOCAL]
+                lines.append(
+                    f"{path / FILE}: {len(local.levels)} taps, {len(local.variants)} variants, machine {machine()}"
+                )
+        print("\n".join(lines))

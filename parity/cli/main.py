@@ -1,0 +1,183 @@
+"""The command lance-parity."""
+
+import json
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parity.cli import localize as cli_localize
+from parity.cli import store as cli_store
+from parity.cli import stream as cli_stream
+from parity.cli.errors import one_line_errors
+from parity.cli.results import FormatOption, OutputOption, deliver
+from parity.errors import ParityError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Compares lance_mlx and its PyTorch reference with tensors captured from bytedance/Lance.",
+)
+
+
+class ImplName(StrEnum):
+    """The implementations that can be compared."""
+
+    MLX = "mlx"
+    REFERENCE = "reference"
+
+
+class ImplChoice(StrEnum):
+    """One implementation or both."""
+
+    BOTH = "both"
+    MLX = "mlx"
+    REFERENCE = "reference"
+
+
+@app.command(epilog="Exit status: 0 all agree, 1 some diverge, 2 some are unusable or nothing was compared.")
+def run(
+    oracles: Annotated[
+        list[Path] | None, typer.Argument(help="Folders of bundles, or single bundles.", show_default="oracles/")
+    ] = None,
+    report: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the HTML report, anew.")] = Path(
+        "reports/latest"
+    ),
+    form: FormatOption = None,
+    output: OutputOption = None,
+) -> None:
+    """Compare both implementations with every bundle and write an HTML report.
+
+    Bundles of tasks that do not exist yet are listed as unsupported and count neither way. The last line of the output
+    is the path of the report.
+    """
+    with one_line_errors():
+        from parity.bundle.reading import find_bundles
+        from parity.ports.implementations import IMPLEMENTATIONS
+        from parity.report.output import require_own
+        from parity.report.run_page import write_report
+        from parity.report.runner import compare_all, exit_status
+        from parity.report.terminal import print_rows, progress_bar
+
+        folders = oracles or [Path("oracles")]
+        paths = find_bundles(folders)
+        require_own(report)
+        with progress_bar(len(paths) * len(IMPLEMENTATIONS), "comparison") as start:
+            rows = compare_all(paths, start)
+        index = write_report(report, rows, [str(folder) for folder in folders])
+        if not deliver(rows, form, output):
+            print_rows(rows)
+            print(index)
+        raise typer.Exit(exit_status([row.verdict for row in rows]))
+
+
+@app.command(epilog="Exit status: 0 agree, 1 diverge, 2 unusable: a broken bundle, missing taps, an unsupported task.")
+def check(
+    bundle: Annotated[Path, typer.Argument(help="Folder of one bundle.")],
+    impl: Annotated[ImplName, typer.Option(help="The implementation to compare.")],
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
+    dump: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write DIR/taps.safetensors: what the implementation computed."),
+    ] = None,
+    form: FormatOption = None,
+    output: OutputOption = None,
+) -> None:
+    """Compare one implementation with one bundle, integers first.
+
+    Replays the bundle's request from its noise under its numerics policy, twice, and compares every tap. A tap may be
+    off by its floor, which is what equally right orders of rounding do to this very run, times a threshold that is
+    measured as well. The first divergence is the first in order of execution.
+    """
+    with one_line_errors():
+        from parity.comparison.check import check_recording, record_bundle, unusable_json
+        from parity.ports.implementations import IMPLEMENTATIONS
+        from parity.report.runner import exit_status, limit_threads
+        from parity.report.terminal import print_result, progress_bar
+        from parity.tensors.recording import write_tensors
+
+        limit_threads()
+        try:
+            with progress_bar(1, "comparison") as start:
+                replay = record_bundle(bundle, IMPLEMENTATIONS[impl](), start(f"{bundle.name} {impl}"))
+                result = check_recording(replay)
+        except ParityError as error:
+            if json_file:
+                _write_json(json_file, unusable_json(bundle.name, impl, str(error)))
+            raise
+        if dump:
+            names = [tap.tap.name for tap in result.taps]
+            write_tensors(dump / "taps.safetensors", {name: replay.recording[name] for name in names})
+        if json_file:
+            _write_json(json_file, result.to_json())
+        if not deliver(result, form, output):
+            print_result(result)
+        raise typer.Exit(exit_status([result.verdict]))
+
+
+@app.command(epilog="Exit status: 0 all equal, 1 some differ, 2 some are unusable or nothing was compared.")
+def layouts(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of captured layouts (.json and .npz).")],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of vocab.json and merges.txt; by default tokenizer/ in or above DIR."),
+    ] = None,
+    impl: Annotated[ImplChoice, typer.Option(help="The implementation to compare.")] = ImplChoice.BOTH,
+) -> None:
+    """Compare the integer layouts of long sequences bit for bit; needs no weights.
+
+    Layouts of tasks that do not exist yet are listed as unsupported and count neither way.
+    """
+    with one_line_errors():
+        from parity.comparison.verdict import UNUSABLE
+        from parity.lance.sequence_layouts import check_layout, find_tokenizer, read_layouts
+        from parity.ports.implementations import IMPLEMENTATIONS
+        from parity.report.run_page import UNSUPPORTED
+        from parity.report.runner import exit_status
+        from parity.report.terminal import new_table, print_table, styled
+
+        found = read_layouts(folder)
+        place = find_tokenizer(folder, tokenizer)
+        names = list(IMPLEMENTATIONS) if impl is ImplChoice.BOTH else [impl.value]
+        table, verdicts = new_table("layout", "implementation", "tokens", "arrays equal", "build time", "verdict"), []
+        for layout in found:
+            for name in names if layout.supported else []:
+                try:
+                    r = check_layout(layout, IMPLEMENTATIONS[name](), place)
+                    shown = (str(r.tokens), str(r.compared), f"{r.seconds:.2f} s", styled(r.verdict, r.detail))
+                    verdicts.append(r.verdict)
+                except ParityError as error:
+                    shown = (str(layout.tokens), "0", "", styled(UNUSABLE, str(error)))
+                    verdicts.append(UNUSABLE)
+                table.add_row(layout.name, name, *shown)
+            if not layout.supported:
+                task = f"task {layout.request['task']} is not supported yet"
+                table.add_row(layout.name, "", str(layout.tokens), "", "", styled(UNSUPPORTED, task))
+        print_table(table)
+        raise typer.Exit(exit_status(verdicts))
+
+
+cli_localize.register(app)
+cli_store.register(app)
+cli_stream.register(app)
+
+
+def _write_json(path: Path, document: dict) -> None:
+    from parity.tensors.recording import write_atomically
+
+    write_atomically(path, json.dumps(document, indent=1, allow_nan=False).encode())
+
+
+def main() -> None:
+    """Run the command."""
+    # PyTorch reads it when it is loaded: a waiting thread that spins takes its core from another process.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""What must be equal before any activation means anything: weights, tokens, roles, splits, positions, times, noise."""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity.oracle.oracle import Oracle
+from parity.ports.subject import Subject, oracle_weights
+from parity.tensors.metrics import bits
+from parity.tensors.recording import Contract, Observed, Recording
+
+# In the order in which a run needs them: an earlier one decides what the later ones mean.
+ORDER = (
+    "inputs/request",
+    "inputs/text_ids",
+    "inputs/modality",
+    "inputs/split_lens",
+    "inputs/attn_modes",
+    "inputs/grids_thw",
+    "inputs/answer",
+    "inputs/text_ids.uncond",
+    "inputs/position_ids.cond",
+    "inputs/position_ids.uncond",
+    "inputs/timesteps",
+    "inputs/guided",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Breach:
+    """Something that had to be equal and is not.
+
+    Attributes:
+        tap: `inputs/...` or `weights/...`.
+        expected, got: both arrays; `got` is None where nothing came, `expected` where nothing was to come.
+        detail: one sentence with the first values that differ.
+    """
+
+    tap: str
+    expected: np.ndarray | None
+    got: np.ndarray | None
+    detail: str
+
+    @property
+    def error(self) -> float | None:
+        """Relative L2 error, None where the two cannot be subtracted."""
+        if self.expected is None or self.got is None or self.expected.shape != self.got.shape:
+            return None
+        norm = float(np.linalg.norm(self.expected.astype(np.float64)))
+        return float(np.linalg.norm(self.got.astype(np.float64) - self.expected)) / norm if norm else None
+
+
+@dataclass(frozen=True, eq=False)
+class WeightCheck:
+    """All weights of a subject against the oracle's: which differ, how many were compared, and a sum over them all."""
+
+    breaches: list[Breach]
+    compared: int
+    checksum: str
+
+
+def check_weights(subject: Subject, oracle: Oracle) -> WeightCheck:
+    """Compare all parameters bit for bit."""
+    expected = dict(oracle_weights(oracle))
+    breaches, seen, checksum = [], set(), 0
+    for name, array in expected.items():
+        checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, zlib.crc32(name.encode(), checksum))
+    for name, got in subject.weights():
+        wanted = expected.get(name)
+        if wanted is None:
+            continue
+        seen.add(name)
+        if got.size == wanted.size and got.ndim != wanted.ndim:
+            got = got.reshape(wanted.shape)  # a norm's scale has axes of length 1 in one of the two
+        if got.shape != wanted.shape or not np.array_equal(bits(got), bits(wanted)):
+            breaches.append(Breach(f"weights/{name}", wanted, got, describe(name, wanted, got)))
+    for name in (name for name in expected if name not in seen):
+        breaches.append(Breach(f"weights/{name}", expected[name], None, f"{name} is not among the parameters"))
+    return WeightCheck(breaches, len(seen), f"crc32:{checksum:08x}")
+
+
+def check_exact(contract: Contract, observed: Observed) -> Iterator[Breach]:
+    """Compare the exact arrays in order."""
+    for name in ORDER:
+        if name in observed.failures:
+            yield Breach(name, contract.exact.get(name), None, observed.failures[name])
+            continue
+        expected, got = contract.exact.get(name), observed.exact.get(name)
+        if expected is None or (got is None and "inputs/request" in observed.failures):
+            continue
+        if got is None:
+            # What a run has no use for, such as positions of an arm that never runs, is not computed.
+            continue
+        if expected.shape != got.array.shape or not np.array_equal(expected, got.array):
+            yield Breach(name, expected, got.array, describe(name, expected, got.array))
+
+
+def check_preprocessed(computed: Mapping[str, np.ndarray] | None, inputs: Recording) -> Iterator[Breach]:
+    """Compare how visuals are resized with what upstream's run was given.
+
+    Where a side is cut by an odd number of pixels upstream draws which end loses the larger part, so a picture that is
+    the same but for one pixel's shift is as good.
+    """
+    grids = inputs["vit_video_grid_thw"].array.tolist() if "vit_video_grid_thw" in inputs else []
+    for name, got in (computed or {}).items():
+        if name not in inputs:
+            continue
+        expected = inputs[name].array
+        if name.startswith("vae_pixels") and got.shape[1] == 1:
+            # A picture that begins a video: what follows it in the oracle's input is a placeholder.
+            expected = expected[:, :1]
+        frames = (expected, got)
+        if name.startswith("vit_patches") and expected.shape == got.shape:
+            grid = grids[int(name.removeprefix("vit_patches"))]
+            frames = _pixels(expected, grid), _pixels(got, grid)
+        if not _same_picture(*frames):
+            yield Breach(f"inputs/{name}", expected, got, describe(name, expected, got))
+
+
+def _same_picture(expected: np.ndarray, got: np.ndarray) -> bool:
+    if expected.shape != got.shape:
+        return False
+    inner = got[..., 1:-1, 1:-1]
+    h, w = inner.shape[-2:]
+    shifted = (expected[..., dy : dy + h, dx : dx + w] for dy in range(3) for dx in range(3))
+    return np.array_equal(expected, got) or any(inner.size and np.array_equal(inner, part) for part in shifted)
+
+
+def _pixels(patches: np.ndarray, grid: list[int]) -> np.ndarray:
+    """Patches [n, 1176] of a grid (t, h, w) as frames [2t, 3, 14h, 14w]: undoes the order of merged tokens."""
+    t, h, w = grid
+    blocks = patches.reshape(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)
+    return blocks.transpose(0, 6, 5, 1, 3, 7, 2, 4, 8).reshape(2 * t, 3, 14 * h, 14 * w)
+
+
+def describe(name: str, expected: np.ndarray, got: np.ndarray) -> str:
+    """Say in one sentence where two arrays differ first."""
+    shown = name.removeprefix("inputs/")
+    if expected.shape != got.shape:
+        return f"{shown} has shape {list(got.shape)}, the oracle's has {list(expected.shape)}"
+    different = np.argwhere(expected != got)
+    if not len(different):
+        return f"{shown} is equal"
+    at = tuple(int(i) for i in different[0])
+    count = f"{len(different)} of {expected.size} values differ"
+    return f"{shown} is {got[at]:.7g} at {list(at)} where the oracle has {expected[at]:.7g}; {count}"

@@ -1,0 +1,184 @@
+"""Trying hypotheses at a place that is wrong by itself, alone and together, and ranking what they explain."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from parity.errors import interrupted
+from parity.hypotheses import Hypothesis, attempt, unpatched
+from parity.hypotheses.tap_probe import TapProbe
+from parity.localize.findings import EXPLAINS, Explanation
+
+# As many causes may meet in one place.
+DEPTH = 3
+# Hypotheses that are tried on a second input, and that others are tried on top of.
+FINALISTS, BASES = 8, 4
+# What two hypotheses together leave must be less than this part of what the better one leaves: else one is enough.
+WORTH_ANOTHER = 0.5
+LISTED = 5
+# What a hypothesis removes that makes a sequence of another length.
+UNFIT = -1.0
+_DIGITS = 6
+
+
+Failed = dict[str, str]
+"""What hypotheses raised other than DoesNotApply, in a line, by the hypothesis's name."""
+
+
+@dataclass(frozen=True)
+class Causes:
+    """What explains a place: the hypotheses that together do, first cause first, and all tried, best first.
+
+    `failed` holds what hypotheses raised, by their names; whoever tries the causes elsewhere adds to it.
+    """
+
+    together: tuple[Hypothesis, ...]
+    removed: float
+    ranked: tuple[Explanation, ...]
+    failed: Failed = field(default_factory=dict)
+
+
+Tried = tuple[Hypothesis, float, float | None]
+"""A hypothesis, and what it removes here and on a second input."""
+
+
+def explain(
+    site: TapProbe, second: TapProbe | None, hypotheses: Sequence[Hypothesis], known: Sequence[Hypothesis] = ()
+) -> Causes:
+    """Try all hypotheses about a site's component.
+
+    `second` is another place of the same kind that is wrong too: an explanation has to hold there as well. `known` are
+    causes found before, on top of which all others are tried.
+    """
+    about = [hypothesis for hypothesis in hypotheses if hypothesis.about(site.component)]
+    failed: Failed = {}
+    if known:
+        return _beyond(site, [h for h in about if h not in known], known, failed)
+    tried = [(hypothesis, removed(site, [hypothesis], failed)) for hypothesis in about]
+    tried = sorted(((h, r) for h, r in tried if r is not None), key=lambda item: -item[1])
+    if not tried:
+        return Causes((), 0.0, (), failed)
+    ranked = _ranked(tried, second, failed)
+    best, first = ranked[0][0], ranked[0][1]
+    together, amount = (best,), first
+    if first < 1 - 1e-9 if site.exact else first < 1 - (1 - EXPLAINS) / 2:
+        stack, reached = _stacked(site, [h for h, _ in tried], first, failed)
+        # A second cause has to be seen clearly, and beyond rounding; integers have to be equal.
+        clear = 1 - reached < WORTH_ANOTHER * (1 - first)
+        beyond = (reached - first) * _residual(site, site.expected) > _rounding(site)
+        if reached >= (1 - 1e-9 if site.exact else EXPLAINS) and clear and beyond:
+            together, amount = stack, reached
+    if amount < EXPLAINS:
+        together = ()
+    listed = tuple(Explanation(h.name, r, s) for h, r, s in ranked[:LISTED] if r > UNFIT)
+    return Causes(together, amount, listed, failed)
+
+
+def _beyond(site: TapProbe, others: Sequence[Hypothesis], known: Sequence[Hypothesis], failed: Failed) -> Causes:
+    """The one cause that is missing where the known ones do not suffice; none where no other helps."""
+    before = removed(site, known, failed) or 0.0
+    tried = [(h, r) for h in others if (r := removed(site, [*known, h], failed)) is not None]
+    tried.sort(key=lambda item: -item[1])
+    ranked = tuple(Explanation(h.name, r) for h, r in tried[:LISTED] if r > UNFIT)
+    if not tried or 1 - tried[0][1] > WORTH_ANOTHER * (1 - before):
+        return Causes((), before, ranked, failed)
+    return Causes((tried[0][0],), tried[0][1], ranked, failed)
+
+
+def removed(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> float | None:
+    """The part of the residual norm that hypotheses remove.
+
+    None where they do not apply or explain nothing, UNFIT where they make a sequence of another length. What they raise
+    is added to `failed`.
+    """
+    try:
+        array = attempt(site, hypotheses)
+    except Exception as error:
+        if interrupted(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        name = " and ".join(hypothesis.name for hypothesis in hypotheses)
+        failed.setdefault(name, f"{type(error).__name__}: {reason}".removesuffix(": "))
+        return None
+    if array is None:
+        return None
+    if array.shape != site.got.shape:
+        # A sequence may still become as long under another hypothesis on top; what is computed may not.
+        return UNFIT if site.exact else None
+    if not site.exact:
+        return _removed_of_activation(site, array)
+    residual, left = _residual(site, site.expected), _distance(site.got, array)
+    if not residual:
+        return 0.0 if left else 1.0
+    return 1 - left / residual
+
+
+def _removed_of_activation(site: TapProbe, array: np.ndarray) -> float | None:
+    """The part of the residual that what was computed under hypotheses removes, beyond rounding."""
+    own, rounding = unpatched(site), _rounding(site)
+    left = _distance(site.got, array)
+    # What comes out as it does without the hypotheses, but for rounding, says nothing of them, nor does what is NaN.
+    if (array.shape == own.shape and not _distance(array, own) > rounding) or not math.isfinite(left):
+        return None
+    whole, from_own = _residual(site, site.expected), _residual(site, own)
+    residual = min(whole, from_own)
+    # Where the reference as it is computes what was computed there is nothing to explain.
+    if residual <= rounding or from_own <= (1 - EXPLAINS) * whole:
+        return None
+    # Rounded, so that equal explanations stay in their order and float noise does not rank them.
+    share = round(1 - left / residual, _DIGITS)
+    return 0.0 if 0 < residual - left <= rounding else share
+
+
+def _ranked(tried: Sequence[tuple[Hypothesis, float]], second: TapProbe | None, failed: Failed) -> list[Tried]:
+    finalists = [(h, r, removed(second, [h], failed) if second is not None else None) for h, r in tried[:FINALISTS]]
+    if second is not None:
+        # Where it does not apply it does not hold.
+        finalists.sort(key=lambda item: -(item[1] + (item[2] if item[2] is not None else -1.0)))
+    return [*finalists, *((h, r, None) for h, r in tried[FINALISTS:])]
+
+
+def _stacked(
+    site: TapProbe, by_merit: Sequence[Hypothesis], first: float, failed: Failed
+) -> tuple[tuple[Hypothesis, ...], float]:
+    """The best combination of up to DEPTH hypotheses, tried on top of the best of the combinations before."""
+    alone = by_merit if site.exact else by_merit[:BASES]
+    bases: list[tuple[tuple[Hypothesis, ...], float]] = [((h,), first) for h in alone]
+    best = bases[0]
+    for _ in range(DEPTH - 1):
+        grown = []
+        for base, _ in bases:
+            for hypothesis in by_merit:
+                if hypothesis in base:
+                    continue
+                amount = removed(site, [*base, hypothesis], failed)
+                if amount is not None:
+                    grown.append(((*base, hypothesis), amount))
+                if amount is not None and amount >= 1 - 1e-9:
+                    return grown[-1]
+        grown.sort(key=lambda item: -item[1])
+        if not grown:
+            break
+        if grown[0][1] > best[1]:
+            best = grown[0]
+        bases = grown[: 4 * BASES if site.exact else 1]
+    return best
+
+
+def _residual(site: TapProbe, value: np.ndarray) -> float:
+    """How far what was computed is from a value; one of another shape cannot be subtracted: all of it is residual."""
+    return _distance(site.got, value) if value.shape == site.got.shape else _norm(site.got)
+
+
+def _rounding(site: TapProbe) -> float:
+    return _norm(site.expected) * site.floor
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a.astype(np.float64) - b))
+
+
+def _norm(array: np.ndarray) -> float:
+    return float(np.linalg.norm(array.astype(np.float64)))

@@ -1,0 +1,264 @@
+"""What localizing finds: every tap's local and propagated error, the findings in order, and their explanations."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from parity.comparison.trajectory import Departure, Margin
+from parity.lance.names import TapName
+from parity.oracle.bounds import Alarm
+from parity.tensors.metrics import finite
+
+EXACT, LOCAL, STRUCTURE = "exact", "local", "structure"
+"""Kinds of findings: an integer or a weight that must be equal, an activation that is locally too far, an error."""
+
+
+@dataclass(frozen=True)
+class TapError:
+    """One tap of a run, measured twice: from the oracle's input (local) and from the run's own (total).
+
+    Attributes:
+        tap: which one, with its component, call and axes.
+        source: UPSTREAM or REFERENCE.
+        local: |f(oracle's input) - r| / |r|, r being what the reference makes of the oracle's input, which is held
+            against the oracle before.
+        propagated: |f(own input) - f(oracle's input)| / |oracle|: what earlier errors do here.
+        total: |f(own input) - oracle| / |oracle|; as vectors, local, propagated and what r is off by add up to it.
+        gain: propagated error here over the total error of the tap before it in the same call, None without one.
+        floor: the largest local error of equally right orders of rounding.
+        allowed: the largest error that agrees; None where the tap has no floor.
+        mismatch: why the two cannot be close whatever their values (shape, dtype, NaN), or None.
+        accuracy: how near `local` is to the exact error, relative to it, in 95 of 100 cases, where a sketch tells it;
+            None where it is exact.
+    """
+
+    tap: TapName
+    source: str
+    shape: tuple[int, ...]
+    dtype: str
+    local: float | None
+    propagated: float | None
+    total: float | None
+    gain: float | None
+    floor: float | None
+    allowed: float | None
+    mismatch: str | None = None
+    accuracy: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Local error over the floor; infinite for a mismatch."""
+        if self.mismatch is not None:
+            return math.inf
+        if self.local is None or self.floor is None:
+            return None
+        return self.local / self.floor if self.floor else (math.inf if self.local else 0.0)
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the tap is wrong by itself."""
+        if self.mismatch is not None:
+            return True
+        return self.local is not None and self.allowed is not None and not self.local <= self.allowed
+
+
+@dataclass(frozen=True)
+class SliceError:
+    """The error of a part of a tap.
+
+    Attributes:
+        axis: role, expert, head, frame, channel or token.
+        label: which one, such as "noise", "gen", "3".
+        share: its part of the whole squared error, 0 to 1.
+        error: |ours - oracle| / |oracle| within the slice.
+    """
+
+    axis: str
+    label: str
+    share: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A hypothesis that was tried: the part of the residual norm that it removes, here and on a second input.
+
+    `residual_removed` is 1 when the hypothesis reproduces what was computed, 0 (or less) when it does not help.
+    `second` is None where there is no second input of the kind.
+    """
+
+    name: str
+    residual_removed: float
+    second: float | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong by itself.
+
+    Attributes:
+        component: what is wrong, as in TapName.component; for a weight the module that holds it.
+        tap, call: where it shows first.
+        kind: EXACT, LOCAL or STRUCTURE.
+        local_error: None where there is no number for it.
+        floor: what rounding alone does there; 0 where equality is asked for.
+        slice: the slice that holds most of the error, in words, or None.
+        slices: all slices measured.
+        explanations: best first; empty when no hypothesis changes anything there.
+        also: other taps that have the same cause.
+        failed: hypotheses that could not be tried, each with what it raised, in a line.
+        detail: one sentence with the first values that differ.
+        allowed: the largest local error that agrees there; None where equality is asked for.
+    """
+
+    component: str
+    tap: str
+    call: str
+    kind: str
+    local_error: float | None
+    floor: float | None
+    slice: str | None = None
+    slices: Sequence[SliceError] = ()
+    explanations: Sequence[Explanation] = ()
+    also: Sequence[str] = ()
+    detail: str = ""
+    failed: Sequence[tuple[str, str]] = ()
+    allowed: float | None = None
+
+    @property
+    def explained(self) -> bool:
+        """Whether the first explanation removes most of the residual."""
+        return bool(self.explanations) and self.explanations[0].residual_removed >= EXPLAINS
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; what is not finite becomes null."""
+        return {
+            "component": self.component,
+            "tap": self.tap,
+            "call": self.call,
+            "kind": self.kind,
+            "local_error": finite(self.local_error),
+            "floor": finite(self.floor),
+            "allowed": finite(self.allowed),
+            "slice": self.slice,
+            "slices": [{"axis": s.axis, "label": s.label, "share": finite(s.share), "error": finite(s.error)}
+                       for s in self.slices],
+            "explanations": [
+                {"name": e.name, "residual_removed": finite(e.residual_removed), "second": finite(e.second)}
+                for e in self.explanations
+            ],
+            "also": list(self.also),
+            "failed": [{"name": name, "error": error} for name, error in self.failed],
+            "detail": self.detail,
+        }  # fmt: skip
+
+
+EXPLAINS = 0.9
+"""Part of the residual norm that an explanation has to remove: less is called no explanation."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A tap to draw: what the oracle has and what was computed from the oracle's input, float32 of one shape."""
+
+    tap: TapName
+    expected: np.ndarray
+    got: np.ndarray
+
+
+@dataclass(frozen=True)
+class Localization:
+    """Everything `lance-parity localize` knows about one bundle and one implementation.
+
+    `taps` are in order of execution; `findings` in the order in which they were found and corrected.
+    """
+
+    bundle: str
+    impl: str
+    task: str
+    entry: str
+    dtype: str
+    verdict: str
+    reason: str
+    findings: Sequence[Finding]
+    taps: Sequence[TapError]
+    exact: Sequence[str]
+    alarm: Alarm | None
+    trajectory: Sequence[Departure] = ()
+    margins: Sequence[Margin] = ()
+    pictures: Sequence[Picture] = ()
+    faults: Sequence[str] = ()
+    request: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    remark: str = ""
+
+    @property
+    def first(self) -> Finding | None:
+        """The first finding."""
+        return self.findings[0] if self.findings else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document of `lance-parity localize --json`: strict JSON, without NaN or Infinity."""
+        return {
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "remark": self.remark,
+            "findings": [finding.to_json() for finding in self.findings],
+            "bundle": self.bundle,
+            "impl": self.impl,
+            "faults": list(self.faults),
+            "task": self.task,
+            "entry": self.entry,
+            "numerics": self.dtype,
+            "exact": list(self.exact),
+            "alarm": self.alarm and {
+                "rate": self.alarm.rate,
+                "taps": self.alarm.taps,
+                "threshold": finite(self.alarm.threshold),
+                "samples": self.alarm.samples,
+            },
+            "trajectory": [
+                {
+                    "step": d.step,
+                    "t": finite(d.t),
+                    "velocity": {arm: finite(error) for arm, error in d.velocity.items()},
+                    "latent": finite(d.latent),
+                    "envelope": finite(d.envelope),
+                }
+                for d in self.trajectory
+            ],
+            "margins": [
+                {"step": m.step, "expected": m.expected, "got": m.got, "margin": finite(m.margin),
+                 "error": finite(m.error), "tie": m.tie}
+                for m in self.margins
+            ],
+            "taps": [
+                {
+                    "tap": t.tap.name,
+                    "call": t.tap.call,
+                    "component": t.tap.component,
+                    "source": t.source,
+                    "shape": list(t.shape),
+                    "dtype": t.dtype,
+                    "local": finite(t.local),
+                    "propagated": finite(t.propagated),
+                    "total": finite(t.total),
+                    "gain": finite(t.gain),
+                    "floor": finite(t.floor),
+                    "allowed": finite(t.allowed),
+                    "wrong": t.wrong,
+                    "mismatch": t.mismatch,
+                    "accuracy": finite(t.accuracy),
+                }
+                for t in self.taps
+            ],
+            "request": self.request,
+            "provenance": self.provenance,
+            "seconds": finite(self.seconds),
+            "peak_bytes": self.peak_bytes,
+        }  # fmt: skip

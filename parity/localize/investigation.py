@@ -1,0 +1,386 @@
+"""Localizing: which component is wrong by itself first, by how much more than rounding, and what explains it."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from parity import memory
+from parity.bundle.provenance import provenance_of
+from parity.bundle.reading import Bundle, read_bundle
+from parity.comparison.check import first_unequal
+from parity.comparison.exact import Breach, check_exact, check_preprocessed, check_weights
+from parity.comparison.trajectory import Margin, margins, teacher_forced, trajectory
+from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE
+from parity.errors import ParityError
+from parity.hypotheses import HYPOTHESES, Hypothesis
+from parity.hypotheses.tap_probe import TapProbe, site_of
+from parity.lance.faults import Fault, Target, combined
+from parity.lance.names import component_kind, parse
+from parity.localize.explain import Causes, explain, removed
+from parity.localize.findings import (
+    EXACT,
+    EXPLAINS,
+    LOCAL,
+    STRUCTURE,
+    Explanation,
+    Finding,
+    Localization,
+    Picture,
+    TapError,
+)
+from parity.localize.slices import place_of, slice_errors, slice_sizes
+from parity.localize.tap_errors import tap_errors
+from parity.oracle.bounds import bounds_of
+from parity.oracle.floors_file import floors_of
+from parity.oracle.judgement import clears, judge, segment_bounds
+from parity.oracle.oracle import Oracle
+from parity.oracle.variants import LOCAL as STEERED
+from parity.oracle.variants import SEGMENT
+from parity.ports.subject import MlxSubject, Subject, make_subject
+from parity.tensors.metrics import Difference, compare
+from parity.tensors.recording import Observed, Recording, Tap
+from parity.tensors.sketch import Sketch
+
+# Fewer activations than this say too little for a run to be called right.
+FEWEST_TAPS = 10
+# Taps of one kind that an explanation is tried on before it is believed for all of them.
+SAMPLED = 4
+_NOTHING = Observed({}, {}, {})
+Progress = Callable[[str], None]
+
+
+def localize(
+    path: Path,
+    impl: str = "mlx",
+    faults: Sequence[Fault] = (),
+    hypotheses: Sequence[Hypothesis] = tuple(HYPOTHESES),
+    progress: Progress | None = None,
+) -> Localization:
+    """Find everything that is wrong by itself in an implementation's run of a bundle, in order, and explain it.
+
+    `faults` break lance_mlx for the duration. `progress` is told what is being done. Raises ParityError for a bundle
+    that is unusable or an implementation that cannot run it.
+    """
+    tell = progress or (lambda what: None)
+    memory.reset_peak()
+    started = time.perf_counter()
+    bundle = read_bundle(path)
+    tell("reference")
+    oracle = Oracle.of(bundle)
+    subject = make_subject(impl, bundle)
+    if faults and not isinstance(subject, MlxSubject):
+        raise ParityError(f"faults break lance_mlx, not {impl}: leave --impl out")
+    return Investigation(bundle, oracle, subject, list(faults), list(hypotheses), tell).run(started)
+
+
+class Investigation:
+    """One localization under way.
+
+    Attributes:
+        thorough: whether the request is also run free, twice, and from the oracle's states: without that there are no
+            propagated errors, no trajectory and no check of determinism, only what is wrong by itself.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        oracle: Oracle,
+        subject: Subject,
+        faults: list[Fault],
+        hypotheses: list[Hypothesis],
+        tell: Progress,
+        thorough: bool = True,
+    ) -> None:
+        self.thorough = thorough
+        self.bundle, self.oracle, self.subject = bundle, oracle, subject
+        self.faults, self.hypotheses, self.tell = faults, hypotheses, tell
+        self.contract = oracle.contract
+        self.findings: list[Finding] = []
+        self.pictures: list[Picture] = []
+        self.held: dict[str, Tap | Sketch] = dict(oracle.own)
+
+    def run(self, started: float | None = None) -> Localization:
+        """Run the subject free, steered and from the oracle's states, and judge what it computed."""
+        started = time.perf_counter() if started is None else started
+        self.tell("floors")
+        floors = floors_of(self.oracle, self.tell)
+        bounds = bounds_of(floors[STEERED], self.oracle.own, self.bundle.dtype)
+        judgement = judge(self.oracle, floors[SEGMENT])
+        self.tell("weights")
+        with ExitStack() as stack:
+            if isinstance(self.subject, MlxSubject):
+                stack.enter_context(combined(self.faults)(Target(self.subject.pipeline)))
+            checked = check_weights(self.subject, self.oracle)
+            broken = {breach.tap.removeprefix("weights/"): breach.expected for breach in checked.breaches}
+            given = {name: array for name, array in broken.items() if array is not None}
+            self.tell("determinism")
+            free, failure, unstable = self._free_runs() if self.thorough else (_NOTHING, None, None)
+            with self.subject.with_weights(given) if given else nullcontext():
+                self.tell("steered run")
+                forced, stuck = self._attempt(lambda: self.subject.steered(self.oracle))
+                along, led_by_upstream = segment_bounds(self.oracle, floors[SEGMENT]), _NOTHING
+                if not judgement.agree:
+                    upstream = {name: tap for name, tap in self.bundle.taps.items() if name in self.oracle.taps}
+                    led_by_upstream = self._attempt(lambda: self.subject.run(set(upstream), upstream, self.contract))[0]
+            self.tell("trajectory")
+            led = self._attempt(lambda: teacher_forced(self.subject, self.oracle))[0] if self.thorough else _NOTHING
+            preprocessed = self.subject.preprocessed(self.bundle.path.parent)
+        breaches = [*checked.breaches, *check_exact(self.contract, forced)]
+        breaches += check_preprocessed(preprocessed, self.bundle.inputs)
+        held, blind, remark = self.oracle.own, judgement.sentence(), ""
+        if blind and clears(judgement, led_by_upstream.recording, self.bundle.expected, along.limits()):
+            # What the reference computes between upstream's taps is nothing to go by.
+            held, bounds, forced = self.bundle.expected, along, led_by_upstream
+            blind, remark = "", f"{blind}; {self.subject.name} agrees with the oracle there"
+        self.held = held
+        taps = tap_errors(self.oracle, held, forced.recording, free.recording, bounds)
+        answered = margins(self.oracle, led.recording)
+        if not blind:
+            self._find(breaches, taps, forced, answered)
+        if stuck:
+            self._stop(stuck)
+        self._show_pixels(free.recording)
+        departures = trajectory(self.oracle, led.recording, free.recording) if self.thorough else []
+        verdict, reason = self._verdict(taps, unstable, failure, blind)
+        return Localization(
+            bundle=self.bundle.name,
+            impl=self.subject.name,
+            task=self.bundle.task,
+            entry=self.bundle.entry,
+            dtype=self.bundle.dtype,
+            verdict=verdict,
+            reason=reason,
+            remark=remark,
+            findings=self.findings,
+            taps=taps,
+            exact=[name for name in self.contract.exact if name in forced.exact],
+            alarm=bounds.alarm,
+            trajectory=departures,
+            margins=answered,
+            pictures=self.pictures,
+            faults=[fault.name for fault in self.faults],
+            request=self.bundle.request,
+            provenance=provenance_of(self.bundle, self.subject, checked.checksum, checked.compared),
+            seconds=time.perf_counter() - started,
+            peak_bytes=memory.peak(),
+        )
+
+    def _free_runs(self) -> tuple[Observed, str | None, str | None]:
+        """Run twice as it is; also why it cannot run, and the first tap in which the two differ."""
+        names = set(self.oracle.taps)
+        free, failure = self._attempt(lambda: self.subject.run(names))
+        if failure:
+            return free, failure, None
+        again, failure = self._attempt(lambda: self.subject.run(names))
+        return free, failure, first_unequal(free.recording, again.recording)
+
+    def _attempt(self, run: Callable[[], Observed]) -> tuple[Observed, str | None]:
+        try:
+            return run(), None
+        except ParityError as error:
+            return _NOTHING, str(error)
+
+    def _find(
+        self, breaches: Sequence[Breach], taps: Sequence[TapError], forced: Observed, answered: Sequence[Margin]
+    ) -> None:
+        """Explain what is wrong, first things first; what an explanation covers is no finding of its own."""
+        for group in _grouped(breaches):
+            self._exact_finding(group)
+        # A steered run chooses from the oracle's logits: only of two that are equal may it take either.
+        ties = {margin.step for margin in answered if not margin.margin}
+        wrong = [tap for tap in taps if tap.wrong and not self._only_ties(tap, forced.recording, ties)]
+        while wrong:
+            wrong = self._local_finding(wrong, forced.recording)
+
+    def _only_ties(self, tap: TapError, recording: Recording, ties: set[int]) -> bool:
+        if tap.tap.name != "tokens":
+            return False
+        expected, got = self.oracle.taps["tokens"].array, recording["tokens"].array
+        if expected.shape != got.shape:
+            return False
+        return all(int(step) in ties for step in np.flatnonzero(expected != got))
+
+    def _exact_finding(self, group: Sequence[Breach]) -> None:
+        """Explain the first of some breaches; what its causes do not explain of the others is a finding of its own."""
+        first, rest = group[0], list(group[1:])
+        component = parse(first.tap).component
+        self.tell(f"hypotheses about {component}")
+        exact = self._exact_values(group)
+        sites = [
+            TapProbe(self.oracle, parse(breach.tap), breach.expected, breach.got, exact)
+            if breach.got is not None and breach.expected is not None
+            else None
+            for breach in group
+        ]
+        causes, slices, place = Causes((), 0.0, ()), [], None
+        if sites[0] is not None:
+            second = next((site for site in sites[1:] if site is not None), None)
+            causes = explain(sites[0], second, self.hypotheses)
+            slices, place = self._slices(sites[0])
+        # What a cause says nothing about, such as other words about roles, it leaves as it is.
+        failed = causes.failed
+        known = [[h for h in causes.together if site and removed(site, [h], failed) is not None] for site in sites[1:]]
+        covered, left = [], []
+        for breach, site, causing in zip(rest, sites[1:], known, strict=True):
+            whole = site is not None and (removed(site, causing, failed) or 0.0) >= 1 - 1e-9
+            (covered if whole or not causes.together else left).append((breach, site, causing))
+        also = [breach.tap for breach, _, _ in covered]
+        kind = STRUCTURE if first.got is None else EXACT
+        self._add(first.tap, kind, first.error, 0.0, causes, slices, place, also, first.detail)
+        for breach, site, causing in left:
+            more = explain(site, None, self.hypotheses, causing) if site is not None else Causes((), 0.0, ())
+            alone = explain(site, None, self.hypotheses) if site is not None and not more.together else more
+            slices, place = self._slices(site) if site is not None else ([], None)
+            self._add(breach.tap, kind, breach.error, 0.0, alone, slices, place, [], breach.detail)
+
+    def _exact_values(self, group: Sequence[Breach]) -> dict[str, np.ndarray]:
+        values = dict(self.contract.exact)
+        return values | {breach.tap: breach.expected for breach in group if breach.expected is not None}
+
+    def _local_finding(self, wrong: list[TapError], recording: Recording) -> list[TapError]:
+        """Explain the first of the wrong taps; return those that have another cause."""
+        first = wrong[0]
+        name = first.tap.name
+        site = self._site(first, recording)
+        alike = [tap for tap in wrong[1:] if _kind(tap) == _kind(first)]
+        # Another call of the same component says more than another layer of the same call.
+        alike.sort(key=lambda tap: (tap.tap.component != first.tap.component, tap.tap.call == first.tap.call))
+        second = self._site(alike[0], recording) if alike else None
+        self.tell(f"hypotheses about {first.tap.component}")
+        causes = explain(site, second, self.hypotheses)
+        covered = self._covered(first, wrong[1:], causes, recording)
+        slices, place = self._slices(site)
+        difference = compare(self.oracle.own[name], recording[name], first.tap.most)
+        self._add(
+            name, LOCAL, first.local, first.floor, causes, slices, place, sorted(covered), _sentence(name, difference),
+            first.allowed,
+        )  # fmt: skip
+        self.pictures.append(Picture(first.tap, site.expected, site.got))
+        return [tap for tap in wrong[1:] if tap.tap.name not in covered]
+
+    def _add(
+        self,
+        tap: str,
+        kind: str,
+        error: float | None,
+        level: float | None,
+        causes: Causes,
+        slices: Sequence,
+        place: str | None,
+        also: Sequence[str],
+        detail: str,
+        allowed: float | None = None,
+    ) -> None:
+        """Add a finding for every cause that meets in a place."""
+        parsed = self.bundle.locate(tap)
+        finding = Finding(
+            component=parsed.component,
+            tap=tap,
+            call=parsed.call,
+            kind=kind,
+            local_error=error,
+            floor=level,
+            slice=place,
+            slices=slices,
+            explanations=causes.ranked,
+            also=also,
+            detail=detail,
+            allowed=allowed,
+            failed=tuple(causes.failed.items()),
+        )
+        if len(causes.together) < 2:
+            self.findings.append(finding)
+            return
+        for hypothesis in causes.together:
+            own = Explanation(hypothesis.name, causes.removed)
+            others = [e for e in causes.ranked if e.name != hypothesis.name]
+            self.findings.append(replace(finding, explanations=(own, *others)))
+
+    def _covered(self, first: TapError, wrong: Sequence[TapError], causes: Causes, recording: Recording) -> set[str]:
+        """Names of the other wrong taps that have the same cause."""
+        if not causes.together:
+            return {tap.tap.name for tap in wrong if _kind(tap) == _kind(first)}
+        covered: set[str] = set()
+        kinds: dict[str, list[TapError]] = {}
+        for tap in wrong:
+            if all(hypothesis.about(tap.tap.component) for hypothesis in causes.together):
+                kinds.setdefault(_kind(tap), []).append(tap)
+        for taps in kinds.values():
+            step = max(len(taps) // SAMPLED, 1)
+            if all(self._explained(tap, causes, recording) for tap in taps[::step]):
+                covered |= {tap.tap.name for tap in taps}
+            else:
+                covered |= {tap.tap.name for tap in taps if self._explained(tap, causes, recording)}
+        return covered
+
+    def _explained(self, tap: TapError, causes: Causes, recording: Recording) -> bool:
+        amount = removed(self._site(tap, recording), causes.together, causes.failed)
+        return amount is not None and amount >= EXPLAINS
+
+    def _site(self, tap: TapError, recording: Recording) -> TapProbe:
+        name = tap.tap.name
+        # A wrong dtype or a value beyond bounds is no rounding, however small it is.
+        floor = 0.0 if tap.mismatch else tap.floor or 0.0
+        # What a tap was held against is what an explanation has to start from.
+        return site_of(self.oracle, name, recording[name].array, self.contract.exact, floor, self.held)
+
+    def _slices(self, site: TapProbe) -> tuple[list, str | None]:
+        slices = slice_errors(site.tap, site.expected, site.got, self.oracle.layout)
+        sizes = slice_sizes(site.tap, site.expected, self.oracle.layout) if slices else {}
+        return slices, place_of(slices, sizes)
+
+    def _show_pixels(self, free: Recording) -> None:
+        """Keep what the run's own way ends in, to be seen beside the oracle's, where it ends in a picture as large."""
+        expected, got = self.oracle.taps.get("pixels"), free.get("pixels")
+        if self.findings and expected is not None and got is not None and expected.array.shape == got.array.shape:
+            self.pictures.append(Picture(parse("pixels"), expected.array, got.array))
+
+    def _stop(self, message: str) -> None:
+        """Add what ended the steered run as the last finding: what comes after it was never seen."""
+        self.findings.append(Finding("run", "inputs/request", "inputs", STRUCTURE, None, 0.0, detail=message))
+
+    def _verdict(
+        self, taps: Sequence[TapError], unstable: str | None, failure: str | None, blind: str
+    ) -> tuple[str, str]:
+        if unstable:
+            return INCONCLUSIVE, f"two equal runs differ first at {unstable}: what is random cannot be compared"
+        if blind:
+            return INCONCLUSIVE, blind
+        if self.findings:
+            return DIVERGE, failure or ""
+        if failure:
+            return INCONCLUSIVE, failure
+        compared = {tap.tap.name for tap in taps}
+        missing = [name for name in self.bundle.expected if name not in compared]
+        if missing:
+            return INCONCLUSIVE, f"{len(missing)} of upstream's taps were not computed, the first is {missing[0]}"
+        if len(taps) < FEWEST_TAPS:
+            return INCONCLUSIVE, f"only {len(taps)} taps were compared: that says too little"
+        return AGREE, ""
+
+
+def _grouped(breaches: Sequence[Breach]) -> list[list[Breach]]:
+    """Breaches with one cause: what is derived from something wrong is wrong too."""
+    groups: dict[str, list[Breach]] = {}
+    for breach in breaches:
+        weight = breach.tap.startswith("weights/")
+        key = component_kind(breach.tap) if weight else parse(breach.tap).component
+        groups.setdefault(key, []).append(breach)
+    return list(groups.values())
+
+
+def _sentence(name: str, difference: Difference) -> str:
+    if difference.mismatch:
+        return f"{name}: {difference.mismatch}"
+    if difference.at is None:
+        return f"{name} is equal"
+    at = list(difference.at)
+    return f"{name} is {difference.got:.7g} at {at} where the oracle has {difference.expected:.7g}"
+
+
+def _kind(tap: TapError) -> str:
+    return component_kind(tap.tap.name)

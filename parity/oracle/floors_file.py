@@ -1,0 +1,161 @@
+"""Floors kept beside a bundle's taps, and those of this machine in a cache outside of any repository."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from parity.bundle.reading import Bundle, sha256
+from parity.errors import ParityError
+from parity.oracle.floors import Floors, FloorSet, floats_of, logits_of, measure, pooled
+from parity.oracle.machines import facts, machine
+from parity.oracle.oracle import Oracle
+from parity.oracle.variants import FREE, KINDS
+from parity.tensors.recording import write_atomically
+from parity.tensors.sketch_file import FILE as SKETCHES
+
+FILE = "floors.safetensors"
+CACHE = "LANCE_PARITY_CACHE"
+"""Environment variable with the folder of what is measured on this machine; by default ~/.cache/lance-parity."""
+_FORMAT = "lance-floors/5"
+_FACTS = "floors"
+_TABLES = ("levels", "flips", "spreads")
+# A float32 run is off by a millionth; a floor of more is none.
+_LARGEST = {"float32": 1e-2, "bfloat16": 2.0}
+
+
+def floors_of(oracle: Oracle, progress: Callable[[str], None] | None = None) -> FloorSet:
+    """The floors of a bundle for this machine: those kept with it where they were measured on such a machine, or else
+    pooled with this machine's own, which are measured once and kept in the cache.
+
+    Raises ParityError when kept floors are no such thing or of another capture, or the reference cannot run.
+    """
+    kept = read_floors(oracle.bundle.path / FILE, oracle)
+    if kept is not None and all(machine() in floors.machines for floors in kept.values()):
+        return kept
+    place = cache_folder() / f"{_key(oracle)}.safetensors"
+    mine = None
+    with suppress(ParityError):
+        # What a cache cannot give is measured again.
+        mine = read_floors(place, oracle)
+    if mine is None:
+        mine = measure(oracle, progress)
+        with suppress(ParityError):
+            write_floors(place, oracle, mine)
+    return mine if kept is None else {kind: pooled([kept[kind], mine[kind]]) for kind in KINDS}
+
+
+def cache_folder() -> Path:
+    """Where floors of this machine are kept."""
+    if chosen := os.environ.get(CACHE):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lance-parity"
+
+
+def write_floors(path: Path, oracle: Oracle, floors: FloorSet) -> None:
+    """Write floors, whole or not at all; raises ParityError where that fails."""
+    arrays = {f"{kind}_{table}": _packed(getattr(each, table)) for kind, each in floors.items() for table in _TABLES}
+    arrays["upstream"] = _packed(floors[FREE].upstream)
+    facts_kept = {
+        "format": _FORMAT,
+        "capture_sha256": _capture_sum(oracle.bundle),
+        # The names follow from the bundle, and would fill most of the file.
+        "names_sha256": {kind: _names_sum(each.levels) for kind, each in floors.items()},
+        "variants": {kind: each.variants for kind, each in floors.items()},
+        "machines": {kind: each.machines for kind, each in floors.items()},
+        "machine": facts(),
+        "torch": torch.__version__,
+        "arrays_sha256": _arrays_sum(arrays),
+    }
+    # One entry: safetensors writes several in no order, and the same floors are to make the same bytes.
+    write_atomically(path, save(arrays, {_FACTS: json.dumps(facts_kept)}))
+
+
+def read_floors(path: Path, oracle: Oracle) -> FloorSet | None:
+    """The floors in a file, None where there is none.
+
+    Raises ParityError for a file that is damaged, changed, of another format, of another capture or of other taps, or
+    holds what no rounding does.
+    """
+    if not path.is_file():
+        return None
+    remedy = "remove it, or measure it again with lance-parity floors"
+    try:
+        with safe_open(path, framework="np") as file:
+            kept = dict(json.loads((file.metadata() or {}).get(_FACTS, "{}")))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- no mapping
+        if kept.get("format") != _FORMAT:
+            raise ParityError(f"{path} has format {kept.get('format')!r}, not {_FORMAT!r}: {remedy}")
+        if kept["capture_sha256"] != _capture_sum(oracle.bundle):
+            raise ParityError(f"{path} holds the floors of another capture than the bundle's: {remedy}")
+        if kept["arrays_sha256"] != _arrays_sum(arrays):
+            raise ParityError(f"{path} holds other numbers than were measured: {remedy}")
+        floors, wanted = {}, _names(oracle)
+        for kind, names in wanted.items():
+            if kept["names_sha256"][kind] != _names_sum(names):
+                raise ParityError(f"{path} holds the floors of other taps than the bundle's: {remedy}")
+            tables = [dict(zip(names, _unpacked(arrays[f"{kind}_{t}"]), strict=True)) for t in _TABLES]
+            # Upstream's taps come first, and those of logits have no distance from its own.
+            distances = _unpacked(arrays["upstream"]) if kind == FREE else []
+            own = dict(zip(names[: len(distances)], distances, strict=True))
+            variants, machines = (tuple(kept[key][kind]) for key in ("variants", "machines"))
+            floors[kind] = Floors(*tables, variants, machines, own)
+            for name, level in floors[kind].levels.items():
+                if not 0 <= level <= _LARGEST[oracle.bundle.dtype]:
+                    raise ParityError(f"{path} says that rounding moves {name} by {level:g}: {remedy}")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ParityError(f"{path} is not a complete file of floors ({error}): {remedy}") from None
+    return floors
+
+
+def _names(oracle: Oracle) -> dict[str, list[str]]:
+    """The taps that have floors, by kind, in the order in which they are measured."""
+    upstream = floats_of(oracle.bundle.expected)
+    logits = floats_of(oracle.bundle.expected | logits_of(oracle.own))
+    return dict(zip(KINDS, (floats_of(oracle.taps), upstream, logits), strict=True))
+
+
+def _packed(values: Mapping[str, float]) -> np.ndarray:
+    """Binary logarithms in half precision: good to one part in a hundred, in half the room."""
+    with np.errstate(divide="ignore"):
+        return np.log2(np.array(list(values.values()), np.float32)).astype(np.float16)
+
+
+def _unpacked(logarithms: np.ndarray) -> list[float]:
+    return np.exp2(logarithms.astype(np.float32)).tolist()
+
+
+def _key(oracle: Oracle) -> str:
+    """What a measurement belongs to: the capture, the taps, the machine and the way to measure."""
+    parts = [_FORMAT, _taps_sum(oracle.bundle), _names_sum(oracle.taps), machine(), oracle.bundle.name]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _capture_sum(bundle: Bundle) -> str:
+    """What a bundle was asked for and holds, whatever the values of its taps: floors do not hang on those."""
+    manifest = bundle.manifest
+    kept = [manifest[key] for key in ("request", "checkpoint", "variant", "taps")] + [bundle.entry, bundle.dtype]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _taps_sum(bundle: Bundle) -> str:
+    own = sha256(bundle.path / "taps.safetensors")
+    return own if not bundle.sketches else f"{own} {sha256(bundle.path / SKETCHES)}"
+
+
+def _names_sum(taps: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(taps).encode()).hexdigest()
+
+
+def _arrays_sum(arrays: Mapping[str, np.ndarray]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        found.update(name.encode() + str(arrays[name].dtype).encode() + arrays[name].tobytes())
+    return found.hexdigest()

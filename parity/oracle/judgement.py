@@ -1,0 +1,269 @@
+"""Whether the oracle and the reference agree, which comes before anything is said of a port.
+
+The reference runs from upstream's own taps; how far it is from them is held against what rounding does over the same
+way. Where it is farther, one of weights, inputs, upstream's commit, the captured file or the reference is not what it
+should be: no verdict about a port follows from such a bundle.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+
+from parity.bundle.reading import read_bundle
+from parity.lance.names import TapName, component_kind, logits_name, parse
+from parity.oracle.bounds import Bounds, bounds_of
+from parity.oracle.floors import Floors
+from parity.oracle.floors_file import floors_of
+from parity.oracle.oracle import SEQUENCE, Oracle, answer_logits, cut, run_passes
+from parity.oracle.variants import SEGMENT
+from parity.tensors.metrics import Difference, compare
+from parity.tensors.recording import Tap
+from parity.tensors.sketch import Sketch
+
+
+class Cause(StrEnum):
+    """What is likely not what it should be."""
+
+    WEIGHTS = "the weights"
+    INPUTS = "the inputs"
+    CODE = "upstream's commit or the reference"
+    CAPTURE = "the captured file"
+    WEIGHTS_OR_CODE = "the weights, upstream's commit or the reference"
+    CAPTURE_OR_WEIGHTS = "the captured file or the weights"
+
+
+# Components that compute without weights: if these differ throughout, the code does.
+_FUNCTIONS = re.compile(r"sdpa|_rope|positions|euler|schedule|guidance|sequence|grids|tokens|frames|latent_pos_embed|"
+                        r"layers\.\d+(\.self_attn)?$|vae\.pixels|vae\.encoder\.sample")  # fmt: skip
+_GIVEN = re.compile(r"sampler\.x_init|sampler\.x_t0|sampler\.noise|vae\.latent\d+|vae\.encode\d+\.eps")
+# Where no more than this part of what a component computed is wrong, the rest shows that it computes rightly.
+_SOME = 0.5
+_NOTHING = 1e-2
+# Two right runs are at most two floors apart: of two errors the smaller one is told from the other by more than that.
+_APART = 2.0
+
+
+@dataclass(frozen=True)
+class Departure:
+    """One of upstream's taps that the reference does not compute from those before it.
+
+    Attributes:
+        difference: of the reference's value from the oracle's.
+        allowed: the largest error that rounding explains; 0 for integers.
+    """
+
+    tap: TapName
+    difference: Difference
+    allowed: float
+
+    @property
+    def said(self) -> str:
+        """Where they disagree and by how much, in words."""
+        d = self.difference
+        far = f"error {d.rel_l2:.3g}, rounding allows {self.allowed:.3g}" if self.allowed else "it differs"
+        return f"oracle and reference disagree at {self.tap.name} ({d.mismatch or far})"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Where the oracle and the reference disagree, in order of execution, and what is likely the cause."""
+
+    departures: tuple[Departure, ...]
+    cause: Cause | None = None
+    why: str = ""
+
+    @property
+    def agree(self) -> bool:
+        """Whether the reference computes what the oracle holds."""
+        return not self.departures
+
+    @property
+    def names(self) -> set[str]:
+        """The taps where they disagree."""
+        return {departure.tap.name for departure in self.departures}
+
+    def sentence(self) -> str:
+        """Say in one line what disagrees first, by how much, and why."""
+        if self.agree:
+            return ""
+        more = len(self.departures) - 1
+        others = f", and {more} more tap{'s' * (more != 1)}" if more else ""
+        return f"{self.departures[0].said}{others}; likely {self.cause}: {self.why}"
+
+
+def judge_bundle(path: Path, progress: Callable[[str], None] | None = None) -> Judgement:
+    """Run the reference for a bundle, with its variants where their floors are not known yet, and judge it.
+
+    Raises ParityError for a bundle that is unusable or that the reference cannot run.
+    """
+    oracle = Oracle.of(read_bundle(path))
+    return judge(oracle, floors_of(oracle, progress)[SEGMENT])
+
+
+def judge(oracle: Oracle, segment: Floors) -> Judgement:
+    """Hold the reference against every tap of upstream's; see Judgement."""
+    arrays, wrong = oracle.layout.arrays(), list[Departure]()
+    for name in SEQUENCE:
+        difference = compare(oracle.bundle.inputs[name], Tap(np.asarray(arrays[name], np.int32), "int32"))
+        if difference.beyond(0.0):
+            wrong.append(Departure(parse(f"inputs/{name}"), difference, 0.0))
+    bounds = segment_bounds(oracle, segment)
+    places = sorted(oracle.bundle.expected, key=lambda name: oracle.bundle.locate(name).place)
+    for name in places:
+        expected, own = oracle.bundle.expected[name], oracle.own[name]
+        tap = oracle.bundle.locate(name)
+        if name == "tokens":
+            wrong += _choices(oracle, bounds)
+            continue
+        difference = compare(expected, own, tap.most)
+        allowed = 0.0 if expected.dtype == "int32" or name not in bounds.taps else bounds.allowed(name)
+        if difference.beyond(allowed):
+            wrong.append(Departure(tap, difference, allowed))
+    if not wrong:
+        return Judgement(())
+    cause, why = _cause(oracle, wrong)
+    return Judgement(tuple(wrong), cause, why)
+
+
+def segment_bounds(oracle: Oracle, segment: Floors) -> Bounds:
+    """How far the reference, run from upstream's taps, may be from them."""
+    values = oracle.own | {name: sketch for name, sketch in oracle.bundle.sketches.items() if name in oracle.own}
+    return bounds_of(segment, values, oracle.bundle.dtype)
+
+
+def clears(
+    judgement: Judgement,
+    got: Mapping[str, Tap],
+    expected: Mapping[str, Tap | Sketch],
+    allowed: Mapping[str, float],
+) -> bool:
+    """Whether a run agrees with the oracle wherever the reference does not: then the reference is wrong there.
+
+    `allowed` is the largest error by tap, 0 where there is none.
+    """
+    for departure in judgement.departures:
+        name = departure.tap.name
+        if name not in got or name not in expected:
+            return False
+        if compare(expected[name], got[name], departure.tap.most).beyond(allowed.get(name, 0.0)):
+            return False
+    return True
+
+
+def _choices(oracle: Oracle, bounds: Bounds) -> list[Departure]:
+    """The answer, where a token is not the likeliest of the reference's, by more than rounding."""
+    expected = oracle.bundle.taps["tokens"]
+    chosen = expected.array.copy()
+    for step, token in enumerate(expected.array.tolist()):
+        logits, name = answer_logits(oracle, oracle.own, step), logits_name(step)
+        if logits is None:
+            continue
+        logits = logits.astype(np.float64)
+        allowed = bounds.allowed(name) if name in bounds.taps else 0.0
+        if not 0 <= token < len(logits) or logits.max() - logits[token] > allowed * np.linalg.norm(logits):
+            chosen[step] = logits.argmax()
+    if np.array_equal(chosen, expected.array):
+        return []
+    return [Departure(parse("tokens"), compare(expected, Tap(chosen, "int32")), 0.0)]
+
+
+def _cause(oracle: Oracle, wrong: Sequence[Departure]) -> tuple[Cause, str]:
+    first = wrong[0].tap
+    names = {departure.tap.name for departure in wrong}
+    if first.name.startswith("inputs/"):
+        return Cause.INPUTS, "the request or the tokenizer is another one than the capture's"
+    if _GIVEN.fullmatch(first.name):
+        return Cause.INPUTS, "the state does not follow from the noise that the bundle holds"
+    kind, call = component_kind(first.name), _kind_of_call(first)
+    located = {name: oracle.bundle.locate(name) for name in oracle.bundle.expected if component_kind(name) == kind}
+    peers = [name for name, tap in located.items()
+             if tap.component == first.component and _kind_of_call(tap) == call]  # fmt: skip
+    off = [name for name in peers if name in names]
+    used = _used(oracle, first.name)
+    if used is False:
+        return Cause.CAPTURE, "what comes after it does not follow from it, but from what the reference computes"
+    if used is None and len(off) <= _SOME * len(peers):
+        return Cause.CAPTURE, f"the same component agrees in {len(peers) - len(off)} other places"
+    if used is None and len(peers) == 1:
+        if _reordered(oracle, first.name):
+            return Cause.CAPTURE, "its values are the right ones, in another order"
+        if _part_off(oracle, wrong[0]) <= _SOME:
+            return Cause.CAPTURE, "most of its values agree"
+        if not any(map(_weighs, _between(oracle, first.name))):
+            return Cause.CAPTURE, "it follows from the tap before it without any weight"
+        return Cause.CAPTURE_OR_WEIGHTS, "there is no second tap of its kind to tell by"
+    if re.search(r"velocity|hidden_out", first.name):
+        return Cause.WEIGHTS_OR_CODE, "no tap tells which part of the model it is"
+    if not _weighs(first.name):
+        return Cause.CODE, f"{first.component} has no weights and differs in {_places(off, peers)}"
+    return Cause.WEIGHTS, f"{first.component} differs in {_places(off, peers)}"
+
+
+def _places(off: Sequence[str], peers: Sequence[str]) -> str:
+    return f"all {len(off)} places" if len(off) == len(peers) else f"{len(off)} of {len(peers)} places"
+
+
+def _used(oracle: Oracle, name: str) -> bool | None:
+    """Whether upstream went on from the value that a bundle holds of a tap rather than from the reference's; None where
+    nothing tells.
+
+    What upstream computed next follows from a value that it computed otherwise, and not from one damaged afterwards.
+    """
+    given = {other: tap for other, tap in oracle.bundle.taps.items() if other != name}
+    without = cut(oracle.run, run_passes(oracle.run, given))
+    for other, expected in oracle.bundle.expected.items():
+        own, mended = oracle.own[other], without[other]
+        if other == name or expected.dtype == "int32" or np.array_equal(own.array, mended.array):
+            continue
+        from_it, from_own = (_error(expected, got, oracle.bundle.locate(other).most) for got in (own, mended))
+        if max(from_it, from_own) > _APART * min(from_it, from_own):
+            return from_it < from_own
+    return None
+
+
+def _error(expected: Tap | Sketch, got: Tap, most: float | None) -> float:
+    error = compare(expected, got, most).rel_l2
+    return math.inf if error is None or math.isnan(error) else error
+
+
+def _weighs(name: str) -> bool:
+    """Whether what computes a tap has weights."""
+    return not _FUNCTIONS.search(parse(name).component)
+
+
+def _between(oracle: Oracle, name: str) -> list[str]:
+    """The tap and those that the reference computes between it and upstream's last one before it."""
+    names = list(oracle.own)
+    last = names.index(name)
+    first = last
+    while first and names[first - 1] not in oracle.bundle.expected:
+        first -= 1
+    return names[first : last + 1]
+
+
+def _reordered(oracle: Oracle, name: str) -> bool:
+    """Whether a tap holds the values that it should, elsewhere."""
+    expected, own = oracle.bundle.expected[name], oracle.own[name].array
+    if isinstance(expected, Sketch) or expected.array.shape != own.shape:
+        return False
+    a, b = np.sort(expected.array, axis=None).astype(np.float64), np.sort(own, axis=None)
+    # Sorting takes noise away with the order: what is left has to be next to nothing of the difference.
+    return bool(np.linalg.norm(a - b) <= _NOTHING * np.linalg.norm(expected.array.astype(np.float64) - own))
+
+
+def _kind_of_call(tap: TapName) -> str:
+    return re.sub(r"\d+", "*", tap.call)
+
+
+def _part_off(oracle: Oracle, departure: Departure) -> float:
+    """The part of the elements that are off by more than rounding."""
+    expected, own = oracle.bundle.expected[departure.tap.name], oracle.own[departure.tap.name].array
+    if isinstance(expected, Sketch) or expected.array.shape != own.shape or not own.size:
+        return 1.0
+    size = departure.allowed * float(np.linalg.norm(own.astype(np.float64))) / own.size**0.5
+    return float(np.mean(np.abs(expected.array.astype(np.float64) - own) > 4 * max(size, 1e-30)))

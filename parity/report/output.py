@@ -1,0 +1,83 @@
+"""Where results go: the forms that they can be written in, and the place."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+
+from parity.errors import ParityError
+
+_LIST = ".written-by-lance-parity"
+
+
+class Format(StrEnum):
+    """The forms that a result can be written in."""
+
+    MD = "md"
+    JSON = "json"
+    CSV = "csv"
+    JUNIT = "junit"
+
+
+def emit(text: str, output: Path | None) -> None:
+    """Print a document, or write it to a file, whole or not at all; raises ParityError when that fails."""
+    if output is None:
+        print(text, end="")
+        return
+    from parity.tensors.recording import write_atomically
+
+    if output.is_symlink():
+        output = output.resolve()
+    if not output.exists() or output.is_file() or output.is_dir():
+        write_atomically(output, text.encode())
+        return
+    # A terminal, a pipe or a device, which nothing may take the place of.
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ParityError(f"{output} cannot be written: {error.strerror}") from error
+
+
+def require_own(folder: Path) -> None:
+    """Raise ParityError where a folder is none, or holds anything that was not written there by new_folder."""
+    if not (folder.exists() or folder.is_symlink()):
+        return
+    listed = folder / _LIST
+    try:
+        written = set(listed.read_text(encoding="utf-8").splitlines()) if listed.is_file() else set()
+        foreign = sorted({path.name for path in folder.iterdir()} - written - {_LIST})
+    except (OSError, ValueError) as error:
+        raise ParityError(f"{folder} cannot take a report ({error}): name another folder") from error
+    if foreign:
+        raise ParityError(f"{folder} holds {foreign[0]}, which lance-parity did not write: name another folder")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to fill, which takes the place of `folder` at the end, or leaves no trace after an exception.
+
+    Raises ParityError where `folder` holds anything but what was written there so, or nothing can be written there.
+    """
+    if folder.is_symlink():
+        folder = folder.resolve()
+    require_own(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        old = folder.with_name(f"{beside.name}.old")
+        try:
+            yield beside
+            names = sorted(path.name for path in beside.iterdir())
+            (beside / _LIST).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+            beside.chmod(0o755)
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(beside, folder)
+        finally:
+            for left in (beside, old):
+                shutil.rmtree(left, ignore_errors=True)
+    except OSError as error:
+        raise ParityError(f"the report {folder} cannot be written: {error.strerror}") from error
