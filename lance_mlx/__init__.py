@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lance_mlx import allocator, blas, precision
+from lance_mlx.backend import allocator, blas, precision
 
 # Before anything imports MLX.
 blas.load()
@@ -11,17 +11,17 @@ precision.keep_float32()
 
 if TYPE_CHECKING:
     from lance_mlx.api import Answer, Generated, LanceModel, load
-    from lance_mlx.checkpoint import ViTSource
+    from lance_mlx.backend.numerics import BFLOAT16, FLOAT32, Numerics, policy
+    from lance_mlx.checkpoint.tensors import ViTSource
     from lance_mlx.errors import LanceError
-    from lance_mlx.numerics import BFLOAT16, FLOAT32, Numerics, policy
-    from lance_mlx.request import Entry, Question, Renorm, Request, Task, Variant, Visual, VisualKind
+    from lance_mlx.requests.request import Entry, Question, Renorm, Request, Task, Variant, Visual, VisualKind
 
 _PLACES = {
     "api": ("Answer", "Generated", "LanceModel", "load"),
-    "checkpoint": ("ViTSource",),
+    "checkpoint.tensors": ("ViTSource",),
     "errors": ("LanceError",),
-    "numerics": ("BFLOAT16", "FLOAT32", "Numerics", "policy"),
-    "request": ("Entry", "Question", "Renorm", "Request", "Task", "Variant", "Visual", "VisualKind"),
+    "backend.numerics": ("BFLOAT16", "FLOAT32", "Numerics", "policy"),
+    "requests.request": ("Entry", "Question", "Renorm", "Request", "Task", "Variant", "Visual", "VisualKind"),
 }
 __all__ = [
     "BFLOAT16",

@@ -12,22 +12,22 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from lance_mlx.allocator import release
-from lance_mlx.checkpoint import ViTSource
-from lance_mlx.hub import fetch, is_repository
-from lance_mlx.layouts import check_folder
-from lance_mlx.media import VideoWriter, check_output, save_image, to_uint8
+from lance_mlx.backend.allocator import release
+from lance_mlx.backend.numerics import BFLOAT16, Numerics
+from lance_mlx.checkpoint.hub import fetch, is_repository
+from lance_mlx.checkpoint.layouts import check_folder
+from lance_mlx.checkpoint.streaming import AnyVAE
+from lance_mlx.checkpoint.tensors import ViTSource
+from lance_mlx.checkpoint.weights import Tracker
+from lance_mlx.media.preprocess import vae_pixels, vit_patches
+from lance_mlx.media.write import VideoWriter, check_output, save_image, to_uint8
 from lance_mlx.model.vae import num_decoded_frames
-from lance_mlx.numerics import BFLOAT16, Numerics
 from lance_mlx.pipeline import Pipeline, PreparedQuestion
 from lance_mlx.pipeline import load as load_pipeline
-from lance_mlx.preprocess import vae_pixels, vit_patches
-from lance_mlx.request import Question, Request, Task, Variant, Visual, VisualKind
+from lance_mlx.requests.request import Question, Request, Task, Variant, Visual, VisualKind
+from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by_source
 from lance_mlx.sampling.flow import Step
 from lance_mlx.sampling.noise import check_noise
-from lance_mlx.streaming import AnyVAE
-from lance_mlx.visuals import PreparedVisual, prepare_visuals, sized_by_source
-from lance_mlx.weights import Tracker
 
 PREVIOUS_TURN = "previous turn"
 """Path of the visual of a request that goes on from what was generated before it."""

@@ -7,23 +7,23 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from lance_mlx.allocator import release
-from lance_mlx.checkpoint import ViTSource
-from lance_mlx.layouts import find_checkpoint
+from lance_mlx.backend.allocator import release
+from lance_mlx.backend.numerics import BFLOAT16, Numerics
+from lance_mlx.checkpoint.layouts import find_checkpoint
+from lance_mlx.checkpoint.streaming import AnyVAE
+from lance_mlx.checkpoint.tensors import ViTSource
+from lance_mlx.checkpoint.weights import Tracker, load_lance, load_vae, stream_vae
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import join_projections
-from lance_mlx.numerics import BFLOAT16, Numerics
-from lance_mlx.prompt import answer_start, build_question, build_sequence
-from lance_mlx.request import Question, Request, Task, Variant
+from lance_mlx.requests.request import Question, Request, Task, Variant
+from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by_source
 from lance_mlx.sampling.conditions import Conditions
 from lance_mlx.sampling.flow import Step, denoise
 from lance_mlx.sampling.noise import draw_eps, draw_noise
 from lance_mlx.sampling.text import Reader, answer_tokens, make_reader, token_budget
-from lance_mlx.sequence import Sequence as TokenSequence
-from lance_mlx.streaming import AnyVAE
-from lance_mlx.tokenizer import LanceTokenizer
-from lance_mlx.visuals import PreparedVisual, prepare_visuals, sized_by_source
-from lance_mlx.weights import Tracker, load_lance, load_vae, stream_vae
+from lance_mlx.sequence.prompt import answer_start, build_question, build_sequence
+from lance_mlx.sequence.segments import Sequence as TokenSequence
+from lance_mlx.sequence.tokenizer import LanceTokenizer
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ import resource
 import sys
 from pathlib import Path
 
-from lance_mlx import allocator
+from lance_mlx.backend import allocator
 
 
 def reset_peak() -> None:

@@ -12,24 +12,24 @@ import numpy as np
 from mlx.utils import tree_map
 
 import lance_mlx.model.mot as mot
+from lance_mlx.backend.numerics import policy, runs_on_cpu
 from lance_mlx.config import LanceConfig
-from lance_mlx.cost import decoder_convolutions, encoder_convolutions, pass_operations, step_operations
-from lance_mlx.estimate import OFFICIAL
+from lance_mlx.estimate.cost import decoder_convolutions, encoder_convolutions, pass_operations, step_operations
+from lance_mlx.estimate.estimate import OFFICIAL
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows
 from lance_mlx.model.vae import VAE
 from lance_mlx.model.vae_decoder import DecoderShape
 from lance_mlx.model.vae_encoder import EncoderShape
 from lance_mlx.model.vit import VisionTransformer
-from lance_mlx.numerics import policy, runs_on_cpu
-from lance_mlx.prompt import build_sequence
-from lance_mlx.request import Question, Request, Task, Visual, VisualKind
+from lance_mlx.requests.request import Question, Request, Task, Visual, VisualKind
+from lance_mlx.requests.visuals import PreparedVisual
 from lance_mlx.sampling.conditions import Conditions
 from lance_mlx.sampling.flow import State, make_arms, velocities
 from lance_mlx.sampling.text import Reader, answer_tokens
-from lance_mlx.sequence import AttentionMode, Role, Segment, Sequence
-from lance_mlx.tokenizer import LanceTokenizer
-from lance_mlx.visuals import PreparedVisual
+from lance_mlx.sequence.prompt import build_sequence
+from lance_mlx.sequence.segments import AttentionMode, Role, Segment, Sequence
+from lance_mlx.sequence.tokenizer import LanceTokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "oracles" / "checkpoint-a" / "Lance_3B"
 PROMPT = "a small red bird flies over the river"

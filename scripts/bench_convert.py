@@ -9,10 +9,10 @@ from tempfile import mkdtemp
 
 import make_checkpoint
 
-from lance_mlx.checkpoint import ViTSource
-from lance_mlx.convert import prepare
-from lance_mlx.layouts import find_checkpoint
-from lance_mlx.request import Variant
+from lance_mlx.checkpoint.convert import prepare
+from lance_mlx.checkpoint.layouts import find_checkpoint
+from lance_mlx.checkpoint.tensors import ViTSource
+from lance_mlx.requests.request import Variant
 
 # What is not under test is small.
 SMALL = {"vocabulary": 1024, "vit-layers": 2, "vit-hidden": 128, "vit-intermediate": 128, "vit-heads": 2}

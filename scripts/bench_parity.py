@@ -28,11 +28,11 @@ from bench_torch import drawing
 from rich.console import Console
 from rich.table import Table
 
-import lance_mlx.numerics
+import lance_mlx.backend.numerics
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows
 from lance_mlx.pipeline import Pipeline, load
-from lance_mlx.request import Request, Variant
+from lance_mlx.requests.request import Request, Variant
 from lance_mlx.sampling.flow import State, make_arms, velocities
 from parity.lance.capture_mlx import MlxCapture
 from parity.lance.capture_torch import TorchCapture
@@ -179,7 +179,7 @@ def compared(plain: list[tuple[float, float]], captured: list[tuple[float, float
 
 def capture_mlx(sizes: dict, latents: int, dtype: str, repeats: int) -> Capture:
     """Measure what MlxCapture adds to a denoising step of a picture of `latents` latent cells."""
-    pipeline = load(CHECKPOINT / VARIANT, VARIANT, lance_mlx.numerics.policy(dtype))
+    pipeline = load(CHECKPOINT / VARIANT, VARIANT, lance_mlx.backend.numerics.policy(dtype))
     if sizes:
         mx.random.seed(0)
         config = replace(pipeline.model.config, **sizes, head_dim=sizes["hidden_size"] // sizes["num_attention_heads"])

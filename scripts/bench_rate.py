@@ -4,7 +4,7 @@ import time
 
 import mlx.core as mx
 
-from lance_mlx.numerics import policy, runs_on_cpu
+from lance_mlx.backend.numerics import policy, runs_on_cpu
 
 
 def clock() -> float:

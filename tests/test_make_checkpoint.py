@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lance_mlx import BFLOAT16, Request, Task, Variant
+from lance_mlx.checkpoint.safetensors import read_header
 from lance_mlx.pipeline import load
-from lance_mlx.safetensors_file import read_header
 
 ROOT = Path(__file__).parents[1]
 ORACLE = ROOT / "oracles" / "checkpoint-a"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from lance_mlx.errors import LanceError
-from lance_mlx.media import VideoWriter, check_output, read_metadata, save_image, to_uint8
+from lance_mlx.media.write import VideoWriter, check_output, read_metadata, save_image, to_uint8
 
 REQUEST = {
     "task": "t2v",
@@ -163,7 +163,7 @@ def test_unusable_outputs_are_found_before_the_work(tmp_path, name, num_frames, 
 
 def test_a_folder_without_write_permission_is_found_before_the_work(tmp_path, monkeypatch):
     # The permission bits do not bind the superuser, so the answer itself is replaced.
-    monkeypatch.setattr("lance_mlx.media.os.access", lambda path, mode: False)
+    monkeypatch.setattr("lance_mlx.media.write.os.access", lambda path, mode: False)
     with pytest.raises(LanceError, match="cannot be written to"):
         check_output(tmp_path / "out.png", 1)
 

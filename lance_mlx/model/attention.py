@@ -2,8 +2,8 @@
 
 import mlx.core as mx
 
-from lance_mlx.numerics import runs_on_cpu
-from lance_mlx.vectorized import exponentials
+from lance_mlx.backend.numerics import runs_on_cpu
+from lance_mlx.backend.vectorized import exponentials
 
 SCORE_BUDGET = 1 << 22
 """Attention scores held at once where the CPU backend materialises them: 16 MiB of float32, which stay in cache."""

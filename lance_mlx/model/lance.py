@@ -6,13 +6,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from lance_mlx.backend.numerics import Numerics
 from lance_mlx.config import LATENT_CHANNELS, MAX_LATENT_FRAMES, MAX_LATENT_SIDE, LanceConfig
 from lance_mlx.errors import LanceError
 from lance_mlx.model.layers import Linear, SiLU
 from lance_mlx.model.mot import LanguageModel
 from lance_mlx.model.vit import VisionTransformer, ViTConfig
-from lance_mlx.numerics import Numerics
-from lance_mlx.positions import latent_position_ids
+from lance_mlx.sequence.positions import latent_position_ids
 
 TIMESTEP_FEATURES = 256
 MAX_PERIOD = 10000

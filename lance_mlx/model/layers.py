@@ -7,8 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from lance_mlx import vectorized
-from lance_mlx.numerics import runs_on_cpu
+from lance_mlx.backend import vectorized
+from lance_mlx.backend.numerics import runs_on_cpu
 
 _FEW_ROWS, _LARGE = 4, 1 << 22
 """Rows that are few, such as the brackets of a block in both arms, and elements of a large matrix."""

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from lance_mlx.allocator import release
+from lance_mlx.backend.allocator import release
+from lance_mlx.backend.numerics import runs_on_cpu
 from lance_mlx.config import LanceConfig
 from lance_mlx.model.attention import attention
 from lance_mlx.model.layers import MLP, Joined, Linear
 from lance_mlx.model.rope import Rotary, RotaryTable
-from lance_mlx.numerics import runs_on_cpu
 
 FREE_BYTES = 40_000_000
 """Size of an MLP's values up to which a GPU may be given all layers at once. With larger ones it is given the next

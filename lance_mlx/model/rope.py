@@ -6,9 +6,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from lance_mlx.backend.numerics import Numerics
 from lance_mlx.config import LanceConfig
 from lance_mlx.model.layers import fused
-from lance_mlx.numerics import Numerics
 
 
 @dataclass(frozen=True, eq=False)

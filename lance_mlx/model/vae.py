@@ -11,12 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from lance_mlx.backend.numerics import Numerics
 from lance_mlx.config import LATENT_CHANNELS, TEMPORAL_STRIDE
 from lance_mlx.model.vae_constants import LATENT_MEAN, LATENT_STD
 from lance_mlx.model.vae_decoder import Decoder, DecoderShape
 from lance_mlx.model.vae_encoder import Encoder, EncoderShape
 from lance_mlx.model.vae_layers import PATCH, CausalConv3d, StreamState
-from lance_mlx.numerics import Numerics
 
 
 class LatentStatistics(NamedTuple):

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 
+from lance_mlx.backend.numerics import runs_on_cpu, scaled
 from lance_mlx.model.attention import attention
 from lance_mlx.model.layers import SiLU
-from lance_mlx.numerics import runs_on_cpu, scaled
 
 PATCH = 2
 """Pixels along each side that the first and last convolution see packed into channels."""

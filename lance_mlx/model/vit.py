@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from lance_mlx.backend.numerics import Numerics, runs_on_cpu
 from lance_mlx.config import check_keys, integer, read_config
 from lance_mlx.errors import LanceError
 from lance_mlx.model.layers import MLP, Linear, fused
@@ -28,7 +29,6 @@ from lance_mlx.model.windows import (
     vision_rotary_table,
     window_order,
 )
-from lance_mlx.numerics import Numerics, runs_on_cpu
 
 _COLOR_CHANNELS = 3
 NORM_EPS = 1e-6

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from lance_mlx.backend.numerics import Numerics
 from lance_mlx.model.attention import attention
 from lance_mlx.model.rope import RotaryTable
-from lance_mlx.numerics import Numerics
 
 Grid = tuple[int, int, int]
 """(t, h, w) of one image or video: temporal slices, rows and columns, in patches."""

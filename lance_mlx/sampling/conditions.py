@@ -10,7 +10,7 @@ from lance_mlx.errors import LanceError
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows, KVCache, Reading
 from lance_mlx.model.rope import RotaryTable, rotary_table
-from lance_mlx.sequence import AttentionMode, Segment, Sequence
+from lance_mlx.sequence.segments import AttentionMode, Segment, Sequence
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from lance_mlx.backend.numerics import runs_on_cpu, scaled
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows, Reading
-from lance_mlx.numerics import runs_on_cpu, scaled
-from lance_mlx.positions import position_ids, unconditional_position_ids
-from lance_mlx.request import Entry, Request
+from lance_mlx.requests.request import Entry, Request
 from lance_mlx.sampling.conditions import CachedArm, Conditions, embed_prefix
 from lance_mlx.sampling.guidance import guided_velocity, is_guided
 from lance_mlx.sampling.noise import check_noise
 from lance_mlx.sampling.schedule import timesteps
-from lance_mlx.sequence import Role, Sequence
+from lance_mlx.sequence.positions import position_ids, unconditional_position_ids
+from lance_mlx.sequence.segments import Role, Sequence
 
 _JOINED_ON_CPU, _JOINED_ON_GPU = 1024, 4096
 """Latents up to which both arms go through the layers in one pass: beyond, products are as fast for one of them, and

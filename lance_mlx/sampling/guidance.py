@@ -3,8 +3,8 @@
 import mlx.core as mx
 import numpy as np
 
-from lance_mlx.numerics import scaled
-from lance_mlx.request import Renorm, Request
+from lance_mlx.backend.numerics import scaled
+from lance_mlx.requests.request import Renorm, Request
 
 _STAGE = 64
 """Elements that are added up before their sums are."""

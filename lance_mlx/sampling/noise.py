@@ -5,10 +5,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from lance_mlx.backend.numerics import Numerics
 from lance_mlx.config import LATENT_CHANNELS
 from lance_mlx.errors import LanceError
-from lance_mlx.numerics import Numerics
-from lance_mlx.request import Request
+from lance_mlx.requests.request import Request
 
 _NAMES = ("noise", "sampler.noise")
 

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
+from lance_mlx.backend.numerics import runs_on_cpu
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows, KVCache
-from lance_mlx.numerics import runs_on_cpu
-from lance_mlx.positions import rope_index
-from lance_mlx.request import Entry, Question
+from lance_mlx.requests.request import Entry, Question
 from lance_mlx.sampling.conditions import CachedArm, Conditions, embed_prefix
-from lance_mlx.sequence import Segment, Sequence
+from lance_mlx.sequence.positions import rope_index
+from lance_mlx.sequence.segments import Segment, Sequence
 
 _BLOCK = 128
 """The full-sequence entry pads the sequence to a multiple of this and fills it with answer."""

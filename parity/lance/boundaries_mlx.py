@@ -16,10 +16,10 @@ import lance_mlx.sampling.flow as flow
 import lance_mlx.sampling.text as text
 from lance_mlx.errors import LanceError
 from lance_mlx.model.lance import Lance
-from lance_mlx.request import Request
+from lance_mlx.requests.request import Request
 from lance_mlx.sampling.conditions import Conditions
-from lance_mlx.sequence import AttentionMode, Role, Segment
-from lance_mlx.sequence import Sequence as TokenSequence
+from lance_mlx.sequence.segments import AttentionMode, Role, Segment
+from lance_mlx.sequence.segments import Sequence as TokenSequence
 from parity.lance.capture_mlx import MlxCapture
 from parity.tensors.recording import Contract, Recording, Split, Tap
 

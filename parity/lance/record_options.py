@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lance_mlx.preprocess import RESOLUTIONS
-from lance_mlx.prompt_data import PROMPT_DATA
+from lance_mlx.media.preprocess import RESOLUTIONS
+from lance_mlx.requests.prompt_data import PROMPT_DATA
 from parity.errors import ParityError
 from parity.lance.requests import ANSWERED, DRAWN_FROM_TEXT, SUPPORTED_TASKS, check_request
 from reference.request import Request

@@ -6,19 +6,19 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-import lance_mlx.visuals
-from lance_mlx import media
+import lance_mlx.requests.visuals
+from lance_mlx.backend.numerics import policy
 from lance_mlx.errors import LanceError
-from lance_mlx.numerics import policy
+from lance_mlx.media import write as media
+from lance_mlx.media.preprocess import RESOLUTIONS
 from lance_mlx.pipeline import Pipeline, Prepared, load
-from lance_mlx.positions import latent_position_ids, position_ids, rope_index, unconditional_position_ids
-from lance_mlx.preprocess import RESOLUTIONS
-from lance_mlx.prompt import answer_start, build_question, build_sequence
-from lance_mlx.request import Entry, Question, Request, Task, Visual
+from lance_mlx.requests.request import Entry, Question, Request, Task, Visual
+from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by_source
 from lance_mlx.sampling.schedule import timesteps
-from lance_mlx.sequence import AttentionMode, Sequence
-from lance_mlx.tokenizer import LanceTokenizer
-from lance_mlx.visuals import PreparedVisual, prepare_visuals, sized_by_source
+from lance_mlx.sequence.positions import latent_position_ids, position_ids, rope_index, unconditional_position_ids
+from lance_mlx.sequence.prompt import answer_start, build_question, build_sequence
+from lance_mlx.sequence.segments import AttentionMode, Sequence
+from lance_mlx.sequence.tokenizer import LanceTokenizer
 from parity.lance.arrays_mlx import channels_first
 from parity.lance.boundaries_mlx import MlxBoundaries
 from parity.lance.capture_mlx import MlxCapture
@@ -252,7 +252,7 @@ def preprocess_mlx(request: dict, entry: str, media: Path) -> dict[str, np.ndarr
     if not asked.visuals or not all(Path(visual.path).is_file() for visual in asked.visuals):
         return None
     arrays: dict[str, np.ndarray] = {}
-    for index, visual in enumerate(lance_mlx.visuals.prepare_visuals(asked)):
+    for index, visual in enumerate(lance_mlx.requests.visuals.prepare_visuals(asked)):
         if visual.pixels is not None:
             arrays[f"vae_pixels{index}"] = visual.pixels.transpose(3, 0, 1, 2)
         if visual.vit_patches is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from lance_mlx.blas import cpu_flags
+from lance_mlx.backend.blas import cpu_flags
 from parity.bundle.reading import Bundle, read_bundle
 from parity.errors import ParityError
 from parity.oracle.variants import KINDS

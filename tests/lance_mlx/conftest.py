@@ -17,7 +17,7 @@ from PIL import Image
 
 from lance_mlx import FLOAT32, Variant
 from lance_mlx.pipeline import Pipeline, load
-from lance_mlx.tokenizer import LanceTokenizer
+from lance_mlx.sequence.tokenizer import LanceTokenizer
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = ROOT / "oracles" / "checkpoint-a"

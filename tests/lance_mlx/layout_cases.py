@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import torch
 
-from lance_mlx.request import Variant
+from lance_mlx.requests.request import Variant
 
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json")
 ROWS = {Variant.IMAGE: 4096, Variant.VIDEO: 126976}

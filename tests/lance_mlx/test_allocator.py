@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lance_mlx.numerics import runs_on_cpu
+from lance_mlx.backend.numerics import runs_on_cpu
 
 REUSE = """
 import lance_mlx, mlx.core as mx, resource
@@ -15,7 +15,7 @@ def touch():
     mx.eval(mx.zeros((16 << 20,)) + 1)
     mx.clear_cache()
 touch(); before = faults(); touch(); kept = faults() - before
-lance_mlx.allocator.release(); before = faults(); touch()
+lance_mlx.backend.allocator.release(); before = faults(); touch()
 print(kept, faults() - before)
 """
 

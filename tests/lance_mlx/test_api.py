@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import lance_mlx.api as api
 from lance_mlx import FLOAT32, LanceError, LanceModel, Question, Request, Task, Variant, Visual, VisualKind, load
-from lance_mlx.media import read_metadata
+from lance_mlx.media.write import read_metadata
 from lance_mlx.model.vit import VisionTransformer
 
 SMALL = {"vae_resolution": 64, "vit_resolution": 56, "num_steps": 2}

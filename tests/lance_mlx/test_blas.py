@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lance_mlx import blas
-from lance_mlx.numerics import runs_on_cpu
+from lance_mlx.backend import blas
+from lance_mlx.backend.numerics import runs_on_cpu
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="on macOS MLX uses the system's BLAS")
 SHOW = "import lance_mlx; from lance_mlx import blas; print(blas.describe())"

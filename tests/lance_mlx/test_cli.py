@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lance_mlx.media import read_metadata, to_uint8
+from lance_mlx.media.write import read_metadata, to_uint8
 
 COMMAND = Path(sys.executable).parent / "lance-mlx"
 SMALL = ["--width", "96", "--height", "64", "--steps", "4", "--numerics", "float32"]

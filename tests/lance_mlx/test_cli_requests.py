@@ -12,7 +12,7 @@ import av
 import pytest
 from PIL import Image
 
-from lance_mlx.media import read_metadata
+from lance_mlx.media.write import read_metadata
 
 COMMAND = Path(sys.executable).parent / "lance-mlx"
 LOOKING = ["--vae-resolution", 64, "--vit-resolution", 56, "--steps", 2]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lance_mlx.media import read_metadata
+from lance_mlx.media.write import read_metadata
 
 SMALL = ["--vae-resolution", 64, "--vit-resolution", 56, "--steps", 2, "-q"]
 

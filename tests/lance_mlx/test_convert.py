@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 
 from lance_mlx import BFLOAT16, FLOAT32, LanceError, Request, Task, Variant, ViTSource, policy
-from lance_mlx import cli as command
-from lance_mlx.convert import prepare
-from lance_mlx.layouts import find_checkpoint
+from lance_mlx.checkpoint.convert import prepare
+from lance_mlx.checkpoint.layouts import find_checkpoint
+from lance_mlx.cli import main as command
 from lance_mlx.pipeline import Pipeline, load
 
 SHARD = 500_000
@@ -196,7 +196,7 @@ class TestStopping:
         monkeypatch.setattr(
             sys, "argv", ["lance-mlx", "convert", str(checkpoint), str(tmp_path / "out"), "--variant", "image"]
         )
-        monkeypatch.setattr("lance_mlx.convert._entry", lambda *_: signal.raise_signal(signal.SIGINT))
+        monkeypatch.setattr("lance_mlx.checkpoint.convert._entry", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(SystemExit) as ended:
             command.main()
         assert ended.value.code == 130
@@ -270,7 +270,7 @@ def test_a_disk_that_is_or_gets_full_is_one_line(checkpoint, tmp_path, monkeypat
         conversion.run(lambda *_: lambda _: None)
     assert not conversion.staging.exists()
     script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (600_000,) * 2); "
-    script += "from lance_mlx.cli import main; main()"
+    script += "from lance_mlx.cli.main import main; main()"
     arguments = ["convert", checkpoint, tmp_path / "cut", "--variant", "image", "-q"]
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     assert done.returncode == 2

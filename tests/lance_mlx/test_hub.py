@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lance_mlx.hub import is_repository
+from lance_mlx.checkpoint.hub import is_repository
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "somebody/Lance"

@@ -13,17 +13,17 @@ from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
 from lance_mlx import BFLOAT16, FLOAT32, LanceError, Question, Request, Task, Variant, Visual, VisualKind, load
-from lance_mlx.checkpoint import ViTSource
-from lance_mlx.cli import app
-from lance_mlx.convert import prepare
-from lance_mlx.cost import decoder_convolutions, encoder_convolutions, step_operations
-from lance_mlx.estimate import OFFICIAL, peak_memory, sizes_of, weights_of, work_of
-from lance_mlx.layouts import find_checkpoint
-from lance_mlx.machine import measure, memory, seconds_of
+from lance_mlx.backend.numerics import runs_on_cpu
+from lance_mlx.checkpoint.convert import prepare
+from lance_mlx.checkpoint.layouts import find_checkpoint
+from lance_mlx.checkpoint.safetensors import read_header
+from lance_mlx.checkpoint.tensors import ViTSource
+from lance_mlx.cli.main import app
+from lance_mlx.estimate.cost import decoder_convolutions, encoder_convolutions, step_operations
+from lance_mlx.estimate.estimate import OFFICIAL, peak_memory, sizes_of, weights_of, work_of
+from lance_mlx.estimate.machine import measure, memory, seconds_of
 from lance_mlx.model import vae_encoder, vae_layers
-from lance_mlx.numerics import runs_on_cpu
 from lance_mlx.pipeline import load as load_pipeline
-from lance_mlx.safetensors_file import read_header
 
 make_community = runpy.run_path(str(Path(__file__).with_name("layout_cases.py")))["make_community"]
 ON_CPU = pytest.mark.skipif(not runs_on_cpu(), reason="memory is estimated from what was measured on the CPU")

@@ -16,11 +16,11 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 
 from lance_mlx import BFLOAT16, FLOAT32, LanceError, Request, Task, Variant, ViTSource, load
-from lance_mlx.convert import prepare
-from lance_mlx.layouts import find_checkpoint
+from lance_mlx.checkpoint.convert import prepare
+from lance_mlx.checkpoint.layouts import find_checkpoint
+from lance_mlx.checkpoint.pth import read_pth
+from lance_mlx.checkpoint.safetensors import TensorInfo, read_header, to_bfloat16, write_safetensors
 from lance_mlx.pipeline import load as load_pipeline
-from lance_mlx.pth_file import read_pth
-from lance_mlx.safetensors_file import TensorInfo, read_header, to_bfloat16, write_safetensors
 
 make_community = runpy.run_path(str(Path(__file__).with_name("layout_cases.py")))["make_community"]
 SMALL = Request(Task.T2I, "a bird", height=32, width=32, num_steps=2)

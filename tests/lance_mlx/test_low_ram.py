@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from lance_mlx import BFLOAT16, FLOAT32, LanceError, Question, Request, Task, Variant, Visual, VisualKind, load
-from lance_mlx.checkpoint import ViTSource
-from lance_mlx.convert import prepare
-from lance_mlx.layouts import find_checkpoint
+from lance_mlx.backend.numerics import runs_on_cpu
+from lance_mlx.checkpoint.convert import prepare
+from lance_mlx.checkpoint.layouts import find_checkpoint
+from lance_mlx.checkpoint.safetensors import read_header
+from lance_mlx.checkpoint.streaming import StreamedLayers
+from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.model.mot import Context, ExpertRows, Reading
 from lance_mlx.model.rope import rotary_table
-from lance_mlx.numerics import runs_on_cpu
 from lance_mlx.pipeline import load as load_pipeline
-from lance_mlx.safetensors_file import read_header
 from lance_mlx.sampling import flow
-from lance_mlx.streaming import StreamedLayers
 
 ROOT = Path(__file__).parents[2]
 make_community = runpy.run_path(str(Path(__file__).with_name("layout_cases.py")))["make_community"]

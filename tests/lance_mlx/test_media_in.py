@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lance_mlx.errors import LanceError
-from lance_mlx.media_in import read_visual, sample_indices
+from lance_mlx.media.read import read_visual, sample_indices
 
 ORIENTATION = 0x0112
 # How the stored pixels of each EXIF orientation become upright.

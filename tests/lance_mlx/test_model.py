@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lance_mlx import BFLOAT16, FLOAT32, Request, Task, vectorized
+from lance_mlx import BFLOAT16, FLOAT32, Request, Task
+from lance_mlx.backend import vectorized
+from lance_mlx.backend.numerics import runs_on_cpu
 from lance_mlx.model import attention as attending
 from lance_mlx.model import layers
 from lance_mlx.model.attention import attention
 from lance_mlx.model.mot import ExpertRows, Reading
 from lance_mlx.model.rope import inverse_frequencies, rotary_table
-from lance_mlx.numerics import runs_on_cpu
 
 
 def relative(a: mx.array, b: mx.array) -> float:

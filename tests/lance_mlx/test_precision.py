@@ -7,7 +7,7 @@ import sys
 import mlx.core as mx
 import pytest
 
-from lance_mlx import precision
+from lance_mlx.backend import precision
 
 SHOW = "import os, lance_mlx; print(os.environ['MLX_ENABLE_TF32'])"
 

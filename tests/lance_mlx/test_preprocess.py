@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lance_mlx.errors import LanceError
-from lance_mlx.media_in import read_visual
-from lance_mlx.preprocess import RESOLUTIONS, bucket_size, patchify, vae_pixels, vit_patches
+from lance_mlx.media.preprocess import RESOLUTIONS, bucket_size, patchify, vae_pixels, vit_patches
+from lance_mlx.media.read import read_visual
 
 ROOT = Path(__file__).parents[2]
 # More bundles of the same kind may lie beside the repository.

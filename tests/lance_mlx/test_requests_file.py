@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lance_mlx import LanceError, Task, Visual, VisualKind
-from lance_mlx.requests_file import read_requests
+from lance_mlx.requests.files import read_requests
 
 
 @pytest.fixture(autouse=True)

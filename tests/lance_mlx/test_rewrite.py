@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from lance_mlx import LanceError
-from lance_mlx.media import read_metadata
-from lance_mlx.rewrite import Rewriter
+from lance_mlx.media.write import read_metadata
+from lance_mlx.requests.rewriting import Rewriter
 
 KEY = "secret-key"
 

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lance_mlx import Entry, Request, Task
-from lance_mlx.positions import latent_position_ids, position_ids, unconditional_position_ids
-from lance_mlx.prompt import build_sequence
-from lance_mlx.prompt_data import PROMPT_DATA
-from lance_mlx.sequence import AttentionMode, Role, Segment, Sequence
+from lance_mlx.requests.prompt_data import PROMPT_DATA
+from lance_mlx.sequence.positions import latent_position_ids, position_ids, unconditional_position_ids
+from lance_mlx.sequence.prompt import build_sequence
+from lance_mlx.sequence.segments import AttentionMode, Role, Segment, Sequence
 
 INSTRUCTION = PROMPT_DATA["instructions"]["t2i"]
 

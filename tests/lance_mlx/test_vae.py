@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_map
 
+from lance_mlx.backend.numerics import FLOAT32
 from lance_mlx.model.vae import VAE, num_decoded_frames
 from lance_mlx.model.vae_constants import LATENT_MEAN, LATENT_STD
 from lance_mlx.model.vae_decoder import DecoderShape, UpBlockShape
 from lance_mlx.model.vae_encoder import DownBlockShape, EncoderShape
 from lance_mlx.model.vae_layers import StreamState
-from lance_mlx.numerics import FLOAT32
 
 WIDTH = 4
 

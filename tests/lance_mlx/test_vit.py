@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from lance_mlx.backend.numerics import BFLOAT16, FLOAT32, Numerics
 from lance_mlx.errors import LanceError
 from lance_mlx.model.vit import VisionTransformer, ViTConfig
 from lance_mlx.model.windows import (
@@ -24,7 +25,6 @@ from lance_mlx.model.windows import (
     vision_rotary_table,
     window_order,
 )
-from lance_mlx.numerics import BFLOAT16, FLOAT32, Numerics
 
 ORACLES = Path(__file__).parents[2] / "oracles"
 TOWER = Path("checkpoint-a") / "Qwen2.5-VL-ViT"

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lance_mlx import FLOAT32, LanceError, Variant
-from lance_mlx.convert import convert_vae
-from lance_mlx.layouts import find_checkpoint
+from lance_mlx.checkpoint.convert import convert_vae
+from lance_mlx.checkpoint.layouts import find_checkpoint
+from lance_mlx.checkpoint.pth import read_pth
 from lance_mlx.pipeline import load
-from lance_mlx.pth_file import read_pth
 
 
 def refusal(path) -> str:

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lance_mlx.errors import LanceError
-from lance_mlx.positions import latent_position_ids, position_ids, rope_index, unconditional_position_ids
-from lance_mlx.prompt import answer_start, build_question, build_sequence
-from lance_mlx.request import Entry
+from lance_mlx.requests.request import Entry
+from lance_mlx.requests.visuals import PreparedVisual, sized_by_source
 from lance_mlx.sampling.schedule import timesteps
-from lance_mlx.sequence import AttentionMode, Role, Sequence
-from lance_mlx.tokenizer import LanceTokenizer
-from lance_mlx.visuals import PreparedVisual, sized_by_source
+from lance_mlx.sequence.positions import latent_position_ids, position_ids, rope_index, unconditional_position_ids
+from lance_mlx.sequence.prompt import answer_start, build_question, build_sequence
+from lance_mlx.sequence.segments import AttentionMode, Role, Sequence
+from lance_mlx.sequence.tokenizer import LanceTokenizer
 from parity.lance.replay_mlx import request_from_bundle
 from reference.arms import CachedArm, FullSequenceArm, Inputs
 from reference.errors import ReferenceError

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lance_mlx.numerics import FLOAT32
+from lance_mlx.backend.numerics import FLOAT32
 from lance_mlx.pipeline import Pipeline, Prepared, load
-from lance_mlx.prompt import answer_start, build_question, build_sequence
-from lance_mlx.request import Question, Variant
+from lance_mlx.requests.request import Question, Variant
+from lance_mlx.requests.visuals import PreparedVisual, sized_by_source
 from lance_mlx.sampling.conditions import Conditions
 from lance_mlx.sampling.text import Reader, make_reader
-from lance_mlx.visuals import PreparedVisual, sized_by_source
+from lance_mlx.sequence.prompt import answer_start, build_question, build_sequence
 from parity.lance.replay_mlx import request_from_bundle
 from reference.arms import build_arms
 from reference.layout import VisualSize

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import lance_mlx.prompt_data as prompt_data
+import lance_mlx.requests.prompt_data as prompt_data
+from lance_mlx.backend.numerics import policy
 from lance_mlx.errors import LanceError
-from lance_mlx.numerics import policy
 from lance_mlx.pipeline import Pipeline, load
-from lance_mlx.request import Question, Request
-from lance_mlx.visuals import prepare_visuals
+from lance_mlx.requests.request import Question, Request
+from lance_mlx.requests.visuals import prepare_visuals
 from parity.bundle.reading import read_bundle
 from parity.errors import ParityError
 from parity.lance.faults import CATALOGUE, PROFILES, Fault, Target, combined, load_fault

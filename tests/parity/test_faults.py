@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import lance_mlx.sampling.flow as flow
+from lance_mlx.backend.numerics import Numerics
 from lance_mlx.model.mot import KeyValues, ScaledDotProductAttention
 from lance_mlx.model.vae_decoder import Resample
 from lance_mlx.model.vae_layers import StreamState
-from lance_mlx.numerics import Numerics
 from lance_mlx.pipeline import Pipeline
-from lance_mlx.request import Entry, Renorm, Request
-from lance_mlx.sequence import Role, Sequence
+from lance_mlx.requests.request import Entry, Renorm, Request
+from lance_mlx.sequence.segments import Role, Sequence
 from parity.bundle.reading import read_bundle, write_bundle
 from parity.comparison.check import Result, check_bundle
 from parity.lance import replay_mlx
@@ -43,7 +43,7 @@ def positions(change: Callable[[np.ndarray, Sequence, int], np.ndarray]) -> Patc
     """Change the position ids of both arms after they are built; `change` may also build its own."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
-        from lance_mlx import positions as module
+        from lance_mlx.sequence import positions as module
 
         original = module.position_ids
 

@@ -8,8 +8,8 @@ import pytest
 from av.sidedata.sidedata import Type
 from PIL import Image
 
-import lance_mlx.preprocess
-from lance_mlx import media_in
+import lance_mlx.media.preprocess
+from lance_mlx.media import read as media_in
 from parity.bundle.reading import read_bundle
 from parity.comparison.check import check_bundle
 from parity.comparison.exact import check_preprocessed
@@ -67,8 +67,8 @@ def test_both_sides_make_the_same_of_every_kind_of_image(tmp_path):
         ours = media_in.read_visual(path, "image").pixels
         (visual,) = preprocess(edit_of(path), Path())
         assert np.array_equal(np.asarray(next(frames(path, Medium.IMAGE)))[None], ours), path.name
-        assert np.array_equal(visual.vae_pixels, lance_mlx.preprocess.vae_pixels(ours, 64).transpose(3, 0, 1, 2))
-        patches, grid = lance_mlx.preprocess.vit_patches(ours, 56)
+        assert np.array_equal(visual.vae_pixels, lance_mlx.media.preprocess.vae_pixels(ours, 64).transpose(3, 0, 1, 2))
+        patches, grid = lance_mlx.media.preprocess.vit_patches(ours, 56)
         assert np.array_equal(visual.vit_patches, patches) and visual.vit_grid == grid
 
 
@@ -77,14 +77,14 @@ def test_both_sides_cut_pictures_of_any_size_alike():
     for width, height in rng.integers(16, 3000, (300, 2)).tolist():
         for aspect in (976 / 416, 848 / 480, 4 / 3, 1.0, 0.75, 9 / 16):
             left, top, right, bottom = aspect_box(width, height, aspect)
-            assert (top, left, bottom - top, right - left) == lance_mlx.preprocess.crop_box(height, width, aspect)
+            assert (top, left, bottom - top, right - left) == lance_mlx.media.preprocess.crop_box(height, width, aspect)
 
 
 def test_lance_mlx_is_not_compared_with_itself(tmp_path, monkeypatch):
     options = Options(question="a", images=(GARDEN,), vit_resolution=56, max_new_tokens=2)
     bundle = record(tmp_path / "x", ORACLES / "checkpoint-a", build_request("x2t_image", options), dtype="float32")
     assert check_bundle(bundle, Reference()).verdict == check_bundle(bundle, Mlx()).verdict == AGREE
-    monkeypatch.setattr(lance_mlx.preprocess, "_VIT_STD", IMAGENET[1])
+    monkeypatch.setattr(lance_mlx.media.preprocess, "_VIT_STD", IMAGENET[1])
     found = check_bundle(bundle, Mlx())
     assert found.verdict == DIVERGE and found.first_divergence["tap"] == "inputs/vit_patches0"
     assert check_bundle(bundle, Reference()).verdict == AGREE

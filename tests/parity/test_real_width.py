@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lance_mlx import allocator
+from lance_mlx.backend import allocator
 from parity.lance.replay_mlx import record_mlx
 from parity.lance.replay_torch import record_reference
 from parity.tensors.metrics import compare

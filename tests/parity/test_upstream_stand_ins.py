@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lance_mlx.preprocess import vae_pixels
+from lance_mlx.media.preprocess import vae_pixels
 from parity.lance.upstream import stand_ins
 from parity.lance.upstream.namespace import Overlaid
 from parity.lance.upstream.stand_ins import InterpolationMode, Normalize, RandomResizedCrop

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from lance_mlx.layouts import read_vae
-from lance_mlx.numerics import FLOAT32
-from lance_mlx.weights import load_vae as load_mlx
+from lance_mlx.backend.numerics import FLOAT32
+from lance_mlx.checkpoint.layouts import read_vae
+from lance_mlx.checkpoint.weights import load_vae as load_mlx
 from reference.numerics import Numerics
 from reference.vae import DEVIATION, MEAN
 from reference.weights import load_vae as load_reference

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.vae import VAE
 from lance_mlx.pipeline import Pipeline
-from lance_mlx.tokenizer import LanceTokenizer
+from lance_mlx.sequence.tokenizer import LanceTokenizer
 from parity.bundle.reading import Bundle
 
 IMAGES = frozenset({"t2i", "image_edit"})

@@ -11,10 +11,10 @@ import numpy as np
 
 from lance_mlx.config import MAX_LATENT_FRAMES, MAX_LATENT_SIDE
 from lance_mlx.model.lance import Lance, LatentPositionEmbedding, TimestepEmbedder
-from lance_mlx.positions import latent_position_ids
 from lance_mlx.sampling import conditions
 from lance_mlx.sampling.conditions import Conditions
-from lance_mlx.sequence import Segment
+from lance_mlx.sequence.positions import latent_position_ids
+from lance_mlx.sequence.segments import Segment
 from parity.lance.faults.base import (
     BFLOAT16,
     DRAWS,

@@ -6,7 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from lance_mlx.request import Renorm, Request
+from lance_mlx.requests.request import Renorm, Request
 from lance_mlx.sampling import flow, guidance
 from parity.lance.faults.base import BFLOAT16, DRAWS, EDITS, Fault, Need, Patch, wrapped
 

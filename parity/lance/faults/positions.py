@@ -6,11 +6,11 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from lance_mlx import positions
-from lance_mlx.request import Entry
+from lance_mlx.requests.request import Entry
 from lance_mlx.sampling import flow, text
 from lance_mlx.sampling.text import Reader
-from lance_mlx.sequence import Role, Segment, Sequence
+from lance_mlx.sequence import positions
+from lance_mlx.sequence.segments import Role, Segment, Sequence
 from parity.lance.faults.base import (
     ASKS,
     DRAWS,

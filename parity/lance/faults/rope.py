@@ -8,11 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from lance_mlx.backend.numerics import Numerics
 from lance_mlx.config import LanceConfig
 from lance_mlx.model import rope
 from lance_mlx.model.mot import ExpertRows
 from lance_mlx.model.rope import Rotary, RotaryTable
-from lance_mlx.numerics import Numerics
 from lance_mlx.sampling import flow
 from parity.lance.faults.base import BFLOAT16, FLOAT32, Fault, Patch, Target, calls, function, replaced, rounded
 

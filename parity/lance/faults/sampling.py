@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 import lance_mlx.pipeline as pipeline
-from lance_mlx.numerics import scaled
-from lance_mlx.request import Question
+from lance_mlx.backend.numerics import scaled
+from lance_mlx.requests.request import Question
 from lance_mlx.sampling import flow, schedule, text
 from parity.lance.faults.base import (
     ASKS,

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from lance_mlx import positions, preprocess, prompt
 from lance_mlx.errors import LanceError
+from lance_mlx.media import preprocess
 from lance_mlx.model.lance import Lance
-from lance_mlx.request import Request, Task
+from lance_mlx.requests.request import Request, Task
 from lance_mlx.sampling import flow
-from lance_mlx.sequence import AttentionMode, Role, Segment, Sequence
-from lance_mlx.tokenizer import LanceTokenizer
+from lance_mlx.sequence import positions, prompt
+from lance_mlx.sequence.segments import AttentionMode, Role, Segment, Sequence
+from lance_mlx.sequence.tokenizer import LanceTokenizer
 from parity.bundle.reading import Bundle
 from parity.lance.faults.base import (
     ALL,

@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from lance_mlx import media
 from lance_mlx.errors import LanceError
+from lance_mlx.media import write as media
 from lance_mlx.model import vae
 from lance_mlx.model.vae import VAE
 from lance_mlx.model.vae_constants import LATENT_MEAN, LATENT_STD

@@ -8,11 +8,11 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
+from lance_mlx.backend.numerics import Numerics
 from lance_mlx.model import vit, windows
 from lance_mlx.model.rope import Rotary, RotaryTable
 from lance_mlx.model.vit import VisionAttention
 from lance_mlx.model.windows import Segments
-from lance_mlx.numerics import Numerics
 from parity.lance.faults.base import (
     BFLOAT16,
     LOOKS,

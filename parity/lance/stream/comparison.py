@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lance_mlx.allocator import release
+from lance_mlx.backend.allocator import release
 from parity import memory
 from parity.comparison.exact import Breach, check_exact
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE

@@ -12,18 +12,18 @@ import mlx.nn as nn
 import numpy as np
 
 import lance_mlx.sampling.flow as flow
-from lance_mlx.checkpoint import ViTSource
-from lance_mlx.layouts import find_checkpoint
+from lance_mlx.backend.numerics import policy
+from lance_mlx.checkpoint.layouts import find_checkpoint
+from lance_mlx.checkpoint.streaming import Streamed, below
+from lance_mlx.checkpoint.tensors import ViTSource
+from lance_mlx.checkpoint.weights import check_tensors, inspect_lance
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import Context, ExpertRows, KeyValues, KVCache, MoTModel, Reading
 from lance_mlx.model.rope import RotaryTable
-from lance_mlx.numerics import policy
 from lance_mlx.pipeline import Pipeline
-from lance_mlx.request import Question, Variant
-from lance_mlx.streaming import Streamed, below
-from lance_mlx.tokenizer import LanceTokenizer
-from lance_mlx.visuals import PreparedVisual
-from lance_mlx.weights import check_tensors, inspect_lance
+from lance_mlx.requests.request import Question, Variant
+from lance_mlx.requests.visuals import PreparedVisual
+from lance_mlx.sequence.tokenizer import LanceTokenizer
 from parity.lance.boundaries_mlx import MlxBoundaries
 from parity.lance.capture_mlx import MlxCapture
 from parity.lance.faults import Target

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lance_mlx.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
-from lance_mlx.visuals import prepare_visuals
+from lance_mlx.requests.visuals import prepare_visuals
 from parity.bundle.reading import Bundle
 from parity.bundle.store import read_manifest
 from parity.errors import ParityError

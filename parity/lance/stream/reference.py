@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lance_mlx.allocator import release
+from lance_mlx.backend.allocator import release
 from parity.lance.capture_torch import TorchCapture
 from parity.lance.replay_torch import TorchReplay, look
 from parity.lance.stream.parts import EMBEDDINGS, HEAD_TAPS, LAYER, head_parts

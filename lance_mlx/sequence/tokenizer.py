@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from lance_mlx.config import LanceConfig
 from lance_mlx.errors import LanceError
-from lance_mlx.prompt_data import PROMPT_DATA
+from lance_mlx.requests.prompt_data import PROMPT_DATA
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 

@@ -7,8 +7,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from lance_mlx.checkpoint.safetensors import StoredTensor, TensorInfo, Tensors
 from lance_mlx.errors import LanceError
-from lance_mlx.safetensors_file import StoredTensor, TensorInfo, Tensors
 
 _STORAGES = {"FloatStorage": "float32", "BFloat16Storage": "bfloat16", "HalfStorage": "float16"}
 _LOCAL_HEADER = 30

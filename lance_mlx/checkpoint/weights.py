@@ -9,7 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from lance_mlx.checkpoint import Checkpoint, Part, ViTSource
+from lance_mlx.backend.numerics import Numerics
+from lance_mlx.checkpoint.safetensors import Tensors
+from lance_mlx.checkpoint.streaming import Streamed, StreamedVAE, stream_layers
+from lance_mlx.checkpoint.tensors import Checkpoint, Part, ViTSource
 from lance_mlx.config import LATENT_CHANNELS, LanceConfig
 from lance_mlx.errors import LanceError
 from lance_mlx.model.lance import Lance
@@ -18,9 +21,6 @@ from lance_mlx.model.vae_decoder import DecoderShape, UpBlockShape
 from lance_mlx.model.vae_encoder import DownBlockShape, EncoderShape
 from lance_mlx.model.vae_layers import PACKED_CHANNELS
 from lance_mlx.model.vit import ViTConfig
-from lance_mlx.numerics import Numerics
-from lance_mlx.safetensors_file import Tensors
-from lance_mlx.streaming import Streamed, StreamedVAE, stream_layers
 
 Tracker = Callable[[list], Iterable]
 _VAE_ENCODER = re.compile(r"encoder\.|conv1\.")

@@ -11,13 +11,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from lance_mlx.cost import Convolution, expert_weights
-from lance_mlx.estimate import Pass, Sizes, Work, coded
+from lance_mlx.backend.numerics import Numerics
+from lance_mlx.estimate.cost import Convolution, expert_weights
+from lance_mlx.estimate.estimate import Pass, Sizes, Work, coded
 from lance_mlx.model.attention import attention
 from lance_mlx.model.mot import Context, ExpertRows, MoTDecoderLayer
 from lance_mlx.model.rope import rotary_table
 from lance_mlx.model.vae_layers import ResidualBlock, StreamState
-from lance_mlx.numerics import Numerics
 
 _ROWS = 128
 _KEYS = 1024

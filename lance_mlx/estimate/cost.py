@@ -7,7 +7,7 @@ from lance_mlx.config import LATENT_CHANNELS, LanceConfig
 from lance_mlx.model.vae_decoder import DecoderShape
 from lance_mlx.model.vae_encoder import EncoderShape
 from lance_mlx.model.vae_layers import PACKED_CHANNELS
-from lance_mlx.sequence import Sequence
+from lance_mlx.sequence.segments import Sequence
 
 
 def expert_weights(config: LanceConfig) -> int:

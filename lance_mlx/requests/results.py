@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lance_mlx.errors import LanceError
-from lance_mlx.media import read_metadata, save_text
-from lance_mlx.requests_file import Item, RequestsFile
+from lance_mlx.media.write import read_metadata, save_text
+from lance_mlx.requests.files import Item, RequestsFile
 
 PROMPT_BEFORE_REWRITING = "prompt_before_rewriting"
 """Key of an output's metadata that holds the prompt of the request file, where the model was given another."""

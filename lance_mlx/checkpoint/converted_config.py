@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lance_mlx.checkpoint import ViTSource
+from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.config import (
     LATENT_CHANNELS,
     MAX_LATENT_FRAMES,
@@ -19,7 +19,7 @@ from lance_mlx.model.vae_decoder import DecoderShape
 from lance_mlx.model.vae_encoder import EncoderShape
 from lance_mlx.model.vae_layers import PATCH
 from lance_mlx.model.vit import NORM_EPS
-from lance_mlx.request import Variant
+from lance_mlx.requests.request import Variant
 
 MODEL_TYPE = "lance"
 _CHOICES = {

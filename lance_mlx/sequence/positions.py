@@ -3,8 +3,8 @@
 import numpy as np
 
 from lance_mlx.config import MAX_LATENT_SIDE
-from lance_mlx.request import Entry
-from lance_mlx.sequence import AttentionMode, Role, Segment, Sequence
+from lance_mlx.requests.request import Entry
+from lance_mlx.sequence.segments import AttentionMode, Role, Segment, Sequence
 
 VIT_ANCHOR = 1000
 REFERENCE_ANCHOR = 2000

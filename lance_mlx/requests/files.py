@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lance_mlx.errors import LanceError
-from lance_mlx.prompt_data import PROMPT_DATA
-from lance_mlx.request import Task, Visual, VisualKind
+from lance_mlx.requests.prompt_data import PROMPT_DATA
+from lance_mlx.requests.request import Task, Visual, VisualKind
 
 _SUFFIXES = {".mp4": Task.T2V, ".png": Task.T2I, ".jpg": Task.T2I, ".jpeg": Task.T2I}
 _KEYS = ("interleave_array", "element_dtype_array", "istarget_in_interleave")

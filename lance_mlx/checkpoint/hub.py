@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from lance_mlx.errors import LanceError
-from lance_mlx.request import Variant
-from lance_mlx.tokenizer import TOKENIZER_FILES
+from lance_mlx.requests.request import Variant
+from lance_mlx.sequence.tokenizer import TOKENIZER_FILES
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

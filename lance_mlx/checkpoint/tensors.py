@@ -6,10 +6,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from lance_mlx.backend.numerics import Numerics
+from lance_mlx.checkpoint.safetensors import Tensors
 from lance_mlx.errors import LanceError
-from lance_mlx.numerics import Numerics
-from lance_mlx.request import Variant
-from lance_mlx.safetensors_file import Tensors
+from lance_mlx.requests.request import Variant
 
 Config = TypeVar("Config")
 VIT = "vit_model."

@@ -17,8 +17,8 @@ from typing import Any
 from PIL import Image
 
 from lance_mlx.errors import LanceError
-from lance_mlx.media_in import read_visual
-from lance_mlx.request import Task
+from lance_mlx.media.read import read_visual
+from lance_mlx.requests.request import Task
 
 REWRITABLE = (Task.T2V, Task.I2V)
 _DEFAULT_BASE_URL = "https://api.openai.com/v1"

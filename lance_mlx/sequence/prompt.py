@@ -9,11 +9,11 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
-from lance_mlx.prompt_data import PROMPT_DATA
-from lance_mlx.request import Question, Request, Task
-from lance_mlx.sequence import AttentionMode, Role, Segment, Sequence
-from lance_mlx.tokenizer import LanceTokenizer
-from lance_mlx.visuals import PreparedVisual
+from lance_mlx.requests.prompt_data import PROMPT_DATA
+from lance_mlx.requests.request import Question, Request, Task
+from lance_mlx.requests.visuals import PreparedVisual
+from lance_mlx.sequence.segments import AttentionMode, Role, Segment, Sequence
+from lance_mlx.sequence.tokenizer import LanceTokenizer
 
 Grid = tuple[int, int, int]
 _TEMPLATE = PROMPT_DATA["template"]

@@ -15,16 +15,16 @@ from tqdm import tqdm
 
 from lance_mlx.api import Generated, LanceModel, next_turn
 from lance_mlx.errors import LanceError
-from lance_mlx.media import check_output, check_text_output, save_text
+from lance_mlx.media.preprocess import RESOLUTIONS
+from lance_mlx.media.write import check_output, check_text_output, save_text
 from lance_mlx.model.vae import num_decoded_frames
-from lance_mlx.preprocess import RESOLUTIONS
-from lance_mlx.request import Entry, Question, Renorm, Request, Task, Visual
-from lance_mlx.requests_file import Item, RequestsFile, caption_instruction, naming_entry
-from lance_mlx.results import PROMPT_BEFORE_REWRITING, ResultsFolder
-from lance_mlx.rewrite import Rewriter
+from lance_mlx.requests.files import Item, RequestsFile, caption_instruction, naming_entry
+from lance_mlx.requests.request import Entry, Question, Renorm, Request, Task, Visual
+from lance_mlx.requests.results import PROMPT_BEFORE_REWRITING, ResultsFolder
+from lance_mlx.requests.rewriting import Rewriter
+from lance_mlx.requests.visuals import prepare_visuals, sized_by_source
 from lance_mlx.sampling.flow import Step
 from lance_mlx.sampling.noise import check_noise, read_noise
-from lance_mlx.visuals import prepare_visuals, sized_by_source
 
 DEFAULT_SIDE = 768
 DEFAULT_FRAMES = 50

@@ -8,16 +8,16 @@ from typing import Annotated, Any
 import mlx.core as mx
 import typer
 
-from lance_mlx import blas, precision
-from lance_mlx.checkpoint import Checkpoint, Part, ViTSource
-from lance_mlx.commands import DEFAULT_FRAMES, DEFAULT_SIDE
+from lance_mlx.backend import blas, precision
+from lance_mlx.backend.numerics import BFLOAT16, POLICIES, policy, runs_on_cpu
+from lance_mlx.checkpoint.hub import is_repository
+from lance_mlx.checkpoint.layouts import LAYOUTS, check_folder, find_checkpoint, variants_in
+from lance_mlx.checkpoint.tensors import Checkpoint, Part, ViTSource
+from lance_mlx.cli.commands import DEFAULT_FRAMES, DEFAULT_SIDE
 from lance_mlx.errors import LanceError
-from lance_mlx.estimate import OFFICIAL, peak_memory, sizes_of, work_of
-from lance_mlx.hub import is_repository
-from lance_mlx.layouts import LAYOUTS, check_folder, find_checkpoint, variants_in
-from lance_mlx.machine import measure, memory, seconds_of
-from lance_mlx.numerics import BFLOAT16, POLICIES, policy, runs_on_cpu
-from lance_mlx.request import Question, Request, Task, Variant, Visual, VisualKind
+from lance_mlx.estimate.estimate import OFFICIAL, peak_memory, sizes_of, work_of
+from lance_mlx.estimate.machine import measure, memory, seconds_of
+from lance_mlx.requests.request import Question, Request, Task, Variant, Visual, VisualKind
 
 _PROCESS = 90_000_000
 """Bytes of Python and its libraries."""

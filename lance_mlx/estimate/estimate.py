@@ -13,22 +13,22 @@ from typing import NamedTuple
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from lance_mlx.checkpoint import Checkpoint, ViTSource
+from lance_mlx.backend.numerics import Numerics
+from lance_mlx.checkpoint.tensors import Checkpoint, ViTSource
+from lance_mlx.checkpoint.weights import decoder_shape, encoder_shape
 from lance_mlx.config import SPATIAL_STRIDE, LanceConfig
-from lance_mlx.cost import Convolution, decoder_convolutions, encoder_convolutions
+from lance_mlx.estimate.cost import Convolution, decoder_convolutions, encoder_convolutions
+from lance_mlx.media.preprocess import TEMPORAL_PATCH_SIZE, VIT_DIVISOR
 from lance_mlx.model.attention import GPU_SCORE_BUDGET, SCORE_BUDGET
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.vae import VAE
 from lance_mlx.model.vae_decoder import DecoderShape, UpBlockShape
 from lance_mlx.model.vae_encoder import DownBlockShape, EncoderShape
 from lance_mlx.model.vit import ViTConfig
-from lance_mlx.numerics import Numerics
-from lance_mlx.preprocess import TEMPORAL_PATCH_SIZE, VIT_DIVISOR
-from lance_mlx.request import Question, Request, Task
+from lance_mlx.requests.request import Question, Request, Task
 from lance_mlx.sampling.flow import goes_in_one_pass
 from lance_mlx.sampling.guidance import is_guided
 from lance_mlx.sampling.schedule import timesteps
-from lance_mlx.weights import decoder_shape, encoder_shape
 
 TEXT_TOKENS = 64
 """Of template and prompt: a few tens, which weigh little beside the latents."""

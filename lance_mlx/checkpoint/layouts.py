@@ -5,14 +5,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lance_mlx.checkpoint import POSITION_TABLE, VIT, Checkpoint, Config, Part, ViTSource, channels_last, is_lance
+from lance_mlx.checkpoint.converted_config import MODEL_TYPE, check_facts, check_vae
+from lance_mlx.checkpoint.pth import read_pth
+from lance_mlx.checkpoint.safetensors import Tensors, read_header
+from lance_mlx.checkpoint.tensors import (
+    POSITION_TABLE,
+    VIT,
+    Checkpoint,
+    Config,
+    Part,
+    ViTSource,
+    channels_last,
+    is_lance,
+)
+from lance_mlx.checkpoint.weights import decoder_shape, encoder_shape
 from lance_mlx.config import MAX_LATENT_SIDE, read_config
-from lance_mlx.converted_config import MODEL_TYPE, check_facts, check_vae
 from lance_mlx.errors import LanceError
-from lance_mlx.pth_file import read_pth
-from lance_mlx.request import Variant
-from lance_mlx.safetensors_file import Tensors, read_header
-from lance_mlx.weights import decoder_shape, encoder_shape
+from lance_mlx.requests.request import Variant
 
 INDEX = "model.safetensors.index.json"
 VAE = "vae."

@@ -12,13 +12,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from lance_mlx.allocator import release
-from lance_mlx.checkpoint import VIT
+from lance_mlx.backend.allocator import release
+from lance_mlx.checkpoint.safetensors import StoredTensor, Tensors
+from lance_mlx.checkpoint.tensors import VIT
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import Context, ExpertRows, KeyValues, MoTDecoderLayer
 from lance_mlx.model.vae import VAE, LatentStatistics
 from lance_mlx.model.windows import Grid
-from lance_mlx.safetensors_file import StoredTensor, Tensors
 
 _LAYERS = "language_model.model.layers."
 _GENERATION = "_moe_gen."

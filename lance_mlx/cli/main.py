@@ -7,16 +7,26 @@ from typing import Annotated
 
 import typer
 
-from lance_mlx import cli_convert, cli_info
 from lance_mlx.api import load
-from lance_mlx.checkpoint import ViTSource
-from lance_mlx.commands import DEFAULT_FRAMES, DEFAULT_SIDE, Console, Interrupted, Settings, answer, draw, work_through
+from lance_mlx.backend.numerics import BFLOAT16, POLICIES, policy
+from lance_mlx.checkpoint.tensors import ViTSource
+from lance_mlx.cli import convert as cli_convert
+from lance_mlx.cli import info as cli_info
+from lance_mlx.cli.commands import (
+    DEFAULT_FRAMES,
+    DEFAULT_SIDE,
+    Console,
+    Interrupted,
+    Settings,
+    answer,
+    draw,
+    work_through,
+)
 from lance_mlx.errors import LanceError
-from lance_mlx.numerics import BFLOAT16, POLICIES, policy
-from lance_mlx.preprocess import RESOLUTIONS
-from lance_mlx.request import Entry, Renorm, Task, Variant, Visual, VisualKind
-from lance_mlx.requests_file import read_requests
-from lance_mlx.rewrite import REWRITABLE, Rewriter
+from lance_mlx.media.preprocess import RESOLUTIONS
+from lance_mlx.requests.files import read_requests
+from lance_mlx.requests.request import Entry, Renorm, Task, Variant, Visual, VisualKind
+from lance_mlx.requests.rewriting import REWRITABLE, Rewriter
 
 _EXIT = "Exit status: 0 done, 2 bad input (one line on stderr says what and how to mend it), 130 interrupted."
 _INTERRUPTED = 130

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lance_mlx.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
-from lance_mlx.media_in import read_visual
-from lance_mlx.preprocess import MERGE_SIZE, vae_pixels, vit_patches
-from lance_mlx.request import Question, Request, Task
+from lance_mlx.media.preprocess import MERGE_SIZE, vae_pixels, vit_patches
+from lance_mlx.media.read import read_visual
+from lance_mlx.requests.request import Question, Request, Task
 
 
 @dataclass(frozen=True, eq=False)

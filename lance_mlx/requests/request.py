@@ -7,8 +7,8 @@ from typing import Any
 
 from lance_mlx.config import MAX_LATENT_SIDE, MAX_NUM_FRAMES, SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lance_mlx.errors import LanceError
-from lance_mlx.plain import from_plain, to_plain
-from lance_mlx.preprocess import RESOLUTIONS
+from lance_mlx.media.preprocess import RESOLUTIONS
+from lance_mlx.requests.plain import from_plain, to_plain
 
 _VISUAL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 

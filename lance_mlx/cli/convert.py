@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from lance_mlx.checkpoint import ViTSource
-from lance_mlx.commands import Console, Interrupted, gigabytes
-from lance_mlx.convert import convert_vae, prepare
+from lance_mlx.checkpoint.convert import convert_vae, prepare
+from lance_mlx.checkpoint.hub import fetch, is_repository
+from lance_mlx.checkpoint.layouts import check_folder, find_checkpoint, variants_in
+from lance_mlx.checkpoint.tensors import ViTSource
+from lance_mlx.cli.commands import Console, Interrupted, gigabytes
 from lance_mlx.errors import LanceError
-from lance_mlx.hub import fetch, is_repository
-from lance_mlx.layouts import check_folder, find_checkpoint, variants_in
-from lance_mlx.request import Variant, VisualKind
+from lance_mlx.requests.request import Variant, VisualKind
 
 
 class DType(StrEnum):

@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from lance_mlx.checkpoint import POSITION_TABLE, Checkpoint, ViTSource
-from lance_mlx.converted_config import converted_config
+from lance_mlx.backend.numerics import policy
+from lance_mlx.checkpoint.converted_config import converted_config
+from lance_mlx.checkpoint.layouts import INDEX, VAE
+from lance_mlx.checkpoint.model_card import model_card
+from lance_mlx.checkpoint.pth import read_pth
+from lance_mlx.checkpoint.safetensors import StoredTensor, TensorInfo, read_header, write_safetensors
+from lance_mlx.checkpoint.tensors import POSITION_TABLE, Checkpoint, ViTSource
+from lance_mlx.checkpoint.weights import check_tensors, decoder_shape, encoder_shape, inspect_lance
 from lance_mlx.errors import LanceError
-from lance_mlx.layouts import INDEX, VAE
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.vae import VAE as VAEModel
-from lance_mlx.model_card import model_card
-from lance_mlx.numerics import policy
-from lance_mlx.pth_file import read_pth
-from lance_mlx.safetensors_file import StoredTensor, TensorInfo, read_header, write_safetensors
-from lance_mlx.tokenizer import TOKENIZER_FILES, LanceTokenizer
-from lance_mlx.weights import check_tensors, decoder_shape, encoder_shape, inspect_lance
+from lance_mlx.sequence.tokenizer import TOKENIZER_FILES, LanceTokenizer
 
 REPORT = "conversion_report.json"
 _PLAN = "plan.json"

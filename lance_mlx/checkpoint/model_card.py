@@ -1,6 +1,6 @@
 """README.md of a converted checkpoint, as model hubs show it."""
 
-from lance_mlx.request import Variant
+from lance_mlx.requests.request import Variant
 
 _TASKS = {Variant.IMAGE: "t2i, image_edit, subject and x2t_image", Variant.VIDEO: "t2v, i2v, video_edit and x2t_video"}
 _EXAMPLE = {
