@@ -126,8 +126,8 @@ _TAPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "permuted": lambda x: np.random.default_rng(2).permuted(x, axis=0) if len(x) > 1 else np.flip(x, -1).copy(),
     "with NaN": lambda x: _changed(x, lambda flat: flat.__setitem__(0, np.nan)),
 }
-_NOISE = {"float32": 0.001, "bfloat16": 0.05}
-"""Noise as a part of a tap's mean size: well beyond what one rounding does in each dtype."""
+_NOISE = {"float32": 0.001, "bfloat16": 0.25}
+"""Noise as a part of a tap's mean size: well beyond what rounding does to any tap of each dtype, pixels included."""
 
 
 def _noisy(size: float) -> Callable[[np.ndarray], np.ndarray]:

@@ -37,6 +37,7 @@ class Verified:
         files: files that have a checksum.
         tensors: tensors whose shape, dtype and values were checked.
         derived: tensors that were derived anew.
+        unjudged: why the reference was not held against the taps; empty where it was, or something is wrong already.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Verified:
     tensors: int = 0
     derived: int = 0
     problems: list[Problem] = field(default_factory=list)
+    unjudged: str = ""
 
     @property
     def verdict(self) -> str:
@@ -138,7 +140,8 @@ def _judge(bundle: Bundle, found: Verified) -> None:
 
     try:
         judgement = judge_bundle(bundle.path)
-    except ParityError:
+    except ParityError as error:
+        found.unjudged = str(error)
         return
     if not judgement.agree:
         found.add(judgement.departures[0].tap.name, judgement.sentence())
@@ -151,8 +154,10 @@ def _check_weights(bundle: Bundle, found: Verified) -> None:
     from parity.lance.weight_sums import changed_weights
 
     try:
-        for name in changed_weights(bundle):
-            found.add(name, f"is another one in {bundle.checkpoint.name} than when the bundle was computed")
+        if changed := changed_weights(bundle):
+            more = f", and so are {len(changed) - 1} more tensors" if len(changed) > 1 else ""
+            place = bundle.checkpoint.name
+            found.add(changed[0], f"is another one in {place} than when the bundle was computed{more}")
     except ParityError as error:
         found.add("manifest.json", str(error), unusable=True)
 

@@ -52,6 +52,8 @@ def print_verified(results: Sequence[Verified]) -> None:
             console.print(Text(f"{result.name}: {problem.place}: {problem.what}"))
         if len(result.problems) > SHOWN:
             console.print(Text(f"{result.name}: and {len(result.problems) - SHOWN} more"))
+        if result.unjudged:
+            console.print(Text(f"{result.name}: not held against the reference: {result.unjudged}"))
 
 
 def print_comparison(compared: Comparison) -> None:

@@ -97,6 +97,14 @@ def test_other_weights_than_the_captured_ones_are_no_agreement(copy_bundle, name
     assert check_bundle(bundle, Mlx()).verdict == localize(bundle).verdict == "inconclusive"
 
 
+def test_where_nothing_can_be_judged_that_is_said(copy_bundle):
+    bundle = copy_bundle(SMALL)
+    assert not verify_bundle(bundle).unjudged
+    (bundle.parent / "checkpoint-a" / read_bundle(bundle).variant / "model.safetensors").unlink()
+    verified = verify_bundle(bundle)
+    assert not verified.problems and "model.safetensors" in verified.unjudged
+
+
 def test_other_noise_is_an_input(copy_bundle):
     bundle = copy_bundle(SMALL)
     with_tap(bundle, "sampler.noise", lambda x: x[::-1].copy())
