@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reference.errors import ReferenceError
 
@@ -130,4 +131,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: str)
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """PyTorch's attention kernel over [heads, n, d]."""
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], None if mask is None else mask[None, None])[0]
+    given = q[None], k[None], v[None], None if mask is None else mask[None, None]
+    try:
+        return F.scaled_dot_product_attention(*given)[0]
+    except RuntimeError:
+        # With AMX, and ATEN_CPU_CAPABILITY below AVX-512, its bfloat16 kernel packs what it then has no code for.
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(*given)[0]

@@ -23,6 +23,7 @@ from tables import README, replace_between, table, upper_bound
 from parity.bundle.reading import find_bundles
 from parity.cli.errors import one_line_errors
 from parity.comparison.verdict import AGREE
+from parity.errors import ParityError
 from parity.oracle.machines import facts, machine, settings
 
 PLAIN = "as it is"
@@ -76,12 +77,25 @@ def _run(name: str, environment: dict[str, str], paths: list[Path]) -> list[dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _checked(path: Path, impl: str) -> tuple[str, str]:
+    from parity.comparison.check import check_bundle
+    from parity.ports.implementations import IMPLEMENTATIONS
+
+    checked = check_bundle(path, IMPLEMENTATIONS[impl]())
+    return checked.verdict, checked.reason or str(checked.first_divergence)
+
+
+def _localized(path: Path, impl: str) -> tuple[str, str]:
+    from parity.localize.investigation import localize
+
+    found = localize(path, impl, hypotheses=())
+    return found.verdict, found.reason or str(found.first and found.first.tap)
+
+
 def in_process(name: str, measured_on: str, paths: list[str]) -> None:
     """Run the bundles in this process, with the floors of the machine that is named."""
     import torch
 
-    from parity.comparison.check import check_bundle
-    from parity.localize.investigation import localize
     from parity.oracle import floors_file
     from parity.ports.implementations import IMPLEMENTATIONS
 
@@ -91,13 +105,13 @@ def in_process(name: str, measured_on: str, paths: list[str]) -> None:
         for impl in IMPLEMENTATIONS:
             for threads in THREADS:
                 torch.set_num_threads(threads)
-                checked = check_bundle(path, IMPLEMENTATIONS[impl]())
-                why = checked.reason or str(checked.first_divergence)
-                found = localize(path, impl, hypotheses=())
-                first = found.reason or (found.first and found.first.tap)
-                for command, verdict, said in (("check", checked.verdict, why), ("localize", found.verdict, first)):
+                for command, run in (("check", _checked), ("localize", _localized)):
+                    try:
+                        verdict, why = run(path, impl)
+                    except ParityError as error:
+                        verdict, why = "refused", str(error)
                     runs.append({"setting": name, "bundle": path.name, "impl": f"{impl} ({threads} threads)",
-                                 "command": command, "verdict": verdict, "why": said})  # fmt: skip
+                                 "command": command, "verdict": verdict, "why": why})  # fmt: skip
         print(f"{name}: {path.name}", file=sys.stderr)
     print(json.dumps(runs))
 
