@@ -40,7 +40,6 @@ from parity.localize.investigation import localize
 from parity.oracle.floors_file import FILE, floors_of, write_floors
 from parity.oracle.judgement import Cause
 from parity.oracle.oracle import Oracle, load_run
-from parity.ports.implementations import Mlx
 from parity.report.runner import limit_threads
 from parity.report.terminal import progress_bar
 from parity.tensors.recording import Recording, Tap, read_tensors, write_tensors
@@ -295,7 +294,7 @@ def _unchanged(copy: Path, whole: Oracle) -> bool:
 
 def _said(copy: Path) -> dict[str, tuple[str, str]]:
     said = {}
-    for command, run in (("check", lambda: check_bundle(copy, Mlx())), ("localize", lambda: localize(copy))):
+    for command, run in (("check", lambda: check_bundle(copy, "mlx")), ("localize", lambda: localize(copy))):
         try:
             result = run()
             first = getattr(result, "first_divergence", None) or getattr(result, "first", None)

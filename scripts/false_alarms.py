@@ -79,9 +79,8 @@ def _run(name: str, environment: dict[str, str], paths: list[Path]) -> list[dict
 
 def _checked(path: Path, impl: str) -> tuple[str, str]:
     from parity.comparison.check import check_bundle
-    from parity.ports.implementations import IMPLEMENTATIONS
 
-    checked = check_bundle(path, IMPLEMENTATIONS[impl]())
+    checked = check_bundle(path, impl)
     return checked.verdict, checked.reason or str(checked.first_divergence)
 
 
@@ -97,12 +96,12 @@ def in_process(name: str, measured_on: str, paths: list[str]) -> None:
     import torch
 
     from parity.oracle import floors_file
-    from parity.ports.implementations import IMPLEMENTATIONS
+    from parity.ports.loading import known_ports
 
     floors_file.machine = lambda: measured_on
     runs = []
     for path in map(Path, paths):
-        for impl in IMPLEMENTATIONS:
+        for impl in known_ports():
             for threads in THREADS:
                 torch.set_num_threads(threads)
                 for command, run in (("check", _checked), ("localize", _localized)):

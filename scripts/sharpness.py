@@ -18,14 +18,15 @@ from tables import README, replace_between, table
 
 from parity.bundle.reading import find_bundles, read_bundle
 from parity.cli.errors import one_line_errors
+from parity.lance.given import answered
 from parity.lance.names import component_kind, parse
+from parity.lance.ports import MlxPort
+from parity.localize.steering import steered
 from parity.oracle.bounds import Bounds, bounds_of
 from parity.oracle.floors import logits_of, run_free
 from parity.oracle.floors_file import floors_of
 from parity.oracle.oracle import Oracle
 from parity.oracle.variants import FREE, LOCAL
-from parity.ports.implementations import answered
-from parity.ports.subject import MlxSubject
 from parity.report.runner import limit_threads
 from parity.report.terminal import progress_bar
 from parity.tensors.metrics import compare
@@ -71,12 +72,12 @@ def _trials(path: Path, tell: object) -> Iterator[tuple[str, str, int, bool, str
     bundle = read_bundle(path)
     oracle = Oracle.of(bundle)
     floors = floors_of(oracle, tell)
-    subject = MlxSubject(bundle)
-    steered = subject.steered(oracle).recording
+    port = MlxPort(bundle)
+    forced = steered(port, oracle).recording
     expected = bundle.expected | logits_of(run_free(oracle.run, bundle))
-    free = subject.run(set(expected), answered(bundle)).recording
+    free = port.run(set(expected), answered(bundle)).recording
     for command, held, bounds, got in (
-        ("localize", oracle.own, bounds_of(floors[LOCAL], oracle.own, bundle.dtype), steered),
+        ("localize", oracle.own, bounds_of(floors[LOCAL], oracle.own, bundle.dtype), forced),
         ("check", expected, bounds_of(floors[FREE], expected, bundle.dtype), free),
     ):
         for name in _chosen(bounds, got):

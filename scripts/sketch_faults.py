@@ -19,11 +19,11 @@ from parity.bundle.reading import Bundle, find_bundles, read_bundle, write_bundl
 from parity.cli.errors import one_line_errors
 from parity.lance.fault_table import plan, try_fault
 from parity.lance.faults import CATALOGUE
+from parity.lance.ports import MlxPort
 from parity.lance.retention import Keeper, parted
 from parity.oracle.floors import measure
 from parity.oracle.floors_file import FILE, write_floors
 from parity.oracle.oracle import Oracle
-from parity.ports.subject import MlxSubject
 from parity.report.runner import limit_threads
 from parity.report.terminal import progress_bar
 from parity.tensors.recording import DTYPES
@@ -60,14 +60,14 @@ def main(
         with tempfile.TemporaryDirectory() as folder, progress_bar(len(planned), "bundle") as start:
             for bundle, faults in planned:
                 tell = start(bundle.name)
-                oracle, subject = Oracle.of(bundle), MlxSubject(bundle)
+                oracle, port = Oracle.of(bundle), MlxPort(bundle)
                 small = sketched(oracle, Path(folder))
                 narrow = Oracle.of(small)
                 taps, sketches = taps + len(small.expected), sketches + len(small.sketches)
                 for fault in faults:
                     tell(fault.name)
-                    exact = try_fault(fault, bundle, oracle, subject)
-                    found = try_fault(fault, small, narrow, subject)
+                    exact = try_fault(fault, bundle, oracle, port)
+                    found = try_fault(fault, small, narrow, port)
                     counts["tried"] += 1
                     counts["detected whole"] += exact.detected
                     counts["detected"] += found.detected

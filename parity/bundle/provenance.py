@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from parity.bundle.reading import Bundle
 
 if TYPE_CHECKING:
-    from parity.ports.subject import Subject
+    from parity.ports.port import Port
 
 
-def provenance_of(bundle: Bundle, subject: "Subject", checksum: str, weights: int) -> dict[str, str]:
+def provenance_of(bundle: Bundle, port: "Port", checksum: str, weights: int) -> dict[str, str]:
     """Commits, weights, numerics, versions and the command, in words."""
     source = bundle.manifest["source"]
     found = {
@@ -27,7 +27,7 @@ def provenance_of(bundle: Bundle, subject: "Subject", checksum: str, weights: in
         "machine": f"{platform.system()} {platform.machine()}",
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    return found | subject.versions()
+    return found | port.versions()
 
 
 def origin(source: Mapping[str, Any]) -> str:

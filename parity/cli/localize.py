@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from parity.cli.errors import one_line_errors
-from parity.cli.results import FormatOption, OutputOption, deliver
+from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, deliver
 
 REPORTS = Path("reports/localize")
 
@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 def localize(
     bundle: Annotated[Path, typer.Argument(help="Folder of one bundle.")],
-    impl: Annotated[str, typer.Option(metavar="NAME", help="mlx or reference.")] = "mlx",
+    impl: Annotated[str, typer.Option(metavar="NAME", help=IMPL_HELP)] = "mlx",
     fault: Annotated[
         list[str] | None,
         typer.Option(

@@ -12,7 +12,7 @@ from parity.cli import localize as cli_localize
 from parity.cli import store as cli_store
 from parity.cli import stream as cli_stream
 from parity.cli.errors import one_line_errors
-from parity.cli.results import FormatOption, OutputOption, deliver
+from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, deliver
 from parity.errors import ParityError
 
 app = typer.Typer(
@@ -24,15 +24,8 @@ app = typer.Typer(
 )
 
 
-class ImplName(StrEnum):
-    """The implementations that can be compared."""
-
-    MLX = "mlx"
-    REFERENCE = "reference"
-
-
 class ImplChoice(StrEnum):
-    """One implementation or both."""
+    """Whose layouts are compared."""
 
     BOTH = "both"
     MLX = "mlx"
@@ -47,17 +40,21 @@ def run(
     report: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the HTML report, anew.")] = Path(
         "reports/latest"
     ),
+    impl: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help=f"{IMPL_HELP} May be given several times.", show_default="mlx, reference"),
+    ] = None,
     form: FormatOption = None,
     output: OutputOption = None,
 ) -> None:
-    """Compare both implementations with every bundle and write an HTML report.
+    """Compare lance_mlx and the reference with every bundle and write an HTML report.
 
     Bundles of tasks that do not exist yet are listed as unsupported and count neither way. The last line of the output
     is the path of the report.
     """
     with one_line_errors():
         from parity.bundle.reading import find_bundles
-        from parity.ports.implementations import IMPLEMENTATIONS
+        from parity.ports.loading import known_ports
         from parity.report.output import require_own
         from parity.report.run_page import write_report
         from parity.report.runner import compare_all, exit_status
@@ -66,8 +63,9 @@ def run(
         folders = oracles or [Path("oracles")]
         paths = find_bundles(folders)
         require_own(report)
-        with progress_bar(len(paths) * len(IMPLEMENTATIONS), "comparison") as start:
-            rows = compare_all(paths, start)
+        impls = impl or list(known_ports())
+        with progress_bar(len(paths) * len(impls), "comparison") as start:
+            rows = compare_all(paths, impls, start)
         index = write_report(report, rows, [str(folder) for folder in folders])
         if not deliver(rows, form, output):
             print_rows(rows)
@@ -78,7 +76,7 @@ def run(
 @app.command(epilog="Exit status: 0 agree, 1 diverge, 2 unusable: a broken bundle, missing taps, an unsupported task.")
 def check(
     bundle: Annotated[Path, typer.Argument(help="Folder of one bundle.")],
-    impl: Annotated[ImplName, typer.Option(help="The implementation to compare.")],
+    impl: Annotated[str, typer.Option(metavar="NAME", help=IMPL_HELP)],
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
     dump: Annotated[
         Path | None,
@@ -95,7 +93,6 @@ def check(
     """
     with one_line_errors():
         from parity.comparison.check import check_recording, record_bundle, unusable_json
-        from parity.ports.implementations import IMPLEMENTATIONS
         from parity.report.runner import exit_status, limit_threads
         from parity.report.terminal import print_result, progress_bar
         from parity.tensors.recording import write_tensors
@@ -103,7 +100,7 @@ def check(
         limit_threads()
         try:
             with progress_bar(1, "comparison") as start:
-                replay = record_bundle(bundle, IMPLEMENTATIONS[impl](), start(f"{bundle.name} {impl}"))
+                replay = record_bundle(bundle, impl, start(f"{bundle.name} {impl}"))
                 result = check_recording(replay)
         except ParityError as error:
             if json_file:
@@ -134,20 +131,19 @@ def layouts(
     """
     with one_line_errors():
         from parity.comparison.verdict import UNUSABLE
-        from parity.lance.sequence_layouts import check_layout, find_tokenizer, read_layouts
-        from parity.ports.implementations import IMPLEMENTATIONS
+        from parity.lance.sequence_layouts import BUILDERS, check_layout, find_tokenizer, read_layouts
         from parity.report.run_page import UNSUPPORTED
         from parity.report.runner import exit_status
         from parity.report.terminal import new_table, print_table, styled
 
         found = read_layouts(folder)
         place = find_tokenizer(folder, tokenizer)
-        names = list(IMPLEMENTATIONS) if impl is ImplChoice.BOTH else [impl.value]
+        names = list(BUILDERS) if impl is ImplChoice.BOTH else [impl.value]
         table, verdicts = new_table("layout", "implementation", "tokens", "arrays equal", "build time", "verdict"), []
         for layout in found:
             for name in names if layout.supported else []:
                 try:
-                    r = check_layout(layout, IMPLEMENTATIONS[name](), place)
+                    r = check_layout(layout, name, BUILDERS[name], place)
                     shown = (str(r.tokens), str(r.compared), f"{r.seconds:.2f} s", styled(r.verdict, r.detail))
                     verdicts.append(r.verdict)
                 except ParityError as error:

@@ -7,6 +7,7 @@ import typer
 
 from parity.report.output import Format
 
+IMPL_HELP = "mlx, reference, or FILE.py:NAME, which loads a port of yours (parity/ports/port.py)."
 FormatOption = Annotated[
     Format | None,
     typer.Option("--format", help="Print the result in this form, in place of the table.", show_default=False),

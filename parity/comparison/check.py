@@ -27,6 +27,7 @@ from parity.comparison.verdict import (
 )
 from parity.errors import ParityError
 from parity.lance.diagnosis import name_component
+from parity.lance.given import answered, wanted
 from parity.lance.names import TapName, parse
 from parity.lance.requests import SUPPORTED_TASKS
 from parity.lance.weight_sums import require_weights
@@ -36,7 +37,8 @@ from parity.oracle.floors_file import floors_of
 from parity.oracle.judgement import Judgement, clears, judge
 from parity.oracle.oracle import Oracle, answer_logits
 from parity.oracle.variants import FREE, SEGMENT
-from parity.ports.implementations import Implementation, Progress
+from parity.ports.loading import port_loader
+from parity.ports.port import Loader, Port, Progress
 from parity.tensors.metrics import Difference, bits, compare, finite
 from parity.tensors.recording import Recording, Tap
 from parity.tensors.sketch import Sketch
@@ -171,33 +173,44 @@ class Run:
 
     bundle: Bundle
     recording: Recording
-    impl: Implementation
+    port: Port
     unstable: str | None = None
     preprocessed: dict[str, np.ndarray] | None = None
     seconds: float | None = None
     peak_bytes: int | None = None
 
 
-def check_bundle(path: Path, impl: Implementation, progress: Progress | None = None) -> Result:
-    """Replay a bundle with an implementation and compare; `progress` is told the name of each call before it runs.
+def check_bundle(path: Path, impl: str | Loader, progress: Progress | None = None) -> Result:
+    """Replay a bundle with a port and compare; `progress` is told the name of each call before it runs.
 
-    Raises ParityError for a bundle that is unusable and UnsupportedTask for one of a task that does not exist yet.
+    `impl` is a port's name, FILE.py:NAME, or what loads one. Raises ParityError for a bundle that is unusable or a port
+    that cannot run it, and UnsupportedTask for a bundle of a task that does not exist yet.
     """
     return check_recording(record_bundle(path, impl, progress))
 
 
-def record_bundle(path: Path, impl: Implementation, progress: Progress | None = None) -> Run:
+def record_bundle(path: Path, impl: str | Loader, progress: Progress | None = None) -> Run:
     """Read a bundle and replay it; see check_bundle."""
+    load = port_loader(impl) if isinstance(impl, str) else impl
     bundle = read_bundle(path)
     if bundle.task not in SUPPORTED_TASKS:
         raise UnsupportedTask(f"bundle {bundle.name}: task {bundle.task!r} is not supported yet")
     require_weights(bundle)
     memory.reset_peak()
     start = time.perf_counter()
-    recording = impl.record(bundle, progress)
+    port = load(bundle)
+    recording = replayed(port, bundle, progress)
     seconds, peak = time.perf_counter() - start, memory.peak()
-    unstable = first_unequal(recording, impl.record(bundle, progress))
-    return Run(bundle, recording, impl, unstable, impl.preprocessed(bundle), seconds, peak)
+    unstable = first_unequal(recording, replayed(port, bundle, progress))
+    return Run(bundle, recording, port, unstable, port.preprocessed(bundle.path.parent), seconds, peak)
+
+
+def replayed(port: Port, bundle: Bundle, progress: Progress | None = None) -> Recording:
+    """What a port computes by itself of a bundle, an answer's tokens given, with the integers of the sequence under
+    their names in inputs.safetensors."""
+    found = port.run(wanted(bundle), answered(bundle), progress=progress)
+    exact = {name.removeprefix("inputs/"): tap for name, tap in found.exact.items()}
+    return {name: tap for name, tap in exact.items() if name in bundle.inputs} | found.recording
 
 
 def first_unequal(first: Recording, second: Recording) -> str | None:
@@ -246,7 +259,7 @@ def check_recording(run: Run) -> Result:
     verdict = _verdict(taps, missing, first, reason, run.unstable or blind)
     return Result(
         bundle=bundle.name,
-        impl=run.impl.name,
+        impl=run.port.name,
         task=bundle.task,
         entry=bundle.entry,
         dtype=bundle.dtype,
@@ -262,7 +275,7 @@ def check_recording(run: Run) -> Result:
         remark=remark,
         seconds=run.seconds,
         peak_bytes=run.peak_bytes,
-        versions=run.impl.versions(),
+        versions=run.port.versions(),
         source=bundle.manifest["source"],
         request=bundle.request,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from parity.lance.ports import oracle_weights
 from parity.oracle.oracle import Oracle
-from parity.ports.subject import Subject, oracle_weights
+from parity.ports.port import Port
 from parity.tensors.metrics import bits
 from parity.tensors.recording import Contract, Observed, Recording
 
@@ -54,20 +55,20 @@ class Breach:
 
 @dataclass(frozen=True, eq=False)
 class WeightCheck:
-    """All weights of a subject against the oracle's: which differ, how many were compared, and a sum over them all."""
+    """All weights of a port against the oracle's: which differ, how many were compared, and a sum over them all."""
 
     breaches: list[Breach]
     compared: int
     checksum: str
 
 
-def check_weights(subject: Subject, oracle: Oracle) -> WeightCheck:
+def check_weights(port: Port, oracle: Oracle) -> WeightCheck:
     """Compare all parameters bit for bit."""
     expected = dict(oracle_weights(oracle))
     breaches, seen, checksum = [], set(), 0
     for name, array in expected.items():
         checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, zlib.crc32(name.encode(), checksum))
-    for name, got in subject.weights():
+    for name, got in port.weights():
         wanted = expected.get(name)
         if wanted is None:
             continue

@@ -1,5 +1,6 @@
 """Runs that can be compared with each other, whatever holds them: a bundle, a file, an implementation, arrays."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -8,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from parity.bundle.reading import read_bundle, verify_checksums
 from parity.bundle.store import read_manifest
 from parity.comparison import check
 from parity.errors import ParityError
 from parity.lance.record import NUMERICS
-from parity.ports.implementations import IMPLEMENTATIONS
+from parity.ports.loading import port_loader
+from parity.tensors.arrays import dtype_of, tap_of
 from parity.tensors.recording import Recording, Tap, TensorFile, open_tensors
 from parity.tensors.sketch import Sketch
 from parity.tensors.sketch_file import read_sketches
 
-_INT32 = np.iinfo(np.int32)
+# After the @: a port, and numerics behind it.
+_SPEC = re.compile(r"(?P<name>.*\.py:[^:]*|[^:]*)(:(?P<numerics>.*))?", re.DOTALL)
 
 
 class Taps(Mapping[str, Tap | Sketch]):
@@ -92,7 +94,7 @@ def opened(
     Args:
         given: a mapping of names to arrays (NumPy, PyTorch, MLX) or taps, or one of these:
             `PATH` of a bundle, of a folder with taps.safetensors, or of a safetensors file;
-            `PATH@IMPL`, a bundle's request replayed by an implementation under the bundle's numerics;
+            `PATH@IMPL`, a bundle's request replayed by a port (mlx, reference, FILE.py:NAME) under its numerics;
             `PATH@IMPL:NUMERICS`, under others.
         label: what to call a mapping.
         like: the bundle that `@IMPL` without a path is about.
@@ -112,40 +114,6 @@ def opened(
         return
     with _stored(Path(text)) as source:
         yield source
-
-
-def tap_of(value: Any, name: str = "array") -> Tap | Sketch:
-    """Hold an array of NumPy, PyTorch or MLX as a tap; integers become int32.
-
-    Raises ParityError for a dtype that would lose something.
-    """
-    if isinstance(value, Tap | Sketch):
-        return value
-    dtype = dtype_of(value)
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        value = (value.float() if dtype == "bfloat16" else value).numpy()
-    elif type(value).__module__.startswith("mlx."):
-        import mlx.core as mx
-
-        value = np.array(value.astype(mx.float32) if dtype == "bfloat16" else value)
-    array = np.asarray(value)
-    if dtype == "bfloat16":
-        return Tap(np.ascontiguousarray(array, np.float32), "bfloat16")
-    if array.dtype == np.float32:
-        return Tap(array, "float32")
-    if array.dtype.kind not in "iub":
-        raise ParityError(f"{name} is {array.dtype}: cast it to float32, bfloat16 or int32, which can be compared")
-    if array.size and not (_INT32.min <= array.min() and array.max() <= _INT32.max):
-        raise ParityError(f"{name} holds integers that int32 cannot: they cannot be compared")
-    return Tap(array.astype(np.int32), "int32")
-
-
-def dtype_of(value: Any) -> str:
-    """The name of an array's or a tap's dtype, without its library's; integers are held as int32 whatever they were."""
-    dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
-    name = str(dtype).rpartition(".")[2]
-    return "int32" if name.startswith(("int", "uint", "bool")) else name
 
 
 @contextmanager
@@ -178,21 +146,21 @@ _PARTS = ("inputs", "taps")
 
 
 def _replayed(text: str, path: Path | None, what: str, progress: Callable[[str], None] | None) -> Source:
-    name, _, numerics = what.partition(":")
-    if name not in IMPLEMENTATIONS:
-        raise ParityError(f"{text}: {name!r} is not an implementation; there are {', '.join(IMPLEMENTATIONS)}")
-    if ":" in what and numerics not in NUMERICS:
+    named = _SPEC.fullmatch(what)
+    name, numerics = named["name"], named["numerics"]
+    load = port_loader(name)
+    if numerics not in (None, *NUMERICS):
         raise ParityError(f"{text}: numerics {numerics!r} is not one of {', '.join(NUMERICS)}")
     if path is None:
         raise ParityError(f"{text}: which bundle? Write BUNDLE{text}")
-    impl = IMPLEMENTATIONS[name]()
     bundle = read_bundle(path)
-    if numerics in ("", bundle.dtype):
-        replay = check.record_bundle(path, impl, progress)
+    if numerics in (None, bundle.dtype):
+        replay = check.record_bundle(path, load, progress)
     else:
         source = bundle.manifest["source"] | {"dtype": numerics}
         bundle = replace(bundle, manifest=bundle.manifest | {"source": source})
-        replay = check.Run(bundle, impl.record(bundle, progress), impl)
+        port = load(bundle)
+        replay = check.Run(bundle, check.replayed(port, bundle, progress), port)
     recording: Recording = replay.recording
     places = {}
     for tap in recording:

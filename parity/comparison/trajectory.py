@@ -8,7 +8,7 @@ import numpy as np
 
 from parity.lance.names import velocity_calls
 from parity.oracle.oracle import Oracle, answer_logits
-from parity.ports.subject import Subject
+from parity.ports.port import Port
 from parity.tensors.metrics import compare
 from parity.tensors.recording import Observed, Recording, Tap
 from parity.tensors.rounding import ULP, rounded
@@ -62,16 +62,16 @@ class Margin:
         return self.margin <= 2 * self.error
 
 
-def teacher_forced(subject: Subject, oracle: Oracle) -> Observed:
-    """Run with the oracle's states and tokens at the start of every step and everything else the subject's own."""
+def teacher_forced(port: Port, oracle: Oracle) -> Observed:
+    """Run with the oracle's states and tokens at the start of every step and everything else the port's own."""
     given = {n: t for n, t in oracle.passes.items() if n.startswith(_STATES) or n == "tokens"}
-    return subject.run(set(oracle.taps), given)
+    return port.run(set(oracle.taps), given)
 
 
 def trajectory(oracle: Oracle, forced: Recording, free: Recording) -> list[Departure]:
     """Every step's departure; empty for questions.
 
-    `forced` was run from the oracle's state at every step, `free` from the subject's own.
+    `forced` was run from the oracle's state at every step, `free` from the port's own.
     """
     request = oracle.run.request
     if request.understanding:

@@ -1,6 +1,5 @@
 """What a hypothesis is, how several are tried together, and how a file's own are read."""
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from parity.errors import ParityError
+from parity.python_file import import_file
 
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
@@ -107,18 +107,7 @@ def load_hypotheses(path: Path) -> list[Hypothesis]:
 
     Raises ParityError when the file cannot be read or run, or holds none, or two of one name.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ParityError(f"{path} is not a file: name a .py file that holds hypotheses")
-    spec = importlib.util.spec_from_file_location(f"parity_hypotheses_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ParityError(f"{path} is not a Python file: name a .py file that holds hypotheses")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # a third party's file raises whatever it likes
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ParityError(f"{path} does not run ({reason}): correct it") from error
+    module = import_file(path, "hypotheses")
     found = list(_hypotheses_in(vars(module).values()))
     if not found:
         raise ParityError(f"{path} holds no Hypothesis: make some at the top of the file")

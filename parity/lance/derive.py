@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from parity.bundle.reading import Bundle
-from parity.errors import ParityError
+from parity.errors import ParityError, one_line
 from parity.lance.derived_request import Facts
 from parity.lance.names import parse, velocity_calls
 from parity.lance.record import draw
 from parity.lance.recorded_taps import INPUTS
-from parity.ports.implementations import one_line
 from parity.tensors.recording import Tap
 from reference.errors import ReferenceError
 from reference.mot import LanguageModel, Rope

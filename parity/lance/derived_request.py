@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from parity.bundle.reading import Bundle
+from parity.lance.given import replay_of
 from parity.lance.names import parse
 from parity.lance.record import IMPLEMENTATION
 from parity.lance.replay_torch import replayed_sizes
-from parity.ports.implementations import replay_of
 from parity.tensors.recording import DTYPES, Replay
 from reference.arms import CachedArm, Inputs
 from reference.config import LanguageConfig

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from parity.bundle.reading import Bundle
-from parity.errors import ParityError
-from parity.ports.implementations import POSITION_LAYOUTS, Reference
+from parity.lance.given import POSITION_LAYOUTS
+from parity.lance.replay_torch import layout_reference
 from parity.tensors.recording import Recording, Tap
+from reference.errors import ReferenceError
 
 FRACTION_BITS = {"float32": 23, "bfloat16": 7}
 # Rounding moves a whole state by its expected error within a few percent, float32's t by a little more.
@@ -36,8 +37,8 @@ def name_component(bundle: Bundle, recording: Recording, name: str, diverging: s
 def _positions_differ(bundle: Bundle, recording: Recording) -> bool:
     # The oracles of the full-sequence entry hold no positions; the reference, which shares no code, stands in for them.
     try:
-        expected = Reference().layout(bundle.request, bundle.checkpoint / bundle.variant, bundle.path.parent)
-    except ParityError:
+        expected = layout_reference(bundle.request, bundle.checkpoint / bundle.variant, bundle.path.parent)
+    except ReferenceError:
         return False
     known = [name for name in POSITION_LAYOUTS if name in recording and name in expected]
     return any(not np.array_equal(recording[name].array, expected[name]) for name in known)

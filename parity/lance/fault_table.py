@@ -10,6 +10,7 @@ from parity.comparison.verdict import DIVERGE
 from parity.errors import ParityError
 from parity.hypotheses import HYPOTHESES
 from parity.lance.faults import Fault
+from parity.lance.ports import MlxPort
 from parity.lance.record import record
 from parity.lance.record_options import Options, build_request
 from parity.localize.findings import Localization
@@ -17,7 +18,6 @@ from parity.localize.investigation import Investigation
 from parity.oracle.floors import measure
 from parity.oracle.floors_file import FILE, write_floors
 from parity.oracle.oracle import Oracle
-from parity.ports.subject import MlxSubject
 
 # Bundles that each fault is tried on.
 BUNDLES = 2
@@ -119,16 +119,16 @@ def try_faults(
     """
     for bundle, chosen in plan(faults, [read_bundle(path) for path in paths]):
         tell = start(bundle.name)
-        oracle, subject = Oracle.of(bundle), MlxSubject(bundle)
+        oracle, port = Oracle.of(bundle), MlxPort(bundle)
         for fault in chosen:
             tell(fault.name)
-            yield try_fault(fault, bundle, oracle, subject)
+            yield try_fault(fault, bundle, oracle, port)
 
 
-def try_fault(fault: Fault, bundle: Bundle, oracle: Oracle, subject: MlxSubject) -> Trial:
+def try_fault(fault: Fault, bundle: Bundle, oracle: Oracle, port: MlxPort) -> Trial:
     """Localize one fault on one bundle."""
     try:
-        found = Investigation(bundle, oracle, subject, [fault], HYPOTHESES, _say_nothing, thorough=False).run()
+        found = Investigation(bundle, oracle, port, [fault], HYPOTHESES, _say_nothing, thorough=False).run()
     except ParityError as error:
         explained = None if fault.explanation is None else False
         return Trial(fault, bundle.name, False, False, explained, str(error), "", 0.0)

@@ -2,6 +2,7 @@
 
 import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import numpy as np
 
 from parity.bundle.reading import read_json
 from parity.comparison.verdict import AGREE, DIVERGE, UNUSABLE
-from parity.errors import ParityError
+from parity.errors import ParityError, one_line
+from parity.lance.replay_mlx import layout_mlx
+from parity.lance.replay_torch import layout_reference
 from parity.lance.requests import SUPPORTED_TASKS, check_request
-from parity.ports.implementations import Implementation
 from parity.tensors.metrics import bits
 
 FORMAT = "lance-layout/1"
@@ -94,17 +96,23 @@ def find_tokenizer(folder: Path, given: Path | None = None) -> Path:
     raise ParityError(f"no tokenizer ({', '.join(TOKENIZER_FILES)}) in {where}: name its folder with --tokenizer")
 
 
-def check_layout(layout: Layout, impl: Implementation, tokenizer: Path) -> LayoutResult:
-    """Build a layout's request with an implementation and compare every array, bit for bit."""
+Builder = Callable[[dict, Path, Path], dict[str, np.ndarray]]
+"""Lays a request out, with the folders of the tokenizer and of the media."""
+BUILDERS: dict[str, Builder] = {"mlx": layout_mlx, "reference": layout_reference}
+
+
+def check_layout(layout: Layout, impl: str, build: Builder, tokenizer: Path) -> LayoutResult:
+    """Build a layout's request and compare every array, bit for bit; `impl` is what to call the builder."""
     start = time.perf_counter()
-    built = impl.layout(layout.request, tokenizer, layout.media)
+    with one_line(f"{impl} cannot lay out the request"):
+        built = build(layout.request, tokenizer, layout.media)
     seconds = time.perf_counter() - start
     missing = [name for name in layout.arrays if name not in built]
     compared = [name for name in layout.arrays if name in built]
     wrong = [text for name in compared if (text := _difference(name, layout.arrays[name], built[name]))]
     verdict = DIVERGE if wrong else UNUSABLE if missing or not compared else AGREE
     detail = "; ".join(wrong or [f"{name} was not built" for name in missing])
-    return LayoutResult(layout.name, impl.name, verdict, layout.tokens, len(compared), seconds, detail)
+    return LayoutResult(layout.name, impl, verdict, layout.tokens, len(compared), seconds, detail)
 
 
 def _difference(name: str, oracle: np.ndarray, ours: np.ndarray) -> str | None:

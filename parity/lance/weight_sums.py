@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from parity.bundle.reading import SUM_DIGITS, WEIGHTS, Bundle, check_weight_sums
-from parity.errors import ParityError
-from parity.ports.implementations import one_line
+from parity.errors import ParityError, one_line
 from reference.model import VIT_FOLDER
 from reference.weights import POSITION_TABLE, VIT_PREFIX, opened, read_vae
 

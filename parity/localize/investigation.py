@@ -18,7 +18,7 @@ from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE
 from parity.errors import ParityError
 from parity.hypotheses import HYPOTHESES, Hypothesis
 from parity.hypotheses.tap_probe import TapProbe, site_of
-from parity.lance.faults import Fault, Target, combined
+from parity.lance.faults import Fault
 from parity.lance.names import component_kind, parse
 from parity.localize.explain import Causes, explain, removed
 from parity.localize.findings import (
@@ -33,6 +33,7 @@ from parity.localize.findings import (
     TapError,
 )
 from parity.localize.slices import place_of, slice_errors, slice_sizes
+from parity.localize.steering import require_steering, steered
 from parity.localize.tap_errors import tap_errors
 from parity.oracle.bounds import bounds_of
 from parity.oracle.floors_file import floors_of
@@ -40,7 +41,8 @@ from parity.oracle.judgement import clears, judge, segment_bounds
 from parity.oracle.oracle import Oracle
 from parity.oracle.variants import LOCAL as STEERED
 from parity.oracle.variants import SEGMENT
-from parity.ports.subject import MlxSubject, Subject, make_subject
+from parity.ports.loading import port_loader
+from parity.ports.port import Port
 from parity.tensors.metrics import Difference, compare
 from parity.tensors.recording import Observed, Recording, Tap
 from parity.tensors.sketch import Sketch
@@ -71,10 +73,10 @@ def localize(
     bundle = read_bundle(path)
     tell("reference")
     oracle = Oracle.of(bundle)
-    subject = make_subject(impl, bundle)
-    if faults and not isinstance(subject, MlxSubject):
+    port = port_loader(impl)(bundle)
+    if faults and not hasattr(port, "broken_by"):
         raise ParityError(f"faults break lance_mlx, not {impl}: leave --impl out")
-    return Investigation(bundle, oracle, subject, list(faults), list(hypotheses), tell).run(started)
+    return Investigation(bundle, oracle, port, list(faults), list(hypotheses), tell).run(started)
 
 
 class Investigation:
@@ -89,14 +91,14 @@ class Investigation:
         self,
         bundle: Bundle,
         oracle: Oracle,
-        subject: Subject,
+        port: Port,
         faults: list[Fault],
         hypotheses: list[Hypothesis],
         tell: Progress,
         thorough: bool = True,
     ) -> None:
         self.thorough = thorough
-        self.bundle, self.oracle, self.subject = bundle, oracle, subject
+        self.bundle, self.oracle, self.port = bundle, oracle, port
         self.faults, self.hypotheses, self.tell = faults, hypotheses, tell
         self.contract = oracle.contract
         self.findings: list[Finding] = []
@@ -104,7 +106,7 @@ class Investigation:
         self.held: dict[str, Tap | Sketch] = dict(oracle.own)
 
     def run(self, started: float | None = None) -> Localization:
-        """Run the subject free, steered and from the oracle's states, and judge what it computed."""
+        """Run the port free, steered and from the oracle's states, and judge what it computed."""
         started = time.perf_counter() if started is None else started
         self.tell("floors")
         floors = floors_of(self.oracle, self.tell)
@@ -112,30 +114,38 @@ class Investigation:
         judgement = judge(self.oracle, floors[SEGMENT])
         self.tell("weights")
         with ExitStack() as stack:
-            if isinstance(self.subject, MlxSubject):
-                stack.enter_context(combined(self.faults)(Target(self.subject.pipeline)))
-            checked = check_weights(self.subject, self.oracle)
+            if self.faults:
+                stack.enter_context(self.port.broken_by(self.faults))
+            checked = check_weights(self.port, self.oracle)
             broken = {breach.tap.removeprefix("weights/"): breach.expected for breach in checked.breaches}
             given = {name: array for name, array in broken.items() if array is not None}
             self.tell("determinism")
             free, failure, unstable = self._free_runs() if self.thorough else (_NOTHING, None, None)
-            with self.subject.with_weights(given) if given else nullcontext():
+            unsteered = None
+            if self.thorough and not failure:
+                self.tell("steering")
+                try:
+                    require_steering(self.port, self.oracle, free.recording)
+                except ParityError as error:
+                    unsteered = str(error)
+            with self.port.with_weights(given) if given else nullcontext():
                 self.tell("steered run")
-                forced, stuck = self._attempt(lambda: self.subject.steered(self.oracle))
+                forced, stuck = self._attempt(lambda: steered(self.port, self.oracle))
                 along, led_by_upstream = segment_bounds(self.oracle, floors[SEGMENT]), _NOTHING
                 if not judgement.agree:
                     upstream = {name: tap for name, tap in self.bundle.taps.items() if name in self.oracle.taps}
-                    led_by_upstream = self._attempt(lambda: self.subject.run(set(upstream), upstream, self.contract))[0]
+                    led_by_upstream = self._attempt(lambda: self.port.run(set(upstream), upstream, self.contract))[0]
             self.tell("trajectory")
-            led = self._attempt(lambda: teacher_forced(self.subject, self.oracle))[0] if self.thorough else _NOTHING
-            preprocessed = self.subject.preprocessed(self.bundle.path.parent)
+            led = self._attempt(lambda: teacher_forced(self.port, self.oracle))[0] if self.thorough else _NOTHING
+            preprocessed = self.port.preprocessed(self.bundle.path.parent)
         breaches = [*checked.breaches, *check_exact(self.contract, forced)]
         breaches += check_preprocessed(preprocessed, self.bundle.inputs)
         held, blind, remark = self.oracle.own, judgement.sentence(), ""
         if blind and clears(judgement, led_by_upstream.recording, self.bundle.expected, along.limits()):
             # What the reference computes between upstream's taps is nothing to go by.
             held, bounds, forced = self.bundle.expected, along, led_by_upstream
-            blind, remark = "", f"{blind}; {self.subject.name} agrees with the oracle there"
+            blind, remark = "", f"{blind}; {self.port.name} agrees with the oracle there"
+        blind = blind or unsteered or ""
         self.held = held
         taps = tap_errors(self.oracle, held, forced.recording, free.recording, bounds)
         answered = margins(self.oracle, led.recording)
@@ -148,7 +158,7 @@ class Investigation:
         verdict, reason = self._verdict(taps, unstable, failure, blind)
         return Localization(
             bundle=self.bundle.name,
-            impl=self.subject.name,
+            impl=self.port.name,
             task=self.bundle.task,
             entry=self.bundle.entry,
             dtype=self.bundle.dtype,
@@ -164,7 +174,7 @@ class Investigation:
             pictures=self.pictures,
             faults=[fault.name for fault in self.faults],
             request=self.bundle.request,
-            provenance=provenance_of(self.bundle, self.subject, checked.checksum, checked.compared),
+            provenance=provenance_of(self.bundle, self.port, checked.checksum, checked.compared),
             seconds=time.perf_counter() - started,
             peak_bytes=memory.peak(),
         )
@@ -172,10 +182,10 @@ class Investigation:
     def _free_runs(self) -> tuple[Observed, str | None, str | None]:
         """Run twice as it is; also why it cannot run, and the first tap in which the two differ."""
         names = set(self.oracle.taps)
-        free, failure = self._attempt(lambda: self.subject.run(names))
+        free, failure = self._attempt(lambda: self.port.run(names))
         if failure:
             return free, failure, None
-        again, failure = self._attempt(lambda: self.subject.run(names))
+        again, failure = self._attempt(lambda: self.port.run(names))
         return free, failure, first_unequal(free.recording, again.recording)
 
     def _attempt(self, run: Callable[[], Observed]) -> tuple[Observed, str | None]:

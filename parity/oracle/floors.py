@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from parity.bundle.reading import Bundle
+from parity.errors import one_line
+from parity.lance.given import answered
 from parity.lance.names import component_kind
 from parity.lance.replay_torch import TorchReplay
 from parity.oracle.machines import machine, others, record_elsewhere
 from parity.oracle.oracle import Oracle, cut, load_run, run_passes
 from parity.oracle.variants import KINDS, Variant, exact, run_variant, variants_of
-from parity.ports.implementations import answered, one_line
 from parity.tensors.metrics import compare, rel_l2
 from parity.tensors.recording import Recording, Tap
 from parity.tensors.rounding import step_squares

@@ -7,12 +7,12 @@ from functools import cached_property
 import numpy as np
 
 from parity.bundle.reading import Bundle
-from parity.errors import ParityError
+from parity.errors import ParityError, one_line
+from parity.lance.given import replay_of
 from parity.lance.names import logits_name
 from parity.lance.replay_torch import TorchReplay
 from parity.lance.splitting import split_passes
 from parity.lance.weight_sums import require_weights
-from parity.ports.implementations import one_line, replay_of
 from parity.tensors.recording import Contract, Recording, Split, Tap
 from reference.layout import Layout, Mode, Role
 from reference.model import Pipeline

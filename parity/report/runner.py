@@ -9,25 +9,28 @@ from parity.bundle.reading import read_bundle
 from parity.comparison.check import UnsupportedTask, check_bundle
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
 from parity.errors import ParityError
-from parity.ports.implementations import IMPLEMENTATIONS
+from parity.ports.loading import port_loader
 from parity.report.run_page import UNSUPPORTED, Row, row_of
 
 # The bundles are small: more threads cost more than they bring.
 MAX_THREADS = 1
 
 
-def compare_all(paths: Sequence[Path], start: Callable[[str], Callable[[str], None]]) -> list[Row]:
-    """Compare every implementation with every bundle; what is unusable becomes a row that says why.
+def compare_all(
+    paths: Sequence[Path], impls: Sequence[str], start: Callable[[str], Callable[[str], None]]
+) -> list[Row]:
+    """Compare every port with every bundle; what is unusable becomes a row that says why.
 
     `start` is told the name of each comparison and returns the callback for its progress.
     """
     limit_threads()
     rows, pages = [], {"index.html"}
+    loaders = {name: port_loader(name) for name in impls}
     for path in paths:
-        for name, make in IMPLEMENTATIONS.items():
+        for name, load in loaders.items():
             progress = start(f"{path.name} {name}")
             try:
-                rows.append(row_of(check_bundle(path, make(), progress), pages))
+                rows.append(row_of(check_bundle(path, load, progress), pages))
             except UnsupportedTask as error:
                 rows.append(Row(path.name, name, UNSUPPORTED, read_bundle(path).dtype, message=str(error)))
             except ParityError as error:

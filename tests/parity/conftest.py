@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from parity.lance.requests import SUPPORTED_TASKS
 from parity.localize.findings import Localization
 from parity.oracle.floors_file import FILE, floors_of, write_floors
 from parity.oracle.oracle import Oracle
-from parity.ports.subject import Subject, make_subject
-from parity.tensors.recording import Recording, Tap
+from parity.ports.loading import port_loader
+from parity.ports.port import Port
+from parity.tensors.recording import Contract, Observed, Recording, Tap
 
 ROOT = Path(__file__).parents[2]
 ORACLES = ROOT / "oracles"
@@ -53,17 +54,30 @@ class ReplayedOracle:
     dropped: tuple[str, ...] = ()
     extra: Recording = field(default_factory=dict)
 
-    def record(self, bundle: Bundle, progress: Callable[[str], None] | None = None) -> Recording:
+    whole_passes = False
+    bundle: Bundle | None = None
+
+    def __call__(self, bundle: Bundle) -> "ReplayedOracle":
+        self.bundle = bundle
+        return self
+
+    def run(
+        self,
+        names: Container[str],
+        force: Mapping[str, Tap] | None = None,
+        contract: Contract | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> Observed:
         if progress:
             progress("step0")
         recording: Recording = {}
-        for name, tap in {**bundle.inputs, **bundle.taps, **self.extra}.items():
+        for name, tap in {**self.bundle.inputs, **self.bundle.taps, **self.extra}.items():
             if name not in self.dropped:
                 change = self.changed.get(name, lambda array: array)
                 recording[name] = Tap(change(tap.array.copy()), self.dtypes.get(name, tap.dtype))
-        return recording
+        return Observed(recording, {}, {})
 
-    def preprocessed(self, bundle: Bundle) -> None:
+    def preprocessed(self, media: Path) -> None:
         """No visual is resized: what the bundle holds is taken."""
         return None
 
@@ -84,11 +98,11 @@ class Unsteady(ReplayedOracle):
         super().__init__(**values)
         self.tap, self.runs = tap, 0
 
-    def record(self, bundle: Bundle, progress: Callable[[str], None] | None = None) -> Recording:
-        recording, self.runs = super().record(bundle, progress), self.runs + 1
+    def run(self, *args: object, **values: object) -> Observed:
+        recording, self.runs = super().run(*args, **values).recording, self.runs + 1
         tap = recording[self.tap]
         changed = np.nextafter(tap.array, np.float32(np.inf if self.runs % 2 else -np.inf))
-        return recording | {self.tap: Tap(changed, tap.dtype)}
+        return Observed(recording | {self.tap: Tap(changed, tap.dtype)}, {}, {})
 
 
 @pytest.fixture
@@ -166,9 +180,9 @@ def oracle_of() -> Callable[[str], Oracle]:
 
 
 @pytest.fixture(scope="session")
-def subject_of(oracle_of) -> Callable[..., Subject]:
+def subject_of(oracle_of) -> Callable[..., Port]:
     """An implementation with an embedded bundle's request loaded; each is loaded once."""
-    return cache(lambda name, impl="mlx": make_subject(impl, oracle_of(name).bundle))
+    return cache(lambda name, impl="mlx": port_loader(impl)(oracle_of(name).bundle))
 
 
 @pytest.fixture(scope="session")

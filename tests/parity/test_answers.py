@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from parity.bundle.reading import read_bundle
-from parity.comparison.check import Run, check_recording, limits_of, trusted_of
+from parity.comparison.check import Run, check_recording, limits_of, replayed, trusted_of
 from parity.comparison.trajectory import margins
+from parity.lance.ports import PORTS, MlxPort
 from parity.oracle.floors import logits_of
-from parity.ports.implementations import Mlx, Reference
 from parity.tensors.recording import Recording, Tap
 
 
@@ -17,7 +17,7 @@ from parity.tensors.recording import Recording, Tap
 def answered(request):
     """A bfloat16 question and what lance_mlx makes of it."""
     bundle = read_bundle(request.path.parents[2] / "oracles" / "x2t_image-bf16-kv")
-    return bundle, Mlx().record(bundle)
+    return bundle, replayed(MlxPort(bundle), bundle)
 
 
 def changed_from(tokens: np.ndarray, start: int) -> Tap:
@@ -30,7 +30,7 @@ def changed_at(tokens: np.ndarray, step: int) -> Tap:
 
 def checked(answered, recording: Recording):
     bundle, _ = answered
-    return check_recording(Run(bundle, recording, Mlx()))
+    return check_recording(Run(bundle, recording, MlxPort(bundle)))
 
 
 def logits_at(step: int) -> str:
@@ -60,16 +60,17 @@ def test_the_logits_of_every_token_are_compared(answered):
     assert result.verdict == "diverge" and result.first_divergence["tap"] == last
 
 
-@pytest.mark.parametrize("implementation", [Mlx(), Reference()])
+@pytest.mark.parametrize("implementation", ["mlx", "reference"])
 def test_an_answer_is_run_with_the_oracle_s_tokens(answered, implementation):
     bundle, _ = answered
+    port = PORTS[implementation](bundle)
     tokens = bundle.taps["tokens"].array
     # Another second token, which nobody would choose: what follows it is computed from it.
     taps = bundle.taps | {"tokens": changed_at(tokens, 1)}
-    plain, other = implementation.record(bundle), implementation.record(replace(bundle, taps=taps))
+    plain, other = replayed(port, bundle), replayed(port, replace(bundle, taps=taps))
     for step, alike in ((0, True), (1, True), (2, False)):
         assert np.array_equal(plain[logits_at(step)].array, other[logits_at(step)].array) == alike
-    if implementation.name == "mlx":
+    if implementation == "mlx":
         # Its own choice is what is recorded.
         assert other["tokens"].array[1] == tokens[1] != taps["tokens"].array[1]
 

@@ -20,8 +20,9 @@ from parity.errors import ParityError
 from parity.lance.boundaries_mlx import MlxBoundaries
 from parity.lance.capture_mlx import MlxCapture
 from parity.lance.capture_torch import TorchCapture
+from parity.lance.given import replay_of
 from parity.lance.replay_mlx import record_mlx, request_from_bundle
-from parity.ports.implementations import replay_of
+from parity.localize.steering import steered
 from parity.tensors.metrics import compare
 from parity.tensors.recording import Tap
 
@@ -98,7 +99,7 @@ def test_a_run_that_fails_inside_leaves_everything_as_it_was(subject_of, oracle_
         with pytest.raises(ParityError, match="^mlx cannot run bundle .*: Stop: inside$"):
             subject.run(set())
         with pytest.raises(ParityError):
-            subject.steered(oracle)
+            steered(subject, oracle)
     assert changed(before) == []
     again = subject.run(set(oracle.taps))
     assert compare(oracle.taps["pixels"], again.recording["pixels"]).rel_l2 < 1e-4
@@ -264,7 +265,7 @@ def test_what_a_function_raises_is_a_failure_where_the_oracle_stands_in(oracle_o
     monkeypatch.setattr(flow, "timesteps", broken)
     with pytest.raises(ParityError, match="ValueError: no times"):
         subject.run(set(oracle.taps))
-    observed = subject.steered(oracle)
+    observed = steered(subject, oracle)
     assert observed.failures == {"inputs/timesteps": "ValueError: no times"}
     assert "inputs/timesteps" not in observed.exact and "pixels" in observed.recording
 

@@ -8,14 +8,17 @@ import reference.sampler as sampler
 from parity.bundle.reading import read_bundle, write_bundle
 from parity.comparison.check import UnsupportedTask, check_bundle, check_recording, limits_of, record_bundle, trusted_of
 from parity.comparison.verdict import MEDIAN, Limit, limits_from
-from parity.errors import ParityError
+from parity.errors import ParityError, one_line
 from parity.lance import replay_torch
+from parity.lance.given import wanted
+from parity.lance.replay_torch import layout_reference
 from parity.oracle.bounds import FALSE_ALARM, bounds_of, scale_of
 from parity.oracle.floors import Floors, logits_of
 from parity.oracle.floors_file import floors_of
+from parity.oracle.oracle import load_run
 from parity.oracle.variants import FREE
-from parity.ports.implementations import Mlx, Reference, one_line, wanted
 from parity.tensors.recording import Tap, write_tensors
+from reference.numerics import Numerics
 from reference.request import Renorm
 
 LAYER = "cond.step0/language_model.model.layers.1"
@@ -151,7 +154,7 @@ def test_a_bundle_without_noise_cannot_be_replayed(bundle):
     taps = {name: tap for name, tap in oracle.taps.items() if name != "sampler.noise"}
     write_bundle(bundle, oracle.manifest, oracle.inputs, taps)
     with pytest.raises(ParityError, match="sampler.noise"):
-        check_bundle(bundle, Reference())
+        check_bundle(bundle, "reference")
 
 
 def test_whatever_an_implementation_raises_becomes_one_line():
@@ -163,7 +166,7 @@ def test_whatever_an_implementation_raises_becomes_one_line():
 
 def test_both_agree_with_every_oracle(supported_oracle):
     # Both in one test: the floors of a bundle that holds none are measured once.
-    for implementation in (Mlx(), Reference()):
+    for implementation in ("mlx", "reference"):
         result = check(supported_oracle, implementation)
         assert result.verdict == "agree" and result.missing == [] and result.reason == ""
         taps = read_bundle(supported_oracle).taps
@@ -238,7 +241,7 @@ def synthesise(source, path, dtype, entry, **settings):
     request = oracle.request | settings
     manifest = oracle.manifest | {"request": request, "source": oracle.manifest["source"] | {"entry": entry}}
     base = dataclasses.replace(oracle, manifest=manifest)
-    recording = Reference().record_with(base, dtype)
+    recording = load_run(base, Numerics(dtype)).record(wanted(base))
     # A pass of the full-sequence entry holds all tokens, and its calls are no taps of such a bundle.
     inside = {n for n in oracle.taps if entry == "kv_cache" or "/" not in n}
     names = inside & set(recording) | {n for n in recording if n.startswith("velocity_call")}
@@ -252,7 +255,7 @@ def synthesise(source, path, dtype, entry, **settings):
 def early_guidance(request, linked_bundle):
     source = linked_bundle("t2i-fp32-kv")
     path = synthesise(source, source.parent / "early", "float32", request.param, cfg_interval=[0.85, 1.0])
-    assert check(path, Reference()).verdict == "agree"
+    assert check(path, "reference").verdict == "agree"
     return path
 
 
@@ -265,7 +268,7 @@ def with_request(change, bundle):
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
         context.setattr(replay_torch, "denoise", denoise)
-        return check(bundle, Reference()).first_divergence
+        return check(bundle, "reference").first_divergence
 
 
 @pytest.mark.parametrize(
@@ -285,14 +288,14 @@ def test_names_guidance_and_schedule(early_guidance, change, component):
 def test_names_the_euler_step(early_guidance, monkeypatch):
     advance = sampler.advance
     monkeypatch.setattr(sampler, "advance", lambda x_t, *rest: advance(x_t, *rest) * 1.01)
-    first = check(early_guidance, Reference()).first_divergence
+    first = check(early_guidance, "reference").first_divergence
     assert (first["tap"], first["component"]) == ("sampler.x_t1", "euler")
 
 
 def test_positions_are_told_from_the_layout_where_no_tap_holds_them(bundle, replayed, oracles):
     oracle = dataclasses.replace(read_bundle(bundle), checkpoint=oracles / "checkpoint-a")
     assert {"position_ids.cond", "position_ids.uncond"} <= wanted(oracle)
-    layout = Reference().layout(oracle.request, oracle.checkpoint / oracle.variant, oracles)
+    layout = layout_reference(oracle.request, oracle.checkpoint / oracle.variant, oracles)
     for shift, component in ((0, "velocity.cond"), (1, "positions")):
         extra = {n: Tap(layout[n] + np.int32(shift), "int32") for n in ("position_ids.cond", "position_ids.uncond")}
         implementation = replayed(changed={"velocity_call0": scaled(1.1)}, extra=extra)

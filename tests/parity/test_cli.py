@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from parity.cli.main import app
 from parity.errors import ParityError
-from parity.ports.implementations import IMPLEMENTATIONS
+from parity.lance.ports import PORTS
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def use(monkeypatch):
 
     def replace(**implementations):
         for name, implementation in implementations.items():
-            monkeypatch.setitem(IMPLEMENTATIONS, name, lambda implementation=implementation: implementation)
+            monkeypatch.setitem(PORTS, name, implementation)
 
     return replace
 
@@ -45,18 +45,12 @@ def one_line(result, *words):
         assert word in result.stderr
 
 
-class Interrupted:
-    name = "mlx"
-
-    def record(self, bundle, progress=None):
-        raise KeyboardInterrupt
+def interrupted(bundle):
+    raise KeyboardInterrupt
 
 
-class Failing:
-    name = "mlx"
-
-    def record(self, bundle, progress=None):
-        raise ParityError("mlx cannot run it: why")
+def failing(bundle):
+    raise ParityError("mlx cannot run it: why")
 
 
 def test_check_exits_0_and_writes_json_and_dump(lance_parity, use, bundle, replayed, tmp_path):
@@ -137,7 +131,7 @@ def test_check_exits_2_in_one_line_where_the_bundle_is_broken(lance_parity, use,
 
 
 def test_check_exits_2_in_one_line_where_the_implementation_fails(lance_parity, use, bundle):
-    use(mlx=Failing())
+    use(mlx=failing)
     result = lance_parity("check", bundle, "--impl", "mlx")
     assert result.exit_code == 2
     one_line(result, "mlx cannot run it: why")
@@ -158,7 +152,7 @@ def test_wrong_arguments_exit_2(lance_parity, bundle, arguments):
 
 
 def test_an_interrupt_exits_130_and_leaves_nothing(lance_parity, use, bundle, tmp_path):
-    use(mlx=Interrupted())
+    use(mlx=interrupted)
     before = sorted(tmp_path.rglob("*"))
     for arguments in (("check", bundle, "--impl", "mlx", "--json", "r.json"), ("run", bundle)):
         result = lance_parity(*arguments)
@@ -244,12 +238,11 @@ def test_as_a_process(oracles, tmp_path):
 INTERRUPTED_RUN = """
 import os, signal, sys
 from parity.cli import main as cli
-from parity.ports import implementations
-class Waiting(implementations.Mlx):
-    def record(self, bundle, progress=None):
-        os.kill(os.getpid(), signal.SIGINT)
-        signal.pause()
-implementations.IMPLEMENTATIONS["mlx"] = Waiting
+from parity.lance import ports
+def waiting(bundle):
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.pause()
+ports.PORTS["mlx"] = waiting
 sys.argv = ["lance-parity", "run", sys.argv[1]]
 cli.main()
 """

@@ -151,7 +151,7 @@ def test_the_exit_status_tells_the_verdict(lance_parity, localized, returns, ora
     [
         (["--fault", "rope-pair"], "did you mean 'rope-pairs'?"),
         (["--fault", "faults.py:nothing"], "faults.py defines no nothing"),
-        (["--fault", "nowhere.py:x"], "there is no file nowhere.py"),
+        (["--fault", "nowhere.py:x"], "there is no Python file nowhere.py"),
         (["--fault", "faults.py:number"], "number is no function but a int"),
         (["--fault", "faults.py:broken"], "fault faults.py:broken cannot be applied: AttributeError"),
         (["--fault", "faults.py:raising"], "fault faults.py:raising cannot be applied: RuntimeError: not today"),
@@ -159,7 +159,7 @@ def test_the_exit_status_tells_the_verdict(lance_parity, localized, returns, ora
         (["--impl", "torch"], "implementation 'torch'"),
         (["--profile", "nobody"], "there is no profile 'nobody'"),
         (["--hypotheses", "faults.py"], "holds no Hypothesis"),
-        (["--hypotheses", "nowhere.py"], "nowhere.py is not a file"),
+        (["--hypotheses", "nowhere.py"], "there is no Python file nowhere.py"),
     ],
 )
 def test_bad_input_is_one_line_and_exits_2(lance_parity, oracles, third_party, tmp_path, arguments, words):

@@ -15,7 +15,7 @@ from parity.comparison.check import check_bundle
 from parity.comparison.compare import EQUALITY, FLOORS, WITHIN, compare_runs
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
 from parity.errors import ParityError
-from parity.ports.implementations import IMPLEMENTATIONS
+from parity.lance.ports import PORTS
 from parity.tensors.recording import Tap, read_tensors, write_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def use(monkeypatch):
 
     def replace(**implementations):
         for name, implementation in implementations.items():
-            monkeypatch.setitem(IMPLEMENTATIONS, name, lambda implementation=implementation: implementation)
+            monkeypatch.setitem(PORTS, name, implementation)
 
     return replace
 
@@ -51,7 +51,7 @@ def doubled(array):
 
 
 def test_a_bundle_and_its_replay_are_judged_by_its_floors():
-    result = check_bundle(T2I, IMPLEMENTATIONS["mlx"]())
+    result = check_bundle(T2I, "mlx")
     limits = {tap.tap.name: tap.limit.error for tap in result.taps}
     for a, b in ((T2I, f"{T2I}@mlx"), (f"{T2I}@mlx", T2I), (T2I, "@reference"), (f"{T2I}@reference", "@mlx")):
         compared = parity.compare(a, b)

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 from parity.comparison.exact import ORDER, Breach, check_exact, check_preprocessed, check_weights, describe
 from parity.lance.faults import CATALOGUE, Target
-from parity.ports.subject import oracle_weights
+from parity.lance.ports import oracle_weights
 from parity.tensors.recording import Contract, Observed, Tap
 
 # Together they hold the ViT, the VAE's encoder, i2v's and the answering head.

@@ -22,8 +22,8 @@ from lance_mlx.requests.visuals import prepare_visuals
 from parity.bundle.reading import read_bundle
 from parity.errors import ParityError
 from parity.lance.faults import CATALOGUE, PROFILES, Fault, Target, combined, load_fault
+from parity.lance.given import replay_of
 from parity.lance.replay_mlx import record_pipeline, request_from_bundle
-from parity.ports.implementations import replay_of
 from parity.tensors.metrics import compare
 from parity.tensors.recording import Recording, Replay
 
@@ -353,9 +353,9 @@ def test_a_file_may_not_be_importable(tmp_path, text, message):
 
 
 def test_unknown_faults_are_errors_of_one_line(tmp_path):
-    with pytest.raises(ParityError, match="there is no file .*own.py"):
+    with pytest.raises(ParityError, match="there is no Python file .*own.py"):
         load_fault(f"{tmp_path / 'own.py'}:broken")
-    with pytest.raises(ParityError, match="there is no file"):
+    with pytest.raises(ParityError, match="there is no Python file"):
         load_fault(f"{tmp_path}.py:broken")
     with pytest.raises(ParityError, match="did you mean 'rope-pairs'"):
         load_fault("rope-pair")

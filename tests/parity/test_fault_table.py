@@ -168,7 +168,7 @@ def test_trials_load_each_bundle_once_and_tell_what_they_do(oracles, monkeypatch
         return told.append
 
     monkeypatch.setattr("parity.lance.fault_table.Oracle.of", lambda bundle: loaded.append(bundle.name) or "oracle")
-    monkeypatch.setattr("parity.lance.fault_table.MlxSubject", lambda bundle: "subject")
+    monkeypatch.setattr("parity.lance.fault_table.MlxPort", lambda bundle: "subject")
     monkeypatch.setattr("parity.lance.fault_table.try_fault", lambda *parts: (parts[0].name, parts[1].name, *parts[2:]))
     paths = [oracles / "t2i-fp32-kv", oracles / "t2v-bf16-kv"]
     faults = [CATALOGUE["rope-pairs"], CATALOGUE["renorm-channel"]]

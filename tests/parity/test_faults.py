@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import lance_mlx.sampling.flow as flow
+import reference.numerics
 from lance_mlx.backend.numerics import Numerics
 from lance_mlx.model.mot import KeyValues, ScaledDotProductAttention
 from lance_mlx.model.vae_decoder import Resample
@@ -19,7 +20,8 @@ from lance_mlx.sequence.segments import Role, Sequence
 from parity.bundle.reading import read_bundle, write_bundle
 from parity.comparison.check import Result, check_bundle
 from parity.lance import replay_mlx
-from parity.ports.implementations import Mlx, Reference
+from parity.lance.given import wanted
+from parity.oracle.oracle import load_run
 
 ROOT = Path(__file__).parents[2]
 ORACLES = ROOT / "oracles"
@@ -185,7 +187,7 @@ def bundles(tmp_path_factory) -> Callable[[str], Path]:
     manifest |= {"name": written.name, "request": base.request | {"cfg_interval": [0.8, 1.0]}}
     write_bundle(written, manifest, base.inputs, base.taps)
     unguided = read_bundle(written)
-    recording = Reference().record_with(unguided, "float32")
+    recording = load_run(unguided, reference.numerics.Numerics("float32")).record(wanted(unguided))
     taps = {name: recording[name] for name in base.taps if name in recording}
     write_bundle(written, manifest, base.inputs, taps)
     return lambda name: written if name == written.name else ORACLES / name
@@ -193,7 +195,7 @@ def bundles(tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("name", ["t2i-fp32-kv", "t2v-bf16-kv", "unguided end"])
 def test_an_unbroken_model_agrees_with_the_bundles_that_catch_the_faults(bundles, name):
-    result = check_bundle(bundles(name), Mlx())
+    result = check_bundle(bundles(name), "mlx")
     assert (result.verdict, result.missing, result.first_divergence) == ("agree", [], None)
 
 
@@ -201,7 +203,7 @@ def test_an_unbroken_model_agrees_with_the_bundles_that_catch_the_faults(bundles
 def test_a_fault_is_seen_and_named(bundles, monkeypatch, fault):
     apply, bundle, component, tap = FAULTS[fault]
     apply(monkeypatch)
-    result: Result = check_bundle(bundles(bundle), Mlx())
+    result: Result = check_bundle(bundles(bundle), "mlx")
     assert result.verdict == "diverge"
     assert result.first_divergence["component"] == component
     assert result.first_divergence["tap"] == tap

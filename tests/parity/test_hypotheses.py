@@ -387,9 +387,9 @@ def test_hypotheses_of_a_file(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "is not a file"),
+        (None, "there is no Python file"),
         ("x = 1", "holds no Hypothesis"),
-        ("def broken(:", "does not run \\(SyntaxError"),
+        ("def broken(:", "cannot be imported: SyntaxError"),
         ("import no_such_module", "does not run \\(ModuleNotFoundError"),
         (OWN + "again = Hypothesis('the result is 7', ('*',))", "two hypotheses are called 'the result is 7'"),
     ],

@@ -17,7 +17,6 @@ from parity.oracle.judgement import Cause, judge
 from parity.oracle.oracle import Oracle
 from parity.oracle.variants import SEGMENT
 from parity.oracle.verify import verify_bundle
-from parity.ports.implementations import Mlx
 from parity.tensors.recording import Tap, read_tensors, write_tensors
 
 SMALL, DETAILED = "t2i-fp32-nokv", "t2i-fp32-kv"
@@ -71,7 +70,7 @@ def test_a_damaged_tap_is_told_from_wrong_weights(copy_bundle, name, tap, change
 def test_nothing_is_said_of_a_port_then(copy_bundle):
     bundle = copy_bundle(SMALL)
     with_tap(bundle, "pixels", zeroed)
-    checked, localized = check_bundle(bundle, Mlx()), localize(bundle)
+    checked, localized = check_bundle(bundle, "mlx"), localize(bundle)
     for found in (checked, localized):
         assert found.verdict == "inconclusive" and "disagree at pixels" in found.reason and not found.remark
     assert not localized.findings
@@ -94,7 +93,7 @@ def test_other_weights_than_the_captured_ones_are_no_agreement(copy_bundle, name
     bundle = copy_bundle(name)
     reweighted(bundle, "language_model.model.layers.1.mlp_moe_gen.down_proj.weight", factor)
     assert judged(bundle).cause is cause
-    assert check_bundle(bundle, Mlx()).verdict == localize(bundle).verdict == "inconclusive"
+    assert check_bundle(bundle, "mlx").verdict == localize(bundle).verdict == "inconclusive"
 
 
 def test_where_nothing_can_be_judged_that_is_said(copy_bundle):

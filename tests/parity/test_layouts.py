@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from parity.errors import ParityError
-from parity.lance.sequence_layouts import check_layout, find_tokenizer, read_layout, read_layouts
-from parity.ports.implementations import Mlx, Reference
+from parity.lance.sequence_layouts import BUILDERS, check_layout, find_tokenizer, read_layout, read_layouts
 
 
 @pytest.fixture
@@ -22,20 +21,18 @@ def layouts(tmp_path, oracles):
 class Rebuilt:
     """Builds exactly the arrays of a layout, but for `changed` ones."""
 
-    name = "mlx"
-
     def __init__(self, arrays, **changed):
         self.arrays = arrays | changed
 
-    def layout(self, request, tokenizer, media):
+    def __call__(self, request, tokenizer, media):
         return {name: array for name, array in self.arrays.items() if array is not None}
 
 
-@pytest.mark.parametrize("implementation", [Mlx, Reference])
+@pytest.mark.parametrize("implementation", ["mlx", "reference"])
 @pytest.mark.parametrize("name", ["t2i-768", "t2v-768x768x50", "t2v-480x848x121"])
 def test_both_build_the_largest_sequences_exactly(oracles, implementation, name):
     layout = read_layout(oracles / "layouts" / f"{name}.npz")
-    result = check_layout(layout, implementation(), find_tokenizer(oracles / "layouts"))
+    result = check_layout(layout, implementation, BUILDERS[implementation], find_tokenizer(oracles / "layouts"))
     assert (result.verdict, result.detail) == ("agree", "")
     assert result.compared == len(layout.arrays) and result.tokens == len(layout.arrays["text_ids"])
 
@@ -44,7 +41,7 @@ def test_one_wrong_number_is_named(layouts):
     layout = read_layout(layouts / "t2i-768.npz")
     positions = layout.arrays["position_ids.cond"].copy()
     positions[1, 77] += 1
-    result = check_layout(layout, Rebuilt(layout.arrays, **{"position_ids.cond": positions}), layouts)
+    result = check_layout(layout, "mlx", Rebuilt(layout.arrays, **{"position_ids.cond": positions}), layouts)
     assert result.verdict == "diverge"
     expected = layout.arrays["position_ids.cond"][1, 77]
     assert result.detail == f"position_ids.cond is {expected + 1} at [1, 77] where the oracle has {expected}"
@@ -63,8 +60,8 @@ def test_what_is_missing_or_of_another_kind_does_not_agree(layouts, array, verdi
     layout = read_layout(layouts / "t2i-768.npz")
     zeros = layout.arrays | {"timesteps": np.zeros(31, np.float32)}
     layout = dataclasses.replace(layout, arrays=zeros)
-    assert check_layout(layout, Rebuilt(zeros), layouts).verdict == "agree"
-    result = check_layout(layout, Rebuilt(zeros, timesteps=array), layouts)
+    assert check_layout(layout, "mlx", Rebuilt(zeros), layouts).verdict == "agree"
+    result = check_layout(layout, "mlx", Rebuilt(zeros, timesteps=array), layouts)
     assert result.verdict == verdict and "timesteps" in result.detail
 
 

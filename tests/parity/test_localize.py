@@ -301,9 +301,6 @@ class Losing:
     def run(self, *arguments, **values):
         return self._without(self._inner.run(*arguments, **values))
 
-    def steered(self, oracle):
-        return self._without(self._inner.steered(oracle))
-
 
 def test_taps_of_upstreams_that_are_missing_are_inconclusive(localized, subject_of):
     inner = subject_of("t2i-fp32-nokv", "reference")
@@ -320,7 +317,7 @@ def test_taps_of_upstreams_that_are_missing_are_inconclusive(localized, subject_
 def test_faults_break_lance_mlx_only(oracles):
     with pytest.raises(ParityError, match="^faults break lance_mlx, not reference"):
         localize(oracles / "t2i-fp32-nokv", "reference", [CATALOGUE["rope-pairs"]])
-    with pytest.raises(ParityError, match="implementation 'torch' is not one of mlx, reference"):
+    with pytest.raises(ParityError, match="there is no implementation 'torch': name mlx, reference, or FILE.py:NAME"):
         localize(oracles / "t2i-fp32-nokv", "torch")
     with pytest.raises(ParityError, match="is not a bundle folder"):
         localize(oracles / "nothing")

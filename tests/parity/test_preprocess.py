@@ -15,9 +15,9 @@ from parity.comparison.check import check_bundle
 from parity.comparison.exact import check_preprocessed
 from parity.comparison.verdict import AGREE, DIVERGE
 from parity.hypotheses.preprocess import IMAGENET
+from parity.lance.ports import ReferencePort
 from parity.lance.record import record
 from parity.lance.record_options import Options, build_request
-from parity.ports.implementations import Mlx, Reference
 from reference.errors import ReferenceError
 from reference.preprocess import _displayed, aspect_box, frames, preprocess
 from reference.request import Medium, Request
@@ -37,7 +37,7 @@ def edit_of(path, vae=64, vit=56, kind="image"):
 
 def test_visuals_are_prepared_as_upstream_did(oracle):
     bundle = read_bundle(oracle)
-    computed = Reference().preprocessed(bundle)
+    computed = ReferencePort(bundle).preprocessed(bundle.path.parent)
     if not bundle.inputs.keys() & {"vae_pixels0", "vit_patches0"}:
         assert computed is None
         return
@@ -83,11 +83,11 @@ def test_both_sides_cut_pictures_of_any_size_alike():
 def test_lance_mlx_is_not_compared_with_itself(tmp_path, monkeypatch):
     options = Options(question="a", images=(GARDEN,), vit_resolution=56, max_new_tokens=2)
     bundle = record(tmp_path / "x", ORACLES / "checkpoint-a", build_request("x2t_image", options), dtype="float32")
-    assert check_bundle(bundle, Reference()).verdict == check_bundle(bundle, Mlx()).verdict == AGREE
+    assert check_bundle(bundle, "reference").verdict == check_bundle(bundle, "mlx").verdict == AGREE
     monkeypatch.setattr(lance_mlx.media.preprocess, "_VIT_STD", IMAGENET[1])
-    found = check_bundle(bundle, Mlx())
+    found = check_bundle(bundle, "mlx")
     assert found.verdict == DIVERGE and found.first_divergence["tap"] == "inputs/vit_patches0"
-    assert check_bundle(bundle, Reference()).verdict == AGREE
+    assert check_bundle(bundle, "reference").verdict == AGREE
 
 
 @pytest.mark.parametrize(

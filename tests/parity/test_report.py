@@ -7,7 +7,6 @@ import pytest
 
 from parity.comparison.check import check_bundle
 from parity.errors import ParityError
-from parity.ports.implementations import IMPLEMENTATIONS
 from parity.report.error_plot import error_plot
 from parity.report.run_page import UNSUPPORTED, Row, row_of, significant, write_report
 
@@ -64,7 +63,7 @@ def test_every_comparison_gets_a_page_of_its_own(rows):
 
 
 def test_a_question_without_a_size_has_a_page_too(oracles, tmp_path):
-    result = check_bundle(oracles / "x2t_image-fp32-nokv", IMPLEMENTATIONS["mlx"]())
+    result = check_bundle(oracles / "x2t_image-fp32-nokv", "mlx")
     index = write_report(tmp_path / "report", [row_of(result, {"index.html"})], ["oracles"])
     text = (index.parent / "x2t_image-fp32-nokv-mlx.html").read_text(encoding="utf-8")
     assert "x2t_image, at most 8 tokens" in text

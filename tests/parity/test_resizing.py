@@ -9,8 +9,8 @@ from parity.hypotheses.tap_probe import TapProbe
 from parity.lance.fault_table import try_fault
 from parity.lance.faults import CATALOGUE
 from parity.lance.names import parse
+from parity.lance.ports import MlxPort
 from parity.oracle.oracle import Oracle
-from parity.ports.subject import MlxSubject
 
 PLACES = [(name, "vae_pixels0") for name in ("image_edit-fp32-nokv", "i2v-fp32-nokv")]
 PLACES.append(("image_edit-fp32-nokv", "vit_patches0"))
@@ -37,7 +37,7 @@ def test_upstreams_own_way_makes_upstreams_picture_and_every_other_another(oracl
 @pytest.mark.parametrize("fault", ["visuals-stretched", "visuals-resized-bilinearly", "vit-pixels-not-clip-normalised"])
 def test_the_right_way_explains_a_fault(oracle_of, fault):
     oracle = oracle_of("image_edit-fp32-nokv")
-    tried = try_fault(CATALOGUE[fault], oracle.bundle, oracle, MlxSubject(oracle.bundle))
+    tried = try_fault(CATALOGUE[fault], oracle.bundle, oracle, MlxPort(oracle.bundle))
     assert tried.named and tried.explained, tried.why
 
 

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from parity.bundle.reading import read_bundle
 from parity.cli.main import app
-from parity.comparison.check import check_bundle
+from parity.comparison.check import check_bundle, replayed
 from parity.comparison.compare import compare_runs
 from parity.errors import ParityError
 from parity.lance.fault_table import try_fault
 from parity.lance.faults import CATALOGUE
+from parity.lance.ports import MlxPort
 from parity.lance.record import record
 from parity.lance.record_options import Options, build_request
 from parity.oracle.floors import measure
@@ -25,8 +26,6 @@ from parity.oracle.judgement import judge
 from parity.oracle.oracle import Oracle
 from parity.oracle.variants import SEGMENT
 from parity.oracle.verify import verify_bundle
-from parity.ports.implementations import Mlx
-from parity.ports.subject import MlxSubject
 from parity.tensors.metrics import compare
 from parity.tensors.recording import read_tensors, write_tensors
 from parity.tensors.sketch import ACCURACY, LARGEST, Sketch
@@ -70,8 +69,8 @@ def test_a_bundle_of_sketches_holds_at_most_16_kb_a_tap(bundles):
 
 
 def test_an_estimated_check_agrees_with_the_exact_one(bundles):
-    whole, estimated = read_bundle(bundles["whole"]), check_bundle(bundles["sketch"], Mlx())
-    recording = Mlx().record(whole)
+    whole, estimated = read_bundle(bundles["whole"]), check_bundle(bundles["sketch"], "mlx")
+    recording = replayed(MlxPort(whole), whole)
     errors = {name: compare(tap, recording[name]).rel_l2 for name, tap in whole.taps.items()}
     assert estimated.verdict == "agree" and {tap.tap.name for tap in estimated.taps} == errors.keys()
     near = []
@@ -119,7 +118,7 @@ def test_faults_are_found_and_named_from_sketches(bundles, localized_sketch, nam
 @pytest.fixture(scope="module")
 def localized_sketch(bundles):
     bundle = read_bundle(bundles["sketch"])
-    return bundle, Oracle.of(bundle), MlxSubject(bundle)
+    return bundle, Oracle.of(bundle), MlxPort(bundle)
 
 
 def test_the_reference_is_held_against_sketches(localized_sketch):

@@ -1,14 +1,12 @@
 """Faults by name, from a file of the user's, and several at once."""
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
 
-from parity.errors import ParityError, interrupted
+from parity.errors import ParityError
 from parity.lance.faults import (
     attention,
     embeddings,
@@ -28,6 +26,7 @@ from parity.lance.faults import (
     weights,
 )
 from parity.lance.faults.base import Fault, Patch, Target, together
+from parity.python_file import failure, import_file
 
 _MODULES = (
     sequence,
@@ -74,7 +73,7 @@ def combined(faults: Sequence[Fault]) -> Patch:
 
 
 def _from_file(path: Path, name: str, spec: str) -> Fault:
-    value = vars(_imported(path)).get(name)
+    value = vars(import_file(path, "faults, as FILE.py:NAME")).get(name)
     if value is None:
         raise ParityError(f"fault {spec}: {path} defines no {name or 'such name'}: name a function of it")
     if isinstance(value, Fault):
@@ -88,20 +87,6 @@ def _from_file(path: Path, name: str, spec: str) -> Fault:
     return Fault(spec, about, "*", _checked(value, spec))
 
 
-def _imported(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ParityError(f"there is no file {path}: a fault is FILE.py:NAME or a name of the catalogue")
-    module_spec = importlib.util.spec_from_file_location(f"_fault_{path.stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
-    # Dataclasses and pickles look their module up.
-    sys.modules[module_spec.name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise _failure(f"{path} cannot be imported", error) from error
-    return module
-
-
 def _checked(patch: Callable[[Target], AbstractContextManager[object]], spec: str) -> Patch:
     """The user's patch; what goes wrong while it is applied or undone is a ParityError, what happens inside is not."""
 
@@ -110,7 +95,7 @@ def _checked(patch: Callable[[Target], AbstractContextManager[object]], spec: st
         try:
             context = patch(target)
         except Exception as error:
-            raise _failure(f"fault {spec} cannot be applied", error) from error
+            raise failure(f"fault {spec} cannot be applied", error) from error
         if not isinstance(context, AbstractContextManager):
             raise ParityError(
                 f"fault {spec} returned a {type(context).__name__}, which is no context manager: decorate a function "
@@ -119,7 +104,7 @@ def _checked(patch: Callable[[Target], AbstractContextManager[object]], spec: st
         try:
             context.__enter__()
         except Exception as error:
-            raise _failure(f"fault {spec} cannot be applied", error) from error
+            raise failure(f"fault {spec} cannot be applied", error) from error
         try:
             yield
         except BaseException:
@@ -129,13 +114,6 @@ def _checked(patch: Callable[[Target], AbstractContextManager[object]], spec: st
             try:
                 context.__exit__(None, None, None)
             except Exception as error:
-                raise _failure(f"fault {spec} cannot be undone", error) from error
+                raise failure(f"fault {spec} cannot be undone", error) from error
 
     return apply
-
-
-def _failure(what: str, error: BaseException) -> ParityError:
-    if interrupted(error):
-        raise KeyboardInterrupt from error
-    text = " ".join(str(error).split())
-    return ParityError(f"{what}: {type(error).__name__}: {text}" if text else f"{what}: {type(error).__name__}")

@@ -16,7 +16,7 @@ from lance_mlx.backend.allocator import release
 from parity import memory
 from parity.comparison.exact import Breach, check_exact
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE
-from parity.errors import ParityError
+from parity.errors import ParityError, one_line
 from parity.lance.faults import Fault
 from parity.lance.faults.layered import at_layer
 from parity.lance.names import parse
@@ -29,7 +29,7 @@ from parity.localize.tap_errors import propagated_error
 from parity.oracle.bounds import Bounds, Scale, bounds_by_scale, scale_of
 from parity.oracle.judgement import Departure
 from parity.oracle.oracle import REFERENCE, UPSTREAM, contract_of
-from parity.ports.implementations import one_line, versions
+from parity.ports.port import versions
 from parity.tensors.metrics import Difference, compare, finite
 from parity.tensors.recording import Observed, Recording
 

@@ -13,11 +13,11 @@ from lance_mlx.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lance_mlx.requests.visuals import prepare_visuals
 from parity.bundle.reading import Bundle
 from parity.bundle.store import read_manifest
-from parity.errors import ParityError
+from parity.errors import ParityError, one_line
+from parity.lance.given import replay_of
 from parity.lance.record import NUMERICS
 from parity.lance.record_options import Options, build_request
 from parity.lance.replay_mlx import request_from_bundle
-from parity.ports.implementations import one_line, replay_of
 from parity.tensors.recording import Recording, Replay, Tap, open_tensors, read_tensors
 from reference.vae_layers import LATENT_CHANNELS
 

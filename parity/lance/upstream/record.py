@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from parity.bundle.reading import ENTRIES, Bundle
-from parity.errors import ParityError
+from parity.errors import ParityError, one_line
 from parity.lance.publish import checkpoint_name, place_media, publish, staging_beside, with_media
 from parity.lance.record import NUMERICS, variant_for
 from parity.lance.sequence_layouts import FORMAT as LAYOUT_FORMAT
 from parity.lance.sequence_layouts import TOKENIZER_FILES, read_layout
 from parity.lance.upstream.clone import check_clone
 from parity.lance.upstream.process import Run, default_python, run_worker
-from parity.ports.implementations import one_line
 from parity.tensors.recording import read_tensors, write_tensors
 from parity.tensors.sketch_file import SKETCH, WHOLE, check_level, read_sketches
 from reference.model import VIT_FOLDER

@@ -1,0 +1,69 @@
+"""What can be compared: a port of a model, with a bundle's checkpoint and request loaded."""
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from parity.bundle.reading import Bundle
+from parity.tensors.recording import Contract, Observed, Tap
+
+Progress = Callable[[str], None]
+Weights = Iterator[tuple[str, np.ndarray]]
+
+
+class Port(Protocol):
+    """Something that computes what a model does, loaded for one bundle; whatever it raises ends in one line.
+
+    Attributes:
+        name: what reports call it.
+        whole_passes: whether it runs a full-sequence entry in passes over all tokens, and has to be given those.
+    """
+
+    name: str
+    whole_passes: bool
+
+    def run(
+        self,
+        names: Container[str],
+        force: Mapping[str, Tap] | None = None,
+        contract: Contract | None = None,
+        progress: Progress | None = None,
+    ) -> Observed:
+        """Replay the request from the bundle's randomness and visuals, under its numerics.
+
+        Args:
+            names: the taps to record; others may be left out.
+            force: values to go on with in the place of what is computed at these taps, once that was recorded.
+            contract: integers and times to go on with in the place of what is computed.
+            progress: told the name of each call before it runs.
+        """
+
+    def weights(self) -> Weights:
+        """The parameters that it uses, float32, under the checkpoint's names and in the checkpoint's layout."""
+
+    def with_weights(self, given: Mapping[str, np.ndarray]) -> AbstractContextManager[None]:
+        """A context in which these parameters hold the given values."""
+
+    def preprocessed(self, media: Path) -> dict[str, np.ndarray] | None:
+        """The visuals as it resizes them itself, by the names of the bundle's inputs; None where it has no part.
+
+        The paths of the request's visuals start from `media`.
+        """
+
+    def versions(self) -> dict[str, str]:
+        """Names and versions of what computes."""
+
+
+Loader = Callable[[Bundle], Port]
+"""Loads a port for a bundle; raises ParityError where it cannot run it."""
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of Python, NumPy and the named packages."""
+    found = {"python": platform.python_version(), "numpy": np.__version__}
+    return found | {package: importlib.metadata.version(package) for package in packages}

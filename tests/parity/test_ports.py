@@ -1,0 +1,153 @@
+"""Ports from a file of the user's: found, asked for what they have, and judged like any other."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import parity
+from parity.bundle.reading import read_bundle
+from parity.cli.main import app
+from parity.comparison.check import check_bundle
+from parity.errors import ParityError
+from parity.localize.investigation import localize
+from parity.ports.loading import port_loader
+
+SMALL = "t2i-fp32-nokv"
+HEAD = """
+import numpy as np
+from parity.lance.ports import MlxPort
+class Given:
+    def __init__(self, bundle):
+        self.inner = MlxPort(bundle)
+    def run(self, names, force, contract, progress):
+        return self.inner.run(names, force, contract, progress)
+    def weights(self):
+        return self.inner.weights()
+"""
+OWN = {
+    "Right": "class Right(Given): pass",
+    "Arrays": """
+class Arrays(Given):
+    def run(self, names, force, contract, progress):
+        found = super().run(names, force, contract, progress)
+        taps = {name: tap.array for name, tap in found.recording.items()}
+        return taps | {name: tap.array for name, tap in found.exact.items()}
+""",
+    "Wrong": """
+class Wrong(Given):
+    name = "my port"
+    def run(self, names, force, contract, progress):
+        import lance_mlx.sampling.flow as flow
+        real = flow.guided_velocity
+        flow.guided_velocity = lambda *args: real(*args) * 1.01
+        try:
+            return super().run(names, force, contract, progress)
+        finally:
+            flow.guided_velocity = real
+""",
+    "Deaf": """
+class Deaf(Given):
+    def run(self, names, force, contract, progress):
+        return self.inner.run(names, None, contract, progress)
+""",
+    "Broken": """
+class Broken(Given):
+    def run(self, names, force, contract, progress):
+        raise ValueError("no\\n    memory")
+""",
+    "unloadable": """
+def unloadable(bundle):
+    raise KeyError("weights")
+""",
+    "Empty": """
+class Empty:
+    def __init__(self, bundle): pass
+""",
+    "number": "number = 3",
+}
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    """Writes a port and names it."""
+    folder = tmp_path_factory.mktemp("ports")
+
+    def write(name):
+        path = folder / f"{name.lower()}_port.py"
+        path.write_text(HEAD + OWN[name])
+        return f"{path}:{name}"
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["Right", "Arrays"])
+def test_a_right_port_agrees_everywhere(oracles, spec, name):
+    bundle = oracles / SMALL
+    checked, localized = check_bundle(bundle, spec(name)), localize(bundle, spec(name))
+    assert checked.verdict == localized.verdict == "agree" and not localized.findings
+    assert checked.impl == localized.impl == f"{name.lower()}_port:{name}"
+    assert parity.compare(bundle, f"{bundle}@{spec(name)}").verdict == "agree"
+
+
+def test_a_wrong_one_is_told_what_is_wrong(oracles, spec):
+    bundle = oracles / "t2i-fp32-kv"
+    checked, localized = check_bundle(bundle, spec("Wrong")), localize(bundle, spec("Wrong"))
+    assert checked.first_divergence["component"] == localized.first.component == "guidance"
+    assert checked.impl == localized.impl == "my port"
+    assert {finding.component for finding in localized.findings} == {"guidance"}
+
+
+def test_one_that_takes_no_values_is_not_localized(oracles, spec):
+    assert check_bundle(oracles / "t2i-fp32-kv", spec("Deaf")).verdict == "agree"
+    found = localize(oracles / "t2i-fp32-kv", spec("Deaf"))
+    assert found.verdict == "inconclusive" and not found.findings
+    assert (
+        "deaf_port:Deaf does not go on with the values that it is given, such as that at cond.prefix0/" in found.reason
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Broken", "broken_port:Broken cannot run bundle t2i-fp32-nokv: ValueError: no memory"),
+        ("unloadable", "unloadable cannot be loaded for bundle t2i-fp32-nokv: KeyError: 'weights'"),
+        ("Empty", "makes something without run and weights: see parity.ports.port.Port"),
+        ("number", "defines no class or function 'number': name one that is given the bundle"),
+    ],
+)
+def test_what_is_no_port_is_one_line(oracles, spec, name, message):
+    for command in ("check", "localize"):
+        done = CliRunner().invoke(app, [command, str(oracles / SMALL), "--impl", spec(name)])
+        # What ends the steered run of a port is a finding.
+        status = 1 if (name, command) == ("Broken", "localize") else 2
+        assert done.exit_code == status and message.split(":")[0] in " ".join((done.stdout + done.stderr).split())
+    with pytest.raises(ParityError, match="^[^\n]*$"):
+        check_bundle(oracles / SMALL, spec(name))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nothing.py:Port", "there is no Python file nothing.py"),
+        ("tinygrad", "there is no implementation 'tinygrad': name mlx, reference, or FILE.py:NAME"),
+    ],
+)
+def test_a_port_that_is_not_there_is_one_line(given, message):
+    with pytest.raises(ParityError, match=message):
+        port_loader(given)
+
+
+def test_a_run_compares_a_given_port(oracles, spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["run", str(oracles / SMALL), "--impl", spec("Arrays"), "--format", "json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0
+    assert [row["impl"] for row in json.loads(done.stdout)["results"]] == ["arrays_port:Arrays"]
+
+
+def test_weights_that_cannot_be_replaced_stay(oracles, spec):
+    port = port_loader(spec("Right"))(read_bundle(oracles / SMALL))
+    with port.with_weights({"x": np.zeros(1)}):
+        assert port.preprocessed(oracles) is None and "python" in port.versions()
