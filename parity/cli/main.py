@@ -107,8 +107,9 @@ def check(
                 _write_json(json_file, unusable_json(bundle.name, impl, str(error)))
             raise
         if dump:
-            names = [tap.tap.name for tap in result.taps]
-            write_tensors(dump / "taps.safetensors", {name: replay.recording[name] for name in names})
+            inputs = {f"inputs/{n}": tap for n, tap in replay.recording.items() if n in replay.bundle.inputs}
+            taps = {tap.tap.name: replay.recording[tap.tap.name] for tap in result.taps}
+            write_tensors(dump / "taps.safetensors", inputs | taps)
         if json_file:
             _write_json(json_file, result.to_json())
         if not deliver(result, form, output):

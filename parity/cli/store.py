@@ -257,9 +257,10 @@ def compare(
     - `BUNDLE@mlx:float32`, `BUNDLE@mlx:bfloat16`, ...: under these;
     - `FILE.safetensors`, or the folder that `check --dump` wrote.
 
-    For B, `@mlx` alone is about A's bundle. A bundle and its replay under its own numerics are judged as `check` does.
-    Any other two agree where no tap is farther than `--within`, or where every bit is equal; else the comparison is
-    inconclusive, since nothing says how far rounding may take them apart.
+    For B, `@mlx` alone is about A's bundle; `@FILE.py:NAME` is a port of yours. A bundle and its replay under its own
+    numerics are judged as `check` does, and so are a bundle and a file. Any other two agree where no tap is farther
+    than `--within`, or where every bit is equal; else the comparison is inconclusive, since nothing says how far
+    rounding may take them apart.
 
     Example: `lance-parity compare oracles/t2i-fp32-kv@mlx:float32 @mlx:bfloat16 --within 0.05`
     """

@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from parity.comparison.check import Result, check_recording, read_bundle
-from parity.comparison.runs import Given, Source, opened
+from parity.comparison.check import Result, Run, check_recording, read_bundle
+from parity.comparison.runs import Given, Recorded, Source, opened
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
 from parity.errors import ParityError
 from parity.lance.names import parse
@@ -169,8 +169,9 @@ def compare_runs(
     """Compare run `b` with run `a`; see parity.comparison.runs.opened for what names a run.
 
     A bundle and a replay of it under its own numerics are judged by the bundle's floors, as `lance-parity check` does,
-    and so are two such replays. Any other two agree where every tap is within the relative L2 error `within`, integers
-    equal; without `within` they agree where every bit is equal, and are inconclusive otherwise.
+    and so are two such replays, and a bundle and a file of taps. Any other two agree where every tap is within the
+    relative L2 error `within`, integers equal; without `within` they agree where every bit is equal, and are
+    inconclusive otherwise.
 
     Args:
         check_dtype: whether float32 and bfloat16 are different; None: unless the two runs' numerics are known to be.
@@ -196,6 +197,12 @@ def _by_floors(a: Source, b: Source, allow_missing: bool) -> Comparison | None:
     """Judge as `check` does; None where the two are not about one bundle under its own numerics."""
     if a.replay is not None and b.bundle:
         a, b = b, a
+    if a.bundle and b.file:
+        bundle = read_bundle(a.path)
+        recording = {name.removeprefix("inputs/"): b.taps[name] for name in b.taps}
+        if not recording.keys() & bundle.expected.keys():
+            return None
+        return _from_result(check_recording(Run(bundle, recording, Recorded(b.label))), a, b, allow_missing)
     if b.replay is None or a.path is None or b.path is None or a.path.resolve() != b.path.resolve():
         return None
     bundle = read_bundle(b.path)

@@ -69,6 +69,7 @@ class Source:
         taps: its taps; integers of the sequence are called `inputs/...`.
         path: the bundle's or the file's, None for arrays.
         bundle: whether it is what a bundle holds.
+        file: whether it is a file of taps, which somebody's run wrote.
         numerics: its policy, where that is known.
         replay: what an implementation computed, None for other runs.
     """
@@ -77,8 +78,20 @@ class Source:
     taps: Taps
     path: Path | None = None
     bundle: bool = False
+    file: bool = False
     numerics: str | None = None
     replay: check.Run | None = None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Stands for the port of a run of which only the taps are there."""
+
+    name: str
+
+    def versions(self) -> dict[str, str]:
+        """Nothing is known of what computed them."""
+        return {}
 
 
 Given = str | PathLike | Mapping[str, Any]
@@ -132,14 +145,14 @@ def _stored(path: Path) -> Iterator[Source]:
                 odd = min(map(str, listed ^ (set(taps) | set(sketches))))
                 raise ParityError(f"bundle {path.name}: its manifest or its tensors lack {odd}: copy the bundle again")
             numerics = manifest["source"].get("dtype")
-            yield Source(str(path), Taps(places), path, True, numerics if numerics in NUMERICS else None)
+            yield Source(str(path), Taps(places), path, True, numerics=numerics if numerics in NUMERICS else None)
         return
     file = path / "taps.safetensors" if path.is_dir() else path
     if not file.is_file():
         lacks = "does not exist" if not path.exists() else "is no bundle and holds no taps.safetensors"
         raise ParityError(f"{path} {lacks}: name a bundle, a safetensors file, or BUNDLE@mlx or BUNDLE@reference")
     with open_tensors(file) as taps:
-        yield Source(str(path), Taps({name: (taps, name) for name in taps}), path)
+        yield Source(str(path), Taps({name: (taps, name) for name in taps}), path, file=True)
 
 
 _PARTS = ("inputs", "taps")

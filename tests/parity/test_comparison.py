@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -165,7 +166,7 @@ def test_bfloat16_and_integers_are_compared_across_libraries():
         ("nothing", {"x": VALUES}, "nothing does not exist"),
         (ORACLES, {"x": VALUES}, "is no bundle and holds no taps.safetensors"),
         (ROOT / "README.md", {"x": VALUES}, "is not a complete safetensors file"),
-        (f"{T2I}@torch", T2I, "'torch' is not an implementation; there are mlx, reference"),
+        (f"{T2I}@torch", T2I, "there is no implementation 'torch': name mlx, reference, or FILE.py:NAME"),
         (f"{T2I}@mlx:fp8", T2I, "numerics 'fp8' is not one of float32, bfloat16"),
         ("@mlx", T2I, "which bundle?"),
         ("nowhere@mlx", T2I, "nowhere is not a bundle folder"),
@@ -312,3 +313,19 @@ def test_importing_parity_loads_nothing_heavy():
     assert all(getattr(parity, name) is not None for name in parity.__all__)
     with pytest.raises(AttributeError, match="no attribute 'contrast'"):
         _ = parity.contrast
+
+
+def test_what_check_dumped_is_judged_by_the_bundle_s_floors(tmp_path, lance_parity):
+    done = CliRunner().invoke(app, ["check", str(T2I), "--impl", "mlx", "--dump", str(tmp_path)])
+    assert done.exit_code == 0 and lance_parity(T2I, tmp_path).exit_code == 0
+    judged = parity.compare(T2I, tmp_path)
+    assert (judged.verdict, judged.judged_by, judged.only_a, judged.only_b) == (AGREE, FLOORS, [], [])
+    taps = read_tensors(tmp_path / "taps.safetensors")
+    name = f"cond.step0/{LAYER}.mlp_moe_gen"
+    write_tensors(tmp_path / "taps.safetensors", taps | {name: replace(taps[name], array=taps[name].array * 1.001)})
+    found = parity.compare(T2I, tmp_path)
+    assert (found.verdict, found.first_divergence.name) == ("diverge", name)
+    del taps["latent"]
+    write_tensors(tmp_path / "taps.safetensors", taps)
+    assert parity.compare(T2I, tmp_path).verdict == "unusable"
+    assert parity.compare(T2I, tmp_path, allow_missing=True).verdict == AGREE
