@@ -18,6 +18,8 @@ FINALISTS, BASES = 8, 4
 # What two hypotheses together leave must be less than this part of what the better one leaves: else one is enough.
 WORTH_ANOTHER = 0.5
 LISTED = 5
+# The least part of the integers that differ which a cause of some of them has to account for.
+LEAST_PART = 0.1
 # What a hypothesis removes that makes a sequence of another length.
 UNFIT = -1.0
 _DIGITS = 6
@@ -31,13 +33,15 @@ Failed = dict[str, str]
 class Causes:
     """What explains a place: the hypotheses that together do, first cause first, and all tried, best first.
 
-    `failed` holds what hypotheses raised, by their names; whoever tries the causes elsewhere adds to it.
+    `failed` holds what hypotheses raised, by their names; whoever tries the causes elsewhere adds to it. Where integers
+    are explained in part, `parts` holds the part of those that differ which each cause accounts for.
     """
 
     together: tuple[Hypothesis, ...]
     removed: float
     ranked: tuple[Explanation, ...]
     failed: Failed = field(default_factory=dict)
+    parts: tuple[float, ...] = ()
 
 
 Tried = tuple[Hypothesis, float, float | None]
@@ -70,10 +74,11 @@ def explain(
         beyond = (reached - first) * _residual(site, site.expected) > _rounding(site)
         if reached >= (1 - 1e-9 if site.exact else EXPLAINS) and clear and beyond:
             together, amount = stack, reached
-    if amount < EXPLAINS:
-        together = ()
     listed = tuple(Explanation(h.name, r, s) for h, r, s in ranked[:LISTED] if r > UNFIT)
-    return Causes(together, amount, listed, failed)
+    if site.exact and amount < 1 - 1e-9 and (found := _in_part(site, [h for h, _ in tried], failed)):
+        together, parts = zip(*found, strict=True)
+        return Causes(together, sum(parts), listed, failed, parts)
+    return Causes(together if amount >= EXPLAINS else (), amount, listed, failed)
 
 
 def _beyond(site: TapProbe, others: Sequence[Hypothesis], known: Sequence[Hypothesis], failed: Failed) -> Causes:
@@ -85,6 +90,32 @@ def _beyond(site: TapProbe, others: Sequence[Hypothesis], known: Sequence[Hypoth
     if not tried or 1 - tried[0][1] > WORTH_ANOTHER * (1 - before):
         return Causes((), before, ranked, failed)
     return Causes((tried[0][0],), tried[0][1], ranked, failed)
+
+
+def _in_part(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> list[tuple[Hypothesis, float]]:
+    """Causes of some of the integers that differ, each with the part of them that it accounts for on top of those
+    before it; none where what agrees would differ under them, or most of what differs would be left."""
+    found: list[tuple[Hypothesis, float]] = []
+    reached = 0.0
+    while len(found) < DEPTH:
+        causes = [hypothesis for hypothesis, _ in found]
+        grown = [(_accounted(site, [*causes, h], failed), h) for h in hypotheses if h not in causes]
+        share, best = max(grown, key=lambda item: item[0], default=(0.0, None))
+        if best is None or share - reached < LEAST_PART:
+            break
+        found.append((best, share - reached))
+        reached = share
+    return found if reached > 0.5 else []
+
+
+def _accounted(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> float:
+    """The part of the integers that differ which come out as they were computed under hypotheses; 0 where others then
+    differ."""
+    if removed(site, hypotheses, failed) in (None, UNFIT) or site.got.shape != site.expected.shape:
+        return 0.0
+    array = attempt(site, hypotheses)
+    differs, alike = site.got != site.expected, array == site.got
+    return 0.0 if np.any(~differs & ~alike) or not differs.any() else float(np.mean(alike[differs]))
 
 
 def removed(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> float | None:

@@ -112,6 +112,7 @@ class Finding:
         failed: hypotheses that could not be tried, each with what it raised, in a line.
         detail: one sentence with the first values that differ.
         allowed: the largest local error that agrees there; None where equality is asked for.
+        part: where integers differ for several reasons, the part of them that this finding is about; else None.
     """
 
     component: str
@@ -127,6 +128,7 @@ class Finding:
     detail: str = ""
     failed: Sequence[tuple[str, str]] = ()
     allowed: float | None = None
+    part: float | None = None
 
     @property
     def explained(self) -> bool:
@@ -153,6 +155,7 @@ class Finding:
             "also": list(self.also),
             "failed": [{"name": name, "error": error} for name, error in self.failed],
             "detail": self.detail,
+            "part": finite(self.part),
         }  # fmt: skip
 
 

@@ -302,6 +302,9 @@ class Investigation:
             allowed=allowed,
             failed=tuple(causes.failed.items()),
         )
+        if causes.parts:
+            self._add_parts(finding, causes)
+            return
         if len(causes.together) < 2:
             self.findings.append(finding)
             return
@@ -309,6 +312,16 @@ class Investigation:
             own = Explanation(hypothesis.name, causes.removed)
             others = [e for e in causes.ranked if e.name != hypothesis.name]
             self.findings.append(replace(finding, explanations=(own, *others)))
+
+    def _add_parts(self, finding: Finding, causes: Causes) -> None:
+        """Add a finding for the cause of each part of some integers, and one for those that are left."""
+        for hypothesis, part in zip(causes.together, causes.parts, strict=True):
+            self.findings.append(replace(finding, explanations=(Explanation(hypothesis.name, 1.0),), part=part))
+        if (left := 1 - sum(causes.parts)) > 1e-9:
+            others = [e for e in causes.ranked if e.name not in {h.name for h in causes.together}]
+            unexplained = [replace(e, residual_removed=min(e.residual_removed, 0.0)) for e in others]
+            detail = f"{left:.1%} of the values that differ are left; {finding.detail}"
+            self.findings.append(replace(finding, explanations=unexplained, part=left, also=(), detail=detail))
 
     def _covered(self, first: TapError, wrong: Sequence[TapError], causes: Causes, recording: Recording) -> set[str]:
         """Names of the other wrong taps that have the same cause."""

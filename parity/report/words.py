@@ -56,6 +56,8 @@ def explained(finding: Finding) -> str:
     if best is None:
         return "no hypothesis explains it"
     if finding.explained:
+        if finding.part is not None:
+            return f"{best.name} (accounts for {percent(finding.part)} of the values that differ)"
         return f"{best.name} (removes {percent(best.residual_removed)} of the difference)"
     tried = len(finding.explanations)
     return f"no hypothesis explains it (the best of {tried} removes {percent(best.residual_removed)})"

@@ -3,6 +3,7 @@
 import re
 from contextlib import contextmanager
 from functools import cache
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +17,7 @@ from parity.lance.fault_table import judge
 from parity.lance.faults import CATALOGUE, Fault
 from parity.localize.findings import EXACT, EXPLAINS, LOCAL, STRUCTURE
 from parity.localize.investigation import Investigation, localize
+from parity.report.words import sentence
 from parity.tensors.recording import Observed
 
 EMBEDDED = (
@@ -321,3 +323,24 @@ def test_faults_break_lance_mlx_only(oracles):
         localize(oracles / "t2i-fp32-nokv", "torch")
     with pytest.raises(ParityError, match="is not a bundle folder"):
         localize(oracles / "nothing")
+
+
+def test_integers_are_explained_in_part_and_what_is_left_is_a_finding(localized):
+    @contextmanager
+    def moved(target):
+        real = flow.position_ids
+
+        def ids(*arguments):
+            found = real(*arguments) + 1
+            found[:, -2:] = 3
+            return found
+
+        with patch.object(flow, "position_ids", ids):
+            yield
+
+    found = localized("t2i-fp32-kv", own_fault(moved))
+    first, second = [f for f in found.findings if f.tap == "inputs/position_ids.cond"]
+    assert first.explained and first.explanations[0].name == "all positions are off by +1"
+    assert not second.explained and second.detail.startswith(f"{second.part:.1%} of the values that differ are left; ")
+    assert first.part + second.part == pytest.approx(1) and 0 < second.part < 0.1
+    assert "accounts for" in sentence(found)
