@@ -234,7 +234,7 @@ class LanceModel:
             prepared = pipeline.prepare(request, visuals)
         else:
             prepared = pipeline.prepare_encoded(request, visuals, [clean])
-        self._done_looking(pipeline, prepared.conditions.vit, prepared.conditions.clean)
+        self._release_encoders(pipeline, prepared.conditions.vit, prepared.conditions.clean)
         started = time.perf_counter()
         for step in pipeline.denoise(prepared, noise):
             if callback is not None:
@@ -244,7 +244,7 @@ class LanceModel:
         latents = step.x_next.reshape(*request.latent_grid, -1)
         return Generated(request, latents, self.numerics.name, seconds, earlier, pipeline.vae)
 
-    def _done_looking(self, pipeline: Pipeline, *seen: Any) -> None:
+    def _release_encoders(self, pipeline: Pipeline, *seen: Any) -> None:
         """Free the encoders where they are not to be kept, once what they made is computed."""
         variant, looks = self._loaded
         if looks and not self._keep_encoders and not self._low_ram:
@@ -287,7 +287,7 @@ class LanceModel:
             if not self._low_ram:
                 pipeline.join_projections()
             earlier = pipeline.prepare_question(question, visuals, earlier)
-            self._done_looking(pipeline, [rows.und for rows in earlier.reader.prefix])
+            self._release_encoders(pipeline, [rows.und for rows in earlier.reader.prefix])
             yield _answer(pipeline, earlier, callback or (lambda piece: None), started)
 
 

@@ -20,7 +20,7 @@ from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by
 from lance_mlx.sampling.conditions import Conditions
 from lance_mlx.sampling.flow import Step, denoise
 from lance_mlx.sampling.noise import draw_eps, draw_noise
-from lance_mlx.sampling.text import Reader, answer_tokens, make_reader, token_budget
+from lance_mlx.sampling.text import AnswerDecoder, answer_tokens, make_decoder, token_budget
 from lance_mlx.sequence.prompt import answer_start, build_question, build_sequence
 from lance_mlx.sequence.segments import Sequence as TokenSequence
 from lance_mlx.sequence.tokenizer import LanceTokenizer
@@ -51,7 +51,7 @@ class PreparedQuestion:
 
     question: Question
     visuals: tuple[PreparedVisual, ...]
-    reader: Reader
+    reader: AnswerDecoder
     first: int
     budget: int
 
@@ -170,9 +170,9 @@ class Pipeline:
         context = answer_start(question, self.tokenizer, sequence)
         budget = token_budget(question, context)
         if earlier is None:
-            reader = make_reader(self.model, sequence, context, budget, Conditions(self.look(visuals)))
+            reader = make_decoder(self.model, sequence, context, budget, Conditions(self.look(visuals)))
         else:
-            reader = make_reader(self.model, sequence, context, budget, Conditions(), earlier.reader)
+            reader = make_decoder(self.model, sequence, context, budget, Conditions(), earlier.reader)
         grids = tuple(PreparedVisual(vit_grid=visual.vit_grid) for visual in visuals)
         return PreparedQuestion(question, grids, reader, int(sequence.ids[context - 1]), budget)
 

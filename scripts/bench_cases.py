@@ -26,7 +26,7 @@ from lance_mlx.requests.request import Question, Request, Task, Visual, VisualKi
 from lance_mlx.requests.visuals import PreparedVisual
 from lance_mlx.sampling.conditions import Conditions
 from lance_mlx.sampling.flow import State, make_arms, velocities
-from lance_mlx.sampling.text import Reader, answer_tokens
+from lance_mlx.sampling.text import AnswerDecoder, answer_tokens
 from lance_mlx.sequence.prompt import build_sequence
 from lance_mlx.sequence.segments import AttentionMode, Role, Segment, Sequence
 from lance_mlx.sequence.tokenizer import LanceTokenizer
@@ -222,7 +222,7 @@ def text(tokens: int, hidden: int, layers: int, dtype: str) -> Work:
     sequence = Sequence((Segment(Role.TEMPLATE, AttentionMode.CAUSAL, ids),))
     positions = np.tile(np.arange(256 + tokens, dtype=np.int32), (3, 1))
     rows = ExpertRows(model.language_model.model.embed_tokens(mx.array(ids)), None)
-    reader = Reader("cond", model, sequence, positions, [rows], wide=False)
+    reader = AnswerDecoder("cond", model, sequence, positions, [rows], qk_float32=False)
     reader.read()
     cache, question = reader._cache, Question(Task.X2T_IMAGE, "", (Visual("x", VisualKind.IMAGE),))
 

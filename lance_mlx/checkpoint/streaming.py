@@ -16,7 +16,7 @@ from lance_mlx.backend.allocator import release
 from lance_mlx.checkpoint.safetensors import StoredTensor, Tensors
 from lance_mlx.checkpoint.tensors import VIT
 from lance_mlx.model.lance import Lance
-from lance_mlx.model.mot import Context, ExpertRows, KeyValues, MoTDecoderLayer
+from lance_mlx.model.mot import ExpertRows, KeyValues, LayerInput, MoTDecoderLayer
 from lance_mlx.model.vae import VAE, LatentStatistics
 from lance_mlx.model.windows import Grid
 
@@ -79,7 +79,7 @@ class StreamedLayers(Sequence[Callable]):
         return partial(self._run, range(len(self))[index])
 
     def _run(
-        self, index: int, x: ExpertRows, contexts: Sequence[Context], causal: bool, qk_float32: bool
+        self, index: int, x: ExpertRows, contexts: Sequence[LayerInput], causal: bool, qk_float32: bool
     ) -> tuple[ExpertRows, list[KeyValues]]:
         both = x.gen is not None
         values = self._take(index, both)

@@ -76,30 +76,30 @@ def load_lance(
     return model
 
 
-def load_vae(part: Part, numerics: Numerics, with_encoder: bool = False) -> VAE:
+def load_vae(part: Part, numerics: Numerics, with_encoders: bool = False) -> VAE:
     """The VAE, cast to the policy's dtype; its widths come from the tensors' shapes.
 
     Args:
-        with_encoder: load the encoder too, which only tasks that look at pixels need.
+        with_encoders: load the encoder too, which only tasks that look at pixels need.
 
     Raises:
         LanceError: a tensor is missing, extra, misshapen or not finite.
     """
     decoder, encoder = _halves(part)
-    if not with_encoder:
+    if not with_encoders:
         part = decoder
-    model = VAE(decoder_shape(part), encoder_shape(part) if with_encoder else None, numerics)
+    model = VAE(decoder_shape(part), encoder_shape(part) if with_encoders else None, numerics)
     check_tensors(model, [part])
     _fill(model, part.tensors, numerics)
     return model
 
 
-def stream_vae(part: Part, numerics: Numerics, with_encoder: bool = False) -> StreamedVAE:
+def stream_vae(part: Part, numerics: Numerics, with_encoders: bool = False) -> StreamedVAE:
     """As `load_vae`, but the decoder and the encoder are each read when they are used, and dropped after that."""
     decoder, encoder = _halves(part)
     decodes = VAE(decoder_shape(decoder), None, numerics)
     check_tensors(decodes, [decoder])
-    if not with_encoder:
+    if not with_encoders:
         return StreamedVAE(Streamed(decodes, decoder.tensors, numerics.dtype), None)
     encodes = VAE(None, encoder_shape(encoder), numerics)
     check_tensors(encodes, [encoder])

@@ -15,7 +15,7 @@ from lance_mlx.backend.numerics import Numerics
 from lance_mlx.estimate.cost import Convolution, expert_weights
 from lance_mlx.estimate.estimate import Pass, Sizes, Work, coded
 from lance_mlx.model.attention import attention
-from lance_mlx.model.mot import Context, ExpertRows, MoTDecoderLayer
+from lance_mlx.model.mot import ExpertRows, LayerInput, MoTDecoderLayer
 from lance_mlx.model.rope import rotary_table
 from lance_mlx.model.vae_layers import ResidualBlock, StreamState
 
@@ -73,7 +73,7 @@ def measure(sizes: Sizes, numerics: Numerics) -> Rates:
 
     def passed(rows: int) -> float:
         x = ExpertRows(mx.ones((2, config.hidden_size), dtype), mx.ones((rows, config.hidden_size), dtype))
-        context = Context(rotary_table(np.zeros((3, rows + 2), np.int32), config, numerics), None)
+        context = LayerInput(rotary_table(np.zeros((3, rows + 2), np.int32), config, numerics), None)
         return _seconds(lambda: [*layer(x, [context], False, True)[0]])
 
     few, many = passed(1), passed(_ROWS)

@@ -25,7 +25,7 @@ class Linear(nn.Linear):
         return _linear(x, self.weight, self.get("bias"))
 
 
-class Joined:
+class FusedLinear:
     """Linears of the same input as one product for a single row, where the number of products counts.
 
     Their weights and biases become views of those of the product, so that nothing is held twice; they must not be
@@ -146,7 +146,7 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden_size, intermediate_size, bias)
         self.up_proj = Linear(hidden_size, intermediate_size, bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias)
-        self._gate_up: Joined | None = None
+        self._gate_up: FusedLinear | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         """[rows, hidden] -> [rows, hidden]."""
@@ -155,4 +155,4 @@ class MLP(nn.Module):
 
     def join(self) -> None:
         """Let gate and up be one product for one row; the weights have to be loaded."""
-        self._gate_up = Joined((self.gate_proj, self.up_proj))
+        self._gate_up = FusedLinear((self.gate_proj, self.up_proj))

@@ -16,7 +16,7 @@ from lance_mlx.backend.allocator import release
 from lance_mlx.backend.numerics import runs_on_cpu
 from lance_mlx.config import LanceConfig
 from lance_mlx.model.attention import attention
-from lance_mlx.model.layers import MLP, Joined, Linear
+from lance_mlx.model.layers import MLP, FusedLinear, Linear
 from lance_mlx.model.rope import Rotary, RotaryTable
 
 FREE_BYTES = 40_000_000
@@ -39,28 +39,28 @@ class ExpertRows(NamedTuple):
     und: mx.array
     gen: mx.array | None
 
-    def merged(self) -> mx.array:
+    def interleave(self) -> mx.array:
         """The rows in sequence order, [n, ...]."""
         if self.gen is None:
             return self.und
         return mx.concatenate([self.und[:1], self.gen, self.und[1:]], axis=0)
 
-    def parted(self, merged: mx.array) -> "ExpertRows":
-        """Rows in sequence order, parted as these are."""
+    def by_expert(self, rows: mx.array) -> "ExpertRows":
+        """Rows in sequence order, split by expert as these are."""
         if self.gen is None:
-            return ExpertRows(merged, None)
-        return ExpertRows(mx.concatenate([merged[:1], merged[-1:]], axis=0), merged[1:-1])
+            return ExpertRows(rows, None)
+        return ExpertRows(mx.concatenate([rows[:1], rows[-1:]], axis=0), rows[1:-1])
 
-    def apart(self, readings: int) -> list["ExpertRows"]:
-        """The rows of every reading by themselves."""
-        if readings == 1:
+    def split_arms(self, arms: int) -> list["ExpertRows"]:
+        """The rows of every guidance arm by themselves."""
+        if arms == 1:
             return [self]
-        gen = [None] * readings if self.gen is None else mx.split(self.gen, readings)
-        return [ExpertRows(*rows) for rows in zip(mx.split(self.und, readings), gen, strict=True)]
+        gen = [None] * arms if self.gen is None else mx.split(self.gen, arms)
+        return [ExpertRows(*rows) for rows in zip(mx.split(self.und, arms), gen, strict=True)]
 
     @classmethod
-    def joined(cls, parts: Sequence["ExpertRows"]) -> "ExpertRows":
-        """The rows of several readings of one segment, after each other."""
+    def concat_arms(cls, parts: Sequence["ExpertRows"]) -> "ExpertRows":
+        """The rows of several arms of one segment, after each other."""
         if len(parts) == 1:
             return parts[0]
         und, gen = zip(*parts, strict=True)
@@ -82,19 +82,19 @@ KVCache = tuple[KeyValues, ...]
 one."""
 
 
-class Reading(NamedTuple):
-    """One reading of a segment: where its tokens are, and what was read before."""
+class ArmInput(NamedTuple):
+    """A segment in one guidance arm: where its tokens are, and the cache of what came before."""
 
     rotary: RotaryTable
     cache: KVCache
 
-    def at(self, index: int) -> "Context":
+    def at(self, index: int) -> "LayerInput":
         """What the layer of that number needs of it."""
-        return Context(self.rotary, self.cache[index] if self.cache else None)
+        return LayerInput(self.rotary, self.cache[index] if self.cache else None)
 
 
-class Context(NamedTuple):
-    """A reading as one layer sees it; `past` is None before the first pass."""
+class LayerInput(NamedTuple):
+    """An arm's segment as one layer sees it; `past` is None before the first pass."""
 
     rotary: RotaryTable
     past: KeyValues | None
@@ -132,13 +132,13 @@ class SelfAttention(nn.Module):
             self[f"o_proj{suffix}"] = Linear(heads, hidden, bias=False)
             self[f"q_norm{suffix}"] = nn.RMSNorm(head_dim, config.rms_norm_eps)
             self[f"k_norm{suffix}"] = nn.RMSNorm(head_dim, config.rms_norm_eps)
-        self._qkv: Joined | None = None
+        self._qkv: FusedLinear | None = None
         self.q_rope = Rotary()
         self.k_rope = Rotary()
         self.sdpa = ScaledDotProductAttention()
 
     def __call__(
-        self, x: ExpertRows, contexts: Sequence[Context], causal: bool, qk_float32: bool
+        self, x: ExpertRows, contexts: Sequence[LayerInput], causal: bool, qk_float32: bool
     ) -> tuple[ExpertRows, list[KeyValues]]:
         """Attend; returns the output rows, and each reading's keys and values with its past.
 
@@ -149,20 +149,20 @@ class SelfAttention(nn.Module):
         queries, keys, values = self._heads(x)
         queries, keys = self._normed(queries, "q", qk_float32), self._normed(keys, "k", qk_float32)
         attended, seen = [], []
-        apart = (rows.apart(len(contexts)) for rows in (queries, keys, values))
-        for q, k, v, context in zip(*apart, contexts, strict=True):
-            turned = self.q_rope(q.merged(), context.rotary).astype(dtype)
-            kv = context.followed_by(self.k_rope(k.merged(), context.rotary).astype(dtype), v.merged())
-            attended.append(q.parted(self.sdpa(turned, kv, causal)))
+        by_arm = (rows.split_arms(len(contexts)) for rows in (queries, keys, values))
+        for q, k, v, context in zip(*by_arm, contexts, strict=True):
+            turned = self.q_rope(q.interleave(), context.rotary).astype(dtype)
+            kv = context.followed_by(self.k_rope(k.interleave(), context.rotary).astype(dtype), v.interleave())
+            attended.append(q.by_expert(self.sdpa(turned, kv, causal)))
             seen.append(kv)
-        rows = ExpertRows.joined(attended)
+        rows = ExpertRows.concat_arms(attended)
         und = self.o_proj(rows.und.flatten(1))
         gen = None if rows.gen is None else self.o_proj_moe_gen(rows.gen.flatten(1))
         return ExpertRows(und, gen), seen
 
     def join(self) -> None:
         """Let the projections of text be one product for one row; the weights have to be loaded."""
-        self._qkv = Joined(self._projections(""))
+        self._qkv = FusedLinear(self._projections(""))
 
     def _projections(self, suffix: str) -> list[Linear]:
         return [self[f"{kind}_proj{suffix}"] for kind in "qkv"]
@@ -200,7 +200,7 @@ class MoTDecoderLayer(nn.Module):
             self[f"post_attention_layernorm{suffix}"] = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def __call__(
-        self, x: ExpertRows, contexts: Sequence[Context], causal: bool, qk_float32: bool
+        self, x: ExpertRows, contexts: Sequence[LayerInput], causal: bool, qk_float32: bool
     ) -> tuple[ExpertRows, list[KeyValues]]:
         """Residual stream in and out, with the layer's keys and values of every reading."""
         attended, seen = self.self_attn(_by_expert(self, "input_layernorm", x), contexts, causal, qk_float32)
@@ -221,7 +221,7 @@ class MoTModel(nn.Module):
         self._intermediate_size = config.intermediate_size
 
     def __call__(
-        self, inputs_embeds: ExpertRows, readings: Sequence[Reading], causal: bool, qk_float32: bool, keep: bool = True
+        self, inputs_embeds: ExpertRows, readings: Sequence[ArmInput], causal: bool, qk_float32: bool, keep: bool = True
     ) -> tuple[ExpertRows, list[KVCache]]:
         """One pass over a segment: its final hidden states [rows, hidden] and each reading's cache with this pass in
         it, or none where it is not to be kept."""

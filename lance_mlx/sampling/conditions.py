@@ -8,7 +8,7 @@ import numpy as np
 
 from lance_mlx.errors import LanceError
 from lance_mlx.model.lance import Lance
-from lance_mlx.model.mot import ExpertRows, KVCache, Reading
+from lance_mlx.model.mot import ArmInput, ExpertRows, KVCache
 from lance_mlx.model.rope import RotaryTable, rotary_table
 from lance_mlx.sequence.segments import AttentionMode, Segment, Sequence
 
@@ -56,26 +56,32 @@ def embed_prefix(model: Lance, segments: Items[Segment], conditions: Conditions)
     return embedded
 
 
-class CachedArm:
+class GuidanceArm:
     """One reading of a sequence: its segments, their position ids and embeddings, and the cache of those read so far.
 
     A segment sees the earlier ones, and none before the denoised block sees it: so each is computed once.
     """
 
     def __init__(
-        self, name: str, model: Lance, sequence: Sequence, positions: np.ndarray, prefix: list[ExpertRows], wide: bool
+        self,
+        name: str,
+        model: Lance,
+        sequence: Sequence,
+        positions: np.ndarray,
+        prefix: list[ExpertRows],
+        qk_float32: bool,
     ) -> None:
         """
         Args:
             name: "cond" or "uncond".
             positions: RoPE ids of the whole sequence, int32 [3, n].
             prefix: embeddings of the first segments, as many as are to be cached.
-            wide: norm and rotate queries and keys in float32 in passes that hold latents.
+            qk_float32: norm and rotate queries and keys in float32 in passes that hold latents.
         """
         self.name = name
         self.sequence = sequence
         self.prefix = prefix
-        self.wide = wide
+        self.qk_float32 = qk_float32
         self._model = model
         self._positions = positions
         self._cache: KVCache = ()
@@ -91,13 +97,13 @@ class CachedArm:
 
     def extend(self, rows: ExpertRows, rotary: RotaryTable, causal: bool) -> ExpertRows:
         """Pass rows through the model and keep them in the cache; returns the final hidden states."""
-        wide = self.wide and rows.gen is not None
-        hidden, (self._cache,) = self._model.language_model.model(rows, [self.reading(rotary)], causal, wide)
+        qk_float32 = self.qk_float32 and rows.gen is not None
+        hidden, (self._cache,) = self._model.language_model.model(rows, [self.reading(rotary)], causal, qk_float32)
         return hidden
 
-    def reading(self, rotary: RotaryTable) -> Reading:
+    def reading(self, rotary: RotaryTable) -> ArmInput:
         """What a pass over tokens turned so needs to know of this arm."""
-        return Reading(rotary, self._cache)
+        return ArmInput(rotary, self._cache)
 
     def rotary(self, start: int, stop: int) -> RotaryTable:
         """Rotations of the tokens from `start` to `stop` of the sequence."""

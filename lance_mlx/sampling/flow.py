@@ -9,9 +9,9 @@ import numpy as np
 
 from lance_mlx.backend.numerics import runs_on_cpu, scaled
 from lance_mlx.model.lance import Lance
-from lance_mlx.model.mot import ExpertRows, Reading
+from lance_mlx.model.mot import ArmInput, ExpertRows
 from lance_mlx.requests.request import Entry, Request
-from lance_mlx.sampling.conditions import CachedArm, Conditions, embed_prefix
+from lance_mlx.sampling.conditions import Conditions, GuidanceArm, embed_prefix
 from lance_mlx.sampling.guidance import guided_velocity, is_guided
 from lance_mlx.sampling.noise import check_noise
 from lance_mlx.sampling.schedule import timesteps
@@ -61,21 +61,27 @@ class Step:
     x_next: mx.array
 
 
-class Arm(CachedArm):
+class Arm(GuidanceArm):
     """One condition of the guidance; a step computes the denoised block alone.
 
     The closing segment after the block influences nothing that is sampled and is never computed.
     """
 
     def __init__(
-        self, name: str, model: Lance, sequence: Sequence, positions: np.ndarray, prefix: list[ExpertRows], wide: bool
+        self,
+        name: str,
+        model: Lance,
+        sequence: Sequence,
+        positions: np.ndarray,
+        prefix: list[ExpertRows],
+        qk_float32: bool,
     ) -> None:
-        super().__init__(name, model, sequence, positions, prefix, wide)
+        super().__init__(name, model, sequence, positions, prefix, qk_float32)
         start = sequence.starts[sequence.target_index]
         self._block_rotary = self.rotary(start, start + len(sequence.target))
 
     @property
-    def block(self) -> Reading:
+    def block(self) -> ArmInput:
         """The denoised block as this arm reads it."""
         return self.reading(self._block_rotary)
 
@@ -95,10 +101,10 @@ def velocities(model: Lance, arms: Items[Arm], state: State) -> list[mx.array]:
 def velocities_of_pass(model: Lance, arms: Items[Arm], state: State) -> list[mx.array]:
     """Velocity of all latents of the block for each arm, [n, 48] each, from one pass in which the arms are readings;
     their caches stay as they are."""
-    rows = ExpertRows.joined([state.inputs_embeds] * len(arms))
+    rows = ExpertRows.concat_arms([state.inputs_embeds] * len(arms))
     readings = [arm.block for arm in arms]
-    hidden, _ = model.language_model.model(rows, readings, causal=False, qk_float32=arms[0].wide, keep=False)
-    merged = mx.concatenate([part.merged() for part in hidden.apart(len(arms))])
+    hidden, _ = model.language_model.model(rows, readings, causal=False, qk_float32=arms[0].qk_float32, keep=False)
+    merged = mx.concatenate([part.interleave() for part in hidden.split_arms(len(arms))])
     return [velocity[1:-1] for velocity in mx.split(model.llm2vae(merged), len(arms))]
 
 
@@ -106,14 +112,14 @@ def make_arms(model: Lance, request: Request, sequence: Sequence, conditions: Co
     """The arms that the request needs, by name, with empty caches: always "cond", and "uncond" where a step is
     guided."""
     # Upstream's cached entry norms and rotates queries and keys in float32 in every pass that holds latents.
-    wide = request.entry is Entry.KV_CACHE
+    qk_float32 = request.entry is Entry.KV_CACHE
     prefix = embed_prefix(model, sequence.prefix, conditions)
     tokens_per_second = model.config.tokens_per_second
-    arms = {"cond": Arm("cond", model, sequence, position_ids(sequence, tokens_per_second), prefix, wide)}
+    arms = {"cond": Arm("cond", model, sequence, position_ids(sequence, tokens_per_second), prefix, qk_float32)}
     if request.guidance_scale > 1.0:
         positions = unconditional_position_ids(sequence, tokens_per_second, request.entry)
         kept = unconditional(sequence)
-        arms["uncond"] = Arm("uncond", model, kept, positions, embed_prefix(model, kept.prefix, conditions), wide)
+        arms["uncond"] = Arm("uncond", model, kept, positions, embed_prefix(model, kept.prefix, conditions), qk_float32)
     return arms
 
 

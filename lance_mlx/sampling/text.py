@@ -9,7 +9,7 @@ from lance_mlx.backend.numerics import runs_on_cpu
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows, KVCache
 from lance_mlx.requests.request import Entry, Question
-from lance_mlx.sampling.conditions import CachedArm, Conditions, embed_prefix
+from lance_mlx.sampling.conditions import Conditions, GuidanceArm, embed_prefix
 from lance_mlx.sequence.positions import rope_index
 from lance_mlx.sequence.segments import Segment, Sequence
 
@@ -17,7 +17,7 @@ _BLOCK = 128
 """The full-sequence entry pads the sequence to a multiple of this and fills it with answer."""
 
 
-class Reader(CachedArm):
+class AnswerDecoder(GuidanceArm):
     """Reads a sequence into its cache, then predicts one token after the other.
 
     What it reads before the question, the reader of another question on the same visuals need not read again.
@@ -31,7 +31,7 @@ class Reader(CachedArm):
         """Whether the model's layers are in memory."""
         return isinstance(self._model.language_model.model.layers, list)
 
-    def take_over(self, earlier: "Reader") -> None:
+    def take_over(self, earlier: "AnswerDecoder") -> None:
         """Begin with what `earlier` has read before its question; both sequences must be the same up to there."""
         self._num_read, self._cache = self._shown = earlier._shown
 
@@ -58,14 +58,14 @@ def token_budget(question: Question, context: int) -> int:
     return -(-(question.max_new_tokens + context) // _BLOCK) * _BLOCK - context
 
 
-def make_reader(
+def make_decoder(
     model: Lance,
     sequence: Sequence,
     context: int,
     budget: int,
     conditions: Conditions,
-    earlier: Reader | None = None,
-) -> Reader:
+    earlier: AnswerDecoder | None = None,
+) -> AnswerDecoder:
     """A reader of the first `context` tokens of a sequence, which hold all its visual blocks.
 
     With an `earlier` reader, whose sequence is the same up to its last segment, what that one has read is taken over
@@ -84,16 +84,18 @@ def make_reader(
     positions = np.concatenate([positions, np.tile(following, (3, 1))], axis=1).astype(np.int32)
     segments = (*sequence.segments[:-1], read) if len(read) else sequence.segments[:-1]
     if earlier is None:
-        return Reader("cond", model, asked, positions, embed_prefix(model, segments, conditions), wide=False)
+        return AnswerDecoder(
+            "cond", model, asked, positions, embed_prefix(model, segments, conditions), qk_float32=False
+        )
     shown = len(sequence.segments) - 1
     prefix = [*earlier.prefix[:shown], *embed_prefix(model, segments[shown:], Conditions())]
-    reader = Reader("cond", model, asked, positions, prefix, wide=False)
+    reader = AnswerDecoder("cond", model, asked, positions, prefix, qk_float32=False)
     reader.take_over(earlier)
     return reader
 
 
 def answer_tokens(
-    reader: Reader, question: Question, first: int, budget: int, vocabulary: int, stop: int
+    reader: AnswerDecoder, question: Question, first: int, budget: int, vocabulary: int, stop: int
 ) -> Iterator[int]:
     """Yield the tokens of an answer, the stop token included when it comes.
 
@@ -111,7 +113,7 @@ def answer_tokens(
             return
 
 
-def looks_ahead(reader: Reader) -> bool:
+def looks_ahead(reader: AnswerDecoder) -> bool:
     """Whether a token is begun before the one before it is known on the host, which a GPU computes meanwhile.
 
     After the last token, one is begun in vain. Layers that are read while they run are done when they return, so that
@@ -120,7 +122,7 @@ def looks_ahead(reader: Reader) -> bool:
     return not runs_on_cpu() and reader.holds_layers
 
 
-def _chosen(reader: Reader, question: Question, first: int, budget: int, vocabulary: int) -> Iterator[mx.array]:
+def _chosen(reader: AnswerDecoder, question: Question, first: int, budget: int, vocabulary: int) -> Iterator[mx.array]:
     """The tokens, not evaluated: each is the input of the next one."""
     token, key = mx.array(first), mx.random.key(question.seed)
     for step in range(budget):

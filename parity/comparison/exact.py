@@ -30,7 +30,7 @@ ORDER = (
 
 
 @dataclass(frozen=True, eq=False)
-class Breach:
+class ExactMismatch:
     """Something that had to be equal and is not.
 
     Attributes:
@@ -57,7 +57,7 @@ class Breach:
 class WeightCheck:
     """All weights of a port against the oracle's: which differ, how many were compared, and a sum over them all."""
 
-    breaches: list[Breach]
+    mismatches: list[ExactMismatch]
     compared: int
     checksum: str
 
@@ -65,7 +65,7 @@ class WeightCheck:
 def check_weights(port: Port, oracle: Oracle) -> WeightCheck:
     """Compare all parameters bit for bit."""
     expected = dict(oracle_weights(oracle))
-    breaches, seen, checksum = [], set(), 0
+    mismatches, seen, checksum = [], set(), 0
     for name, array in expected.items():
         checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, zlib.crc32(name.encode(), checksum))
     for name, got in port.weights():
@@ -76,17 +76,17 @@ def check_weights(port: Port, oracle: Oracle) -> WeightCheck:
         if got.size == wanted.size and got.ndim != wanted.ndim:
             got = got.reshape(wanted.shape)  # a norm's scale has axes of length 1 in one of the two
         if got.shape != wanted.shape or not np.array_equal(bits(got), bits(wanted)):
-            breaches.append(Breach(f"weights/{name}", wanted, got, describe(name, wanted, got)))
+            mismatches.append(ExactMismatch(f"weights/{name}", wanted, got, describe(name, wanted, got)))
     for name in (name for name in expected if name not in seen):
-        breaches.append(Breach(f"weights/{name}", expected[name], None, f"{name} is not among the parameters"))
-    return WeightCheck(breaches, len(seen), f"crc32:{checksum:08x}")
+        mismatches.append(ExactMismatch(f"weights/{name}", expected[name], None, f"{name} is not among the parameters"))
+    return WeightCheck(mismatches, len(seen), f"crc32:{checksum:08x}")
 
 
-def check_exact(contract: Contract, observed: Observed) -> Iterator[Breach]:
+def check_exact(contract: Contract, observed: Observed) -> Iterator[ExactMismatch]:
     """Compare the exact arrays in order."""
     for name in ORDER:
         if name in observed.failures:
-            yield Breach(name, contract.exact.get(name), None, observed.failures[name])
+            yield ExactMismatch(name, contract.exact.get(name), None, observed.failures[name])
             continue
         expected, got = contract.exact.get(name), observed.exact.get(name)
         if expected is None or (got is None and "inputs/request" in observed.failures):
@@ -95,10 +95,10 @@ def check_exact(contract: Contract, observed: Observed) -> Iterator[Breach]:
             # What a run has no use for, such as positions of an arm that never runs, is not computed.
             continue
         if expected.shape != got.array.shape or not np.array_equal(expected, got.array):
-            yield Breach(name, expected, got.array, describe(name, expected, got.array))
+            yield ExactMismatch(name, expected, got.array, describe(name, expected, got.array))
 
 
-def check_preprocessed(computed: Mapping[str, np.ndarray] | None, inputs: Recording) -> Iterator[Breach]:
+def check_preprocessed(computed: Mapping[str, np.ndarray] | None, inputs: Recording) -> Iterator[ExactMismatch]:
     """Compare how visuals are resized with what upstream's run was given.
 
     Where a side is cut by an odd number of pixels upstream draws which end loses the larger part, so a picture that is
@@ -117,7 +117,7 @@ def check_preprocessed(computed: Mapping[str, np.ndarray] | None, inputs: Record
             grid = grids[int(name.removeprefix("vit_patches"))]
             frames = _pixels(expected, grid), _pixels(got, grid)
         if not _same_picture(*frames):
-            yield Breach(f"inputs/{name}", expected, got, describe(name, expected, got))
+            yield ExactMismatch(f"inputs/{name}", expected, got, describe(name, expected, got))
 
 
 def _same_picture(expected: np.ndarray, got: np.ndarray) -> bool:

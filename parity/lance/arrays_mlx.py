@@ -51,12 +51,12 @@ def channels_last(codes: mx.array) -> mx.array:
 
 def apart(value: Rows, readings: int) -> list[Rows]:
     """The rows of every reading of a pass by themselves."""
-    return mx.split(value, readings) if isinstance(value, mx.array) else value.apart(readings)
+    return mx.split(value, readings) if isinstance(value, mx.array) else value.split_arms(readings)
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
     """The rows of all readings of a pass, after each other."""
-    return mx.concatenate(parts) if isinstance(parts[0], mx.array) else ExpertRows.joined(parts)
+    return mx.concatenate(parts) if isinstance(parts[0], mx.array) else ExpertRows.concat_arms(parts)
 
 
 def held(value: Rows) -> Rows:

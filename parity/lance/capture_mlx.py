@@ -10,8 +10,8 @@ import mlx.nn as nn
 import numpy as np
 
 from lance_mlx.model.lance import Lance, LatentPositionEmbedding, TimestepEmbedder
-from lance_mlx.model.layers import Joined
-from lance_mlx.model.mot import ExpertRows, KVCache, MoTModel, Reading, ScaledDotProductAttention
+from lance_mlx.model.layers import FusedLinear
+from lance_mlx.model.mot import ArmInput, ExpertRows, KVCache, MoTModel, ScaledDotProductAttention
 from lance_mlx.model.rope import Rotary, rotary_table
 from lance_mlx.model.vae import VAE, LatentStatistics
 from lance_mlx.model.vae_decoder import Decoder
@@ -19,8 +19,8 @@ from lance_mlx.model.vae_encoder import Encoder
 from lance_mlx.model.vit import VisionTransformer
 from lance_mlx.pipeline import Pipeline
 from lance_mlx.sampling import flow
-from lance_mlx.sampling.conditions import CachedArm
-from lance_mlx.sampling.text import Reader
+from lance_mlx.sampling.conditions import GuidanceArm
+from lance_mlx.sampling.text import AnswerDecoder
 from parity.errors import ParityError
 from parity.lance.arrays_mlx import Rows, apart, channels_first, channels_last, from_tap, held, joined, to_tap
 from parity.tensors.recording import Recording, Tap
@@ -103,7 +103,7 @@ class MlxCapture:
             return self.observe(name, rows)
         # Parted rows are recorded as they are: to merge them takes MLX longer than NumPy.
         self.keep(name, rows if rows.gen is not None else rows.und)
-        return rows.parted(self._forced(name)) if name in self.force else rows
+        return rows.by_expert(self._forced(name)) if name in self.force else rows
 
     def _observe_readings(self, path: str, rows: mx.array | ExpertRows) -> mx.array | ExpertRows:
         """The same for the rows of all readings of a pass, each under the name of its call."""
@@ -119,7 +119,7 @@ class MlxCapture:
     def __enter__(self) -> "MlxCapture":
         for kind in self._classes:
             self._wrap(kind, "__call__", after=self._module)
-        self._wrap(Joined, "__call__", after=self._joined)
+        self._wrap(FusedLinear, "__call__", after=self._joined)
         self.wrap(MoTModel, "__call__", self._model)
         self.wrap(TimestepEmbedder, "__call__", self._embed_time)
         self._wrap(LatentPositionEmbedding, "__call__", after=self._embed_places)
@@ -128,9 +128,9 @@ class MlxCapture:
         self._wrap(Encoder, "__call__", before=self._enter_encoder, after=self._coded("encoder"))
         self._wrap(Decoder, "__call__", after=self._coded("decoder"))
         self._wrap(VisionTransformer, "__call__", before=self._enter_vit, after=self._seen)
-        self._wrap(CachedArm, "prefill", before=self._enter_prefill, after=self._after_prefill)
+        self._wrap(GuidanceArm, "prefill", before=self._enter_prefill, after=self._after_prefill)
         self._wrap(flow, "velocities_of_pass", before=self._enter_step)
-        self._wrap(Reader, "decode", before=self._enter_token)
+        self._wrap(AnswerDecoder, "decode", before=self._enter_token)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -196,7 +196,7 @@ class MlxCapture:
             rows = self._observe_readings(path, rows)
         return (rows, *output[1:]) if isinstance(output, tuple) and not isinstance(output, ExpertRows) else rows
 
-    def _joined(self, joined: Joined, outputs: list[mx.array]) -> list[mx.array]:
+    def _joined(self, joined: FusedLinear, outputs: list[mx.array]) -> list[mx.array]:
         return [self._module(linear, output) for linear, output in zip(joined.linears, outputs, strict=True)]
 
     def _model(
@@ -204,7 +204,7 @@ class MlxCapture:
         original: Callable,
         model: MoTModel,
         inputs_embeds: ExpertRows,
-        readings: Sequence[Reading],
+        readings: Sequence[ArmInput],
         *rest: Any,
         **values: Any,
     ) -> tuple[ExpertRows, list[KVCache]]:
@@ -213,7 +213,7 @@ class MlxCapture:
         hidden, caches = original(model, inputs_embeds, readings, *rest, **values)
         return self._observe_readings("hidden_out", hidden), caches
 
-    def _placed(self, call: str, reading: Reading) -> Reading:
+    def _placed(self, call: str, reading: ArmInput) -> ArmInput:
         name, position_ids = f"{call}/position_ids", reading.rotary.position_ids
         self.keep(name, position_ids)
         given = self.force.get(name)
@@ -238,18 +238,18 @@ class MlxCapture:
         yield
         self._embedding = []
 
-    def _enter_prefill(self, arm: CachedArm, index: int) -> None:
-        self.enter(f"{arm.name}.{'prefill' if isinstance(arm, Reader) else 'prefix'}{index}")
+    def _enter_prefill(self, arm: GuidanceArm, index: int) -> None:
+        self.enter(f"{arm.name}.{'prefill' if isinstance(arm, AnswerDecoder) else 'prefix'}{index}")
 
-    def _after_prefill(self, arm: CachedArm, output: None) -> None:
+    def _after_prefill(self, arm: GuidanceArm, output: None) -> None:
         # What is embedded between the prefixes and the first velocity belongs to the first step.
-        if not isinstance(arm, Reader):
+        if not isinstance(arm, AnswerDecoder):
             self.enter("cond.step0")
 
     def _enter_step(self, model: Lance, arms: Sequence[flow.Arm], state: flow.State) -> None:
         self.enter(*(f"{arm.name}.step{state.index}" for arm in arms))
 
-    def _enter_token(self, reader: Reader, step: int, token: mx.array) -> None:
+    def _enter_token(self, reader: AnswerDecoder, step: int, token: mx.array) -> None:
         self.enter(f"{reader.name}.decode{step}")
 
     def _enter_encode(self, vae: VAE, pixels: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from parity import memory
 from parity.bundle.provenance import provenance_of
 from parity.bundle.reading import Bundle, read_bundle
 from parity.comparison.check import first_unequal
-from parity.comparison.exact import Breach, check_exact, check_preprocessed, check_weights
+from parity.comparison.exact import ExactMismatch, check_exact, check_preprocessed, check_weights
 from parity.comparison.trajectory import Margin, margins, teacher_forced, trajectory
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE
 from parity.errors import ParityError
@@ -117,7 +117,7 @@ class Investigation:
             if self.faults:
                 stack.enter_context(self.port.broken_by(self.faults))
             checked = check_weights(self.port, self.oracle)
-            broken = {breach.tap.removeprefix("weights/"): breach.expected for breach in checked.breaches}
+            broken = {mismatch.tap.removeprefix("weights/"): mismatch.expected for mismatch in checked.mismatches}
             given = {name: array for name, array in broken.items() if array is not None}
             self.tell("determinism")
             free, failure, unstable = self._free_runs() if self.thorough else (_NOTHING, None, None)
@@ -138,8 +138,8 @@ class Investigation:
             self.tell("trajectory")
             led = self._attempt(lambda: teacher_forced(self.port, self.oracle))[0] if self.thorough else _NOTHING
             preprocessed = self.port.preprocessed(self.bundle.path.parent)
-        breaches = [*checked.breaches, *check_exact(self.contract, forced)]
-        breaches += check_preprocessed(preprocessed, self.bundle.inputs)
+        mismatches = [*checked.mismatches, *check_exact(self.contract, forced)]
+        mismatches += check_preprocessed(preprocessed, self.bundle.inputs)
         held, blind, remark = self.oracle.own, judgement.sentence(), ""
         if blind and clears(judgement, led_by_upstream.recording, self.bundle.expected, along.limits()):
             # What the reference computes between upstream's taps is nothing to go by.
@@ -150,7 +150,7 @@ class Investigation:
         taps = tap_errors(self.oracle, held, forced.recording, free.recording, bounds)
         answered = margins(self.oracle, led.recording)
         if not blind:
-            self._find(breaches, taps, forced, answered)
+            self._find(mismatches, taps, forced, answered)
         if stuck:
             self._stop(stuck)
         self._show_pixels(free.recording)
@@ -195,10 +195,14 @@ class Investigation:
             return _NOTHING, str(error)
 
     def _find(
-        self, breaches: Sequence[Breach], taps: Sequence[TapError], forced: Observed, answered: Sequence[Margin]
+        self,
+        mismatches: Sequence[ExactMismatch],
+        taps: Sequence[TapError],
+        forced: Observed,
+        answered: Sequence[Margin],
     ) -> None:
         """Explain what is wrong, first things first; what an explanation covers is no finding of its own."""
-        for group in _grouped(breaches):
+        for group in _grouped(mismatches):
             self._exact_finding(group)
         # A steered run chooses from the oracle's logits: only of two that are equal may it take either.
         ties = {margin.step for margin in answered if not margin.margin}
@@ -214,17 +218,17 @@ class Investigation:
             return False
         return all(int(step) in ties for step in np.flatnonzero(expected != got))
 
-    def _exact_finding(self, group: Sequence[Breach]) -> None:
-        """Explain the first of some breaches; what its causes do not explain of the others is a finding of its own."""
+    def _exact_finding(self, group: Sequence[ExactMismatch]) -> None:
+        """Explain the first of some mismatches; what its causes leave of the others is a finding of its own."""
         first, rest = group[0], list(group[1:])
         component = parse(first.tap).component
         self.tell(f"hypotheses about {component}")
         exact = self._exact_values(group)
         sites = [
-            TapProbe(self.oracle, parse(breach.tap), breach.expected, breach.got, exact)
-            if breach.got is not None and breach.expected is not None
+            TapProbe(self.oracle, parse(mismatch.tap), mismatch.expected, mismatch.got, exact)
+            if mismatch.got is not None and mismatch.expected is not None
             else None
-            for breach in group
+            for mismatch in group
         ]
         causes, slices, place = Causes((), 0.0, ()), [], None
         if sites[0] is not None:
@@ -235,21 +239,21 @@ class Investigation:
         failed = causes.failed
         known = [[h for h in causes.together if site and removed(site, [h], failed) is not None] for site in sites[1:]]
         covered, left = [], []
-        for breach, site, causing in zip(rest, sites[1:], known, strict=True):
+        for mismatch, site, causing in zip(rest, sites[1:], known, strict=True):
             whole = site is not None and (removed(site, causing, failed) or 0.0) >= 1 - 1e-9
-            (covered if whole or not causes.together else left).append((breach, site, causing))
-        also = [breach.tap for breach, _, _ in covered]
+            (covered if whole or not causes.together else left).append((mismatch, site, causing))
+        also = [mismatch.tap for mismatch, _, _ in covered]
         kind = STRUCTURE if first.got is None else EXACT
         self._add(first.tap, kind, first.error, 0.0, causes, slices, place, also, first.detail)
-        for breach, site, causing in left:
+        for mismatch, site, causing in left:
             more = explain(site, None, self.hypotheses, causing) if site is not None else Causes((), 0.0, ())
             alone = explain(site, None, self.hypotheses) if site is not None and not more.together else more
             slices, place = self._slices(site) if site is not None else ([], None)
-            self._add(breach.tap, kind, breach.error, 0.0, alone, slices, place, [], breach.detail)
+            self._add(mismatch.tap, kind, mismatch.error, 0.0, alone, slices, place, [], mismatch.detail)
 
-    def _exact_values(self, group: Sequence[Breach]) -> dict[str, np.ndarray]:
+    def _exact_values(self, group: Sequence[ExactMismatch]) -> dict[str, np.ndarray]:
         values = dict(self.contract.exact)
-        return values | {breach.tap: breach.expected for breach in group if breach.expected is not None}
+        return values | {mismatch.tap: mismatch.expected for mismatch in group if mismatch.expected is not None}
 
     def _local_finding(self, wrong: list[TapError], recording: Recording) -> list[TapError]:
         """Explain the first of the wrong taps; return those that have another cause."""
@@ -386,13 +390,13 @@ class Investigation:
         return AGREE, ""
 
 
-def _grouped(breaches: Sequence[Breach]) -> list[list[Breach]]:
+def _grouped(mismatches: Sequence[ExactMismatch]) -> list[list[ExactMismatch]]:
     """Breaches with one cause: what is derived from something wrong is wrong too."""
-    groups: dict[str, list[Breach]] = {}
-    for breach in breaches:
-        weight = breach.tap.startswith("weights/")
-        key = component_kind(breach.tap) if weight else parse(breach.tap).component
-        groups.setdefault(key, []).append(breach)
+    groups: dict[str, list[ExactMismatch]] = {}
+    for mismatch in mismatches:
+        weight = mismatch.tap.startswith("weights/")
+        key = component_kind(mismatch.tap) if weight else parse(mismatch.tap).component
+        groups.setdefault(key, []).append(mismatch)
     return list(groups.values())
 
 

@@ -17,7 +17,7 @@ from lance_mlx.checkpoint.layouts import find_checkpoint
 from lance_mlx.checkpoint.safetensors import read_header
 from lance_mlx.checkpoint.streaming import StreamedLayers
 from lance_mlx.checkpoint.tensors import ViTSource
-from lance_mlx.model.mot import Context, ExpertRows, Reading
+from lance_mlx.model.mot import ArmInput, ExpertRows, LayerInput
 from lance_mlx.model.rope import rotary_table
 from lance_mlx.pipeline import load as load_pipeline
 from lance_mlx.sampling import flow
@@ -120,10 +120,10 @@ def test_a_pass_of_text_reads_one_expert_and_a_broken_pass_leaves_no_trace(check
     config, model = pipeline.model.config, pipeline.model.language_model.model
     rotary = rotary_table(np.zeros((3, 2), np.int32), config, FLOAT32)
     text = ExpertRows(mx.ones((2, config.hidden_size)), None)
-    model.layers[0](text, [Context(rotary, None)], True, False)
-    expected = model(text, [Reading(rotary, ())], causal=True, qk_float32=False)[0].und
+    model.layers[0](text, [LayerInput(rotary, None)], True, False)
+    expected = model(text, [ArmInput(rotary, ())], causal=True, qk_float32=False)[0].und
     kept = load_pipeline(checkpoint, Variant.IMAGE, FLOAT32).model.language_model.model
-    assert mx.array_equal(kept(text, [Reading(rotary, ())], causal=True, qk_float32=False)[0].und, expected)
+    assert mx.array_equal(kept(text, [ArmInput(rotary, ())], causal=True, qk_float32=False)[0].und, expected)
     assert set(read) == {(0, False), (1, False), (2, False)}
     gen = next(name for name in model.layers._tensors[0] if "_moe_gen" in name)
     assert gen not in {name for name, *_ in original(model.layers, 0, False)}

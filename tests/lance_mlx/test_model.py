@@ -14,7 +14,7 @@ from lance_mlx.backend.numerics import runs_on_cpu
 from lance_mlx.model import attention as attending
 from lance_mlx.model import layers
 from lance_mlx.model.attention import attention
-from lance_mlx.model.mot import ExpertRows, Reading
+from lance_mlx.model.mot import ArmInput, ExpertRows
 from lance_mlx.model.rope import inverse_frequencies, rotary_table
 
 
@@ -28,7 +28,7 @@ def run(model, embeds: mx.array, cuts: list[int]) -> mx.array:
     for start, stop in zip([0, *cuts], [*cuts, len(embeds)], strict=True):
         rotary = rotary_table(np.tile(np.arange(start, stop, dtype=np.int32), (3, 1)), model.config, model.numerics)
         hidden, (cache,) = model.language_model.model(
-            ExpertRows(embeds[start:stop], None), [Reading(rotary, cache)], causal=True, qk_float32=False
+            ExpertRows(embeds[start:stop], None), [ArmInput(rotary, cache)], causal=True, qk_float32=False
         )
         outputs.append(hidden.und)
     return mx.concatenate(outputs)
@@ -129,7 +129,7 @@ def test_every_latent_sees_both_brackets_and_they_see_every_latent(pipeline):
 
     def output(embeds: mx.array) -> mx.array:
         rows = ExpertRows(mx.concatenate([embeds[:1], embeds[-1:]]), embeds[1:-1])
-        return model(rows, [Reading(rotary, ())], causal=False, qk_float32=False)[0].merged()
+        return model(rows, [ArmInput(rotary, ())], causal=False, qk_float32=False)[0].interleave()
 
     plain = output(embeds)
     for changed in range(8):
@@ -187,7 +187,7 @@ def test_joined_linears_give_what_each_gives(dtype, rows, widths, bias):
     x = mx.random.normal((rows, 24)).astype(dtype)
     apart = [linear(x) for linear in made]
     mx.eval(apart)
-    together = layers.Joined(made)(x)
+    together = layers.FusedLinear(made)(x)
     assert [y.shape for y in together] == [(rows, width) for width in widths]
     assert all(y.dtype == dtype for y in together)
     limit = 1e-5 if dtype == mx.float32 else 0.02
@@ -197,7 +197,7 @@ def test_joined_linears_give_what_each_gives(dtype, rows, widths, bias):
 
 def test_joined_linears_compute_by_themselves_once_one_has_another_weight():
     made = linears([8, 8], 16, True, mx.float32)
-    joined, x = layers.Joined(made), mx.random.normal((1, 16))
+    joined, x = layers.FusedLinear(made), mx.random.normal((1, 16))
     for name in ("weight", "bias"):
         made[1][name] = made[1][name] * 2
         assert np.array_equal(joined(x)[1], made[1](x))
@@ -207,13 +207,13 @@ def test_joined_linears_compute_by_themselves_once_one_has_another_weight():
 def test_joined_linears_are_held_once():
     made = linears([256, 256], 1024, False, mx.float32)
     before = mx.get_active_memory()
-    joined = layers.Joined(made)
+    joined = layers.FusedLinear(made)
     assert mx.get_active_memory() <= before + 65536
     assert joined(mx.ones((1, 1024)))[0].shape == (1, 256)
 
 
 def test_more_rows_leave_joined_linears_apart(monkeypatch):
-    joined = layers.Joined(linears([8, 8], 16, False, mx.float32))
+    joined = layers.FusedLinear(linears([8, 8], 16, False, mx.float32))
     called = []
     monkeypatch.setattr(layers.Linear, "__call__", lambda self, x: called.append(len(x)) or x)
     joined(mx.ones((1, 16)))
@@ -225,7 +225,7 @@ def test_more_rows_leave_joined_linears_apart(monkeypatch):
 def test_half_precision_is_joined_only_where_that_rounds_as_before(monkeypatch):
     monkeypatch.setattr(layers, "_LARGE", 8 * 16)
     for widths, apart in (([8, 4], 2), ([4, 2], 0), ([8, 8], 0)):
-        joined, called = layers.Joined(linears(widths, 16, True, mx.bfloat16)), []
+        joined, called = layers.FusedLinear(linears(widths, 16, True, mx.bfloat16)), []
         with monkeypatch.context() as patch:
             patch.setattr(layers.Linear, "__call__", lambda self, x, called=called: called.append(1) or x)
             joined(mx.ones((1, 16)))

@@ -14,7 +14,7 @@ from lance_mlx.pipeline import Pipeline, Prepared, load
 from lance_mlx.requests.request import Question, Variant
 from lance_mlx.requests.visuals import PreparedVisual, sized_by_source
 from lance_mlx.sampling.conditions import Conditions
-from lance_mlx.sampling.text import Reader, make_reader
+from lance_mlx.sampling.text import AnswerDecoder, make_decoder
 from lance_mlx.sequence.prompt import answer_start, build_question, build_sequence
 from parity.lance.replay_mlx import request_from_bundle
 from reference.arms import build_arms
@@ -114,13 +114,13 @@ def reader_of(
     question: Question,
     sizes: list[VisualSize],
     vit: list[np.ndarray],
-    earlier: Reader | None = None,
-) -> tuple[Reader, int]:
+    earlier: AnswerDecoder | None = None,
+) -> tuple[AnswerDecoder, int]:
     """A reader of a question about what the ViT is said to have seen, and the last token of the prompt."""
     sequence = build_question(question, pipeline.tokenizer, [visual_of(size) for size in sizes])
     context = answer_start(question, pipeline.tokenizer, sequence)
     conditions = Conditions(tuple(map(mx.array, vit)))
-    reader = make_reader(pipeline.model, sequence, context, question.max_new_tokens, conditions, earlier)
+    reader = make_decoder(pipeline.model, sequence, context, question.max_new_tokens, conditions, earlier)
     return reader, int(sequence.ids[context - 1])
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from parity.comparison.exact import ORDER, Breach, check_exact, check_preprocessed, check_weights, describe
+from parity.comparison.exact import ORDER, ExactMismatch, check_exact, check_preprocessed, check_weights, describe
 from parity.lance.faults import CATALOGUE, Target
 from parity.lance.ports import oracle_weights
 from parity.tensors.recording import Contract, Observed, Tap
@@ -26,8 +26,8 @@ class Given:
         yield from self._weights.items()
 
 
-def names(breaches):
-    return [breach.tap for breach in breaches]
+def names(mismatches):
+    return [mismatch.tap for mismatch in mismatches]
 
 
 # Weights.
@@ -37,7 +37,7 @@ def names(breaches):
 def test_all_weights_of_lance_mlx_are_those_of_the_checkpoint(oracle_of, subject_of, name):
     oracle = oracle_of(name)
     checked = check_weights(subject_of(name), oracle)
-    assert checked.breaches == []
+    assert checked.mismatches == []
     assert checked.compared == len(dict(oracle_weights(oracle))) > 200
     # The sum is over the oracle's: the reference's own is the same.
     assert check_weights(subject_of(name, "reference"), oracle).checksum == checked.checksum
@@ -49,18 +49,18 @@ def test_a_wrong_weight_is_named_replaced_and_left_as_it_was(oracle_of, subject_
     chosen = CATALOGUE[fault]
     with chosen.patch(Target(subject.pipeline)):
         broken = check_weights(subject, oracle)
-        assert len(broken.breaches) == 1
-        (breach,) = broken.breaches
-        assert breach.tap.startswith("weights/") and chosen.component in breach.tap
-        assert breach.error is not None and breach.error > 1e-3 and breach.detail.count("\n") == 0
-        name = breach.tap.removeprefix("weights/")
-        with subject.with_weights({name: breach.expected}):
-            assert check_weights(subject, oracle).breaches == []
+        assert len(broken.mismatches) == 1
+        (mismatch,) = broken.mismatches
+        assert mismatch.tap.startswith("weights/") and chosen.component in mismatch.tap
+        assert mismatch.error is not None and mismatch.error > 1e-3 and mismatch.detail.count("\n") == 0
+        name = mismatch.tap.removeprefix("weights/")
+        with subject.with_weights({name: mismatch.expected}):
+            assert check_weights(subject, oracle).mismatches == []
         # Whatever passes: an exception leaves the broken weight too.
-        with pytest.raises(KeyError), subject.with_weights({name: breach.expected}):
+        with pytest.raises(KeyError), subject.with_weights({name: mismatch.expected}):
             raise KeyError
-        assert names(check_weights(subject, oracle).breaches) == [breach.tap]
-    assert check_weights(subject, oracle).breaches == []
+        assert names(check_weights(subject, oracle).mismatches) == [mismatch.tap]
+    assert check_weights(subject, oracle).mismatches == []
 
 
 def test_replacing_weights_gives_back_the_very_arrays(subject_of):
@@ -96,8 +96,8 @@ def test_weights_that_are_missing_or_of_another_shape_are_breaches(oracle_of):
     given = {key: array for key, array in weights.items() if key != name}
     given |= {other: given[other][:-1], "only.ours": np.zeros(1, np.float32)}
     checked = check_weights(Given(given), oracle)
-    assert sorted(names(checked.breaches)) == [f"weights/{other}", f"weights/{name}"]
-    shaped, missing = sorted(checked.breaches, key=lambda breach: breach.tap)
+    assert sorted(names(checked.mismatches)) == [f"weights/{other}", f"weights/{name}"]
+    shaped, missing = sorted(checked.mismatches, key=lambda mismatch: mismatch.tap)
     assert shaped.error is None and "has shape [47], the oracle's has [48]" in shaped.detail
     assert missing.got is None and missing.detail == f"{name} is not among the parameters"
     assert checked.compared == len(weights) - 1
@@ -106,10 +106,10 @@ def test_weights_that_are_missing_or_of_another_shape_are_breaches(oracle_of):
 def test_one_bit_of_one_weight_is_seen(oracle_of):
     oracle = oracle_of("t2i-fp32-kv")
     weights = {key: array.copy() for key, array in oracle_weights(oracle)}
-    assert check_weights(Given(weights), oracle).breaches == []
+    assert check_weights(Given(weights), oracle).mismatches == []
     name = "language_model.model.layers.2.mlp.up_proj.weight"
     weights[name].view(np.uint32)[3, 5] ^= 1
-    assert names(check_weights(Given(weights), oracle).breaches) == [f"weights/{name}"]
+    assert names(check_weights(Given(weights), oracle).mismatches) == [f"weights/{name}"]
 
 
 def test_a_scale_with_axes_of_length_1_is_the_same_scale(oracle_of):
@@ -118,7 +118,7 @@ def test_a_scale_with_axes_of_length_1_is_the_same_scale(oracle_of):
     name = next(key for key, array in weights.items() if key.startswith("vae.") and array.ndim > 1 and
                 array.size == array.shape[0])  # fmt: skip
     weights[name] = weights[name].reshape(-1)
-    assert check_weights(Given(weights), oracle).breaches == []
+    assert check_weights(Given(weights), oracle).mismatches == []
 
 
 # Integers and times.
@@ -148,27 +148,27 @@ def test_what_is_equal_is_no_breach():
 def test_breaches_come_in_the_order_in_which_a_run_needs_them():
     right = {name.removeprefix("inputs/").replace(".", "__"): ints(1, 2) for name in ORDER if name != "inputs/request"}
     wrong = dict.fromkeys(reversed(right), ints(1, 3))
-    breaches = list(check_exact(contract_of(**right), observed(**wrong)))
-    assert names(breaches) == [name for name in ORDER if name != "inputs/request"]
-    assert all(breach.error == pytest.approx(1 / 5**0.5) for breach in breaches)
-    assert breaches[0].detail == "text_ids is 3 at [1] where the oracle has 2; 1 of 2 values differ"
+    mismatches = list(check_exact(contract_of(**right), observed(**wrong)))
+    assert names(mismatches) == [name for name in ORDER if name != "inputs/request"]
+    assert all(mismatch.error == pytest.approx(1 / 5**0.5) for mismatch in mismatches)
+    assert mismatches[0].detail == "text_ids is 3 at [1] where the oracle has 2; 1 of 2 values differ"
 
 
 def test_what_a_function_raised_is_the_breach_in_its_place():
     failures = {"inputs/position_ids.cond": "ValueError: no", "inputs/request": "task 'i2v' is not supported"}
     right = {"text_ids": ints(1), "position_ids__cond": ints(2), "timesteps": ints(3)}
-    breaches = list(check_exact(contract_of(**right), observed(failures, timesteps=ints(4))))
-    assert [(breach.tap, breach.detail) for breach in breaches[:2]] == [
+    mismatches = list(check_exact(contract_of(**right), observed(failures, timesteps=ints(4))))
+    assert [(mismatch.tap, mismatch.detail) for mismatch in mismatches[:2]] == [
         ("inputs/request", "task 'i2v' is not supported"),
         ("inputs/position_ids.cond", "ValueError: no"),
     ]
-    assert breaches[0].expected is None and breaches[1].got is None and breaches[1].error is None
-    assert names(breaches[2:]) == ["inputs/timesteps"]
+    assert mismatches[0].expected is None and mismatches[1].got is None and mismatches[1].error is None
+    assert names(mismatches[2:]) == ["inputs/timesteps"]
 
 
 def test_a_sequence_of_another_length_is_a_breach_without_a_number():
-    breaches = list(check_exact(contract_of(text_ids=ints(1, 2)), observed(text_ids=ints(1, 2, 3))))
-    assert breaches[0].error is None and "has shape [3], the oracle's has [2]" in breaches[0].detail
+    mismatches = list(check_exact(contract_of(text_ids=ints(1, 2)), observed(text_ids=ints(1, 2, 3))))
+    assert mismatches[0].error is None and "has shape [3], the oracle's has [2]" in mismatches[0].detail
 
 
 @settings(max_examples=50)
@@ -184,7 +184,7 @@ def test_the_first_value_that_differs_is_told(values, index, amount):
 
 
 def test_the_error_of_zeros_has_no_number():
-    assert Breach("inputs/guided", ints(0, 0), ints(0, 1), "").error is None
+    assert ExactMismatch("inputs/guided", ints(0, 0), ints(0, 1), "").error is None
 
 
 # Visuals: where a side is cut by an odd number of pixels, upstream draws which end loses the larger part.
@@ -241,9 +241,9 @@ def test_a_picture_shifted_by_more_is_another(change):
         "vae_pixels0": shifted(pixels, *change),
         "vit_patches0": patches_of(shifted(looked, *change)),
     }
-    breaches = list(check_preprocessed(computed, inputs_of(pixels, patches_of(looked))))
-    assert names(breaches) == ["inputs/vae_pixels0", "inputs/vit_patches0"]
-    assert breaches[0].error > 0.1
+    mismatches = list(check_preprocessed(computed, inputs_of(pixels, patches_of(looked))))
+    assert names(mismatches) == ["inputs/vae_pixels0", "inputs/vit_patches0"]
+    assert mismatches[0].error > 0.1
 
 
 def test_other_pixels_sizes_and_orders_are_breaches():

@@ -87,7 +87,7 @@ def autoencoders(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "Wan2.2_VAE.pth"
     torch.save({name: weights[other] for name, other in names.items()}, path)
     reference = load_reference(path, Numerics("float32"), torch.device("cpu"))
-    ours = load_mlx(read_vae(path), FLOAT32, with_encoder=True)
+    ours = load_mlx(read_vae(path), FLOAT32, with_encoders=True)
     return theirs, reference, ours
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from lance_mlx.model.mot import ExpertRows
 from lance_mlx.sampling import flow
-from lance_mlx.sampling.conditions import CachedArm
+from lance_mlx.sampling.conditions import GuidanceArm
 from parity.lance.faults.base import wrapped
 
 
@@ -36,7 +36,7 @@ def watched() -> Iterator[Callable[[], Pass]]:
         running[0] = Pass.NOISE
         return original(*args)
 
-    def extend(original: Callable, arm: CachedArm, rows: ExpertRows, rotary: Any, causal: bool) -> ExpertRows:
+    def extend(original: Callable, arm: GuidanceArm, rows: ExpertRows, rotary: Any, causal: bool) -> ExpertRows:
         if rows.gen is not None:
             running[0] = Pass.CLEAN
         else:
@@ -45,5 +45,5 @@ def watched() -> Iterator[Callable[[], Pass]]:
 
     with ExitStack() as stack:
         stack.enter_context(wrapped(flow, "velocities_of_pass", velocities))
-        stack.enter_context(wrapped(CachedArm, "extend", extend))
+        stack.enter_context(wrapped(GuidanceArm, "extend", extend))
         yield lambda: running[0]

@@ -8,7 +8,7 @@ import numpy as np
 
 from lance_mlx.requests.request import Entry
 from lance_mlx.sampling import flow, text
-from lance_mlx.sampling.text import Reader
+from lance_mlx.sampling.text import AnswerDecoder
 from lance_mlx.sequence import positions
 from lance_mlx.sequence.segments import Role, Segment, Sequence
 from parity.lance.faults.base import (
@@ -125,7 +125,7 @@ def _conditional_ids(original: Callable, sequence: Sequence, tokens_per_second: 
     return positions.position_ids(sequence, tokens_per_second)[:, sequence.roles != Role.TEXT]
 
 
-def _one_later(original: Callable, reader: Reader, step: int, token: mx.array) -> mx.array:
+def _one_later(original: Callable, reader: AnswerDecoder, step: int, token: mx.array) -> mx.array:
     return original(reader, step + 1, token)
 
 
@@ -267,7 +267,7 @@ FAULTS = [
     _fault(
         "answer-positions-off-by-one",
         "answer positions are off by +1",
-        method(Reader, "decode", _one_later),
+        method(AnswerDecoder, "decode", _one_later),
         ASKS,
         "Tokens of an answer are one position too late.",
     ),

@@ -94,12 +94,12 @@ def _before_the_norm(target: Target) -> Iterator[None]:
         attention, kind = parents[id(module)]
         norms = [attention[f"{kind}_norm{suffix}"] for suffix in ("", "_moe_gen")]
         rows = ExpertRows(*(heads.pop(id(each), None) for each in norms))
-        parts = rows.parted(original(module, rows.merged(), table))
+        parts = rows.by_expert(original(module, rows.interleave(), table))
         done = (
             None if part is None else mx.fast.rms_norm(part, each["weight"], each.eps)
             for part, each in zip(parts, norms, strict=True)
         )
-        return ExpertRows(*done).merged()
+        return ExpertRows(*done).interleave()
 
     with ExitStack() as stack:
         stack.enter_context(replaced(flow, "goes_in_one_pass", lambda *given: False))

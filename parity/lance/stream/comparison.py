@@ -14,7 +14,7 @@ from typing import Any
 
 from lance_mlx.backend.allocator import release
 from parity import memory
-from parity.comparison.exact import Breach, check_exact
+from parity.comparison.exact import ExactMismatch, check_exact
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE
 from parity.errors import ParityError, one_line
 from parity.lance.faults import Fault
@@ -164,9 +164,9 @@ class _Run:
             self._finish(forced, free)
         bounds = self._bounds()
         taps = [self._tap_error(name, bounds) for name in self.measured]
-        breaches = list(check_exact(self.contract, observed))
+        mismatches = list(check_exact(self.contract, observed))
         blind = self._disagreement()
-        findings = [] if blind else [*map(_exact_finding, breaches), *self._local_findings(taps)]
+        findings = [] if blind else [*map(_exact_finding, mismatches), *self._local_findings(taps)]
         verdict = DIVERGE if findings else INCONCLUSIVE if blind or self.failure else AGREE
         return Streamed(
             bundle=self.plan.name,
@@ -297,10 +297,10 @@ class _Run:
 
 
 def _alike(each: Any, other: Any) -> bool:
-    return other is not None and each.rows.merged().shape == other.rows.merged().shape
+    return other is not None and each.rows.interleave().shape == other.rows.interleave().shape
 
 
-def _exact_finding(breach: Breach) -> Finding:
-    parsed = parse(breach.tap)
-    kind = STRUCTURE if breach.got is None else EXACT
-    return Finding(parsed.component, breach.tap, parsed.call, kind, breach.error, 0.0, detail=breach.detail)
+def _exact_finding(mismatch: ExactMismatch) -> Finding:
+    parsed = parse(mismatch.tap)
+    kind = STRUCTURE if mismatch.got is None else EXACT
+    return Finding(parsed.component, mismatch.tap, parsed.call, kind, mismatch.error, 0.0, detail=mismatch.detail)

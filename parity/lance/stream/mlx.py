@@ -18,7 +18,7 @@ from lance_mlx.checkpoint.streaming import Streamed, below
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.checkpoint.weights import check_tensors, inspect_lance
 from lance_mlx.model.lance import Lance
-from lance_mlx.model.mot import Context, ExpertRows, KeyValues, KVCache, MoTModel, Reading
+from lance_mlx.model.mot import ArmInput, ExpertRows, KeyValues, KVCache, LayerInput, MoTModel
 from lance_mlx.model.rope import RotaryTable
 from lance_mlx.pipeline import Pipeline
 from lance_mlx.requests.request import Question, Variant
@@ -43,7 +43,7 @@ class MlxPass:
     rows: ExpertRows
     rotary: RotaryTable
     causal: bool
-    wide: bool
+    qk_float32: bool
 
     @property
     def arm(self) -> str:
@@ -94,12 +94,12 @@ class MlxStream:
         def note(
             model: MoTModel,
             rows: ExpertRows,
-            readings: Sequence[Reading],
+            readings: Sequence[ArmInput],
             causal: bool,
             qk_float32: bool,
             keep: bool = True,
         ) -> tuple[ExpertRows, list[KVCache]]:
-            for call, own, reading in zip(capture.calls, rows.apart(len(readings)), readings, strict=True):
+            for call, own, reading in zip(capture.calls, rows.split_arms(len(readings)), readings, strict=True):
                 passes[call] = MlxPass(call, own, reading.rotary, causal, qk_float32)
             return rows, [reading.cache for reading in readings]
 
@@ -141,8 +141,8 @@ class MlxStream:
         for call, each in passes.items():
             with MlxCapture(self._pipeline, force=force) as capture:
                 capture.enter(call)
-                context = Context(each.rotary, seen.get(each.arm))
-                rows, (kv,) = layer(each.rows, [context], each.causal, each.wide)
+                context = LayerInput(each.rotary, seen.get(each.arm))
+                rows, (kv,) = layer(each.rows, [context], each.causal, each.qk_float32)
                 recording = capture.recording
                 mx.eval([x for x in (*rows, *kv) if x is not None])
             if ".step" not in call:
@@ -157,10 +157,10 @@ class MlxStream:
             for call, each in passes.items():
                 with MlxCapture(self._pipeline, HEAD_TAPS, _without_inputs(force)) as capture:
                     capture.enter(call)
-                    readings = [Reading(each.rotary, ())]
-                    hidden, _ = language_model.model(each.rows, readings, each.causal, each.wide)
+                    readings = [ArmInput(each.rotary, ())]
+                    hidden, _ = language_model.model(each.rows, readings, each.causal, each.qk_float32)
                     if ".step" in call:
-                        velocities[each.arm] = self._model.llm2vae(hidden.merged())[1:-1]
+                        velocities[each.arm] = self._model.llm2vae(hidden.interleave())[1:-1]
                     elif ".decode" in call:
                         language_model.lm_head(hidden.und)
                     taken |= capture.recording
