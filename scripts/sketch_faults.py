@@ -20,7 +20,7 @@ from parity.cli.errors import one_line_errors
 from parity.lance.fault_table import plan, try_fault
 from parity.lance.faults import CATALOGUE
 from parity.lance.ports import MlxPort
-from parity.lance.retention import Keeper, parted
+from parity.lance.retention import RetentionPolicy, parted
 from parity.oracle.floors import measure
 from parity.oracle.floors_file import FILE, write_floors
 from parity.oracle.oracle import Oracle
@@ -34,7 +34,7 @@ ALIKE = 0.95
 def sketched(oracle: Oracle, folder: Path) -> Bundle:
     """Write a bundle's taps as sketches, with floors that are measured by them."""
     bundle = oracle.bundle
-    keeper = Keeper(oracle.layout, (), smallest=0)
+    keeper = RetentionPolicy(oracle.layout, (), smallest=0)
     kept = {name: keeper(name, torch.from_numpy(tap.array).to(DTYPES[tap.dtype])) for name, tap in bundle.taps.items()}
     taps, sketches = parted(kept)
     for name in (bundle.checkpoint.name, "media"):

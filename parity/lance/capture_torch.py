@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import reference.sampler
 from parity.lance.names import velocity_calls
-from parity.lance.retention import Hold, keep_whole
+from parity.lance.retention import Retention, keep_whole
 from parity.tensors.recording import DTYPES, Recording, Tap
 from reference.model import Pipeline
 from reference.sampler import Arm
@@ -53,7 +53,7 @@ class TorchCapture:
         force: Mapping[str, Tap] | None = None,
         until: str | None = None,
         guided: list[bool] | None = None,
-        hold: Hold = keep_whole,
+        hold: Retention = keep_whole,
     ) -> None:
         self.recording: Recording = {}
         self.force = force or {}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parity.bundle.reading import Bundle
 from parity.errors import ParityError, one_line
-from parity.lance.derived_request import Facts
+from parity.lance.derived_request import DerivedRequest
 from parity.lance.names import parse, velocity_calls
 from parity.lance.record import draw
 from parity.lance.recorded_taps import INPUTS
@@ -49,12 +49,12 @@ class Derived:
 def derive(bundle: Bundle) -> Iterator[Derived]:
     """Yield every tensor of a bundle that can be derived, with what is wrong with it."""
     try:
-        facts = Facts(bundle)
+        facts = DerivedRequest(bundle)
         facts.layout  # noqa: B018 -- everything else starts from it
     except (ReferenceError, ParityError) as error:
         yield Derived("layout", "manifest.json", f"the request cannot be laid out: {error}")
         return
-    parts: list[Callable[[Facts], Iterator[Derived]]] = [_integers, _media, _positions, _layers]
+    parts: list[Callable[[DerivedRequest], Iterator[Derived]]] = [_integers, _media, _positions, _layers]
     parts += [_tokens] if facts.request.understanding else [_drawn, _encoded, _schedule, _steps, _pixels]
     for part in parts:
         try:
@@ -65,7 +65,7 @@ def derive(bundle: Bundle) -> Iterator[Derived]:
             yield Derived(part.__name__.strip("_"), "taps.safetensors", str(error))
 
 
-def _integers(facts: Facts) -> Iterator[Derived]:
+def _integers(facts: DerivedRequest) -> Iterator[Derived]:
     arrays, given = facts.layout.arrays(), facts.bundle.inputs
     for name in INPUTS:
         tensor = f"inputs/{name}"
@@ -75,7 +75,7 @@ def _integers(facts: Facts) -> Iterator[Derived]:
             yield Derived("layout", tensor, "missing" if name in arrays else "the request has no such thing")
 
 
-def _media(facts: Facts) -> Iterator[Derived]:
+def _media(facts: DerivedRequest) -> Iterator[Derived]:
     if facts.media is None:
         return
     if isinstance(facts.media, str):
@@ -91,7 +91,7 @@ def _media(facts: Facts) -> Iterator[Derived]:
                 yield Derived("sizes of media", tensor, None if a == b else f"is of size {b}, its file makes {a}")
 
 
-def _positions(facts: Facts) -> Iterator[Derived]:
+def _positions(facts: DerivedRequest) -> Iterator[Derived]:
     for name, tap in facts.taps.items():
         call, _, path = name.partition("/")
         if path == "position_ids":
@@ -102,7 +102,7 @@ def _positions(facts: Facts) -> Iterator[Derived]:
                 yield _equal("position ids", name, tap.array, expected)
 
 
-def _layers(facts: Facts) -> Iterator[Derived]:
+def _layers(facts: DerivedRequest) -> Iterator[Derived]:
     """RoPE from the normed queries and keys, and the residual stream from what is added to it."""
     numerics = Numerics(facts.bundle.dtype)
     for name, tap in facts.taps.items():
@@ -129,7 +129,7 @@ def _layers(facts: Facts) -> Iterator[Derived]:
                 yield _near("residual stream", name, tap, x + attn + mlp, scale)
 
 
-def _merged(facts: Facts, call: str, name: str) -> Tensor | None:
+def _merged(facts: DerivedRequest, call: str, name: str) -> Tensor | None:
     """What both experts made of their tokens, in the order of the sequence."""
     und, gen = (facts.tensor(f"{name}{expert}") for expert in _EXPERTS)
     if gen is None:
@@ -145,7 +145,7 @@ def _merged(facts: Facts, call: str, name: str) -> Tensor | None:
     return out
 
 
-def _tokens(facts: Facts) -> Iterator[Derived]:
+def _tokens(facts: DerivedRequest) -> Iterator[Derived]:
     tap = facts.taps.get("tokens")
     if tap is None:
         return
@@ -165,7 +165,7 @@ def _tokens(facts: Facts) -> Iterator[Derived]:
     yield Derived("answer", "tokens", problem)
 
 
-def _drawn(facts: Facts) -> Iterator[Derived]:
+def _drawn(facts: DerivedRequest) -> Iterator[Derived]:
     """What a bundle that this project recorded drew from its seed; others do not tell how they drew."""
     bundle = facts.bundle
     if not facts.recorded or "seed" not in bundle.request:
@@ -182,13 +182,13 @@ def _drawn(facts: Facts) -> Iterator[Derived]:
         yield _near("draws from the seed", f"inputs/{name}", bundle.inputs[name], expected, expected.abs() + 1)
 
 
-def _given(facts: Facts) -> list[Preprocessed]:
+def _given(facts: DerivedRequest) -> list[Preprocessed]:
     pixels = facts.replay.vae_pixels
     pixels = (pixels[0][:, :1],) if facts.request.task == "i2v" else pixels[:-1]
     return [Preprocessed(array) for array in pixels]
 
 
-def _encoded(facts: Facts) -> Iterator[Derived]:
+def _encoded(facts: DerivedRequest) -> Iterator[Derived]:
     pixels = facts.replay.vae_pixels
     for index, array in enumerate(pixels):
         name = f"inputs/vae_pixels{index}"
@@ -212,7 +212,7 @@ def _encoded(facts: Facts) -> Iterator[Derived]:
             yield _near("latents", name, facts.taps[name], expected, spread[0].movedim(0, -1))
 
 
-def _schedule(facts: Facts) -> Iterator[Derived]:
+def _schedule(facts: DerivedRequest) -> Iterator[Derived]:
     count = len(facts.layout.latent_rows)
     for step, t in enumerate(facts.times[:-1]):
         expected = torch.zeros(count)
@@ -235,7 +235,7 @@ def _schedule(facts: Facts) -> Iterator[Derived]:
         yield Derived("guided steps", f"{what}{number}", problem if wrong else None)
 
 
-def _steps(facts: Facts) -> Iterator[Derived]:
+def _steps(facts: DerivedRequest) -> Iterator[Derived]:
     """The first state from the noise, and every later one, with the latent, from the state and velocities before it."""
     noise, made = facts.tensor("sampler.noise"), facts.inputs.made
     clean = [facts.tensor(f"vae.latent{index}") for index in range(len(facts.replay.vae_pixels))]
@@ -270,7 +270,7 @@ def _steps(facts: Facts) -> Iterator[Derived]:
         yield _near("last state" if last else "states", name, tap, expected, scale)
 
 
-def _velocity(facts: Facts, arm: str, step: int, numbers: Mapping[tuple[str, int], int]) -> Tensor | None:
+def _velocity(facts: DerivedRequest, arm: str, step: int, numbers: Mapping[tuple[str, int], int]) -> Tensor | None:
     """The velocity of an arm's latents in a step, as the entry holds it."""
     if facts.bundle.entry == "full_sequence":
         return facts.tensor(f"velocity_call{numbers[arm, step]}") if (arm, step) in numbers else None
@@ -279,7 +279,7 @@ def _velocity(facts: Facts, arm: str, step: int, numbers: Mapping[tuple[str, int
     return None if block is None or len(block) != facts.layout.target.length else block[1:-1]
 
 
-def _pixels(facts: Facts) -> Iterator[Derived]:
+def _pixels(facts: DerivedRequest) -> Iterator[Derived]:
     tap = facts.taps.get("pixels")
     if tap is None:
         return

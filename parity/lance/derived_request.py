@@ -24,7 +24,7 @@ from reference.sampler import is_guided, time_grid
 from reference.sequence import build_layout
 
 
-class Facts:
+class DerivedRequest:
     """A bundle with the sequence and the schedule of its request; raises ReferenceError for one that has none."""
 
     def __init__(self, bundle: Bundle) -> None:

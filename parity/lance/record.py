@@ -13,7 +13,7 @@ from parity.errors import ParityError, one_line
 from parity.lance.publish import checkpoint_name, publish, staging_beside, with_media
 from parity.lance.recorded_taps import INPUTS, RecordedTaps
 from parity.lance.replay_torch import record_pipeline
-from parity.lance.retention import Keeper, keep_whole, parted
+from parity.lance.retention import RetentionPolicy, keep_whole, parted
 from parity.tensors.recording import Recording, Replay, Tap
 from parity.tensors.sketch_file import SKETCH, WHOLE, check_level
 from reference.layout import Layout
@@ -72,7 +72,7 @@ def record(
             layout = pipeline.layout(asked, [visual.size for visual in visuals])
             replay = draw(asked, layout, visuals, dtype, request.get("seed", 0))
             kept = RecordedTaps(entry, asked.num_steps)
-            hold = Keeper(layout, whole) if level == SKETCH else keep_whole
+            hold = RetentionPolicy(layout, whole) if level == SKETCH else keep_whole
             taps, sketches = parted(record_pipeline(pipeline, asked, entry, replay, kept, progress, hold))
         manifest = {
             "source": source(entry, dtype),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parity.lance.capture_torch import Reached, TorchCapture
 from parity.lance.names import parse, velocity_calls
-from parity.lance.retention import Hold, keep_whole
+from parity.lance.retention import Retention, keep_whole
 from parity.tensors.recording import Recording, Replay, Tap
 from parity.tensors.sketch import Sketch
 from reference.arms import Inputs, build_arms
@@ -65,7 +65,7 @@ def record_pipeline(
     replay: Replay,
     names: Container[str] | None = None,
     progress: Callable[[str], None] | None = None,
-    hold: Hold = keep_whole,
+    hold: Retention = keep_whole,
 ) -> dict[str, Tap | Sketch]:
     """Replay a request on a loaded reference; see record_reference. `hold` says what is kept of each tap."""
     return TorchReplay(pipeline, request, entry, replay).record(names=names, progress=progress, hold=hold)
@@ -99,7 +99,7 @@ class TorchReplay:
         progress: Callable[[str], None] | None = None,
         force: Mapping[str, Tap] | None = None,
         until: str | None = None,
-        hold: Hold = keep_whole,
+        hold: Retention = keep_whole,
     ) -> TorchCapture:
         """A capture of this replay; see TorchCapture."""
         guided = self.guided if self.entry == "full_sequence" else None
@@ -110,7 +110,7 @@ class TorchReplay:
         names: Container[str] | None = None,
         progress: Callable[[str], None] | None = None,
         force: Mapping[str, Tap] | None = None,
-        hold: Hold = keep_whole,
+        hold: Retention = keep_whole,
     ) -> dict[str, Tap | Sketch]:
         """Run the whole request; with `force` every part of it from the given values."""
         with torch.inference_mode(), self.capture(names, progress, force, hold=hold) as capture:

@@ -17,7 +17,7 @@ from reference.layout import Layout
 _NEEDED = re.compile(r"sampler\.(noise|timestep\d+)|vae\.encode\d+\.eps|tokens")
 
 
-Hold = Callable[[str, Tensor], Tap | Sketch]
+Retention = Callable[[str, Tensor], Tap | Sketch]
 """Makes of a tap's name and tensor what is recorded."""
 
 
@@ -26,7 +26,7 @@ def keep_whole(name: str, tensor: Tensor) -> Tap:
     return to_tap(tensor)
 
 
-class Keeper:
+class RetentionPolicy:
     """Decides as a request runs what is kept of each tap.
 
     Args:

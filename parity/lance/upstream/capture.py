@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from parity.errors import ParityError
-from parity.lance.retention import Hold, keep_whole
+from parity.lance.retention import Retention, keep_whole
 from parity.lance.upstream.namespace import Overlaid
 from parity.tensors.recording import Tap
 from parity.tensors.sketch import Sketch
@@ -40,7 +40,7 @@ class Capture:
         progress: Callable[[str], None],
     ) -> None:
         self.kept: dict[str, Tap | Sketch] = {}
-        self._hold: Hold = keep_whole
+        self._hold: Retention = keep_whole
         self._names, self._cached, self._given, self._progress = names, cached, given, progress
         self._call, self._layer, self._coding, self._encoding, self._step = "", "", "", "", 0
         self._count: dict[str, int] = {}
@@ -85,7 +85,7 @@ class Capture:
         model: nn.Module,
         vae: Any,
         answer_from: int | None,
-        hold: Hold = keep_whole,
+        hold: Retention = keep_whole,
     ) -> None:
         """Attach hooks to a Lance and a WanVideoVAE; `answer_from` is the first token that is fed to get an answer.
 

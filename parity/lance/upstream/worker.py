@@ -18,7 +18,7 @@ import torch
 
 from parity.errors import ParityError
 from parity.lance.recorded_taps import RecordedTaps
-from parity.lance.retention import Keeper, keep_whole, parted
+from parity.lance.retention import RetentionPolicy, keep_whole, parted
 from parity.lance.rows import layout_of
 from parity.lance.upstream.adapt import Upstream, adapt, any_resolution, any_task, any_width, inputs_of, load
 from parity.lance.upstream.capture import Capture
@@ -111,7 +111,7 @@ def record_run(upstream: Upstream, job: Mapping[str, Any], progress: Callable[[s
         give(batch, given)
         inputs.update(inputs_of(batch))
         answer = int(batch.ce_loss_indexes[0]) if request["task"].startswith("x2t") else None
-        hold = Keeper(layout_of(inputs), job["whole"]) if job["level"] == SKETCH else keep_whole
+        hold = RetentionPolicy(layout_of(inputs), job["whole"]) if job["level"] == SKETCH else keep_whole
         capture.watch(values["fsdp_model"], values["vae_model"], answer, hold)
 
     upstream.before_sampling(watch)
