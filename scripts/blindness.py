@@ -102,7 +102,7 @@ def ways(folder: Path) -> Iterator[Way]:
     for name in chosen:
         for what, change in _TAPS.items():
             yield Way(f"tap {name} {what}", CAPTURE, _tap(name, change))
-        yield Way(f"tap {name} with noise", CAPTURE, _tap(name, _noisy(_NOISE[bundle.taps[name].dtype])))
+        yield Way(f"tap {name} with noise", CAPTURE, _tap(name, _noisy(_NOISE[bundle.dtype])))
     if drawn:
         yield Way("other noise", INPUTS, _tap("sampler.noise", lambda x: np.random.default_rng(1).permuted(x, axis=0)))
     for name, patched in _CODE.items():
@@ -126,7 +126,7 @@ _TAPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "with NaN": lambda x: _changed(x, lambda flat: flat.__setitem__(0, np.nan)),
 }
 _NOISE = {"float32": 0.001, "bfloat16": 0.25}
-"""Noise as a part of a tap's mean size: well beyond what rounding does to any tap of each dtype, pixels included."""
+"""Noise as a part of a tap's mean size: well beyond what rounding does to any tap under each policy, pixels included."""
 
 
 def _noisy(size: float) -> Callable[[np.ndarray], np.ndarray]:
