@@ -126,7 +126,7 @@ _TAPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "with NaN": lambda x: _changed(x, lambda flat: flat.__setitem__(0, np.nan)),
 }
 _NOISE = {"float32": 0.001, "bfloat16": 0.25}
-"""Noise as a part of a tap's mean size: well beyond what rounding does to any tap under each policy, pixels included."""
+"""Noise as a part of a tap's mean size: well beyond what rounding does to any tap, pixels included."""
 
 
 def _noisy(size: float) -> Callable[[np.ndarray], np.ndarray]:
