@@ -139,6 +139,9 @@ def test_declared_dependencies_are_those_imported():
 ROOMS = {
     "lance_mlx": ["errors", "config", "backend", "media", "requests", "sequence", "model", "sampling", "checkpoint",
                   "pipeline", "estimate", "api", "cli"],
+    # The engine; the definition of Lance, which knows it and is known to it, is in no order with it.
+    "parity": ["errors", "memory", "python_file", "tensors", "bundle", "ports", "oracle", "comparison", "hypotheses",
+               "localize", "report", "api", "cli", "lance"],
 }  # fmt: skip
 
 
@@ -163,6 +166,6 @@ def test_rooms_import_those_below_them_alone(package):
             parts = name.split(".")
             if parts[0] == package and len(parts) > 1 and parts[1] in order:
                 seen += 1
-                if order.index(parts[1]) > order.index(room):
+                if order.index(parts[1]) > order.index(room) and parts[1] != "lance":
                     found.append(f"{path.relative_to(ROOT)} imports {name}")
     assert found == [] and seen > 50

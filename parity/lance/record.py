@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from parity.bundle.provenance import code_commit
 from parity.errors import ParityError, one_line
 from parity.lance.publish import checkpoint_name, publish, staging_beside, with_media
 from parity.lance.recorded_taps import INPUTS, RecordedTaps
 from parity.lance.replay_torch import record_pipeline
 from parity.lance.retention import RetentionPolicy, keep_whole, parted
+from parity.ports.provenance import code_commit
 from parity.tensors.recording import Recording, Replay, Tap
 from parity.tensors.sketch_file import SKETCH, WHOLE, check_level
 from reference.layout import Layout

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from parity import memory
-from parity.bundle.provenance import provenance_of
 from parity.bundle.reading import Bundle, read_bundle
 from parity.comparison.check import first_unequal
 from parity.comparison.exact import ExactMismatch, check_exact, check_preprocessed, check_weights
@@ -43,6 +42,7 @@ from parity.oracle.variants import LOCAL as STEERED
 from parity.oracle.variants import SEGMENT
 from parity.ports.loading import port_loader
 from parity.ports.port import Port
+from parity.ports.provenance import provenance_of
 from parity.tensors.metrics import Difference, compare
 from parity.tensors.recording import Observed, Recording, Tap
 from parity.tensors.sketch import Sketch

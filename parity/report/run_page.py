@@ -7,9 +7,9 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from parity.bundle.provenance import origin
 from parity.comparison.check import Result
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE, MEDIAN, UNUSABLE
+from parity.ports.provenance import origin
 from parity.report.error_plot import error_plot
 from parity.report.output import new_folder
 from parity.tensors.metrics import Difference

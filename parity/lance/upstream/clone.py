@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from parity.bundle.provenance import commit_of
 from parity.errors import ParityError
+from parity.ports.provenance import commit_of
 
 COMMIT = "4baeee086648996f6ab12e673cbe461b0b149997"
 """The commit that this project's facts about upstream, and its oracles, come from."""

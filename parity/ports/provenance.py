@@ -5,15 +5,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from parity.bundle.reading import Bundle
-
-if TYPE_CHECKING:
-    from parity.ports.port import Port
+from parity.ports.port import Port
 
 
-def provenance_of(bundle: Bundle, port: "Port", checksum: str, weights: int) -> dict[str, str]:
+def provenance_of(bundle: Bundle, port: Port, checksum: str, weights: int) -> dict[str, str]:
     """Commits, weights, numerics, versions and the command, in words."""
     source = bundle.manifest["source"]
     found = {
