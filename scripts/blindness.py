@@ -36,10 +36,11 @@ from parity.cli.errors import one_line_errors
 from parity.comparison.check import check_bundle
 from parity.comparison.verdict import AGREE
 from parity.errors import ParityError
+from parity.lance.trusted import load_run
 from parity.localize.investigation import localize
 from parity.oracle.floors_file import FILE, floors_of, write_floors
 from parity.oracle.judgement import Cause
-from parity.oracle.oracle import Oracle, load_run
+from parity.oracle.oracle import Oracle
 from parity.report.runner import limit_threads
 from parity.report.terminal import progress_bar
 from parity.tensors.recording import Recording, Tap, read_tensors, write_tensors

@@ -19,17 +19,17 @@ from tables import README, replace_between, table
 from parity.bundle.reading import find_bundles, read_bundle
 from parity.cli.errors import one_line_errors
 from parity.lance.given import answered
-from parity.lance.names import component_kind, parse
+from parity.lance.names import parse
 from parity.lance.ports import MlxPort
 from parity.localize.steering import steered
 from parity.oracle.bounds import Bounds, bounds_of
 from parity.oracle.floors import logits_of, run_free
 from parity.oracle.floors_file import floors_of
-from parity.oracle.oracle import Oracle
-from parity.oracle.variants import FREE, LOCAL
+from parity.oracle.oracle import FREE, LOCAL, Oracle
 from parity.report.runner import limit_threads
 from parity.report.terminal import progress_bar
 from parity.tensors.metrics import compare
+from parity.tensors.names import component_kind
 from parity.tensors.recording import Recording, Tap
 from parity.tensors.rounding import rounded
 

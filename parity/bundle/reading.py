@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from parity.errors import ParityError
-from parity.lance import names as registry
-from parity.lance.requests import check_request
+from parity.model import definition
+from parity.tensors.names import TapName, parse
 from parity.tensors.recording import DTYPES, Recording, Tap, read_tensors, write_tensors
 from parity.tensors.sketch import Sketch
 from parity.tensors.sketch_file import FILE, SKETCH, listing, read_sketches, write_sketches
@@ -96,9 +96,9 @@ class Bundle:
         low, high = np.float32(low), np.float32(high)
         return [bool(self.request.get("cfg_text_scale", 1.0) > 1.0 and low < t <= high) for t in self.timesteps]
 
-    def locate(self, name: str) -> registry.TapName:
+    def locate(self, name: str) -> TapName:
         """Return the parsed tap name with what only this run's schedule can tell."""
-        return registry.locate(name, self.guided)
+        return definition().locate(name, self.guided)
 
 
 def read_bundle(path: Path) -> Bundle:
@@ -274,7 +274,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise ParityError(f"{what} has entry {manifest['source'].get('entry')!r}, not one of {', '.join(ENTRIES)}")
     if manifest["source"].get("dtype") not in ("float32", "bfloat16"):
         raise ParityError(f"{what} has dtype {manifest['source'].get('dtype')!r}, not float32 or bfloat16")
-    check_request(manifest["request"], what)
+    definition().check_request(manifest["request"], what)
     check_weight_sums(manifest, path.parent.name)
     for entry in manifest["taps"]:
         listed = isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("shape"), list)
@@ -309,7 +309,7 @@ def _check_taps(bundle: Bundle) -> None:
     for entry in bundle.manifest["taps"]:
         name = entry["name"]
         what = f"tap {name} of bundle {bundle.name}"
-        integer = registry.parse(name).integer
+        integer = parse(name).integer
         if name in bundle.sketches:
             if bundle.sketches[name].statistics[:, -1].any():
                 raise ParityError(f"{what} holds NaN or infinity: the capture is broken, repeat it")

@@ -64,9 +64,9 @@ def localize(
     with one_line_errors():
         from parity.comparison.verdict import AGREE, DIVERGE, UNUSABLE
         from parity.errors import ParityError
-        from parity.hypotheses import HYPOTHESES, check_unique, load_hypotheses
-        from parity.lance.faults import PROFILES, load_fault
+        from parity.hypotheses import check_unique, load_hypotheses
         from parity.localize.investigation import localize as run
+        from parity.model import definition
         from parity.report.localization_page import plots_folder, write_localization
         from parity.report.output import require_own
         from parity.report.runner import limit_threads
@@ -77,14 +77,18 @@ def localize(
         limit_threads()
         require_own(plots_folder(report or REPORTS / f"{bundle.name}.html"))
         try:
-            chosen = [load_fault(name) for name in fault or []]
+            chosen = [definition().load_fault(name) for name in fault or []]
             if profile is not None:
-                if profile not in PROFILES:
-                    raise ParityError(f"there is no profile {profile!r}: name one of {', '.join(PROFILES)}")
-                chosen += _departures(PROFILES[profile], bundle)
+                if profile not in definition().PROFILES:
+                    raise ParityError(
+                        f"there is no profile {profile!r}: name one of {', '.join(definition().PROFILES)}"
+                    )
+                chosen += _departures(definition().PROFILES[profile], bundle)
             own = [h for path in hypotheses or [] for h in load_hypotheses(path)]
             with progress_bar(1, "bundle") as start:
-                found = run(bundle, impl, chosen, check_unique([*own, *HYPOTHESES]), start(f"{bundle.name} {impl}"))
+                found = run(
+                    bundle, impl, chosen, check_unique([*own, *definition().HYPOTHESES]), start(f"{bundle.name} {impl}")
+                )
         except ParityError as error:
             if json_file:
                 document = {"verdict": UNUSABLE, "reason": str(error), "findings": [], "bundle": bundle.name}
@@ -133,8 +137,7 @@ def floors(
         from parity.oracle.floors import measure
         from parity.oracle.floors_file import FILE, write_floors
         from parity.oracle.machines import machine, settings
-        from parity.oracle.oracle import Oracle
-        from parity.oracle.variants import LOCAL
+        from parity.oracle.oracle import LOCAL, Oracle
         from parity.report.runner import limit_threads
         from parity.report.terminal import progress_bar
 

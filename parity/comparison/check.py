@@ -26,20 +26,16 @@ from parity.comparison.verdict import (
     median_over_upstream,
 )
 from parity.errors import ParityError
-from parity.lance.diagnosis import name_component
-from parity.lance.given import answered, wanted
-from parity.lance.names import TapName, parse
-from parity.lance.requests import SUPPORTED_TASKS
-from parity.lance.weight_sums import require_weights
+from parity.model import definition
 from parity.oracle.bounds import Alarm
 from parity.oracle.floors import logits_of, run_free
 from parity.oracle.floors_file import floors_of
 from parity.oracle.judgement import Judgement, clears, judge
-from parity.oracle.oracle import Oracle, answer_logits
-from parity.oracle.variants import FREE, SEGMENT
+from parity.oracle.oracle import FREE, SEGMENT, Oracle
 from parity.ports.loading import port_loader
 from parity.ports.port import Loader, Port, Progress
 from parity.tensors.metrics import Difference, bits, compare, finite
+from parity.tensors.names import TapName, parse
 from parity.tensors.recording import Recording, Tap
 from parity.tensors.sketch import Sketch
 
@@ -193,9 +189,9 @@ def record_bundle(path: Path, impl: str | Loader, progress: Progress | None = No
     """Read a bundle and replay it; see check_bundle."""
     load = port_loader(impl) if isinstance(impl, str) else impl
     bundle = read_bundle(path)
-    if bundle.task not in SUPPORTED_TASKS:
+    if bundle.task not in definition().SUPPORTED_TASKS:
         raise UnsupportedTask(f"bundle {bundle.name}: task {bundle.task!r} is not supported yet")
-    require_weights(bundle)
+    definition().require_weights(bundle)
     memory.reset_peak()
     start = time.perf_counter()
     port = load(bundle)
@@ -208,7 +204,7 @@ def record_bundle(path: Path, impl: str | Loader, progress: Progress | None = No
 def replayed(port: Port, bundle: Bundle, progress: Progress | None = None) -> Recording:
     """What a port computes by itself of a bundle, an answer's tokens given, with the integers of the sequence under
     their names in inputs.safetensors."""
-    found = port.run(wanted(bundle), answered(bundle), progress=progress)
+    found = port.run(definition().wanted(bundle), definition().answered(bundle), progress=progress)
     exact = {name.removeprefix("inputs/"): tap for name, tap in found.exact.items()}
     return {name: tap for name, tap in exact.items() if name in bundle.inputs} | found.recording
 
@@ -340,8 +336,8 @@ def _blind(trusted: Trusted, recording: Recording, limits: dict[str, Limit]) -> 
 
 def _settled(oracle: Oracle, recording: Recording) -> Recording:
     """An answer whose choices are the oracle's wherever those chosen instead are a rounding behind the likeliest."""
-    wanted, got = oracle.taps.get("tokens"), recording.get("tokens")
-    if wanted is None or got is None or wanted.array.shape != got.array.shape:
+    definition().wanted, got = oracle.taps.get("tokens"), recording.get("tokens")
+    if definition().wanted is None or got is None or definition().wanted.array.shape != got.array.shape:
         return {}
     ties = [
         margin.step
@@ -349,13 +345,13 @@ def _settled(oracle: Oracle, recording: Recording) -> Recording:
         if margin.tie and _behind(oracle, margin.step, int(got.array[margin.step])) <= 2 * margin.error
     ]
     settled = got.array.copy()
-    settled[ties] = wanted.array[ties]
+    settled[ties] = definition().wanted.array[ties]
     return {"tokens": Tap(settled, "int32")}
 
 
 def _behind(oracle: Oracle, step: int, token: int) -> float:
     """By how much the reference's logit of a token is lower than that of the likeliest."""
-    logits = answer_logits(oracle, oracle.taps, step).astype(np.float64)
+    logits = definition().answer_logits(oracle, oracle.taps, step).astype(np.float64)
     return float(logits.max() - logits[token]) if 0 <= token < len(logits) else math.inf
 
 
@@ -396,7 +392,9 @@ def _first_divergence(
         first = next(r for r in results if (r.difference.rel_l2 or 0.0) > r.limit.floor)
     if first is None:
         return None
-    component = name_component(bundle, recording, first.tap.name, {result.tap.name for result in diverging})
+    component = definition().name_component(
+        bundle, recording, first.tap.name, {result.tap.name for result in diverging}
+    )
     rel_l2 = finite(first.difference.rel_l2)
     return {"tap": first.tap.name, "call": first.tap.call, "component": component, "rel_l2": rel_l2}
 

@@ -10,8 +10,8 @@ from parity.comparison.check import Result, Run, check_recording, read_bundle
 from parity.comparison.runs import Given, Recorded, Source, opened
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
 from parity.errors import ParityError
-from parity.lance.names import parse
 from parity.tensors.metrics import Difference, compare, finite
+from parity.tensors.names import parse
 from parity.tensors.recording import Recording
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parity.lance.ports import oracle_weights
+from parity.model import definition
 from parity.oracle.oracle import Oracle
 from parity.ports.port import Port
 from parity.tensors.metrics import bits
@@ -64,7 +64,7 @@ class WeightCheck:
 
 def check_weights(port: Port, oracle: Oracle) -> WeightCheck:
     """Compare all parameters bit for bit."""
-    expected = dict(oracle_weights(oracle))
+    expected = dict(definition().oracle_weights(oracle))
     mismatches, seen, checksum = [], set(), 0
     for name, array in expected.items():
         checksum = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, zlib.crc32(name.encode(), checksum))

@@ -14,13 +14,15 @@ from parity.bundle.reading import read_bundle, verify_checksums
 from parity.bundle.store import read_manifest
 from parity.comparison import check
 from parity.errors import ParityError
-from parity.lance.record import NUMERICS
 from parity.ports.loading import port_loader
 from parity.tensors.arrays import dtype_of, tap_of
 from parity.tensors.recording import Recording, Tap, TensorFile, open_tensors
+from parity.tensors.rounding import ULP
 from parity.tensors.sketch import Sketch
 from parity.tensors.sketch_file import read_sketches
 
+NUMERICS = tuple(ULP)
+"""Policies that a run can be asked for."""
 # After the @: a port, and numerics behind it.
 _SPEC = re.compile(r"(?P<name>.*\.py:[^:]*|[^:]*)(:(?P<numerics>.*))?", re.DOTALL)
 

@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from parity.lance.names import velocity_calls
-from parity.oracle.oracle import Oracle, answer_logits
+from parity.model import definition
+from parity.oracle.oracle import Oracle
 from parity.ports.port import Port
 from parity.tensors.metrics import compare
 from parity.tensors.recording import Observed, Recording, Tap
@@ -77,7 +77,7 @@ def trajectory(oracle: Oracle, forced: Recording, free: Recording) -> list[Depar
     if request.understanding:
         return []
     envelope = _envelope(oracle)
-    calls = {call: f"velocity_call{i}" for i, call in enumerate(velocity_calls(oracle.bundle.guided))}
+    calls = {call: f"velocity_call{i}" for i, call in enumerate(definition().velocity_calls(oracle.bundle.guided))}
     departures = []
     for step, t in enumerate(oracle.bundle.timesteps):
         names = {
@@ -110,7 +110,7 @@ def margins(oracle: Oracle, forced: Recording) -> list[Margin]:
         return []
     found = []
     for step, token in enumerate(tokens.array.tolist()):
-        expected, got = (answer_logits(oracle, taps, step) for taps in (oracle.taps, forced))
+        expected, got = (definition().answer_logits(oracle, taps, step) for taps in (oracle.taps, forced))
         if expected is None or got is None:
             continue
         second, first = np.sort(expected)[-2:]

@@ -1,29 +1,5 @@
-"""What a port may do instead of what upstream does: hypotheses that are tried at the first wrong tap."""
+"""Hypotheses: what a port may do instead of what upstream does, tried at the first wrong tap."""
 
-from parity.hypotheses import (
-    attention,
-    dtypes,
-    embeddings,
-    experts,
-    generic,
-    guidance,
-    layers,
-    norms,
-    places,
-    positions,
-    preprocess,
-    resizing,
-    rope,
-    sampling,
-    schedule,
-    sequence,
-    vae,
-    vae_layers,
-    vae_stages,
-    vision,
-    vision_attention,
-    weights,
-)
 from parity.hypotheses.base import (
     DoesNotApply,
     Hypothesis,
@@ -35,40 +11,7 @@ from parity.hypotheses.base import (
     unpatched,
 )
 
-# Of two that explain something equally well the earlier one is shown: what says most about the cause comes first.
-HYPOTHESES: list[Hypothesis] = check_unique(
-    [
-        hypothesis
-        for module in (
-            positions,
-            sequence,
-            preprocess,
-            resizing,
-            experts,
-            attention,
-            rope,
-            norms,
-            layers,
-            places,
-            embeddings,
-            schedule,
-            guidance,
-            sampling,
-            vision,
-            vision_attention,
-            vae_layers,
-            vae_stages,
-            vae,
-            weights,
-            dtypes,
-            generic,
-        )
-        for hypothesis in module.HYPOTHESES
-    ]
-)
-
 __all__ = [
-    "HYPOTHESES",
     "DoesNotApply",
     "Hypothesis",
     "attempt",

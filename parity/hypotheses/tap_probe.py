@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from parity.lance.names import TapName, parse
-from parity.oracle.oracle import Oracle, cut
+from parity.model import definition
+from parity.oracle.oracle import Oracle
+from parity.tensors.names import TapName, parse
 from parity.tensors.recording import Tap
 from parity.tensors.sketch import Sketch
-from reference.layout import Layout
-from reference.model import Pipeline
-from reference.request import Request
 
 
 class TapProbe:
@@ -55,17 +53,17 @@ class TapProbe:
         return self.oracle.bundle.entry
 
     @property
-    def pipeline(self) -> Pipeline:
+    def pipeline(self) -> Any:
         """The loaded reference."""
         return self.oracle.run.pipeline
 
     @property
-    def request(self) -> Request:
+    def request(self) -> Any:
         """The request as the reference has it."""
         return self.oracle.run.request
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> Any:
         """The sequence as the reference lays it out."""
         return self.oracle.layout
 
@@ -125,7 +123,7 @@ class TapProbe:
             raise LookupError(f"{name} was not computed")
         if name == self.tap.name and run.entry != "full_sequence":
             return array
-        pieces = cut(run, {name: Tap(np.ascontiguousarray(array), _held(array))})
+        pieces = definition().cut(run, {name: Tap(np.ascontiguousarray(array), _held(array))})
         if self.tap.name not in pieces:
             raise LookupError(f"{self.tap.name} is not a part of {name}")
         return pieces[self.tap.name].array

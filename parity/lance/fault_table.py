@@ -8,8 +8,8 @@ from pathlib import Path
 from parity.bundle.reading import Bundle, read_bundle
 from parity.comparison.verdict import DIVERGE
 from parity.errors import ParityError
-from parity.hypotheses import HYPOTHESES
 from parity.lance.faults import Fault
+from parity.lance.hypotheses import HYPOTHESES
 from parity.lance.ports import MlxPort
 from parity.lance.record import record
 from parity.lance.record_options import Options, build_request

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from parity.errors import ParityError
+from parity.tensors.names import TapName
 
 # The stages of a run, in order.
 INPUTS, ENCODE, NOISE, PREFIX, STEPS, RESULT, DECODE, OUTPUT = range(8)
@@ -136,31 +137,6 @@ WORDS = {
 }
 
 
-@dataclass(frozen=True)
-class TapName:
-    """A parsed tap name: its call and path, its component as a user knows it, its numbers (layer, step, chunk ...).
-
-    `most` is the largest absolute value that such a tap can have, None where there is none.
-    """
-
-    name: str
-    call: str
-    path: str
-    component: str
-    what: str
-    axes: str
-    integer: bool
-    arm: str
-    numbers: dict[str, int]
-    place: tuple[int, ...]
-    most: float | None = None
-
-    @property
-    def layer(self) -> int | None:
-        """The index of the decoder layer, or None outside the layers."""
-        return self.numbers.get("layer")
-
-
 @cache
 def _regex(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"\{(\w+)\}", pattern)
@@ -223,12 +199,6 @@ def parse(name: str) -> TapName:
         place=(kind.stage, call_number, kind.order, minor, *within),
         most=shown.most,
     )
-
-
-@cache
-def component_kind(name: str) -> str:
-    """What computes a tap, whichever layer or block it is: its component with a star for every number."""
-    return ".".join("*" if part.isdigit() else part for part in parse(name).component.split("."))
 
 
 def logits_name(step: int) -> str:

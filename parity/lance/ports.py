@@ -11,7 +11,8 @@ from parity.bundle.reading import Bundle
 from parity.errors import one_line
 from parity.lance.faults import Fault, Target, combined
 from parity.lance.given import replay_of
-from parity.oracle.oracle import Oracle, cut, load_run, unconditional_ids
+from parity.lance.trusted import cut, load_run, unconditional_ids
+from parity.oracle.oracle import Oracle
 from parity.ports.port import Loader, Progress, Weights, versions
 from parity.tensors.recording import Contract, Observed, Tap
 from reference.numerics import Numerics

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from parity.lance.names import TapName
+from parity.tensors.names import TapName
 from parity.tensors.recording import Recording
 from reference.layout import MERGE, Layout, Mode, Role, Split
 from reference.positions import Grid

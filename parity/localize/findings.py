@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from parity.comparison.trajectory import Departure, Margin
-from parity.lance.names import TapName
 from parity.oracle.bounds import Alarm
 from parity.tensors.metrics import finite
+from parity.tensors.names import TapName
 
 EXACT, LOCAL, STRUCTURE = "exact", "local", "structure"
 """Kinds of findings: an integer or a weight that must be equal, an activation that is locally too far, an error."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +16,8 @@ from parity.comparison.exact import ExactMismatch, check_exact, check_preprocess
 from parity.comparison.trajectory import Margin, margins, teacher_forced, trajectory
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE
 from parity.errors import ParityError
-from parity.hypotheses import HYPOTHESES, Hypothesis
+from parity.hypotheses import Hypothesis
 from parity.hypotheses.tap_probe import TapProbe, site_of
-from parity.lance.faults import Fault
-from parity.lance.names import component_kind, parse
 from parity.localize.explain import Causes, explain, removed
 from parity.localize.findings import (
     EXACT,
@@ -34,16 +33,17 @@ from parity.localize.findings import (
 from parity.localize.slices import place_of, slice_errors, slice_sizes
 from parity.localize.steering import require_steering, steered
 from parity.localize.tap_errors import tap_errors
+from parity.model import definition
 from parity.oracle.bounds import bounds_of
 from parity.oracle.floors_file import floors_of
 from parity.oracle.judgement import clears, judge, segment_bounds
-from parity.oracle.oracle import Oracle
-from parity.oracle.variants import LOCAL as STEERED
-from parity.oracle.variants import SEGMENT
+from parity.oracle.oracle import LOCAL as STEERED
+from parity.oracle.oracle import SEGMENT, Oracle
 from parity.ports.loading import port_loader
 from parity.ports.port import Port
 from parity.ports.provenance import provenance_of
 from parity.tensors.metrics import Difference, compare
+from parity.tensors.names import component_kind, parse
 from parity.tensors.recording import Observed, Recording, Tap
 from parity.tensors.sketch import Sketch
 
@@ -58,14 +58,14 @@ Progress = Callable[[str], None]
 def localize(
     path: Path,
     impl: str = "mlx",
-    faults: Sequence[Fault] = (),
-    hypotheses: Sequence[Hypothesis] = tuple(HYPOTHESES),
+    faults: Sequence[Any] = (),
+    hypotheses: Sequence[Hypothesis] | None = None,
     progress: Progress | None = None,
 ) -> Localization:
     """Find everything that is wrong by itself in an implementation's run of a bundle, in order, and explain it.
 
-    `faults` break lance_mlx for the duration. `progress` is told what is being done. Raises ParityError for a bundle
-    that is unusable or an implementation that cannot run it.
+    `faults` break the port for the duration; `hypotheses` are the model's where none are given. `progress` is told what
+    is being done. Raises ParityError for a bundle that is unusable or an implementation that cannot run it.
     """
     tell = progress or (lambda what: None)
     memory.reset_peak()
@@ -76,7 +76,9 @@ def localize(
     port = port_loader(impl)(bundle)
     if faults and not hasattr(port, "broken_by"):
         raise ParityError(f"faults break lance_mlx, not {impl}: leave --impl out")
-    return Investigation(bundle, oracle, port, list(faults), list(hypotheses), tell).run(started)
+    return Investigation(
+        bundle, oracle, port, list(faults), list(definition().HYPOTHESES if hypotheses is None else hypotheses), tell
+    ).run(started)
 
 
 class Investigation:
@@ -92,7 +94,7 @@ class Investigation:
         bundle: Bundle,
         oracle: Oracle,
         port: Port,
-        faults: list[Fault],
+        faults: list[Any],
         hypotheses: list[Hypothesis],
         tell: Progress,
         thorough: bool = True,

@@ -1,14 +1,14 @@
 """The error of a tap by role, expert, head, frame, channel and token, so that a wrong minority cannot hide."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from parity.lance.names import TapName
-from parity.lance.rows import row_experts, row_frames, row_roles
 from parity.localize.findings import SliceError
+from parity.model import definition
 from parity.tensors.metrics import axis_errors
-from reference.layout import Layout
+from parity.tensors.names import TapName
 
 # Of an axis with many members only the worst are listed; heat maps show them all.
 LISTED = 8
@@ -18,7 +18,7 @@ _AXES = {"head": "head", "channel": "channel", "hidden": "channel", "frame": "fr
 _AXES |= {"token": "token", "latent": "token", "step": "step", "axis": "axis", "head_dim": "channel"}
 
 
-def slice_errors(tap: TapName, expected: np.ndarray, got: np.ndarray, layout: Layout) -> list[SliceError]:
+def slice_errors(tap: TapName, expected: np.ndarray, got: np.ndarray, layout: Any) -> list[SliceError]:
     """The errors of a tap's slices, the worst of each axis first; empty where the shapes differ."""
     if expected.shape != got.shape or not expected.size:
         return []
@@ -38,7 +38,7 @@ def place_of(slices: Sequence[SliceError], sizes: dict[str, float]) -> str | Non
     return None
 
 
-def slice_sizes(tap: TapName, array: np.ndarray, layout: Layout) -> dict[str, float]:
+def slice_sizes(tap: TapName, array: np.ndarray, layout: Any) -> dict[str, float]:
     """The part of a tap that each slice is, by "axis label"."""
     if not array.size:
         return {}
@@ -51,7 +51,7 @@ def slice_sizes(tap: TapName, array: np.ndarray, layout: Layout) -> dict[str, fl
 
 
 def _cuts(
-    tap: TapName, expected: np.ndarray, got: np.ndarray, layout: Layout
+    tap: TapName, expected: np.ndarray, got: np.ndarray, layout: Any
 ) -> Iterator[tuple[str, list[str], np.ndarray, np.ndarray]]:
     names = [name.strip() for name in tap.axes.split(",")] if tap.axes else []
     if len(names) != expected.ndim:
@@ -67,12 +67,12 @@ def _cuts(
 
 
 def _by_row(
-    tap: TapName, errors: np.ndarray, norms: np.ndarray, layout: Layout
+    tap: TapName, errors: np.ndarray, norms: np.ndarray, layout: Any
 ) -> Iterator[tuple[str, list[str], np.ndarray, np.ndarray]]:
     for axis, row_labels in (
-        ("role", row_roles(tap, len(errors), layout)),
-        ("expert", row_experts(tap, len(errors), layout)),
-        ("frame", row_frames(tap, len(errors), layout)),
+        ("role", definition().row_roles(tap, len(errors), layout)),
+        ("expert", definition().row_experts(tap, len(errors), layout)),
+        ("frame", definition().row_frames(tap, len(errors), layout)),
     ):
         if row_labels is None:
             continue

@@ -14,17 +14,15 @@ import numpy as np
 
 from parity.bundle.reading import Bundle
 from parity.errors import one_line
-from parity.lance.given import answered
-from parity.lance.names import component_kind
-from parity.lance.replay_torch import TorchReplay
+from parity.model import definition
 from parity.oracle.machines import machine, others, record_elsewhere
-from parity.oracle.oracle import Oracle, cut, load_run, run_passes
-from parity.oracle.variants import KINDS, Variant, exact, run_variant, variants_of
+from parity.oracle.oracle import KINDS, Oracle
+from parity.oracle.trusted import Trusted, Variant
 from parity.tensors.metrics import compare, rel_l2
+from parity.tensors.names import component_kind
 from parity.tensors.recording import Recording, Tap
 from parity.tensors.rounding import step_squares
 from parity.tensors.sketch import Sketch
-from reference.numerics import Numerics
 
 OWN = "the reference itself"
 
@@ -69,7 +67,7 @@ def measure(
     tell = progress or (lambda what: None)
     with one_line(f"reference cannot run bundle {bundle.name}"):
         own = run_free(oracle.run, bundle)
-        centers = _runs_of(bundle, oracle.passes, exact(bundle.dtype), tell)
+        centers = _runs_of(bundle, oracle.passes, definition().exact_variant(bundle.dtype), tell)
         tables, names = [LevelTable() for _ in KINDS], list[str]()
 
         def add(name: str, recordings: Sequence[Recording], variant: Variant | None = None) -> None:
@@ -78,7 +76,7 @@ def measure(
             names.append(name)
 
         add(OWN, (oracle.own, oracle.own, own))
-        for variant in variants_of(bundle.dtype, carried=True):
+        for variant in definition().variants_of(bundle.dtype, carried=True):
             add(variant.name, _runs_of(bundle, oracle.passes, variant, tell), variant)
     elsewhere = record_elsewhere(bundle, oracle.passes, others() if environments is None else environments, tell)
     for name, recordings in elsewhere.items():
@@ -89,14 +87,18 @@ def measure(
     floors[1:] = [replace(each, flips={n: floors[0].flips.get(n, 0.0) for n in each.levels}) for each in floors[1:]]
     if bundle.dtype != "float32":
         kept = floats_of(bundle.expected)
-        float32 = run_free(load_run(bundle, Numerics("float32")), bundle, set(kept))
+        float32 = run_free(definition().load_trusted(bundle, "float32"), bundle, set(kept))
         floors[2] = replace(floors[2], upstream=dict(zip(kept, errors_of(bundle.expected, float32, kept), strict=True)))
     return dict(zip(KINDS, floors, strict=True))
 
 
-def own_runs(run: TorchReplay, bundle: Bundle, passes: Recording) -> tuple[Recording, Recording, Recording]:
+def own_runs(run: Trusted, bundle: Bundle, passes: Recording) -> tuple[Recording, Recording, Recording]:
     """The local, segment and free recording of a loaded reference."""
-    return cut(run, run_passes(run, passes)), cut(run, run_passes(run, bundle.taps)), run_free(run, bundle)
+    return (
+        definition().cut(run, definition().run_passes(run, passes)),
+        definition().cut(run, definition().run_passes(run, bundle.taps)),
+        run_free(run, bundle),
+    )
 
 
 def pooled(several: Sequence[Floors]) -> Floors:
@@ -119,18 +121,18 @@ def _runs_of(
     bundle: Bundle, passes: Recording, variant: Variant, tell: Progress
 ) -> tuple[Recording, Recording, Recording]:
     tell(f"floors: {variant.name}")
-    run = load_run(bundle, variant.numerics)
+    run = definition().load_run(bundle, variant.numerics)
     kinds = (
-        lambda: cut(run, run_passes(run, passes)),
-        lambda: cut(run, run_passes(run, bundle.taps)),
+        lambda: definition().cut(run, definition().run_passes(run, passes)),
+        lambda: definition().cut(run, definition().run_passes(run, bundle.taps)),
         lambda: run_free(run, bundle),
     )
-    return tuple(run_variant(variant, each) for each in kinds)
+    return tuple(definition().run_variant(variant, each) for each in kinds)
 
 
-def run_free(run: TorchReplay, bundle: Bundle, names: set[str] | None = None) -> Recording:
+def run_free(run: Trusted, bundle: Bundle, names: set[str] | None = None) -> Recording:
     """What the reference computes from the request's randomness, and an answer's tokens, alone; no integers."""
-    recording = run.record(names, force=answered(bundle))
+    recording = run.record(names, force=definition().answered(bundle))
     return {name: tap for name, tap in recording.items() if tap.dtype != "int32"}
 
 

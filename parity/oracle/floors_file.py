@@ -16,8 +16,7 @@ from parity.bundle.reading import Bundle, sha256
 from parity.errors import ParityError
 from parity.oracle.floors import Floors, FloorSet, floats_of, logits_of, measure, pooled
 from parity.oracle.machines import facts, machine
-from parity.oracle.oracle import Oracle
-from parity.oracle.variants import FREE, KINDS
+from parity.oracle.oracle import FREE, KINDS, Oracle
 from parity.tensors.recording import write_atomically
 from parity.tensors.sketch_file import FILE as SKETCHES
 

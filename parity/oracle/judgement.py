@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from parity.bundle.reading import read_bundle
-from parity.lance.names import TapName, component_kind, logits_name, parse
+from parity.model import definition
 from parity.oracle.bounds import Bounds, bounds_of
 from parity.oracle.floors import Floors
 from parity.oracle.floors_file import floors_of
-from parity.oracle.oracle import SEQUENCE, Oracle, answer_logits, cut, run_passes
-from parity.oracle.variants import SEGMENT
+from parity.oracle.oracle import SEGMENT, Oracle
 from parity.tensors.metrics import Difference, compare
+from parity.tensors.names import TapName, component_kind, parse
 from parity.tensors.recording import Tap
 from parity.tensors.rounding import ULP
 from parity.tensors.sketch import Sketch
@@ -110,7 +110,7 @@ def judge_bundle(path: Path, progress: Callable[[str], None] | None = None) -> J
 def judge(oracle: Oracle, segment: Floors) -> Judgement:
     """Hold the reference against every tap of upstream's; see Judgement."""
     arrays, wrong = oracle.layout.arrays(), list[Departure]()
-    for name in SEQUENCE:
+    for name in definition().SEQUENCE:
         difference = compare(oracle.bundle.inputs[name], Tap(np.asarray(arrays[name], np.int32), "int32"))
         if difference.beyond(0.0):
             wrong.append(Departure(parse(f"inputs/{name}"), difference, 0.0))
@@ -162,7 +162,7 @@ def _choices(oracle: Oracle, bounds: Bounds) -> list[Departure]:
     expected = oracle.bundle.taps["tokens"]
     chosen = expected.array.copy()
     for step, token in enumerate(expected.array.tolist()):
-        logits, name = answer_logits(oracle, oracle.own, step), logits_name(step)
+        logits, name = definition().answer_logits(oracle, oracle.own, step), definition().logits_name(step)
         if logits is None:
             continue
         logits = logits.astype(np.float64)
@@ -217,7 +217,7 @@ def _used(oracle: Oracle, name: str) -> bool | None:
     What upstream computed next follows from a value that it computed otherwise, and not from one damaged afterwards.
     """
     given = {other: tap for other, tap in oracle.bundle.taps.items() if other != name}
-    without = cut(oracle.run, run_passes(oracle.run, given))
+    without = definition().cut(oracle.run, definition().run_passes(oracle.run, given))
     for other, expected in oracle.bundle.expected.items():
         own, mended = oracle.own[other], without[other]
         if other == name or expected.dtype == "int32" or np.array_equal(own.array, mended.array):

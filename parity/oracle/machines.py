@@ -22,7 +22,8 @@ import torch
 from lance_mlx.backend.blas import cpu_flags
 from parity.bundle.reading import Bundle, read_bundle
 from parity.errors import ParityError
-from parity.oracle.variants import KINDS
+from parity.model import definition
+from parity.oracle.oracle import KINDS
 from parity.tensors.recording import Recording, read_tensors, write_tensors
 
 Environment = dict[str, str]
@@ -125,13 +126,11 @@ def record_elsewhere(
 def main(arguments: Sequence[str]) -> None:
     """Record a bundle in this process: BUNDLE, the folder of its passes, and the folder to write to."""
     from parity.oracle.floors import own_runs
-    from parity.oracle.oracle import load_run
-    from reference.numerics import Numerics
 
     torch.set_num_threads(1)
     path, given, out = map(Path, arguments)
     bundle = read_bundle(path)
-    run = load_run(bundle, Numerics(bundle.dtype))
+    run = definition().load_trusted(bundle)
     for kind, recording in zip(KINDS, own_runs(run, bundle, read_tensors(given / "passes.safetensors")), strict=True):
         write_tensors(out / f"{kind}.safetensors", recording)
 

@@ -1,29 +1,21 @@
 """The oracle of a bundle: what upstream computed, and finer taps of the reference computed from it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from parity.bundle.reading import Bundle
 from parity.errors import ParityError, one_line
-from parity.lance.given import replay_of
-from parity.lance.names import logits_name
-from parity.lance.replay_torch import TorchReplay
-from parity.lance.splitting import split_passes
-from parity.lance.weight_sums import require_weights
-from parity.tensors.recording import Contract, Recording, Split, Tap
-from reference.layout import Layout, Mode, Role
-from reference.model import Pipeline
-from reference.numerics import Numerics
-from reference.request import Request
-from reference.sampler import time_grid
+from parity.model import definition
+from parity.oracle.trusted import Trusted
+from parity.tensors.recording import Contract, Recording
 
 UPSTREAM, REFERENCE = "upstream", "reference"
 """Whose value a tap is compared with: the bundle's own, or the reference's where the bundle has none."""
-SEQUENCE = ("text_ids", "modality", "split_lens", "attn_modes")
-"""Integers of the sequence that every bundle holds among its inputs."""
+LOCAL, SEGMENT, FREE = KINDS = ("local", "segment", "free")
+"""How variants are run: from the oracle's values, from upstream's own taps, and from the run's own values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +31,7 @@ class Oracle:
     """
 
     bundle: Bundle
-    run: TorchReplay
+    run: Trusted
     taps: Recording
     own: Recording
     passes: Recording
@@ -48,11 +40,11 @@ class Oracle:
     def of(cls, bundle: Bundle) -> "Oracle":
         """Run the reference from the bundle's taps; raises ParityError when it cannot run the bundle, or has others
         of its weights."""
-        require_weights(bundle)
+        definition().require_weights(bundle)
         with one_line(f"reference cannot run bundle {bundle.name}"):
-            run = load_run(bundle, Numerics(bundle.dtype))
-            passes = run_passes(run, bundle.taps)
-            own = cut(run, passes)
+            run = definition().load_trusted(bundle)
+            passes = definition().run_passes(run, bundle.taps)
+            own = definition().cut(run, passes)
         taps = {name: bundle.taps.get(name, tap) for name, tap in own.items()}
         lost = sorted(set(bundle.expected) - set(taps))
         if lost:
@@ -60,7 +52,7 @@ class Oracle:
         return cls(bundle, run, taps, own, {name: bundle.taps.get(name, tap) for name, tap in passes.items()})
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> Any:
         """The request's sequence as the reference lays it out."""
         return self.run.layout
 
@@ -72,72 +64,7 @@ class Oracle:
     def contract(self) -> Contract:
         """What must be equal before any activation means anything; raises ParityError where the reference differs."""
         arrays = self.layout.arrays()
-        for name in SEQUENCE:
+        for name in definition().SEQUENCE:
             if not np.array_equal(arrays[name], self.bundle.inputs[name].array):
                 raise ParityError(f"the reference lays bundle {self.bundle.name} out with other {name}: it is no judge")
-        return contract_of(self.run)
-
-
-def answer_logits(oracle: Oracle, taps: Mapping[str, Tap], step: int) -> np.ndarray | None:
-    """The logits float32 [tokens of the tokenizer] of an answer's token in a run; None where it has none."""
-    tap = taps.get(logits_name(step))
-    return None if tap is None else tap.array.reshape(-1)[: len(oracle.run.pipeline.tokenizer)]
-
-
-def contract_of(run: TorchReplay) -> Contract:
-    """What must be equal before any activation means anything, as the reference lays a request out."""
-    layout, request = run.layout, run.request
-    arrays = layout.arrays()
-    exact = {f"inputs/{name}": arrays[name] for name in SEQUENCE}
-    grids = [split.grid for split in layout.splits if split.grid]
-    exact["inputs/grids_thw"] = np.array([(grid.frames, grid.rows, grid.columns) for grid in grids], np.int32)
-    exact["inputs/position_ids.cond"] = layout.position_ids[:, : layout.answer]
-    if request.understanding:
-        exact["inputs/answer"] = np.array([layout.answer], np.int32)
-    else:
-        exact["inputs/timesteps"] = time_grid(request.num_steps, request.timestep_shift).numpy()
-        exact["inputs/guided"] = np.array(run.guided, np.int32)
-    if not request.understanding and request.guided:
-        exact["inputs/text_ids.uncond"] = layout.text_ids[layout.kept]
-        exact["inputs/position_ids.uncond"] = unconditional_ids(layout, run.entry)
-    splits = tuple(
-        Split(
-            int(split.role),
-            int(split.mode),
-            layout.text_ids[split.start : split.stop],
-            split.grid and (split.grid.frames, split.grid.rows, split.grid.columns),
-            layout.clean_frames if split.mode is Mode.NOISE else 0,
-        )
-        for split in layout.splits
-    )
-    return Contract(splits, layout.answer, exact)
-
-
-def load_run(bundle: Bundle, numerics: Numerics) -> TorchReplay:
-    """Load the reference for a bundle's request; raises ReferenceError."""
-    pipeline = Pipeline.load(bundle.checkpoint, bundle.variant, numerics)
-    return TorchReplay(pipeline, Request.from_dict(bundle.request), bundle.entry, replay_of(bundle))
-
-
-def run_passes(run: TorchReplay, force: Mapping[str, Tap]) -> Recording:
-    """Run the reference from given values: what it computes at every tap from the given values before it."""
-    recording = run.record(force=force)
-    for name in run.layout.arrays():
-        recording.pop(name, None)
-    return recording
-
-
-def cut(run: TorchReplay, passes: Recording) -> Recording:
-    """The taps of passes under the names of the cached entry's calls."""
-    if run.entry != "full_sequence":
-        return passes
-    return split_passes(passes, run.layout)
-
-
-def unconditional_ids(layout: Layout, entry: str) -> np.ndarray:
-    """Rotary ids of the unconditional arm, int32 [3, kept tokens]: in the cached entry the prefix keeps its own."""
-    own = layout.uncond_position_ids
-    if entry == "full_sequence":
-        return own
-    prefix = sum(split.length for split in layout.prefix if split.role is not Role.TEXT)
-    return np.concatenate([layout.position_ids[:, layout.kept][:, :prefix], own[:, prefix:]], 1)
+        return definition().contract_of(self.run)

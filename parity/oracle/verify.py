@@ -10,7 +10,7 @@ import numpy as np
 from parity.bundle.reading import CHECKSUMS, WEIGHTS, Bundle, read_bundle
 from parity.bundle.store import checksums, compare_files, listed, read_manifest, whole_bundles
 from parity.errors import ParityError
-from parity.lance.requests import check_request
+from parity.model import definition
 from parity.tensors.recording import Recording, Tap, read_tensors
 from parity.tensors.sketch import Sketch
 from parity.tensors.sketch_file import FILE as SKETCHES
@@ -90,7 +90,7 @@ def verify_bundle(path: Path) -> Verified:
     try:
         manifest = read_manifest(path)
         sums = checksums(path, manifest)
-        check_request(manifest["request"], "manifest.json")
+        definition().check_request(manifest["request"], "manifest.json")
     except ParityError as error:
         found.add("manifest.json", str(error), unusable=True)
         return found
@@ -122,9 +122,7 @@ def verify_bundle(path: Path) -> Verified:
     bundle = bundle and replace(bundle, sketches=sketches)
     if bundle is not None:
         _check_weights(bundle, found)
-        from parity.lance.derive import derive
-
-        for item in derive(bundle):
+        for item in definition().derive(bundle):
             found.derived += 1
             if item.problem is not None:
                 found.add(item.tensor, f"{item.problem} ({item.quantity})")
@@ -151,10 +149,8 @@ def _check_weights(bundle: Bundle, found: Verified) -> None:
     """Compare the checkpoint's weights, where they are at hand, with the manifest's checksums."""
     if WEIGHTS not in bundle.manifest or not (bundle.checkpoint / bundle.variant / "model.safetensors").is_file():
         return
-    from parity.lance.weight_sums import changed_weights
-
     try:
-        if changed := changed_weights(bundle):
+        if changed := definition().changed_weights(bundle):
             more = f", and so are {len(changed) - 1} more tensors" if len(changed) > 1 else ""
             place = bundle.checkpoint.name
             found.add(changed[0], f"is another one in {place} than when the bundle was computed{more}")
@@ -216,7 +212,7 @@ def _check_listing(manifest: dict[str, Any], taps: Mapping[str, Tap | Sketch], f
 
 
 def _bundle(path: Path, manifest: dict, inputs: Recording, taps: Recording, found: Verified) -> Bundle | None:
-    """The bundle to derive from; where no other problem explains why it cannot be read, that is one."""
+    """The bundle to definition().derive from; where no other problem explains why it cannot be read, that is one."""
     if not found.problems:
         try:
             return read_bundle(path)

@@ -2,7 +2,6 @@
 
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from parity.bundle.reading import Bundle
 from parity.errors import ParityError, one_line
+from parity.model import definition
 from parity.ports.port import Loader, Port, Progress, Weights, versions
 from parity.python_file import import_file
 from parity.tensors.arrays import tap_of
@@ -21,8 +21,7 @@ REQUIRED = ("run", "weights")
 
 def known_ports() -> dict[str, Loader]:
     """The ports that the definition of the model brings, by name."""
-    # A definition is found by the model's name, so that the engine imports none.
-    return import_module("parity.lance.ports").PORTS
+    return definition().PORTS
 
 
 def port_loader(spec: str) -> Loader:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from parity.errors import ParityError
-from parity.lance.names import parse
 from parity.localize.findings import Localization
+from parity.tensors.names import parse
 
 # Kinds of taps within a decoder layer in order of execution, and what heads their column.
 LAYER_KINDS = {

@@ -4,8 +4,8 @@ from rich.console import Console
 from rich.text import Text
 
 from parity.comparison.verdict import AGREE
-from parity.lance.faults import CATALOGUE, PROFILES
 from parity.localize.findings import Finding, Localization
+from parity.model import definition
 from parity.report.run_page import significant
 from parity.report.terminal import new_table, print_table, styled
 from parity.report.words import counted, failures, false_alarms, sentence
@@ -59,9 +59,9 @@ def _print_finding(console: Console, number: int, finding: Finding) -> None:
 def print_faults() -> None:
     """Print the catalogue and the profiles."""
     table = new_table("fault", "component", "what it does", "tasks", "numerics")
-    for fault in CATALOGUE.values():
+    for fault in definition().CATALOGUE.values():
         table.add_row(fault.name, fault.component, fault.about, " ".join(sorted(fault.tasks)), " ".join(fault.dtypes))
     print_table(table)
-    for profile in PROFILES.values():
+    for profile in definition().PROFILES.values():
         names = ", ".join(fault.name for group in profile.departures.values() for fault in group)
         print(f"profile {profile.name}: {profile.about} {names}")

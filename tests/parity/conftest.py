@@ -188,8 +188,8 @@ def subject_of(oracle_of) -> Callable[..., Port]:
 @pytest.fixture(scope="session")
 def localized(oracle_of, subject_of) -> Callable[..., Localization]:
     """What an investigation of an embedded bundle finds, broken by faults or their names; each is made once."""
-    from parity.hypotheses import HYPOTHESES
     from parity.lance.faults import CATALOGUE
+    from parity.lance.hypotheses import HYPOTHESES
     from parity.localize.investigation import Investigation
 
     def run(name, *faults, impl="mlx", hypotheses=tuple(HYPOTHESES), subject=None, thorough=True):

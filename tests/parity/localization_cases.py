@@ -6,7 +6,7 @@ import numpy as np
 
 from parity.comparison.trajectory import Departure, Margin
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
-from parity.lance.names import TapName, parse
+from parity.lance.names import parse
 from parity.localize.findings import (
     EXACT,
     LOCAL,
@@ -20,6 +20,7 @@ from parity.localize.findings import (
 )
 from parity.oracle.bounds import Alarm
 from parity.oracle.oracle import REFERENCE, UPSTREAM
+from parity.tensors.names import TapName
 
 EXPERT = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm",
           "self_attn.k_norm", "self_attn.q_rope", "self_attn.k_rope", "self_attn.sdpa", "self_attn.o_proj",

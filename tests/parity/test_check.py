@@ -12,11 +12,11 @@ from parity.errors import ParityError, one_line
 from parity.lance import replay_torch
 from parity.lance.given import wanted
 from parity.lance.replay_torch import layout_reference
+from parity.lance.trusted import load_run
 from parity.oracle.bounds import FALSE_ALARM, bounds_of, scale_of
 from parity.oracle.floors import Floors, logits_of
 from parity.oracle.floors_file import floors_of
-from parity.oracle.oracle import load_run
-from parity.oracle.variants import FREE
+from parity.oracle.oracle import FREE
 from parity.tensors.recording import Tap, write_tensors
 from reference.numerics import Numerics
 from reference.request import Renorm

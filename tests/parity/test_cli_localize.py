@@ -7,8 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from parity.cli.main import app
-from parity.hypotheses import HYPOTHESES, load_hypotheses
+from parity.hypotheses import load_hypotheses
 from parity.lance.faults import CATALOGUE, PROFILES, load_fault
+from parity.lance.hypotheses import HYPOTHESES
 from parity.localize.findings import EXPLAINS
 
 FAULTS = '''

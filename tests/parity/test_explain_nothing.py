@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from parity.hypotheses import HYPOTHESES, DoesNotApply, Hypothesis
+from parity.hypotheses import DoesNotApply, Hypothesis
 from parity.hypotheses.tap_probe import TapProbe, site_of
+from parity.lance.hypotheses import HYPOTHESES
 from parity.lance.names import parse
 from parity.localize.explain import Causes, explain, removed
 

@@ -21,7 +21,7 @@ from parity.bundle.reading import read_bundle, write_bundle
 from parity.comparison.check import Result, check_bundle
 from parity.lance import replay_mlx
 from parity.lance.given import wanted
-from parity.oracle.oracle import load_run
+from parity.lance.trusted import load_run
 
 ROOT = Path(__file__).parents[2]
 ORACLES = ROOT / "oracles"

@@ -15,13 +15,13 @@ from parity.bundle.reading import CHECKSUMS, CHECKSUMS_FORMAT, read_bundle
 from parity.bundle.store import entry_of, listed
 from parity.cli.main import app
 from parity.errors import ParityError
+from parity.lance.variants import exact_variant, run_variant, variants_of
 from parity.oracle import floors as measuring
 from parity.oracle import floors_file, machines
 from parity.oracle.floors import Floors, floats_of, logits_of, measure, pooled
 from parity.oracle.floors_file import CACHE, FILE, floors_of, write_floors
 from parity.oracle.machines import machine, record_elsewhere, settings
-from parity.oracle.oracle import Oracle
-from parity.oracle.variants import FREE, KINDS, LOCAL, SEGMENT, exact, run_variant, variants_of
+from parity.oracle.oracle import FREE, KINDS, LOCAL, SEGMENT, Oracle
 from parity.tensors.recording import Tap, to_tap
 from reference.request import Request
 
@@ -34,7 +34,7 @@ SMALL = "t2i-fp32-nokv"
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_variants_have_names_and_several_families(dtype, carried):
-    variants = [exact(dtype), *variants_of(dtype, carried)]
+    variants = [exact_variant(dtype), *variants_of(dtype, carried)]
     assert len({variant.name for variant in variants}) == len(variants)
     assert not any(":" in variant.name for variant in variants)
     assert len({variant.family for variant in variants}) >= 5

@@ -10,11 +10,12 @@ import torch
 
 from parity.bundle.reading import read_bundle
 from parity.errors import ParityError
-from parity.hypotheses import HYPOTHESES, DoesNotApply, Hypothesis, attempt, check_unique, load_hypotheses
-from parity.hypotheses.counting import Recipe, counted
-from parity.hypotheses.drafts import added, array_of, draft_of
+from parity.hypotheses import DoesNotApply, Hypothesis, attempt, check_unique, load_hypotheses
 from parity.hypotheses.tap_probe import TapProbe, site_of
-from parity.hypotheses.tokens import call_rows, pass_tokens
+from parity.lance.hypotheses import HYPOTHESES
+from parity.lance.hypotheses.counting import Recipe, counted
+from parity.lance.hypotheses.drafts import added, array_of, draft_of
+from parity.lance.hypotheses.tokens import call_rows, pass_tokens
 from parity.lance.names import parse
 from parity.oracle.oracle import Oracle
 from reference.layout import Role

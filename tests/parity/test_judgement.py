@@ -14,8 +14,7 @@ from parity.comparison.check import check_bundle
 from parity.localize.investigation import localize
 from parity.oracle.floors_file import floors_of
 from parity.oracle.judgement import Cause, judge
-from parity.oracle.oracle import Oracle
-from parity.oracle.variants import SEGMENT
+from parity.oracle.oracle import SEGMENT, Oracle
 from parity.oracle.verify import verify_bundle
 from parity.tensors.recording import Tap, read_tensors, write_tensors
 

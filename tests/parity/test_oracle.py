@@ -9,7 +9,8 @@ import pytest
 from parity.bundle.reading import read_bundle
 from parity.errors import ParityError
 from parity.hypotheses.tap_probe import site_of
-from parity.oracle.oracle import Oracle, cut, load_run, run_passes
+from parity.lance.trusted import cut, load_run, run_passes
+from parity.oracle.oracle import Oracle
 from parity.tensors.metrics import compare
 from parity.tensors.recording import Tap
 from reference.layout import Role

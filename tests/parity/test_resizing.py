@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from parity.bundle.reading import read_bundle
-from parity.hypotheses import attempt, resizing
+from parity.hypotheses import attempt
 from parity.hypotheses.tap_probe import TapProbe
 from parity.lance.fault_table import try_fault
 from parity.lance.faults import CATALOGUE
+from parity.lance.hypotheses import resizing
 from parity.lance.names import parse
 from parity.lance.ports import MlxPort
 from parity.oracle.oracle import Oracle

@@ -23,8 +23,7 @@ from parity.oracle.floors import measure
 from parity.oracle.floors_file import FILE as FLOORS
 from parity.oracle.floors_file import floors_of, write_floors
 from parity.oracle.judgement import judge
-from parity.oracle.oracle import Oracle
-from parity.oracle.variants import SEGMENT
+from parity.oracle.oracle import SEGMENT, Oracle
 from parity.oracle.verify import verify_bundle
 from parity.tensors.metrics import compare
 from parity.tensors.recording import read_tensors, write_tensors

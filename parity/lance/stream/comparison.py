@@ -24,11 +24,12 @@ from parity.lance.stream.mlx import MlxStream, Passes
 from parity.lance.stream.parts import EMBEDDINGS, HEAD_TAPS, LAYER, head_parts
 from parity.lance.stream.plan import StreamPlan
 from parity.lance.stream.reference import Computed, ReferenceStream
+from parity.lance.trusted import contract_of
 from parity.localize.findings import EXACT, LOCAL, STRUCTURE, Finding, Localization, TapError
 from parity.localize.tap_errors import propagated_error
 from parity.oracle.bounds import Bounds, Scale, bounds_by_scale, scale_of
 from parity.oracle.judgement import Departure
-from parity.oracle.oracle import REFERENCE, UPSTREAM, contract_of
+from parity.oracle.oracle import REFERENCE, UPSTREAM
 from parity.ports.port import versions
 from parity.tensors.metrics import Difference, compare, finite
 from parity.tensors.recording import Observed, Recording

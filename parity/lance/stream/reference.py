@@ -16,8 +16,8 @@ from parity.lance.capture_torch import TorchCapture
 from parity.lance.replay_torch import TorchReplay, look
 from parity.lance.stream.parts import EMBEDDINGS, HEAD_TAPS, LAYER, head_parts
 from parity.lance.stream.passes import Passes, finish_passes, note_passes, sampled
+from parity.lance.variants import Variant, exact_variant, run_variant, variants_of
 from parity.oracle.floors import OWN, Floors, LevelTable
-from parity.oracle.variants import Variant, exact, run_variant, variants_of
 from parity.tensors.recording import Recording, Replay, Tap
 from reference.config import LanguageConfig
 from reference.layout import Role
@@ -70,7 +70,7 @@ class ReferenceStream:
         pipeline = Pipeline(checkpoint, variant, tokenizer, model, nn.Module(), self._numerics, torch.device("cpu"))
         self.run = TorchReplay(pipeline, Request.from_dict(request), "kv_cache", replay)
         kinds = {(variant.family, variant.draw): variant for variant in variants_of(numerics)}
-        self.variants = [exact(numerics), *kinds.values()]
+        self.variants = [exact_variant(numerics), *kinds.values()]
         self._levels, self._segments, self._twins_of = LevelTable(), LevelTable(), dict[str, str]()
         self._runs = [_without_layers(self.run, each.numerics) for each in self.variants]
         self._passes: Passes = {}

@@ -7,8 +7,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
-from parity.hypotheses.tokens import GEN, LATENTS, Tokens, pass_tokens
-from parity.hypotheses.tools import forward, in_own_pass, submodule, twin_path
+from parity.lance.hypotheses.tokens import GEN, LATENTS, Tokens, pass_tokens
+from parity.lance.hypotheses.tools import forward, in_own_pass, submodule, twin_path
 from reference.layout import Role
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from parity.hypotheses.tokens import arm_splits, calls_of
+from parity.lance.hypotheses.tokens import arm_splits, calls_of
 from reference.layout import Mode, Role, Split
 from reference.positions import SUBJECT_ANCHOR, VIT_ANCHOR
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
-from parity.hypotheses.tools import module_of, on_input, on_output
+from parity.lance.hypotheses.tools import module_of, on_input, on_output
 from reference.layout import MERGE
 from reference.vit import VisionTower
 

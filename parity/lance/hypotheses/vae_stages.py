@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
-from parity.hypotheses.tools import around, module_of, on_input, submodule
+from parity.lance.hypotheses.tools import around, module_of, on_input, submodule
 from reference.vae_decoder import Resample, UpBlock
 from reference.vae_encoder import DownBlock, Downsample
 from reference.vae_layers import Conv2d, StreamState

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parity.hypotheses.base import Hypothesis
-from parity.hypotheses.counting import (
+from parity.lance.hypotheses.counting import (
     CLEAN,
     VISUAL,
     Recipe,
@@ -18,7 +18,7 @@ from parity.hypotheses.counting import (
     recounted,
     runs,
 )
-from parity.hypotheses.tokens import arm_splits
+from parity.lance.hypotheses.tokens import arm_splits
 from reference.layout import Role
 from reference.positions import SUBJECT_ANCHOR, VIT_ANCHOR
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import reference.sampler
 from parity.hypotheses.base import DoesNotApply, Hypothesis
-from parity.hypotheses.schedule import even, times_of
-from parity.hypotheses.tools import function
+from parity.lance.hypotheses.schedule import even, times_of
+from parity.lance.hypotheses.tools import function
 from reference.request import Renorm, Request
 
 if TYPE_CHECKING:

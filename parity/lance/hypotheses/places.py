@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch, nothing
-from parity.hypotheses.tools import around, forward, on_input, rounded
+from parity.lance.hypotheses.tools import around, forward, on_input, rounded
 from reference.embeddings import FEATURES, MAX_PERIOD
 from reference.positions import LATENT_SIDE
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import reference.vae_layers
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
-from parity.hypotheses.tools import around, forward, module_of
+from parity.lance.hypotheses.tools import around, forward, module_of
 from reference.vae_layers import CausalConv3d, StreamState
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import reference.vit
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
-from parity.hypotheses.tools import parent_of
-from parity.hypotheses.vision import grids_of, windows_of
+from parity.lance.hypotheses.tools import parent_of
+from parity.lance.hypotheses.vision import grids_of, windows_of
 from reference.layout import MERGE
 
 if TYPE_CHECKING:

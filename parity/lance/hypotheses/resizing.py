@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from parity.hypotheses.base import Hypothesis
-from parity.hypotheses.preprocess import PREPROCESS
+from parity.lance.hypotheses.preprocess import PREPROCESS
 from reference.errors import ReferenceError
 from reference.media import STRIDE, VAE_UNIT, VIT_UNIT, MediaSize, nearest_bucket, resolutions
 from reference.preprocess import Box, aspect_box, cut, frames, vae_pixels, vit_patches

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from parity.hypotheses.base import DoesNotApply, Patch
-from parity.hypotheses.tokens import GEN, pass_tokens
+from parity.lance.hypotheses.tokens import GEN, pass_tokens
 
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from parity.hypotheses.base import Hypothesis
-from parity.hypotheses.tokens import LATENTS, Tokens, pass_tokens
-from parity.hypotheses.tools import forward
+from parity.lance.hypotheses.tokens import LATENTS, Tokens, pass_tokens
+from parity.lance.hypotheses.tools import forward
 from reference.layout import Mode, Role
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
-from parity.hypotheses.tools import around, function, module_of, parent_of, rounded
+from parity.lance.hypotheses.tools import around, function, module_of, parent_of, rounded
 from reference.mot import MLP, DecoderLayer, by_expert
 from reference.vae_layers import AttentionBlock, ResidualBlock
 from reference.vit import Block

@@ -2,7 +2,7 @@
 
 Attention by an explicit softmax, in float64, or a few queries at a time; products in float64, padded, by the
 processor's own kernels, or disturbed by what another order of summing would do; another number of threads; every
-float32 tap off by a unit in its last place. `exact` is the one that rounds least.
+float32 tap off by a unit in its last place. `exact_variant` is the one that rounds least.
 """
 
 import re
@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 import reference.sampler
-from parity.lance.names import parse
+from parity.tensors.names import parse
 from parity.tensors.recording import Recording, Tap
 from reference.numerics import Numerics
 from reference.sampler import norm
 
-LOCAL, SEGMENT, FREE = KINDS = ("local", "segment", "free")
-"""How variants are run: from the oracle's values, from upstream's own taps, and from the run's own values."""
 # Components whose last sum is that of a norm, whichever way the products before it are summed.
 _NORMED = re.compile(r"norm|ln_q|guidance|residual\.[03]$|head\.0$")
 
@@ -68,7 +66,7 @@ def variants_of(dtype: str, carried: bool = False) -> list[Variant]:
     return [*found, Variant("the processor's own products", "native", Numerics(dtype, "math", "native"))]
 
 
-def exact(dtype: str) -> Variant:
+def exact_variant(dtype: str) -> Variant:
     """The variant that rounds least: everything in float64, or under bfloat16 every product and attention."""
     if dtype == "float32":
         return Variant("float64", "float64", Numerics("float64"))

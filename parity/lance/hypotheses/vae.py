@@ -10,7 +10,7 @@ from torch import Tensor
 
 import reference.vae
 from parity.hypotheses.base import Hypothesis, Patch
-from parity.hypotheses.tools import around, function, on_input
+from parity.lance.hypotheses.tools import around, function, on_input
 from reference.vae import DEVIATION, MEAN, Posterior
 from reference.vae_layers import PATCH, unpack
 

@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
-from parity.hypotheses.tools import CONVOLUTIONS, LINEARS, forward, leaf, module_of, of_weight, parameters, rounded
+from parity.lance.hypotheses.tools import (
+    CONVOLUTIONS,
+    LINEARS,
+    forward,
+    leaf,
+    module_of,
+    of_weight,
+    parameters,
+    rounded,
+)
 from reference.numerics import Linear
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from parity.hypotheses.base import DoesNotApply, Hypothesis
-from parity.hypotheses.tools import forward, leaf, of_weight
+from parity.lance.hypotheses.tools import forward, leaf, of_weight
 
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
-from parity.hypotheses.tokens import pass_tokens
-from parity.hypotheses.tools import around, forward, module_of
+from parity.lance.hypotheses.tokens import pass_tokens
+from parity.lance.hypotheses.tools import around, forward, module_of
 
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe

@@ -11,11 +11,11 @@ from torch import Tensor
 import reference.mot
 import reference.vae_layers
 import reference.vit
-from parity.hypotheses import masks
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
-from parity.hypotheses.dtypes import float32_policy, tf32
-from parity.hypotheses.tokens import by_expert, cached_count, calls_of, in_pass, pass_tokens
-from parity.hypotheses.tools import forward, function, in_own_pass
+from parity.lance.hypotheses import masks
+from parity.lance.hypotheses.dtypes import float32_policy, tf32
+from parity.lance.hypotheses.tokens import by_expert, cached_count, calls_of, in_pass, pass_tokens
+from parity.lance.hypotheses.tools import forward, function, in_own_pass
 from reference.mot import Rope
 
 if TYPE_CHECKING:

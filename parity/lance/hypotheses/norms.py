@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import reference.mot
 import reference.vae_layers
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
-from parity.hypotheses.tokens import GEN, in_pass, pass_tokens
-from parity.hypotheses.tools import forward, in_own_pass
+from parity.lance.hypotheses.tokens import GEN, in_pass, pass_tokens
+from parity.lance.hypotheses.tools import forward, in_own_pass
 from reference.mot import Rope
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from parity.hypotheses.base import DoesNotApply, Hypothesis
-from parity.hypotheses.tools import (
+from parity.lance.hypotheses.tools import (
     WEIGHTED,
     leaf,
     module_of,

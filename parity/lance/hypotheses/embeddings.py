@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import reference.arms
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
-from parity.hypotheses.tools import around, of_weight, on_input, on_output
+from parity.lance.hypotheses.tools import around, of_weight, on_input, on_output
 
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parity.hypotheses.base import Hypothesis
-from parity.hypotheses.drafts import (
+from parity.lance.hypotheses.drafts import (
     Draft,
     Edit,
     Piece,

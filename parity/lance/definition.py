@@ -1,0 +1,53 @@
+"""Lance, as the engine asks for it: every name here is one that parity.model.definition() may be asked."""
+
+from parity.lance.derive import derive
+from parity.lance.diagnosis import name_component
+from parity.lance.faults import CATALOGUE, PROFILES, load_fault
+from parity.lance.given import answered, wanted
+from parity.lance.hypotheses import HYPOTHESES
+from parity.lance.names import locate, logits_name, parse, velocity_calls
+from parity.lance.ports import PORTS, oracle_weights
+from parity.lance.requests import SUPPORTED_TASKS, check_request
+from parity.lance.rows import row_experts, row_frames, row_roles
+from parity.lance.trusted import SEQUENCE, answer_logits, contract_of, cut, load_run, load_trusted, run_passes
+from parity.lance.variants import exact_variant, run_variant, variants_of
+from parity.lance.weight_sums import changed_weights, require_weights
+
+__all__ = [
+    # Names of taps, and requests.
+    "parse",
+    "locate",
+    "logits_name",
+    "velocity_calls",
+    "check_request",
+    "SUPPORTED_TASKS",
+    # The trusted side: the reference loaded for a bundle, its runs, its variants, and what it lays down as exact.
+    "load_trusted",
+    "load_run",
+    "run_passes",
+    "cut",
+    "contract_of",
+    "SEQUENCE",
+    "answer_logits",
+    "variants_of",
+    "exact_variant",
+    "run_variant",
+    # A bundle: what a run of it is given and records, its weights, what can be derived of it.
+    "answered",
+    "wanted",
+    "oracle_weights",
+    "require_weights",
+    "changed_weights",
+    "derive",
+    # What the rows of a tap are, and what a divergence is called.
+    "row_roles",
+    "row_experts",
+    "row_frames",
+    "name_component",
+    # Ports, hypotheses, and faults to try both on.
+    "PORTS",
+    "HYPOTHESES",
+    "CATALOGUE",
+    "PROFILES",
+    "load_fault",
+]

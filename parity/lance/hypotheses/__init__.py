@@ -1,0 +1,59 @@
+"""What a port of Lance may do instead of what upstream does."""
+
+from parity.hypotheses.base import Hypothesis, check_unique
+from parity.lance.hypotheses import (
+    attention,
+    dtypes,
+    embeddings,
+    experts,
+    generic,
+    guidance,
+    layers,
+    norms,
+    places,
+    positions,
+    preprocess,
+    resizing,
+    rope,
+    sampling,
+    schedule,
+    sequence,
+    vae,
+    vae_layers,
+    vae_stages,
+    vision,
+    vision_attention,
+    weights,
+)
+
+# Of two that explain something equally well the earlier one is shown: what says most about the cause comes first.
+HYPOTHESES: list[Hypothesis] = check_unique(
+    [
+        hypothesis
+        for module in (
+            positions,
+            sequence,
+            preprocess,
+            resizing,
+            experts,
+            attention,
+            rope,
+            norms,
+            layers,
+            places,
+            embeddings,
+            schedule,
+            guidance,
+            sampling,
+            vision,
+            vision_attention,
+            vae_layers,
+            vae_stages,
+            vae,
+            weights,
+            dtypes,
+            generic,
+        )
+        for hypothesis in module.HYPOTHESES
+    ]
+)
