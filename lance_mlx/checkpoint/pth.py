@@ -78,7 +78,7 @@ def read_pth(path: Path) -> Tensors:
         raise
     except Exception as error:  # pickle and zipfile raise many kinds for truncated, foreign and hostile files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LanceError(f"{path} is not a readable PyTorch state dict ({reason})") from None
+        raise LanceError(f"{path} is not a readable PyTorch state dict ({reason}): copy it again") from None
 
 
 def _stored(

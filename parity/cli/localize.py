@@ -68,14 +68,16 @@ def localize(
         from parity.localize.investigation import localize as run
         from parity.model import definition
         from parity.report.localization_page import plots_folder, write_localization
-        from parity.report.output import require_own
+        from parity.report.output import require_own, require_own_page
         from parity.report.runner import limit_threads
         from parity.report.terminal import progress_bar
         from parity.report.terminal_localize import print_localization
         from parity.tensors.recording import write_atomically
 
         limit_threads()
-        require_own(plots_folder(report or REPORTS / f"{bundle.name}.html"))
+        page = report or REPORTS / f"{bundle.name}.html"
+        require_own_page(page)
+        require_own(plots_folder(page))
         try:
             chosen = [definition().load_fault(name) for name in fault or []]
             if profile is not None:
@@ -96,7 +98,7 @@ def localize(
             raise
         if json_file:
             write_atomically(json_file, json.dumps(found.to_json(), indent=1, allow_nan=False).encode())
-        page = write_localization(report or REPORTS / f"{found.bundle}.html", found)
+        write_localization(page, found)
         if not deliver(found, form, output):
             print_localization(found)
             print(page)

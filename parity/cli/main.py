@@ -73,7 +73,7 @@ def run(
         raise typer.Exit(exit_status([row.verdict for row in rows]))
 
 
-@app.command(epilog="Exit status: 0 agree, 1 diverge, 2 unusable: a broken bundle, missing taps, an unsupported task.")
+@app.command(epilog="Exit status: 0 agree, 1 diverge, 2 inconclusive (the oracle cannot be trusted) or unusable.")
 def check(
     bundle: Annotated[Path, typer.Argument(help="Folder of one bundle.")],
     impl: Annotated[str, typer.Option(metavar="NAME", help=IMPL_HELP)],
@@ -100,8 +100,9 @@ def check(
         limit_threads()
         try:
             with progress_bar(1, "comparison") as start:
-                replay = record_bundle(bundle, impl, start(f"{bundle.name} {impl}"))
-                result = check_recording(replay)
+                tell = start(f"{bundle.name} {impl}")
+                replay = record_bundle(bundle, impl, tell)
+                result = check_recording(replay, tell)
         except ParityError as error:
             if json_file:
                 _write_json(json_file, unusable_json(bundle.name, impl, str(error)))

@@ -4,7 +4,6 @@ import math
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +181,7 @@ def check_bundle(path: Path, impl: str | Loader, progress: Progress | None = Non
     `impl` is a port's name, FILE.py:NAME, or what loads one. Raises ParityError for a bundle that is unusable or a port
     that cannot run it, and UnsupportedTask for a bundle of a task that does not exist yet.
     """
-    return check_recording(record_bundle(path, impl, progress))
+    return check_recording(record_bundle(path, impl, progress), progress)
 
 
 def record_bundle(path: Path, impl: str | Loader, progress: Progress | None = None) -> Run:
@@ -190,7 +189,10 @@ def record_bundle(path: Path, impl: str | Loader, progress: Progress | None = No
     load = port_loader(impl) if isinstance(impl, str) else impl
     bundle = read_bundle(path)
     if bundle.task not in definition().SUPPORTED_TASKS:
-        raise UnsupportedTask(f"bundle {bundle.name}: task {bundle.task!r} is not supported yet")
+        raise UnsupportedTask(
+            f"bundle {bundle.name}: task {bundle.task!r} is none of {', '.join(definition().SUPPORTED_TASKS)}"
+        )
+    definition().require_consistent(bundle)
     definition().require_weights(bundle)
     memory.reset_peak()
     start = time.perf_counter()
@@ -218,7 +220,7 @@ def first_unequal(first: Recording, second: Recording) -> str | None:
     return None
 
 
-def check_recording(run: Run) -> Result:
+def check_recording(run: Run, progress: Progress | None = None) -> Result:
     """Compare what was replayed with the bundle, integers first.
 
     Whether the oracle and the reference agree is judged before: where they do not, nothing can be said of a run, unless
@@ -228,15 +230,15 @@ def check_recording(run: Run) -> Result:
     reason = f"two equal runs differ first at {run.unstable}" if run.unstable else ""
     blind, remark, logits, alarm = "", "", {}, None
     try:
-        trusted = trusted_of(bundle)
-        limits, alarm = limits_of(bundle)
+        trusted = trusted_of(bundle, progress)
+        limits, alarm = limits_of(bundle, progress)
         logits = logits_of(trusted.own)
         recording |= _settled(trusted.oracle, recording)
         blind, remark = _blind(trusted, recording, limits)
         reason = reason or blind
     except ParityError as error:
-        # Without the reference only what must be equal can be judged.
-        reason = reason or str(error)
+        # Without the reference nothing says whether the oracle is one.
+        reason = blind = reason or str(error)
         limits = {name: Limit(0.0 if tap.dtype == "int32" else math.inf) for name, tap in bundle.expected.items()}
     expected = bundle.expected | {name: tap for name, tap in logits.items() if name in recording}
     names = sorted(expected, key=lambda name: bundle.locate(name).place)
@@ -299,27 +301,35 @@ class Trusted:
     judgement: Judgement
 
 
-def trusted_of(bundle: Bundle) -> Trusted:
+def trusted_of(bundle: Bundle, progress: Progress | None = None) -> Trusted:
     """Run the reference and judge the bundle; raises ParityError when the reference cannot run it."""
-    return _trusted(bundle.path, (bundle.path / "taps.safetensors").stat().st_mtime_ns)[0]
+    return _trusted(bundle.path, progress)[0]
 
 
-def limits_of(bundle: Bundle) -> tuple[dict[str, Limit], Alarm]:
+def limits_of(bundle: Bundle, progress: Progress | None = None) -> tuple[dict[str, Limit], Alarm]:
     """Return the limit of every tap of a bundle and of an answer's logits, and how often they raise a false alarm.
 
     Raises ParityError when the reference cannot run the bundle.
     """
-    return _trusted(bundle.path, (bundle.path / "taps.safetensors").stat().st_mtime_ns)[1]
+    return _trusted(bundle.path, progress)[1]
 
 
-@lru_cache(maxsize=2)
-def _trusted(path: Path, mtime_ns: int) -> tuple[Trusted, tuple[dict[str, Limit], Alarm]]:
-    del mtime_ns  # it only tells a bundle that was written anew apart in the cache
-    bundle = read_bundle(path)
-    oracle = Oracle.of(bundle)
-    floors = floors_of(oracle)
-    trusted = Trusted(oracle, run_free(oracle.run, bundle), judge(oracle, floors[SEGMENT]))
-    return trusted, limits_from(bundle, floors[FREE], logits_of(trusted.own))
+_KEPT: dict[tuple[Path, int], tuple[Trusted, tuple[dict[str, Limit], Alarm]]] = {}
+"""The trusted sides of the last bundles: two implementations are checked after each other."""
+
+
+def _trusted(path: Path, progress: Progress | None) -> tuple[Trusted, tuple[dict[str, Limit], Alarm]]:
+    # A bundle that was written anew is another one.
+    key = path, (path / "taps.safetensors").stat().st_mtime_ns
+    if key not in _KEPT:
+        while len(_KEPT) > 1:
+            _KEPT.pop(next(iter(_KEPT)))
+        bundle = read_bundle(path)
+        oracle = Oracle.of(bundle)
+        floors = floors_of(oracle, progress)
+        trusted = Trusted(oracle, run_free(oracle.run, bundle), judge(oracle, floors[SEGMENT]))
+        _KEPT[key] = trusted, limits_from(bundle, floors[FREE], logits_of(trusted.own))
+    return _KEPT[key]
 
 
 def _blind(trusted: Trusted, recording: Recording, limits: dict[str, Limit]) -> tuple[str, str]:
@@ -336,8 +346,8 @@ def _blind(trusted: Trusted, recording: Recording, limits: dict[str, Limit]) -> 
 
 def _settled(oracle: Oracle, recording: Recording) -> Recording:
     """An answer whose choices are the oracle's wherever those chosen instead are a rounding behind the likeliest."""
-    definition().wanted, got = oracle.taps.get("tokens"), recording.get("tokens")
-    if definition().wanted is None or got is None or definition().wanted.array.shape != got.array.shape:
+    expected, got = oracle.taps.get("tokens"), recording.get("tokens")
+    if expected is None or got is None or expected.array.shape != got.array.shape:
         return {}
     ties = [
         margin.step
@@ -345,7 +355,7 @@ def _settled(oracle: Oracle, recording: Recording) -> Recording:
         if margin.tie and _behind(oracle, margin.step, int(got.array[margin.step])) <= 2 * margin.error
     ]
     settled = got.array.copy()
-    settled[ties] = definition().wanted.array[ties]
+    settled[ties] = expected.array[ties]
     return {"tokens": Tap(settled, "int32")}
 
 

@@ -1,6 +1,6 @@
 """Lance, as the engine asks for it: every name here is one that parity.model.definition() may be asked."""
 
-from parity.lance.derive import derive
+from parity.lance.derive import derive, require_consistent
 from parity.lance.diagnosis import name_component
 from parity.lance.faults import CATALOGUE, PROFILES, load_fault
 from parity.lance.given import answered, wanted
@@ -11,7 +11,7 @@ from parity.lance.requests import SUPPORTED_TASKS, check_request
 from parity.lance.rows import row_experts, row_frames, row_roles
 from parity.lance.trusted import SEQUENCE, answer_logits, contract_of, cut, load_run, load_trusted, run_passes
 from parity.lance.variants import exact_variant, run_variant, variants_of
-from parity.lance.weight_sums import changed_weights, require_weights
+from parity.lance.weight_sums import changed_weights, has_weights, require_weights
 
 __all__ = [
     # Names of taps, and requests.
@@ -39,6 +39,8 @@ __all__ = [
     "require_weights",
     "changed_weights",
     "derive",
+    "require_consistent",
+    "has_weights",
     # What the rows of a tap are, and what a divergence is called.
     "row_roles",
     "row_experts",

@@ -65,6 +65,35 @@ def derive(bundle: Bundle) -> Iterator[Derived]:
             yield Derived(part.__name__.strip("_"), "taps.safetensors", str(error))
 
 
+def require_consistent(bundle: Bundle) -> None:
+    """Raise ParityError where a bundle's request and its tensors contradict each other, as far as that is seen without
+    a model: then nothing else that is said of it means anything.
+    """
+    if problem := _contradiction(bundle):
+        raise ParityError(
+            f"bundle {bundle.name} does not fit its request: {problem}; likely the inputs: the request, the numerics "
+            "or the tokenizer is not the capture's: restore manifest.json, or capture it again"
+        )
+
+
+def _contradiction(bundle: Bundle) -> str | None:
+    narrow = sorted(name for name, tap in bundle.expected.items() if tap.dtype == "bfloat16")
+    if (bundle.dtype == "bfloat16") != bool(narrow):
+        return f"it says {bundle.dtype} and {narrow[0] if narrow else 'no tap'} is bfloat16"
+    if not bundle.task.startswith("x2t"):
+        whole = any(name.startswith("velocity_call") for name in bundle.expected)
+        if whole != (bundle.entry == "full_sequence"):
+            return f"it says {bundle.entry} and has {'the' if whole else 'no'} velocities of whole sequences"
+    try:
+        facts = DerivedRequest(bundle)
+        parts = [_integers] if facts.request.understanding else [_integers, _schedule]
+        found = next((item for part in parts for item in part(facts) if item.problem), None)
+    except (ReferenceError, ParityError):
+        # What cannot be laid out cannot be run either, and whoever runs it says why.
+        return None
+    return found and f"{found.tensor} {found.problem}"
+
+
 def _integers(facts: DerivedRequest) -> Iterator[Derived]:
     arrays, given = facts.layout.arrays(), facts.bundle.inputs
     for name in INPUTS:

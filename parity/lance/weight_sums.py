@@ -37,8 +37,21 @@ def weight_sums(checkpoint: Path, variant: str, with_vit: bool) -> dict[str, str
 
 def sums_for(checkpoint: Path, variant: str, request: dict[str, Any]) -> dict[str, str]:
     """Return the checksums of what a bundle's request reads; see weight_sums."""
+    return weight_sums(checkpoint, variant, _looks(request))
+
+
+def has_weights(bundle: Bundle) -> bool:
+    """Whether the files of the weights that a bundle's request reads are there, whatever they hold."""
+    checkpoint = bundle.checkpoint
+    files = [checkpoint / bundle.variant / "model.safetensors", checkpoint / "Wan2.2_VAE.pth"]
+    if _looks(bundle.request):
+        files.append(checkpoint / VIT_FOLDER / "vit.safetensors")
+    return all(file.is_file() for file in files)
+
+
+def _looks(request: dict[str, Any]) -> bool:
     # A prompt alone, and the picture that a video begins with, are not looked at.
-    return weight_sums(checkpoint, variant, isinstance(request["spec"], dict) and request["task"] != "i2v")
+    return isinstance(request["spec"], dict) and request["task"] != "i2v"
 
 
 def changed_weights(bundle: Bundle) -> list[str]:

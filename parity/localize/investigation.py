@@ -71,6 +71,7 @@ def localize(
     memory.reset_peak()
     started = time.perf_counter()
     bundle = read_bundle(path)
+    definition().require_consistent(bundle)
     tell("reference")
     oracle = Oracle.of(bundle)
     port = port_loader(impl)(bundle)

@@ -93,7 +93,8 @@ def read_floors(path: Path, oracle: Oracle) -> FloorSet | None:
         if kept.get("format") != _FORMAT:
             raise ParityError(f"{path} has format {kept.get('format')!r}, not {_FORMAT!r}: {remedy}")
         if kept["capture_sha256"] != _capture_sum(oracle.bundle):
-            raise ParityError(f"{path} holds the floors of another capture than the bundle's: {remedy}")
+            changed = "restore the request in manifest.json if that was changed"
+            raise ParityError(f"{path} holds the floors of another capture than the bundle's: {changed}, or {remedy}")
         if kept["arrays_sha256"] != _arrays_sum(arrays):
             raise ParityError(f"{path} holds other numbers than were measured: {remedy}")
         floors, wanted = {}, _names(oracle)

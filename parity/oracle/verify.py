@@ -37,7 +37,7 @@ class Verified:
         files: files that have a checksum.
         tensors: tensors whose shape, dtype and values were checked.
         derived: tensors that were derived anew.
-        unjudged: why the reference was not held against the taps; empty where it was, or something is wrong already.
+        unjudged: why the reference was not held against the taps, where its weights are not there; empty otherwise.
     """
 
     name: str
@@ -139,7 +139,10 @@ def _judge(bundle: Bundle, found: Verified) -> None:
     try:
         judgement = judge_bundle(bundle.path)
     except ParityError as error:
-        found.unjudged = str(error)
+        if definition().has_weights(bundle):
+            found.add("reference", str(error), unusable=True)
+        else:
+            found.unjudged = str(error)
         return
     if not judgement.agree:
         found.add(judgement.departures[0].tap.name, judgement.sentence())
@@ -147,7 +150,7 @@ def _judge(bundle: Bundle, found: Verified) -> None:
 
 def _check_weights(bundle: Bundle, found: Verified) -> None:
     """Compare the checkpoint's weights, where they are at hand, with the manifest's checksums."""
-    if WEIGHTS not in bundle.manifest or not (bundle.checkpoint / bundle.variant / "model.safetensors").is_file():
+    if WEIGHTS not in bundle.manifest or not definition().has_weights(bundle):
         return
     try:
         if changed := definition().changed_weights(bundle):
@@ -180,7 +183,7 @@ def _verify_files(root: Path, entries: dict[str, Any]) -> Verified:
 
 def _read(path: Path, found: Verified) -> Recording | None:
     if not path.is_file():
-        found.add(path.name, "is missing", unusable=True)
+        found.add(path.name, "is missing: copy the bundle again", unusable=True)
         return None
     try:
         return read_tensors(path)
@@ -212,7 +215,7 @@ def _check_listing(manifest: dict[str, Any], taps: Mapping[str, Tap | Sketch], f
 
 
 def _bundle(path: Path, manifest: dict, inputs: Recording, taps: Recording, found: Verified) -> Bundle | None:
-    """The bundle to definition().derive from; where no other problem explains why it cannot be read, that is one."""
+    """The bundle to derive from; where no other problem explains why it cannot be read, that is one."""
     if not found.problems:
         try:
             return read_bundle(path)

@@ -13,7 +13,7 @@ from parity.localize.findings import EXPLAINS, Finding, Localization, Picture, S
 from parity.report import words
 from parity.report.drawing import STEPS, THEMES, Plot
 from parity.report.map import Map, lay_out, shade
-from parity.report.output import new_folder
+from parity.report.output import new_folder, require_own_page
 from parity.report.pictures import Frames, frames_of, is_frames, picture_plot
 from parity.report.plots import exact_shades, map_plot, margins_plot, order_plot, trajectory_plot
 from parity.report.run_page import page_environment
@@ -63,6 +63,8 @@ def write_localization(path: Path, localization: Localization) -> Path:
     Both are written under other names and renamed. Raises ParityError where they cannot be written, or where the
     folder of the plots holds what was not written there so.
     """
+    path = path.resolve() if path.is_symlink() else path
+    require_own_page(path)
     drawn = draw(localization)
     page = render(localization, drawn)
     with new_folder(plots_folder(path)) as beside:

@@ -55,6 +55,22 @@ def require_own(folder: Path) -> None:
         raise ParityError(f"{folder} holds {foreign[0]}, which lance-parity did not write: name another folder")
 
 
+GENERATOR = '<meta name="generator" content="lance-parity">'
+"""What tells a page of ours."""
+
+
+def require_own_page(path: Path) -> None:
+    """Raise ParityError where a page would take the place of anything but one of ours."""
+    if not path.exists():
+        return
+    try:
+        if path.is_file() and GENERATOR in path.read_text(encoding="utf-8")[:1000]:
+            return
+    except (OSError, ValueError):
+        pass
+    raise ParityError(f"{path} is no report that lance-parity wrote: name another file")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Give a folder to fill, which takes the place of `folder` at the end, or leaves no trace after an exception.

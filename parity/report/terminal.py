@@ -1,5 +1,6 @@
 """What lance-parity shows in the terminal: tables, verdicts and progress."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -29,10 +30,22 @@ def progress_bar(total: int, unit: str) -> Iterator[Callable[[str], Callable[[st
             bar.update(started - bar.n)
             started += 1
             bar.set_description(name)
-            return bar.set_postfix_str
+            return bar.set_postfix_str if not bar.disable else _once(name)
 
         yield start
         bar.update(started - bar.n)
+
+
+def _once(name: str) -> Callable[[str], None]:
+    """Where there is no bar, tells of what takes minutes, once."""
+    told: list[str] = []
+
+    def tell(what: str) -> None:
+        if what.startswith("floors: ") and not told:
+            told.append(what)
+            print(f"{name}: measuring what rounding does, once on this machine", file=sys.stderr)
+
+    return tell
 
 
 def print_rows(rows: Sequence[Row]) -> None:

@@ -200,9 +200,10 @@ def test_without_the_reference_only_what_must_be_equal_is_judged(copy_bundle, re
 
 def test_one_tap_is_too_few(bundle, replayed, monkeypatch):
     oracle = read_bundle(bundle)
-    monkeypatch.setattr("parity.comparison.check.trusted_of", lambda bundle: trusted)
+    monkeypatch.setattr("parity.comparison.check.trusted_of", lambda bundle, progress: trusted)
     monkeypatch.setattr(
-        "parity.comparison.check.limits_of", lambda oracle: (dict.fromkeys(oracle.taps, Limit(1e-6, 1e-6)), None)
+        "parity.comparison.check.limits_of",
+        lambda oracle, progress: (dict.fromkeys(oracle.taps, Limit(1e-6, 1e-6)), None),
     )
     trusted = trusted_of(oracle)
     for names, verdict in ((["pixels"], "inconclusive"), (["pixels", "latent"], "agree")):
