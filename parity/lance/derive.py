@@ -77,13 +77,13 @@ def require_consistent(bundle: Bundle) -> None:
 
 
 def _contradiction(bundle: Bundle) -> str | None:
-    narrow = sorted(name for name, tap in bundle.expected.items() if tap.dtype == "bfloat16")
-    if (bundle.dtype == "bfloat16") != bool(narrow):
-        return f"it says {bundle.dtype} and {narrow[0] if narrow else 'no tap'} is bfloat16"
-    if not bundle.task.startswith("x2t"):
-        whole = any(name.startswith("velocity_call") for name in bundle.expected)
-        if whole != (bundle.entry == "full_sequence"):
-            return f"it says {bundle.entry} and has {'the' if whole else 'no'} velocities of whole sequences"
+    taps, noise = bundle.expected, bundle.taps.get("sampler.noise")
+    if noise is not None and noise.dtype != bundle.dtype:
+        return f"it says {bundle.dtype} and sampler.noise is {noise.dtype}"
+    whole = [name for name in taps if name.startswith("velocity_call")]
+    parts_of_it = [name for name in taps if name.startswith(("cond.", "uncond."))]
+    if not bundle.task.startswith("x2t") and (whole if bundle.entry == "kv_cache" else parts_of_it and not whole):
+        return f"it says {bundle.entry} and holds {(whole or parts_of_it)[0]}"
     try:
         facts = DerivedRequest(bundle)
         parts = [_integers] if facts.request.understanding else [_integers, _schedule]

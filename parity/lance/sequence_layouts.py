@@ -83,7 +83,7 @@ def read_layout(path: Path) -> Layout:
         raise ParityError(f"{path} is not a complete .npz file ({error}): copy it again") from error
     if "text_ids" not in arrays:
         raise ParityError(f"{path} has no text_ids: copy the layout again")
-    return Layout(path.stem, document["request"], arrays, path.resolve().parents[2])
+    return Layout(path.stem, document["request"], arrays, path.resolve().parents[1])
 
 
 def find_tokenizer(folder: Path, given: Path | None = None) -> Path:

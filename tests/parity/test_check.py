@@ -145,7 +145,7 @@ def test_tasks_that_do_not_exist_yet_are_named(bundle, replayed):
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     manifest["request"]["task"] = "depth"
     (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(UnsupportedTask, match="'depth' is not supported yet"):
+    with pytest.raises(UnsupportedTask, match="'depth' is none of t2i, "):
         check_bundle(bundle, replayed())
 
 
@@ -386,9 +386,9 @@ def test_limits_are_made_once_for_a_bundle_that_stays_the_same(copy_bundle, monk
     path = copy_bundle("t2v-bf16-kv")
     made = []
 
-    def floors(oracle):
+    def floors(oracle, progress):
         made.append(oracle.bundle.name)
-        return floors_of(oracle)
+        return floors_of(oracle, progress)
 
     monkeypatch.setattr("parity.comparison.check.floors_of", floors)
     for _ in range(2):

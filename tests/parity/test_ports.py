@@ -117,7 +117,8 @@ def test_one_that_takes_no_values_is_not_localized(oracles, spec):
         ("number", "defines no class or function 'number': name one that is given the bundle"),
     ],
 )
-def test_what_is_no_port_is_one_line(oracles, spec, name, message):
+def test_what_is_no_port_is_one_line(oracles, spec, name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for command in ("check", "localize"):
         done = CliRunner().invoke(app, [command, str(oracles / SMALL), "--impl", spec(name)])
         # What ends the steered run of a port is a finding.
