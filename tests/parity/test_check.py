@@ -17,6 +17,7 @@ from parity.oracle.bounds import FALSE_ALARM, bounds_of, scale_of
 from parity.oracle.floors import Floors, logits_of
 from parity.oracle.floors_file import floors_of
 from parity.oracle.oracle import FREE
+from parity.oracle.verify import SOUND, verify_bundle
 from parity.tensors.recording import Tap, write_tensors
 from reference.numerics import Numerics
 from reference.request import Renorm
@@ -184,6 +185,14 @@ def test_what_differs_between_two_equal_runs_is_inconclusive(bundle, unsteady):
     # What is random is not compared at all: neither agreement nor divergence.
     wrong = check(bundle, unsteady("velocity_call1", changed={"latent": scaled(2)}))
     assert wrong.verdict == "inconclusive"
+
+
+# Beside the test above: what rounding does to a bundle is measured once.
+def test_every_bundle_there_is_is_sound(oracle):
+    found = verify_bundle(oracle)
+    assert (found.problems, found.verdict) == ([], SOUND)
+    manifest = json.loads((oracle / "manifest.json").read_text(encoding="utf-8"))
+    assert found.tensors > len(manifest["taps"]) and found.derived >= 10
 
 
 def test_without_the_reference_only_what_must_be_equal_is_judged(copy_bundle, replayed):

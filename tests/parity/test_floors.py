@@ -102,17 +102,17 @@ def test_no_floor_hangs_on_what_the_oracle_holds(oracle_of, measured):
 
 
 def test_threads_are_given_back(oracle_of, monkeypatch):
-    before, seen = torch.get_num_threads(), set()
+    oracle, before, seen = oracle_of(SMALL), torch.get_num_threads(), set()
 
     def record(run, names=None, force=None):
         seen.add(torch.get_num_threads())
         if torch.get_num_threads() == 2:
             raise ValueError("no")
-        return dict(oracle_of(SMALL).bundle.taps)
+        return dict(oracle.bundle.taps)
 
-    monkeypatch.setattr(measuring.TorchReplay, "record", record)
+    monkeypatch.setattr("parity.lance.replay_torch.TorchReplay.record", record)
     with pytest.raises(ParityError, match="^reference cannot run bundle t2i-fp32-nokv: ValueError: no$"):
-        measure(oracle_of(SMALL), environments={})
+        measure(oracle, environments={})
     assert 2 in seen and torch.get_num_threads() == before
 
 

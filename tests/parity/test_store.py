@@ -71,13 +71,6 @@ def problems(bundle):
     return {problem.place: problem.what for problem in found.problems}, found.verdict
 
 
-def test_every_bundle_there_is_is_sound(oracle):
-    found = verify_bundle(oracle)
-    assert (found.problems, found.verdict) == ([], SOUND)
-    manifest = json.loads((oracle / "manifest.json").read_text(encoding="utf-8"))
-    assert found.tensors > len(manifest["taps"]) and found.derived >= 10
-
-
 DERIVED = [
     ("t2i-fp32-kv", "sampler.timestep2", add(1e-4), "timesteps"),
     ("t2i-fp32-kv", "sampler.x_init", add(1e-4), "first state"),
