@@ -42,6 +42,8 @@ def main(
             print("".join(f"{line}\n" for line in left_out), end="", file=sys.stderr)
             for trial in try_faults(paths, faults, start):
                 trials.append(trial)
+                if trial.further:
+                    print(f"{trial.fault.name} on {trial.bundle}: also {', '.join(trial.further)}", file=sys.stderr)
                 if not (trial.detected and trial.named):
                     print(f"{trial.fault.name} on {trial.bundle}: found {trial.first or 'nothing'}", file=sys.stderr)
         table = markdown(trials)

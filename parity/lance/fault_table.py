@@ -33,6 +33,7 @@ class Trial:
         explained: the right explanation ranks first; None where no hypothesis covers the fault.
         first: component of the first finding.
         why: its first explanation.
+        further: components of other findings that are none that the fault breaks.
     """
 
     fault: Fault
@@ -43,6 +44,7 @@ class Trial:
     first: str
     why: str
     seconds: float
+    further: tuple[str, ...] = ()
 
 
 # Requests that no embedded bundle has and some faults need: steps that are not guided, more than one attention window
@@ -152,6 +154,7 @@ def judge(fault: Fault, found: Localization) -> Trial:
         first=first.component if first else "",
         why=why if first and first.explained else f"({why})" if why else "",
         seconds=found.seconds or 0.0,
+        further=tuple(f.component for f in found.findings[1:] if not fnmatchcase(f.component, fault.component)),
     )
 
 
@@ -163,7 +166,7 @@ def summary(trials: Sequence[Trial]) -> str:
         f"{_share(trial.detected for trial in trials)} detected, "
         f"{_share(trial.named for trial in trials)} with the right component first, "
         f"{_share(trial.explained for trial in covered)} of the {len(covered)} that a hypothesis covers with the right "
-        "explanation first"
+        f"explanation first; {sum(bool(trial.further) for trial in trials)} with a finding about another component"
     )
 
 
