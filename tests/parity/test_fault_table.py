@@ -139,7 +139,8 @@ def test_the_summary_counts_faults_trials_and_shares():
     trials = [trial("x"), trial("x", "b", named=False), trial("y", explained=None), trial("z", explained=False)]
     assert summary(trials) == (
         "3 faults, 4 trials: 100.0% detected, 75.0% with the right component first, "
-        "66.7% of the 3 that a hypothesis covers with the right explanation first"
+        "66.7% of the 3 that a hypothesis covers with the right explanation first; "
+        "0 with a finding about another component"
     )
     assert summary([]).startswith("0 faults, 0 trials: none detected")
 
