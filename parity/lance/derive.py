@@ -4,7 +4,7 @@ No weights are needed. The reference's functions compute, and what they give is 
 roundings of the few operations in between.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -56,6 +56,10 @@ def derive(bundle: Bundle) -> Iterator[Derived]:
         return
     parts: list[Callable[[DerivedRequest], Iterator[Derived]]] = [_integers, _media, _positions, _layers]
     parts += [_tokens] if facts.request.understanding else [_drawn, _encoded, _schedule, _steps, _pixels]
+    yield from _all_of(parts, facts)
+
+
+def _all_of(parts: Sequence[Callable[[DerivedRequest], Iterator[Derived]]], facts: DerivedRequest) -> Iterator[Derived]:
     for part in parts:
         try:
             with one_line("cannot be derived"):
@@ -86,11 +90,12 @@ def _contradiction(bundle: Bundle) -> str | None:
         return f"it says {bundle.entry} and holds {(whole or parts_of_it)[0]}"
     try:
         facts = DerivedRequest(bundle)
-        parts = [_integers] if facts.request.understanding else [_integers, _schedule]
-        found = next((item for part in parts for item in part(facts) if item.problem), None)
+        facts.layout  # noqa: B018 -- everything else starts from it
     except (ReferenceError, ParityError):
         # What cannot be laid out cannot be run either, and whoever runs it says why.
         return None
+    parts = [_integers] if facts.request.understanding else [_integers, _schedule]
+    found = next((item for item in _all_of(parts, facts) if item.problem), None)
     return found and f"{found.tensor} {found.problem}"
 
 

@@ -127,10 +127,7 @@ class Investigation:
             unsteered = None
             if self.thorough and not failure:
                 self.tell("steering")
-                try:
-                    require_steering(self.port, self.oracle, free.recording)
-                except ParityError as error:
-                    unsteered = str(error)
+                unsteered = self._attempt(lambda: require_steering(self.port, self.oracle, free.recording))[1]
             with self.port.with_weights(given) if given else nullcontext():
                 self.tell("steered run")
                 forced, stuck = self._attempt(lambda: steered(self.port, self.oracle))
@@ -191,7 +188,7 @@ class Investigation:
         again, failure = self._attempt(lambda: self.port.run(names))
         return free, failure, first_unequal(free.recording, again.recording)
 
-    def _attempt(self, run: Callable[[], Observed]) -> tuple[Observed, str | None]:
+    def _attempt(self, run: Callable[[], Any]) -> tuple[Any, str | None]:
         try:
             return run(), None
         except ParityError as error:

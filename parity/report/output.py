@@ -91,7 +91,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
             beside.chmod(0o755)
             if folder.exists():
                 os.replace(folder, old)
-            os.replace(beside, folder)
+            try:
+                os.replace(beside, folder)
+            except OSError:
+                # What was there before is not lost.
+                if old.exists():
+                    os.replace(old, folder)
+                raise
         finally:
             for left in (beside, old):
                 shutil.rmtree(left, ignore_errors=True)

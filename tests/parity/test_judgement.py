@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import reference.sampler
 from parity.bundle.reading import read_bundle
 from parity.comparison.check import check_bundle
+from parity.errors import ParityError
 from parity.localize.investigation import localize
 from parity.oracle.floors_file import floors_of
 from parity.oracle.judgement import Cause, judge
@@ -117,6 +118,48 @@ def test_another_request_is_an_input(copy_bundle):
     (bundle / "floors.safetensors").unlink()
     with pytest.raises(Exception, match="t2i-fp32-nokv"):
         localize(bundle)
+
+
+def edited(bundle, change):
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+CONTRADICTIONS = [
+    (SMALL, lambda m: m["request"].update(spec="another prompt"), "inputs/text_ids has shape"),
+    (SMALL, lambda m: m["request"].update(timestep_shift=3.51), "sampler.timestep1 holds"),
+    (SMALL, lambda m: m["source"].update(dtype="bfloat16"), "it says bfloat16 and sampler.noise is float32"),
+    (SMALL, lambda m: m["source"].update(entry="kv_cache"), "it says kv_cache and holds velocity_call0"),
+    (DETAILED, lambda m: m["source"].update(entry="full_sequence"), "it says full_sequence and holds "),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "problem"), CONTRADICTIONS)
+def test_a_bundle_that_contradicts_its_request_is_told_so_first(copy_bundle, name, change, problem):
+    bundle = copy_bundle(name)
+    edited(bundle, change)
+    for run in (lambda: check_bundle(bundle, "mlx"), lambda: localize(bundle)):
+        with pytest.raises(ParityError, match=f"^[^\n]*does not fit its request: {problem}[^\n]*; likely the inputs: "):
+            run()
+
+
+def test_what_breaks_what_is_derived_is_one_line(copy_bundle, monkeypatch):
+    def _integers(facts):
+        raise IndexError("no such\nrow")
+        yield
+
+    monkeypatch.setattr("parity.lance.derive._integers", _integers)
+    with pytest.raises(ParityError, match="^[^\n]*cannot be derived: IndexError: no such row[^\n]*$"):
+        check_bundle(copy_bundle(SMALL), "mlx")
+
+
+def test_a_bundle_is_not_sound_where_what_is_there_keeps_the_reference_from_judging(copy_bundle):
+    bundle = copy_bundle(SMALL)
+    (bundle / "floors.safetensors").write_bytes(b"")
+    verified = verify_bundle(bundle)
+    assert verified.verdict == "unusable" and "floors.safetensors" in verified.problems[0].what
 
 
 def test_a_wrong_reference_is_told_where_the_port_agrees_with_the_oracle(oracles, monkeypatch):

@@ -240,6 +240,18 @@ def test_a_report_that_cannot_be_written_is_an_error(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"file", "page-plots"}
 
 
+def test_a_page_takes_the_place_of_pages_of_ours_alone(tmp_path):
+    mine, page = tmp_path / "notes.html", tmp_path / "page.html"
+    mine.write_text("<html>mine</html>")
+    with pytest.raises(ParityError, match="notes.html is no report that lance-parity wrote: name another file"):
+        write_localization(mine, CASES["nothing"]())
+    assert mine.read_text() == "<html>mine</html>"
+    write_localization(page, CASES["nothing"]())
+    (tmp_path / "link.html").symlink_to("page.html")
+    write_localization(tmp_path / "link.html", CASES["nothing"]())
+    assert (tmp_path / "link.html").is_symlink() and page.is_file()
+
+
 def test_without_a_script_the_wrong_taps_and_the_map_are_shown(written):
     localization, path = written("several")
     hidden = re.findall(r"<noscript>(.*?)</noscript>", path.read_text(encoding="utf-8"), re.S)

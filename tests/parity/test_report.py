@@ -1,7 +1,9 @@
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -146,6 +148,22 @@ def test_a_folder_that_holds_what_is_not_ours_is_left_as_it_is(rows, tmp_path, b
         write_report(folder, rows[1:2], [])
     assert {path.name for path in folder.iterdir()} == held and (folder / "notes.txt").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir() if path.name != "oracles"} == {"thesis"}
+
+
+def test_a_report_that_cannot_take_its_place_leaves_the_one_before(rows, tmp_path, monkeypatch):
+    folder, replace = tmp_path / "latest", os.replace
+    write_report(folder, rows[:1], [])
+
+    def refused(source, target):
+        if Path(source).name.startswith(".latest.") and not str(source).endswith(".old"):
+            raise PermissionError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr("parity.report.output.os.replace", refused)
+    with pytest.raises(ParityError, match="Permission denied"):
+        write_report(folder, rows[1:2], [])
+    assert (folder / rows[0].page).is_file()
+    assert [path.name for path in tmp_path.iterdir() if "latest" in path.name] == ["latest"]
 
 
 def test_a_link_to_a_report_stays_one(rows, tmp_path):
