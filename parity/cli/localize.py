@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from parity.cli.errors import one_line_errors
-from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, deliver
+from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, PythonOption, deliver
 
 REPORTS = Path("reports/localize")
 
@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
 def localize(
     bundle: Annotated[Path, typer.Argument(help="Folder of one bundle.")],
     impl: Annotated[str, typer.Option(metavar="NAME", help=IMPL_HELP)] = "mlx",
+    python: PythonOption = None,
     fault: Annotated[
         list[str] | None,
         typer.Option(
@@ -67,6 +68,7 @@ def localize(
         from parity.hypotheses import check_unique, load_hypotheses
         from parity.localize.investigation import localize as run
         from parity.model import definition
+        from parity.ports.loading import port_loader
         from parity.report.localization_page import plots_folder, write_localization
         from parity.report.output import require_own, require_own_page
         from parity.report.runner import limit_threads
@@ -88,9 +90,8 @@ def localize(
                 chosen += _departures(definition().PROFILES[profile], bundle)
             own = [h for path in hypotheses or [] for h in load_hypotheses(path)]
             with progress_bar(1, "bundle") as start:
-                found = run(
-                    bundle, impl, chosen, check_unique([*own, *definition().HYPOTHESES]), start(f"{bundle.name} {impl}")
-                )
+                every = check_unique([*own, *definition().HYPOTHESES])
+                found = run(bundle, port_loader(impl, python), chosen, every, start(f"{bundle.name} {impl}"))
         except ParityError as error:
             if json_file:
                 document = {"verdict": UNUSABLE, "reason": str(error), "findings": [], "bundle": bundle.name}

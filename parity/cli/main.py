@@ -12,7 +12,7 @@ from parity.cli import localize as cli_localize
 from parity.cli import store as cli_store
 from parity.cli import stream as cli_stream
 from parity.cli.errors import one_line_errors
-from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, deliver
+from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, PythonOption, deliver
 from parity.errors import ParityError
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ def run(
         list[str] | None,
         typer.Option(metavar="NAME", help=f"{IMPL_HELP} May be given several times.", show_default="mlx, reference"),
     ] = None,
+    python: PythonOption = None,
     form: FormatOption = None,
     output: OutputOption = None,
 ) -> None:
@@ -54,7 +55,7 @@ def run(
     """
     with one_line_errors():
         from parity.bundle.reading import find_bundles
-        from parity.ports.loading import known_ports
+        from parity.ports.loading import known_ports, port_loader
         from parity.report.output import require_own
         from parity.report.run_page import write_report
         from parity.report.runner import compare_all, exit_status
@@ -63,9 +64,10 @@ def run(
         folders = oracles or [Path("oracles")]
         paths = find_bundles(folders)
         require_own(report)
-        impls = impl or list(known_ports())
-        with progress_bar(len(paths) * len(impls), "comparison") as start:
-            rows = compare_all(paths, impls, start)
+        known = known_ports()
+        loaders = {name: known.get(name) or port_loader(name, python) for name in impl or known}
+        with progress_bar(len(paths) * len(loaders), "comparison") as start:
+            rows = compare_all(paths, loaders, start)
         index = write_report(report, rows, [str(folder) for folder in folders])
         if not deliver(rows, form, output):
             print_rows(rows)
@@ -77,6 +79,7 @@ def run(
 def check(
     bundle: Annotated[Path, typer.Argument(help="Folder of one bundle.")],
     impl: Annotated[str, typer.Option(metavar="NAME", help=IMPL_HELP)],
+    python: PythonOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
     dump: Annotated[
         Path | None,
@@ -93,6 +96,7 @@ def check(
     """
     with one_line_errors():
         from parity.comparison.check import check_recording, record_bundle, unusable_json
+        from parity.ports.loading import port_loader
         from parity.report.runner import exit_status, limit_threads
         from parity.report.terminal import print_result, progress_bar
         from parity.tensors.recording import write_tensors
@@ -101,7 +105,7 @@ def check(
         try:
             with progress_bar(1, "comparison") as start:
                 tell = start(f"{bundle.name} {impl}")
-                replay = record_bundle(bundle, impl, tell)
+                replay = record_bundle(bundle, port_loader(impl, python), tell)
                 result = check_recording(replay, tell)
         except ParityError as error:
             if json_file:

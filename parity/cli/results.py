@@ -7,7 +7,16 @@ import typer
 
 from parity.report.output import Format
 
-IMPL_HELP = "mlx, reference, or FILE.py:NAME, which loads a port of yours (parity/ports/port.py)."
+IMPL_HELP = "mlx, reference, or FILE.py:NAME, which loads a port of yours (examples/README.md)."
+PythonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--python",
+        metavar="PATH",
+        help="The Python that has the packages of FILE.py's port, which then runs in a process of its own.",
+        show_default=False,
+    ),
+]
 FormatOption = Annotated[
     Format | None,
     typer.Option("--format", help="Print the result in this form, in place of the table.", show_default=False),

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from parity.cli.errors import one_line_errors
-from parity.cli.results import FormatOption, OutputOption, deliver
+from parity.cli.results import FormatOption, OutputOption, PythonOption, deliver
 
 
 class Weights(StrEnum):
@@ -245,6 +245,7 @@ def compare(
         ),
     ] = False,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Let B lack taps that A has.")] = False,
+    python: PythonOption = None,
     form: FormatOption = None,
     output: OutputOption = None,
 ) -> None:
@@ -275,7 +276,7 @@ def compare(
         limit_threads()
         try:
             with progress_bar(2, "run") as start:
-                compared = compare_runs(a, b, within, False if any_dtype else None, allow_missing, start)
+                compared = compare_runs(a, b, within, False if any_dtype else None, allow_missing, start, python)
         except ParityError as error:
             deliver(unusable(a, b, str(error)), form, output)
             raise

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parity.comparison.check import Result, Run, check_recording, read_bundle
@@ -165,6 +166,7 @@ def compare_runs(
     check_dtype: bool | None = None,
     allow_missing: bool = False,
     start: Callable[[str], Callable[[str], None]] | None = None,
+    python: Path | None = None,
 ) -> Comparison:
     """Compare run `b` with run `a`; see parity.comparison.runs.opened for what names a run.
 
@@ -177,6 +179,7 @@ def compare_runs(
         check_dtype: whether float32 and bfloat16 are different; None: unless the two runs' numerics are known to be.
         allow_missing: whether `b` may lack taps of `a`.
         start: told the name of each run that has to be computed; returns the callback for its progress.
+        python: the interpreter of a port from a file; see parity.ports.loading.port_loader.
 
     Raises ParityError for what cannot be opened.
     """
@@ -187,7 +190,7 @@ def compare_runs(
         for given, label in ((a, "a"), (b, "b")):
             progress = start(str(given)) if start and not isinstance(given, Mapping) else None
             like = runs[0].path if runs else None
-            runs.append(stack.enter_context(opened(given, label, like, progress)))
+            runs.append(stack.enter_context(opened(given, label, like, progress, python)))
         if within is None and (judged := _by_floors(*runs, allow_missing)):
             return judged
         return _by_bound(*runs, within, check_dtype, allow_missing)

@@ -37,12 +37,15 @@ class ExactMismatch:
         tap: `inputs/...` or `weights/...`.
         expected, got: both arrays; `got` is None where nothing came, `expected` where nothing was to come.
         detail: one sentence with the first values that differ.
+        shared: along the last axis, which values the port has, as booleans; `got` has the oracle's for the others.
+            None where it has all.
     """
 
     tap: str
     expected: np.ndarray | None
     got: np.ndarray | None
     detail: str
+    shared: np.ndarray | None = None
 
     @property
     def error(self) -> float | None:
@@ -77,7 +80,8 @@ def check_weights(port: Port, oracle: Oracle) -> WeightCheck:
             got = got.reshape(wanted.shape)  # a norm's scale has axes of length 1 in one of the two
         if got.shape != wanted.shape or not np.array_equal(bits(got), bits(wanted)):
             mismatches.append(ExactMismatch(f"weights/{name}", wanted, got, describe(name, wanted, got)))
-    for name in (name for name in expected if name not in seen):
+    # What a part of the model has that the port lacks, nothing of it is computed with.
+    for name in (name for name in expected if name not in seen and not port.partial):
         mismatches.append(ExactMismatch(f"weights/{name}", expected[name], None, f"{name} is not among the parameters"))
     return WeightCheck(mismatches, len(seen), f"crc32:{checksum:08x}")
 
@@ -94,8 +98,12 @@ def check_exact(contract: Contract, observed: Observed) -> Iterator[ExactMismatc
         if got is None:
             # What a run has no use for, such as positions of an arm that never runs, is not computed.
             continue
-        if expected.shape != got.array.shape or not np.array_equal(expected, got.array):
-            yield ExactMismatch(name, expected, got.array, describe(name, expected, got.array))
+        array, shared = got.array, None
+        if (lacking := observed.absent.get(name)) is not None and lacking.shape == expected.shape[-1:]:
+            shared, array = ~lacking, expected.astype(got.array.dtype)
+            array[..., shared] = got.array
+        if expected.shape != array.shape or not np.array_equal(expected, array):
+            yield ExactMismatch(name, expected, array, describe(name, expected, array), shared)
 
 
 def check_preprocessed(computed: Mapping[str, np.ndarray] | None, inputs: Recording) -> Iterator[ExactMismatch]:

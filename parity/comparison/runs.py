@@ -90,6 +90,7 @@ class Recorded:
     """Stands for the port of a run of which only the taps are there."""
 
     name: str
+    partial = False
 
     def versions(self) -> dict[str, str]:
         """Nothing is known of what computed them."""
@@ -102,7 +103,11 @@ Given = str | PathLike | Mapping[str, Any]
 
 @contextmanager
 def opened(
-    given: Given, label: str = "", like: Path | None = None, progress: Callable[[str], None] | None = None
+    given: Given,
+    label: str = "",
+    like: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    python: Path | None = None,
 ) -> Iterator[Source]:
     """Open a run.
 
@@ -114,6 +119,7 @@ def opened(
         label: what to call a mapping.
         like: the bundle that `@IMPL` without a path is about.
         progress: told the name of each call of a replay.
+        python: the interpreter of a port from a file.
 
     Raises ParityError for what cannot be opened.
     """
@@ -125,7 +131,7 @@ def opened(
     text = fspath(given)
     place, at, what = (text, "", "") if Path(text).exists() else text.rpartition("@")
     if at:
-        yield _replayed(text, Path(place) if place else like, what, progress)
+        yield _replayed(text, Path(place) if place else like, what, progress, python)
         return
     with _stored(Path(text)) as source:
         yield source
@@ -160,10 +166,12 @@ def _stored(path: Path) -> Iterator[Source]:
 _PARTS = ("inputs", "taps")
 
 
-def _replayed(text: str, path: Path | None, what: str, progress: Callable[[str], None] | None) -> Source:
+def _replayed(
+    text: str, path: Path | None, what: str, progress: Callable[[str], None] | None, python: Path | None
+) -> Source:
     named = _SPEC.fullmatch(what)
     name, numerics = named["name"], named["numerics"]
-    load = port_loader(name)
+    load = port_loader(name, python if ".py:" in name else None)
     if numerics not in (None, *NUMERICS):
         raise ParityError(f"{text}: numerics {numerics!r} is not one of {', '.join(NUMERICS)}")
     if path is None:

@@ -65,7 +65,7 @@ class Margin:
 def teacher_forced(port: Port, oracle: Oracle) -> Observed:
     """Run with the oracle's states and tokens at the start of every step and everything else the port's own."""
     given = {n: t for n, t in oracle.passes.items() if n.startswith(_STATES) or n == "tokens"}
-    return port.run(set(oracle.taps), given)
+    return port.run(set(oracle.taps), given).filled(oracle.taps)
 
 
 def trajectory(oracle: Oracle, forced: Recording, free: Recording) -> list[Departure]:

@@ -1,6 +1,6 @@
 """One place of a run, on the reference's side: a tap that is wrong by itself, and the means to compute it again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,8 @@ class TapProbe:
         expected: the oracle's value, float32 or int32; a weight is in PyTorch's layout.
         got: what the implementation computed from the oracle's input.
         floor: what rounding alone does to the tap, relative to |expected|; 0 where it may do nothing.
+        shared: of an exact array, which values along its last axis the implementation has, as booleans; None for all.
+        passed: taps before it that the implementation does not tell: they are computed on the way, not given.
     """
 
     def __init__(
@@ -33,8 +35,11 @@ class TapProbe:
         got: np.ndarray,
         exact: Mapping[str, np.ndarray],
         floor: float = 0.0,
+        passed: Sequence[str] = (),
+        shared: np.ndarray | None = None,
     ) -> None:
         self.oracle, self.tap, self.expected, self.got, self.floor = oracle, tap, expected, got, floor
+        self.passed, self.shared = passed, shared
         self._exact = exact
 
     @property
@@ -98,6 +103,10 @@ class TapProbe:
         except AttributeError:
             return None
 
+    def judged(self, array: np.ndarray) -> np.ndarray:
+        """Of an array like the tap's, what the implementation has too."""
+        return array if self.shared is None else array[..., self.shared]
+
     def value(self, name: str) -> np.ndarray | None:
         """The oracle's value of a tap or an exact array, by its full name; None where there is none."""
         if name in self._exact:
@@ -117,8 +126,11 @@ class TapProbe:
         """
         if self.exact:
             return self.expected
-        run, name = self.oracle.run, self._native
-        array = run.recompute(name, self.oracle.passes)
+        run, name, given = self.oracle.run, self._native(self.tap.name), self.oracle.passes
+        if self.passed:
+            passed = set(map(self._native, self.passed))
+            given = {other: tap for other, tap in given.items() if other not in passed}
+        array = run.recompute(name, given)
         if array is None:
             raise LookupError(f"{name} was not computed")
         if name == self.tap.name and run.entry != "full_sequence":
@@ -133,10 +145,8 @@ class TapProbe:
         name = self.tap.name
         return name.partition("." if name.startswith("vit_model") else "/")[0]
 
-    @property
-    def _native(self) -> str:
-        """The tap of the reference's own pass that holds this one."""
-        name = self.tap.name
+    def _native(self, name: str) -> str:
+        """The tap of the reference's own pass that holds another."""
         if self.entry != "full_sequence" or "/" not in name:
             return name
         call, _, path = name.partition("/")
@@ -155,11 +165,12 @@ def site_of(
     exact: Mapping[str, np.ndarray],
     floor: float = 0.0,
     held: Mapping[str, Tap | Sketch] | None = None,
+    passed: Sequence[str] = (),
 ) -> TapProbe:
     """The site of a tap or an exact array; `held` is what taps were held against, where that is not the oracle's."""
     other = (held or {}).get(name)
     expected = exact[name] if name in exact else (other if isinstance(other, Tap) else oracle.taps[name]).array
-    return TapProbe(oracle, parse(name), expected, got, exact, floor)
+    return TapProbe(oracle, parse(name), expected, got, exact, floor, passed)
 
 
 def _held(array: np.ndarray) -> str:

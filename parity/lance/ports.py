@@ -26,7 +26,7 @@ class MlxPort:
     """
 
     name = "mlx"
-    whole_passes = False
+    partial = whole_passes = False
 
     def __init__(self, bundle: Bundle) -> None:
         from parity.lance.replay_mlx import load_for, request_from_bundle
@@ -83,7 +83,7 @@ class ReferencePort:
     """The PyTorch reference, loaded for a bundle."""
 
     name = "reference"
-    whole_passes = True
+    partial, whole_passes = False, True
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle.name

@@ -18,10 +18,10 @@ FINALISTS, BASES = 8, 4
 # What two hypotheses together leave must be less than this part of what the better one leaves: else one is enough.
 WORTH_ANOTHER = 0.5
 LISTED = 5
-# The least part of the integers that differ which a cause of some of them has to account for.
-LEAST_PART = 0.1
-# What a hypothesis removes that makes a sequence of another length.
-UNFIT = -1.0
+# The least part of the integers that still differ which a further cause has to account for, and how many may be found.
+LEAST_PART, PARTS = 0.1, 6
+# What a hypothesis removes that makes a sequence of another length: less than this, the less the nearer its tokens are.
+UNFIT = -1e8
 _DIGITS = 6
 
 
@@ -69,10 +69,8 @@ def explain(
     together, amount = (best,), first
     if first < 1 - 1e-9 if site.exact else first < 1 - (1 - EXPLAINS) / 2:
         stack, reached = _stacked(site, [h for h, _ in tried], first, failed)
-        # A second cause has to be seen clearly, and beyond rounding; integers have to be equal.
-        clear = 1 - reached < WORTH_ANOTHER * (1 - first)
-        beyond = (reached - first) * _residual(site, site.expected) > _rounding(site)
-        if reached >= (1 - 1e-9 if site.exact else EXPLAINS) and clear and beyond:
+        # Integers have to be equal.
+        if reached >= (1 - 1e-9 if site.exact else EXPLAINS):
             together, amount = stack, reached
     listed = tuple(Explanation(h.name, r, s) for h, r, s in ranked[:LISTED] if r > UNFIT)
     if site.exact and amount < 1 - 1e-9 and (found := _in_part(site, [h for h, _ in tried], failed)):
@@ -97,11 +95,11 @@ def _in_part(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -
     before it; none where what agrees would differ under them, or most of what differs would be left."""
     found: list[tuple[Hypothesis, float]] = []
     reached = 0.0
-    while len(found) < DEPTH:
+    while len(found) < PARTS and reached < 1:
         causes = [hypothesis for hypothesis, _ in found]
         grown = [(_accounted(site, [*causes, h], failed), h) for h in hypotheses if h not in causes]
         share, best = max(grown, key=lambda item: item[0], default=(0.0, None))
-        if best is None or share - reached < LEAST_PART:
+        if best is None or share - reached < LEAST_PART * (1 - reached):
             break
         found.append((best, share - reached))
         reached = share
@@ -111,10 +109,11 @@ def _in_part(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -
 def _accounted(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> float:
     """The part of the integers that differ which come out as they were computed under hypotheses; 0 where others then
     differ."""
-    if removed(site, hypotheses, failed) in (None, UNFIT) or site.got.shape != site.expected.shape:
+    amount = removed(site, hypotheses, failed)
+    if amount is None or amount <= UNFIT or site.got.shape != site.expected.shape:
         return 0.0
     array = attempt(site, hypotheses)
-    differs, alike = site.got != site.expected, array == site.got
+    differs, alike = site.judged(site.got != site.expected), site.judged(array == site.got)
     return 0.0 if np.any(~differs & ~alike) or not differs.any() else float(np.mean(alike[differs]))
 
 
@@ -137,13 +136,25 @@ def removed(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) ->
         return None
     if array.shape != site.got.shape:
         # A sequence may still become as long under another hypothesis on top; what is computed may not.
-        return UNFIT if site.exact else None
+        return 10 * UNFIT + _shared(site, array) if site.exact else None
     if not site.exact:
         return _removed_of_activation(site, array)
-    residual, left = _residual(site, site.expected), _distance(site.got, array)
+    residual, left = _residual(site, site.expected), _distance(site.judged(site.got), site.judged(array))
     if not residual:
         return 0.0 if left else 1.0
     return 1 - left / residual
+
+
+def _shared(site: TapProbe, array: np.ndarray) -> float:
+    """The part of what one of two sequences of unlike lengths lacks or has too many of that a cause removes."""
+    apart, left = (_bag_distance(site.got, values) for values in (site.expected, array))
+    return 1 - left / apart if apart else 0.0
+
+
+def _bag_distance(a: np.ndarray, b: np.ndarray) -> int:
+    values = np.unique(np.concatenate([a.ravel(), b.ravel()]), return_inverse=True)[1]
+    counts = [np.bincount(part, minlength=values.max(initial=0) + 1) for part in np.split(values, [a.size])]
+    return int(np.abs(counts[0] - counts[1]).sum())
 
 
 def _removed_of_activation(site: TapProbe, array: np.ndarray) -> float | None:
@@ -192,10 +203,16 @@ def _stacked(
         grown.sort(key=lambda item: -item[1])
         if not grown:
             break
-        if grown[0][1] > best[1]:
+        if _worth(site, best[1], grown[0][1]):
             best = grown[0]
         bases = grown[: 4 * BASES if site.exact else 1]
     return best
+
+
+def _worth(site: TapProbe, before: float, after: float) -> bool:
+    """Whether another cause is seen clearly, and beyond rounding."""
+    beyond = (after - before) * _residual(site, site.expected) > _rounding(site)
+    return beyond and 1 - after < WORTH_ANOTHER * (1 - before)
 
 
 def _residual(site: TapProbe, value: np.ndarray) -> float:

@@ -31,6 +31,7 @@ class TapError:
         floor: the largest local error of equally right orders of rounding.
         allowed: the largest error that agrees; None where the tap has no floor.
         mismatch: why the two cannot be close whatever their values (shape, dtype, NaN), or None.
+        passed: taps before it in the same block that the run does not tell, and computes on the way.
         accuracy: how near `local` is to the exact error, relative to it, in 95 of 100 cases, where a sketch tells it;
             None where it is exact.
     """
@@ -47,6 +48,7 @@ class TapError:
     allowed: float | None
     mismatch: str | None = None
     accuracy: float | None = None
+    passed: Sequence[str] = ()
 
     @property
     def ratio(self) -> float | None:

@@ -40,7 +40,7 @@ from parity.oracle.judgement import clears, judge, segment_bounds
 from parity.oracle.oracle import LOCAL as STEERED
 from parity.oracle.oracle import SEGMENT, Oracle
 from parity.ports.loading import port_loader
-from parity.ports.port import Port
+from parity.ports.port import Loader, Port
 from parity.ports.provenance import provenance_of
 from parity.tensors.metrics import Difference, compare
 from parity.tensors.names import component_kind, parse
@@ -49,6 +49,8 @@ from parity.tensors.sketch import Sketch
 
 # Fewer activations than this say too little for a run to be called right.
 FEWEST_TAPS = 10
+# Kinds of taps that are named where a run lacks more.
+SHOWN = 8
 # Taps of one kind that an explanation is tried on before it is believed for all of them.
 SAMPLED = 4
 _NOTHING = Observed({}, {}, {})
@@ -57,15 +59,16 @@ Progress = Callable[[str], None]
 
 def localize(
     path: Path,
-    impl: str = "mlx",
+    impl: str | Loader = "mlx",
     faults: Sequence[Any] = (),
     hypotheses: Sequence[Hypothesis] | None = None,
     progress: Progress | None = None,
 ) -> Localization:
     """Find everything that is wrong by itself in an implementation's run of a bundle, in order, and explain it.
 
-    `faults` break the port for the duration; `hypotheses` are the model's where none are given. `progress` is told what
-    is being done. Raises ParityError for a bundle that is unusable or an implementation that cannot run it.
+    `impl` is a port's name, FILE.py:NAME, or what loads one. `faults` break the port for the duration; `hypotheses` are
+    the model's where none are given. `progress` is told what is being done. Raises ParityError for a bundle that is
+    unusable or an implementation that cannot run it.
     """
     tell = progress or (lambda what: None)
     memory.reset_peak()
@@ -74,9 +77,9 @@ def localize(
     definition().require_consistent(bundle)
     tell("reference")
     oracle = Oracle.of(bundle)
-    port = port_loader(impl)(bundle)
+    port = (port_loader(impl) if isinstance(impl, str) else impl)(bundle)
     if faults and not hasattr(port, "broken_by"):
-        raise ParityError(f"faults break lance_mlx, not {impl}: leave --impl out")
+        raise ParityError(f"faults break lance_mlx, not {port.name}: leave --impl out")
     return Investigation(
         bundle, oracle, port, list(faults), list(definition().HYPOTHESES if hypotheses is None else hypotheses), tell
     ).run(started)
@@ -146,8 +149,10 @@ class Investigation:
             held, bounds, forced = self.bundle.expected, along, led_by_upstream
             blind, remark = "", f"{blind}; {self.port.name} agrees with the oracle there"
         blind = blind or unsteered or ""
+        if self.port.partial and (lacks := _lacking(self.oracle, forced)):
+            remark = "; ".join(filter(None, [remark, f"judged on what {self.port.name} shares with upstream: {lacks}"]))
         self.held = held
-        taps = tap_errors(self.oracle, held, forced.recording, free.recording, bounds)
+        taps = tap_errors(self.oracle, held, forced.recording, free.recording, bounds, along)
         answered = margins(self.oracle, led.recording)
         if not blind:
             self._find(mismatches, taps, forced, answered)
@@ -182,10 +187,10 @@ class Investigation:
     def _free_runs(self) -> tuple[Observed, str | None, str | None]:
         """Run twice as it is; also why it cannot run, and the first tap in which the two differ."""
         names = set(self.oracle.taps)
-        free, failure = self._attempt(lambda: self.port.run(names))
+        free, failure = self._attempt(lambda: self.port.run(names).filled(self.oracle.taps))
         if failure:
             return free, failure, None
-        again, failure = self._attempt(lambda: self.port.run(names))
+        again, failure = self._attempt(lambda: self.port.run(names).filled(self.oracle.taps))
         return free, failure, first_unequal(free.recording, again.recording)
 
     def _attempt(self, run: Callable[[], Any]) -> tuple[Any, str | None]:
@@ -225,7 +230,7 @@ class Investigation:
         self.tell(f"hypotheses about {component}")
         exact = self._exact_values(group)
         sites = [
-            TapProbe(self.oracle, parse(mismatch.tap), mismatch.expected, mismatch.got, exact)
+            TapProbe(self.oracle, parse(mismatch.tap), mismatch.expected, mismatch.got, exact, shared=mismatch.shared)
             if mismatch.got is not None and mismatch.expected is not None
             else None
             for mismatch in group
@@ -353,7 +358,7 @@ class Investigation:
         # A wrong dtype or a value beyond bounds is no rounding, however small it is.
         floor = 0.0 if tap.mismatch else tap.floor or 0.0
         # What a tap was held against is what an explanation has to start from.
-        return site_of(self.oracle, name, recording[name].array, self.contract.exact, floor, self.held)
+        return site_of(self.oracle, name, recording[name].array, self.contract.exact, floor, self.held, tap.passed)
 
     def _slices(self, site: TapProbe) -> tuple[list, str | None]:
         slices = slice_errors(site.tap, site.expected, site.got, self.oracle.layout)
@@ -383,11 +388,25 @@ class Investigation:
             return INCONCLUSIVE, failure
         compared = {tap.tap.name for tap in taps}
         missing = [name for name in self.bundle.expected if name not in compared]
-        if missing:
+        if missing and not self.port.partial:
             return INCONCLUSIVE, f"{len(missing)} of upstream's taps were not computed, the first is {missing[0]}"
         if len(taps) < FEWEST_TAPS:
             return INCONCLUSIVE, f"only {len(taps)} taps were compared: that says too little"
         return AGREE, ""
+
+
+def _lacking(oracle: Oracle, forced: Observed) -> str:
+    """What a run lacks of the oracle's, in a sentence: kinds of taps, and rows of others."""
+    kinds = dict.fromkeys(component_kind(name) for name in oracle.taps if name not in forced.recording)
+    rows = dict.fromkeys(component_kind(name) for name in forced.absent)
+    said = [f"it does not tell {_listed(list(kinds))}"] if kinds else []
+    said += [f"it has not all rows of {_listed(list(rows))}"] if rows else []
+    return "; ".join(said)
+
+
+def _listed(kinds: list[str]) -> str:
+    more = len(kinds) - SHOWN
+    return ", ".join(kinds[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _grouped(mismatches: Sequence[ExactMismatch]) -> list[list[ExactMismatch]]:

@@ -10,13 +10,13 @@ import numpy as np
 from parity.bundle.reading import Bundle
 from parity.errors import ParityError, one_line
 from parity.model import definition
+from parity.ports.attach import Attached
+from parity.ports.observed import REQUIRED, observed_of
 from parity.ports.port import Loader, Port, Progress, Weights, versions
+from parity.ports.probe import Probe
+from parity.ports.process import ProcessPort
 from parity.python_file import import_file
-from parity.tensors.arrays import tap_of
-from parity.tensors.recording import Contract, Observed, Recording, Tap
-
-REQUIRED = ("run", "weights")
-"""What a port from a file has to have; of the rest there are defaults."""
+from parity.tensors.recording import Contract, Observed, Tap
 
 
 def known_ports() -> dict[str, Loader]:
@@ -24,20 +24,27 @@ def known_ports() -> dict[str, Loader]:
     return definition().PORTS
 
 
-def port_loader(spec: str) -> Loader:
+def port_loader(spec: str, python: Path | None = None) -> Loader:
     """The loader of a port: a known name, or FILE.py:NAME, a class or function that is given the bundle.
 
-    Raises ParityError where there is no such port, file or name.
+    With `python`, the path of an interpreter, FILE is loaded by that one, in a process of its own. Raises ParityError
+    where there is no such port, file or name.
     """
     path, colon, name = spec.rpartition(":")
     if colon and path.endswith(".py"):
-        return _from_file(Path(path), name, spec)
+        return _from_file(Path(path), name, spec, python)
+    if python is not None:
+        raise ParityError(f"--python is for a port from a file: give --impl FILE.py:NAME, not {spec}")
     if spec not in (known := known_ports()):
         raise ParityError(f"there is no implementation {spec!r}: name {', '.join(known)}, or FILE.py:NAME")
     return known[spec]
 
 
-def _from_file(path: Path, name: str, spec: str) -> Loader:
+def _from_file(path: Path, name: str, spec: str, python: Path | None) -> Loader:
+    if python is not None:
+        if not path.is_file():
+            raise ParityError(f"there is no Python file {path}: name a .py file with a port, as FILE.py:NAME")
+        return lambda bundle: ProcessPort(python, path, name, spec, bundle)
     make = vars(import_file(path, "a port, as FILE.py:NAME")).get(name)
     if not callable(make):
         raise ParityError(f"{path} defines no class or function {name!r}: name one that is given the bundle")
@@ -46,14 +53,16 @@ def _from_file(path: Path, name: str, spec: str) -> Loader:
         with one_line(f"{spec} cannot be loaded for bundle {bundle.name}"):
             port = make(bundle)
         if lacks := [method for method in REQUIRED if not callable(getattr(port, method, None))]:
-            raise ParityError(f"{spec} makes something without {' and '.join(lacks)}: see parity.ports.port.Port")
+            raise ParityError(f"{spec} makes something without {' and '.join(lacks)}: see examples/README.md")
         return GivenPort(port, f"{path.stem}:{name}", bundle.name)
 
     return load
 
 
 class GivenPort:
-    """A port of the user's: what it leaves out has a default, what it raises is one line, arrays become taps."""
+    """A port of the user's: what it leaves out has a default, and what it raises is one line."""
+
+    partial = True
 
     def __init__(self, port: Any, name: str, bundle: str) -> None:
         self._port, self._bundle = port, bundle
@@ -67,14 +76,13 @@ class GivenPort:
         contract: Contract | None = None,
         progress: Progress | None = None,
     ) -> Observed:
-        """See Port.run; a mapping of names to arrays will do for what is observed."""
+        """See Port.run."""
+        given = {name: (tap.array, tap.dtype) for name, tap in (force or {}).items()}
+        exact = ({}, (), None) if contract is None else (contract.exact, contract.splits, contract.answer)
+        probe = Probe(names, given, *exact, progress or (lambda call: None), Attached)
         with one_line(f"{self.name} cannot run bundle {self._bundle}"):
-            found = self._port.run(names, force=force or {}, contract=contract, progress=progress)
-            if isinstance(found, Observed):
-                return found
-            taps: Recording = {name: tap_of(value, name) for name, value in found.items()}
-        exact = {name: tap for name, tap in taps.items() if name.startswith("inputs/")}
-        return Observed({name: tap for name, tap in taps.items() if name not in exact and name in names}, exact, {})
+            self._port.run(probe)
+            return observed_of(probe.taps, probe.exact, probe.absent, names, "what it records")
 
     def weights(self) -> Weights:
         """See Port.weights."""

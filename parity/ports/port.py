@@ -21,10 +21,12 @@ class Port(Protocol):
 
     Attributes:
         name: what reports call it.
+        partial: whether it may lack parts: what it does not compute is told, and is no finding.
         whole_passes: whether it runs a full-sequence entry in passes over all tokens, and has to be given those.
     """
 
     name: str
+    partial: bool
     whole_passes: bool
 
     def run(

@@ -1,6 +1,6 @@
 """Runs all comparisons of lance-parity and tells how they ended."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ from parity.bundle.reading import read_bundle
 from parity.comparison.check import UnsupportedTask, check_bundle
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
 from parity.errors import ParityError
-from parity.ports.loading import port_loader
+from parity.ports.port import Loader
 from parity.report.run_page import UNSUPPORTED, Row, row_of
 
 # The bundles are small: more threads cost more than they bring.
@@ -17,7 +17,7 @@ MAX_THREADS = 1
 
 
 def compare_all(
-    paths: Sequence[Path], impls: Sequence[str], start: Callable[[str], Callable[[str], None]]
+    paths: Sequence[Path], loaders: Mapping[str, Loader], start: Callable[[str], Callable[[str], None]]
 ) -> list[Row]:
     """Compare every port with every bundle; what is unusable becomes a row that says why.
 
@@ -25,7 +25,6 @@ def compare_all(
     """
     limit_threads()
     rows, pages = [], {"index.html"}
-    loaders = {name: port_loader(name) for name in impls}
     for path in paths:
         for name, load in loaders.items():
             progress = start(f"{path.name} {name}")

@@ -6,9 +6,9 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -111,11 +111,36 @@ class Contract:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a run computed: the taps, the exact arrays by their names in `inputs/`, and what functions raised."""
+    """What a run computed.
+
+    Attributes:
+        recording: the taps.
+        exact: the exact arrays by their names in `inputs/`.
+        failures: what functions raised, by the name of the exact array that they should have made.
+        absent: of what the run has not whole, which of the oracle's values it lacks, as booleans: for a tap they
+            broadcast to it, for an exact array, which then holds the others alone, they lie along its last axis.
+    """
 
     recording: Recording
     exact: Recording
     failures: dict[str, str]
+    absent: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def filled(self, expected: Mapping[str, Any]) -> "Observed":
+        """The same with the expected rows where the run has none, so that it is judged on what is shared."""
+        if not self.absent:
+            return self
+        recording = dict(self.recording)
+        for name, lacking in self.absent.items():
+            if name not in recording:
+                continue
+            tap = expected.get(name)
+            if not isinstance(tap, Tap) or tap.shape != recording[name].shape:
+                del recording[name]
+            else:
+                array = np.where(lacking, tap.array, recording[name].array)
+                recording[name] = Tap(array, recording[name].dtype)
+        return replace(self, recording=recording)
 
 
 def float_bits(array: np.ndarray) -> np.ndarray:

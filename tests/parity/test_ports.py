@@ -1,6 +1,8 @@
 """Ports from a file of the user's: found, asked for what they have, and judged like any other."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,45 +18,46 @@ from parity.ports.loading import port_loader
 
 SMALL = "t2i-fp32-nokv"
 HEAD = """
-import numpy as np
 from parity.lance.ports import MlxPort
+from parity.tensors.recording import Contract, Tap
 class Given:
     def __init__(self, bundle):
         self.inner = MlxPort(bundle)
-    def run(self, names, force, contract, progress):
-        return self.inner.run(names, force, contract, progress)
+    def run(self, probe):
+        force = {name: Tap(*held) for name, held in probe.force.items()}
+        contract = Contract(probe.splits, probe.answer, probe.contract) if probe.contract else None
+        found = self.inner.run(probe.names, force, contract, probe.progress)
+        for name, tap in found.recording.items():
+            probe.value(name, tap.array)
+        for name, tap in found.exact.items():
+            probe.integers(name.removeprefix("inputs/"), tap.array)
     def weights(self):
         return self.inner.weights()
 """
 OWN = {
     "Right": "class Right(Given): pass",
-    "Arrays": """
-class Arrays(Given):
-    def run(self, names, force, contract, progress):
-        found = super().run(names, force, contract, progress)
-        taps = {name: tap.array for name, tap in found.recording.items()}
-        return taps | {name: tap.array for name, tap in found.exact.items()}
-""",
     "Wrong": """
 class Wrong(Given):
     name = "my port"
-    def run(self, names, force, contract, progress):
+    def run(self, probe):
         import lance_mlx.sampling.flow as flow
         real = flow.guided_velocity
         flow.guided_velocity = lambda *args: real(*args) * 1.01
         try:
-            return super().run(names, force, contract, progress)
+            return super().run(probe)
         finally:
             flow.guided_velocity = real
 """,
     "Deaf": """
 class Deaf(Given):
-    def run(self, names, force, contract, progress):
-        return self.inner.run(names, None, contract, progress)
+    def run(self, probe):
+        given, probe.force = probe.force, {}
+        super().run(probe)
+        probe.force = given
 """,
     "Broken": """
 class Broken(Given):
-    def run(self, names, force, contract, progress):
+    def run(self, probe):
         raise ValueError("no\\n    memory")
 """,
     "unloadable": """
@@ -82,13 +85,42 @@ def spec(tmp_path_factory):
     return write
 
 
-@pytest.mark.parametrize("name", ["Right", "Arrays"])
-def test_a_right_port_agrees_everywhere(oracles, spec, name):
-    bundle = oracles / SMALL
-    checked, localized = check_bundle(bundle, spec(name)), localize(bundle, spec(name))
+@pytest.mark.parametrize("python", [None, Path(sys.executable)])
+def test_a_right_port_agrees_everywhere(oracles, spec, python):
+    bundle, load = oracles / SMALL, port_loader(spec("Right"), python)
+    checked, localized = check_bundle(bundle, load), localize(bundle, load)
     assert checked.verdict == localized.verdict == "agree" and not localized.findings
-    assert checked.impl == localized.impl == f"{name.lower()}_port:{name}"
-    assert parity.compare(bundle, f"{bundle}@{spec(name)}").verdict == "agree"
+    assert checked.impl == localized.impl == "right_port:Right"
+
+
+MADE_UP = Path(__file__).with_name("made_up_port.py")
+CLOSING = "the closing <|im_end|> is missing"
+
+
+def test_a_port_that_shares_little_is_judged_on_that(oracles):
+    for name in ("t2i-fp32-kv", "t2i-fp32-nokv"):
+        found = localize(oracles / name, f"{MADE_UP}:Right")
+        assert [finding.explanations[0].name for finding in found.findings] == [CLOSING]
+        assert "it does not tell" in found.remark and "it has not all rows of positions" in found.remark
+
+
+def test_each_of_its_mistakes_is_named(oracles):
+    found = localize(oracles / "t2i-fp32-kv", f"{MADE_UP}:Wrong")
+    named = {finding.explanations[0].name: finding.explanations[0].residual_removed for finding in found.findings}
+    assert all(removed > 0.95 for removed in named.values())
+    assert set(named) == {
+        CLOSING,
+        "the target's grid starts at 0",
+        "the target's closing bracket restarts behind its grid",
+        "the activation is on up_proj instead of gate_proj",
+        "latents do not see their closing bracket",
+        "the renorm is per token",
+    }
+
+
+def test_a_port_takes_the_place_of_a_run(oracles, spec):
+    bundle = oracles / SMALL
+    assert parity.compare(bundle, f"{bundle}@{spec('Right')}").verdict == "agree"
 
 
 def test_a_wrong_one_is_told_what_is_wrong(oracles, spec):
@@ -113,7 +145,7 @@ def test_one_that_takes_no_values_is_not_localized(oracles, spec):
     [
         ("Broken", "broken_port:Broken cannot run bundle t2i-fp32-nokv: ValueError: no memory"),
         ("unloadable", "unloadable cannot be loaded for bundle t2i-fp32-nokv: KeyError: 'weights'"),
-        ("Empty", "makes something without run and weights: see parity.ports.port.Port"),
+        ("Empty", "makes something without run and weights: see examples/README.md"),
         ("number", "defines no class or function 'number': name one that is given the bundle"),
     ],
 )
@@ -142,10 +174,10 @@ def test_a_port_that_is_not_there_is_one_line(given, message):
 
 def test_a_run_compares_a_given_port(oracles, spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ["run", str(oracles / SMALL), "--impl", spec("Arrays"), "--format", "json"]
+    command = ["run", str(oracles / SMALL), "--impl", spec("Right"), "--format", "json"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0
-    assert [row["impl"] for row in json.loads(done.stdout)["results"]] == ["arrays_port:Arrays"]
+    assert [row["impl"] for row in json.loads(done.stdout)["results"]] == ["right_port:Right"]
 
 
 def test_weights_that_cannot_be_replaced_stay(oracles, spec):

@@ -34,6 +34,7 @@ class Recipe:
         after: what follows a block goes on from its "largest" id, its largest "time", its number of "cells", or its
             "opening" bracket.
         anchors: where the t axis of the first token with a role is put.
+        uncounted: roles whose blocks what follows does not go on from, as if they were not there.
         on_grid: roles whose first cell is put there, and not their bracket.
         taken_over: whether the target takes over the ids of a source of its size.
         always: whether ids are moved by role in a sequence without given visuals too.
@@ -48,6 +49,7 @@ class Recipe:
     reading: tuple[int, int, int] = (0, 1, 2)
     after: str = "largest"
     anchors: tuple[tuple[Role, int], ...] = ((Role.VIT, VIT_ANCHOR), (Role.SUBJECT, SUBJECT_ANCHOR))
+    uncounted: tuple[Role, ...] = ()
     on_grid: tuple[Role, ...] = ()
     taken_over: bool = True
     always: bool = False
@@ -62,7 +64,7 @@ class Recipe:
                 start += split.length
             else:
                 part = self._block(split, tokens_per_second) + start
-                start = int(part[0, -1]) + 1
+                start = start if split.role in self.uncounted else int(part[0, -1]) + 1
             parts.append(part)
         ids = np.concatenate(parts, 1).astype(np.int32)
         given = any(split.mode in (Mode.FULL, Mode.FULL_NOISE) for split in splits)

@@ -143,6 +143,7 @@ HYPOTHESES = [
     seen("latents do not see the text", hidden(latents, of(Role.TEXT))),
     seen("latents do not see the template", hidden(latents, of(Role.TEMPLATE))),
     seen("latents do not see the ViT's tokens", hidden(latents, of(Role.VIT))),
+    seen("nothing sees the ViT's tokens", hidden(anyone, of(Role.VIT))),
     seen("latents do not see the clean latents", hidden(latents, of(Role.SOURCE, Role.SUBJECT))),
     seen("text does not see visual blocks", hidden(
         of(Role.TEXT, Role.TEMPLATE), of(Role.VIT, Role.SOURCE, Role.SUBJECT))),

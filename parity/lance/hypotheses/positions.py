@@ -115,6 +115,18 @@ def spread(change: Callable[[np.ndarray], np.ndarray]) -> InPlace:
     return changed
 
 
+def closing(ids: np.ndarray, run: Run) -> None:
+    """A block's closing bracket counted from its grid alone, wherever that is."""
+    cells = ids[:, run.cells]
+    ids[:, run.whole[-1]] = (cells - cells[:, :1]).max() + 1
+
+
+def as_text(ids: np.ndarray, run: Run) -> None:
+    """A block's brackets count on with the text before it, its cells do not count."""
+    if run.whole[0]:
+        ids[:, run.whole[[0, -1]]] = ids[:, run.whole[:1] - 1] + [1, 2]
+
+
 def after_blocks(change: Callable[[int], int]) -> Change:
     """Text behind the first visual block moved."""
 
@@ -206,6 +218,8 @@ def per_group() -> list[Hypothesis]:
             *(blocks(f"{own} cells are off by {n:+d}", roles, moved(n, "cells")) for n in (-2, -1, 1, 2)),
             *(blocks(f"{own} frames are off by {n:+d}", roles, moved(n, "cells", (0,))) for n in (-1, 1)),
             *(blocks(f"the {name} is off by {n:+d} with its brackets", roles, moved(n, "whole")) for n in (-1, 1)),
+            blocks(f"{own} closing bracket restarts behind its grid", roles, closing),
+            blocks(f"{own} brackets count on with the text", roles, as_text),
         ]  # fmt: skip
     return found
 
@@ -229,6 +243,7 @@ HYPOTHESES = [
     recipe("positions count tokens on all axes", flat=True),
     recipe("cells are counted column by column", reading=(0, 2, 1)),
     recipe("cells are counted with frames innermost", reading=(1, 2, 0)),
+    recipe("what follows the ViT block does not count it", Role.VIT, uncounted=(Role.VIT,)),
     recipe("the ViT block is not anchored", anchors=((Role.SUBJECT, SUBJECT_ANCHOR),)),
     recipe("the ViT anchor is on the grid instead of its bracket", on_grid=(Role.VIT,)),
     recipe("the target does not take over the source's ids", taken_over=False),

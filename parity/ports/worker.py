@@ -1,0 +1,140 @@
+"""The process of a port that brings its own packages; run as a script by the interpreter that has them.
+
+It takes nothing of ours but the three files beside it, which need no more than NumPy.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+
+def _module(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Asked(Mapping):
+    """Tensors of a bundle, each asked for when it is needed."""
+
+    def __init__(self, group: str, names: list[str], channel: Any) -> None:
+        self._group, self._names, self._channel = group, names, channel
+
+    def __getitem__(self, name: str) -> SimpleNamespace:
+        if name not in self._names:
+            raise KeyError(name)
+        self._channel.send({"need": [self._group, name]})
+        message, arrays = self._channel.receive()
+        return SimpleNamespace(array=arrays["array"], dtype=message["dtype"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Worker:
+    """Answers one question after the other about one port."""
+
+    def __init__(self, channel: Any, probe: type, attached: type) -> None:
+        self._channel, self._probe, self._attached = channel, probe, attached
+        self._port: Any = None
+        self._replaced = ExitStack()
+
+    def load(self, message: dict, arrays: dict) -> None:
+        """Make the port of a file for a bundle."""
+        bundle = SimpleNamespace(**message["bundle"])
+        for place in ("path", "checkpoint"):
+            setattr(bundle, place, Path(getattr(bundle, place)))
+        for group in ("inputs", "taps"):
+            setattr(bundle, group, Asked(group, getattr(bundle, group), self._channel))
+        file, name = Path(message["file"]), message["name"]
+        make = vars(_module(f"_given_{file.stem}", file)).get(name)
+        if not callable(make):
+            raise LookupError(f"{file} defines no class or function {name!r}: name one that is given the bundle")
+        self._port = make(bundle)
+        lacks = [method for method in message["required"] if not callable(getattr(self._port, method, None))]
+        told = {"name": getattr(self._port, "name", ""), "whole_passes": getattr(self._port, "whole_passes", False)}
+        self._channel.send({"lacks": lacks, **told})
+
+    def run(self, message: dict, arrays: dict) -> None:
+        """Run it with a probe."""
+        force = {name: (arrays[f"force/{name}"], dtype) for name, dtype in message["force"].items()}
+        contract = {name: arrays[f"contract/{name}"] for name in message["contract"]}
+        splits = tuple(SimpleNamespace(**split, ids=arrays[f"ids/{i}"]) for i, split in enumerate(message["splits"]))
+        probe = self._probe(
+            set(message["names"]),
+            force,
+            contract,
+            splits,
+            message["answer"],
+            lambda call: self._channel.send({"progress": call}),
+            self._attached,
+        )
+        self._port.run(probe)
+        held = {f"taps/{name}": array for name, (array, _) in probe.taps.items()}
+        held |= {f"exact/{name}": array for name, array in probe.exact.items()}
+        held |= {f"absent/{name}": array for name, array in probe.absent.items()}
+        self._channel.send({"dtypes": {name: dtype for name, (_, dtype) in probe.taps.items()}}, held)
+
+    def weights(self, message: dict, arrays: dict) -> None:
+        """Its weights, one message each."""
+        for name, array in self._port.weights():
+            self._channel.send({"weight": name}, {"array": np.asarray(array, np.float32)})
+        self._channel.send({"end": True})
+
+    def with_weights(self, message: dict, arrays: dict) -> None:
+        """Replace weights until none are given."""
+        self._replaced.close()
+        if arrays:
+            replace = getattr(self._port, "with_weights", lambda given: nullcontext())
+            self._replaced.enter_context(replace(arrays))
+        self._channel.send({"done": True})
+
+    def preprocessed(self, message: dict, arrays: dict) -> None:
+        """Its own way with the visuals."""
+        found = getattr(self._port, "preprocessed", lambda media: None)(Path(message["media"]))
+        self._channel.send({"none": found is None}, found or {})
+
+    def versions(self, message: dict, arrays: dict) -> None:
+        """What computes."""
+        told = getattr(self._port, "versions", lambda: {"python": sys.version.split()[0], "numpy": np.__version__})()
+        self._channel.send({"versions": told})
+
+
+def main() -> None:
+    """Serve until the other end closes."""
+    here = Path(__file__).resolve().parent
+    # What lies beside this file is not to be found under its bare name.
+    sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != here]
+    outgoing = os.fdopen(os.dup(1), "wb")
+    # What the port prints goes where its errors go.
+    os.dup2(2, 1)
+    channel = _module("_lance_parity_channel", here / "channel.py").Channel(sys.stdin.buffer, outgoing)
+    attached = _module("_lance_parity_attach", here / "attach.py").Attached
+    worker = Worker(channel, _module("_lance_parity_probe", here / "probe.py").Probe, attached)
+    while True:
+        try:
+            message, arrays = channel.receive()
+        except EOFError:
+            return
+        answer: Callable[[dict, dict], None] = getattr(worker, message["do"])
+        try:
+            answer(message, arrays)
+        except (Exception, SystemExit) as error:
+            text = " ".join(str(error).split())
+            channel.send({"error": f"{type(error).__name__}: {text}"})
+
+
+if __name__ == "__main__":
+    main()
