@@ -210,7 +210,7 @@ class Run:
     def recorded(self, name: str, ids: list[int], seen: np.ndarray) -> list[int]:
         """Token ids; of the oracle's, where the run is steered, those that the port has a place for."""
         used = self.probe.integers(name, np.array(ids, np.int32))
-        ids = used[seen].tolist() if self.probe.contract else ids
+        ids = used[seen].tolist() if len(used) == len(seen) else ids
         self.gen = np.array(ids) == self.port.pads["video_pad"]
         return ids
 

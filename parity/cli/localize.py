@@ -42,6 +42,10 @@ def localize(
         list[Path] | None,
         typer.Option(metavar="FILE", help="A .py file with hypotheses of your own.", show_default=False),
     ] = None,
+    attribute: Annotated[
+        bool,
+        typer.Option("--attribute", help="Also tell how much of the result's error each finding makes: many runs."),
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.", show_default=False)
     ] = None,
@@ -91,7 +95,8 @@ def localize(
             own = [h for path in hypotheses or [] for h in load_hypotheses(path)]
             with progress_bar(1, "bundle") as start:
                 every = check_unique([*own, *definition().HYPOTHESES])
-                found = run(bundle, port_loader(impl, python), chosen, every, start(f"{bundle.name} {impl}"))
+                tell = start(f"{bundle.name} {impl}")
+                found = run(bundle, port_loader(impl, python), chosen, every, tell, attribute)
         except ParityError as error:
             if json_file:
                 document = {"verdict": UNUSABLE, "reason": str(error), "findings": [], "bundle": bundle.name}

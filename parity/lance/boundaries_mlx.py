@@ -96,7 +96,7 @@ class MlxBoundaries:
             computed = self._attempt(name, original, *args, **values)
             if computed is not None:
                 self.note(name, computed)
-            return computed if self.contract is None else self.contract.exact[name].copy()
+            return self.contract.exact[name].copy() if self._given(name) else computed
 
         return exact
 
@@ -108,19 +108,23 @@ class MlxBoundaries:
             self.note("inputs/split_lens", [len(segment) for segment in computed.segments])
             self.note("inputs/attn_modes", [segment.mode for segment in computed.segments])
             self.note("inputs/grids_thw", [segment.grid for segment in computed.segments if segment.grid is not None])
-        return computed if self.contract is None else _sequence_of(self.contract.splits)
+        return _sequence_of(self.contract.splits) if self._given("inputs/text_ids") else computed
+
+    def _given(self, name: str) -> bool:
+        """Whether the contract, which may hold some arrays only, holds this one."""
+        return self.contract is not None and name in self.contract.exact
 
     def _answer_start(self, original: Callable, *args: Any, **values: Any) -> int:
         computed = self._attempt("inputs/answer", original, *args, **values)
         if computed is not None:
             self.note("inputs/answer", [computed])
-        return computed if self.contract is None else self.contract.answer
+        return self.contract.answer if self._given("inputs/answer") else computed
 
     def _unconditional(self, original: Callable, sequence: TokenSequence) -> TokenSequence:
         computed = self._attempt("inputs/text_ids.uncond", original, sequence)
         if computed is not None:
             self.note("inputs/text_ids.uncond", computed.ids)
-        if self.contract is None:
+        if not self._given("inputs/text_ids.uncond"):
             return computed
         return _sequence_of([split for split in self.contract.splits if split.role != Role.TEXT])
 
@@ -128,7 +132,7 @@ class MlxBoundaries:
         computed = bool(original(t, request))
         self._guided.append(int(computed))
         self.computed["inputs/guided"] = Tap(np.array(self._guided, np.int32), "int32")
-        if self.contract is None:
+        if not self._given("inputs/guided"):
             return computed
         return bool(self.contract.exact["inputs/guided"][len(self._guided) - 1])
 

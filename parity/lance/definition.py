@@ -5,7 +5,7 @@ from parity.lance.diagnosis import name_component
 from parity.lance.faults import CATALOGUE, PROFILES, load_fault
 from parity.lance.given import answered, wanted
 from parity.lance.hypotheses import HYPOTHESES
-from parity.lance.names import locate, logits_name, parse, velocity_calls
+from parity.lance.names import RESULTS, locate, logits_name, parse, velocity_calls
 from parity.lance.ports import PORTS, oracle_weights
 from parity.lance.requests import SUPPORTED_TASKS, check_request
 from parity.lance.rows import row_experts, row_frames, row_roles
@@ -16,6 +16,7 @@ from parity.lance.weight_sums import changed_weights, has_weights, require_weigh
 __all__ = [
     # Names of taps, and requests.
     "parse",
+    "RESULTS",
     "locate",
     "logits_name",
     "velocity_calls",

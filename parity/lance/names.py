@@ -126,6 +126,9 @@ PATHS = (
     Kind("{coder}", "the output of the head", CODES, "vae.{coder}.head"),
 )
 
+RESULTS = ("latent", "pixels", "frames")
+"""What a run that draws ends in, the last one to be looked at."""
+
 _BEFORE = next(i for i, kind in enumerate(PATHS) if kind.pattern == "hidden_in")
 
 WORDS = {

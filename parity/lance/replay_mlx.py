@@ -22,6 +22,7 @@ from lance_mlx.sequence.tokenizer import LanceTokenizer
 from parity.lance.arrays_mlx import channels_first
 from parity.lance.boundaries_mlx import MlxBoundaries
 from parity.lance.capture_mlx import MlxCapture
+from parity.ports.mending import Mending
 from parity.tensors.recording import Contract, Observed, Recording, Replay, Tap
 
 _REQUEST_KEYS = {
@@ -146,6 +147,8 @@ def replay_pipeline(
     """Replay a request on a loaded pipeline, and with `force` and `contract` every part of it from the given values."""
     tell = progress or (lambda call: None)
     with MlxCapture(pipeline, names, force) as capture, MlxBoundaries(capture, contract) as boundaries:
+        if isinstance(force, Mending):
+            force.recorded = lambda: Observed(capture.recording, {}, {})
         if isinstance(request, Question):
             _record_answer(capture, pipeline, request, replay, tell)
         else:

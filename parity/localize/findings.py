@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from parity.comparison.trajectory import Departure, Margin
 from parity.oracle.bounds import Alarm
 from parity.tensors.metrics import finite
 from parity.tensors.names import TapName
+
+if TYPE_CHECKING:
+    from parity.localize.attribution import Attribution
 
 EXACT, LOCAL, STRUCTURE = "exact", "local", "structure"
 """Kinds of findings: an integer or a weight that must be equal, an activation that is locally too far, an error."""
@@ -201,6 +204,7 @@ class Localization:
     seconds: float | None = None
     peak_bytes: int | None = None
     remark: str = ""
+    attribution: "Attribution | None" = None
 
     @property
     def first(self) -> Finding | None:
@@ -262,6 +266,7 @@ class Localization:
                 }
                 for t in self.taps
             ],
+            "attribution": self.attribution and self.attribution.to_json(),
             "request": self.request,
             "provenance": self.provenance,
             "seconds": finite(self.seconds),

@@ -18,6 +18,7 @@ from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE
 from parity.errors import ParityError
 from parity.hypotheses import Hypothesis
 from parity.hypotheses.tap_probe import TapProbe, site_of
+from parity.localize.attribution import Attributing
 from parity.localize.explain import Causes, explain, removed
 from parity.localize.findings import (
     EXACT,
@@ -37,8 +38,8 @@ from parity.model import definition
 from parity.oracle.bounds import bounds_of
 from parity.oracle.floors_file import floors_of
 from parity.oracle.judgement import clears, judge, segment_bounds
+from parity.oracle.oracle import FREE, SEGMENT, Oracle
 from parity.oracle.oracle import LOCAL as STEERED
-from parity.oracle.oracle import SEGMENT, Oracle
 from parity.ports.loading import port_loader
 from parity.ports.port import Loader, Port
 from parity.ports.provenance import provenance_of
@@ -63,11 +64,13 @@ def localize(
     faults: Sequence[Any] = (),
     hypotheses: Sequence[Hypothesis] | None = None,
     progress: Progress | None = None,
+    attribute: bool = False,
 ) -> Localization:
     """Find everything that is wrong by itself in an implementation's run of a bundle, in order, and explain it.
 
     `impl` is a port's name, FILE.py:NAME, or what loads one. `faults` break the port for the duration; `hypotheses` are
-    the model's where none are given. `progress` is told what is being done. Raises ParityError for a bundle that is
+    the model's where none are given. `progress` is told what is being done. With `attribute` the errors of the results
+    are owed to the findings. Raises ParityError for a bundle that is
     unusable or an implementation that cannot run it.
     """
     tell = progress or (lambda what: None)
@@ -82,7 +85,7 @@ def localize(
         raise ParityError(f"faults break lance_mlx, not {port.name}: leave --impl out")
     return Investigation(
         bundle, oracle, port, list(faults), list(definition().HYPOTHESES if hypotheses is None else hypotheses), tell
-    ).run(started)
+    ).run(started, attribute)
 
 
 class Investigation:
@@ -111,7 +114,7 @@ class Investigation:
         self.pictures: list[Picture] = []
         self.held: dict[str, Tap | Sketch] = dict(oracle.own)
 
-    def run(self, started: float | None = None) -> Localization:
+    def run(self, started: float | None = None, attribute: bool = False) -> Localization:
         """Run the port free, steered and from the oracle's states, and judge what it computed."""
         started = time.perf_counter() if started is None else started
         self.tell("floors")
@@ -161,6 +164,13 @@ class Investigation:
         self._show_pixels(free.recording)
         departures = trajectory(self.oracle, led.recording, free.recording) if self.thorough else []
         verdict, reason = self._verdict(taps, unstable, failure, blind)
+        attribution = None
+        if attribute and self.findings:
+            with self.port.broken_by(self.faults) if self.faults else nullcontext():
+                limits = bounds_of(floors[FREE], self.oracle.taps, self.bundle.dtype).limits()
+                attribution = Attributing(
+                    self.port, self.oracle, self.findings, self.hypotheses, forced, self.tell
+                ).run(limits)
         return Localization(
             bundle=self.bundle.name,
             impl=self.port.name,
@@ -182,6 +192,7 @@ class Investigation:
             provenance=provenance_of(self.bundle, self.port, checked.checksum, checked.compared),
             seconds=time.perf_counter() - started,
             peak_bytes=memory.peak(),
+            attribution=attribution,
         )
 
     def _free_runs(self) -> tuple[Observed, str | None, str | None]:

@@ -11,7 +11,8 @@ from parity.bundle.reading import Bundle
 from parity.errors import ParityError, one_line
 from parity.model import definition
 from parity.ports.attach import Attached
-from parity.ports.observed import REQUIRED, observed_of
+from parity.ports.mending import Mending
+from parity.ports.observed import REQUIRED, HeldTaps, observed_of
 from parity.ports.port import Loader, Port, Progress, Weights, versions
 from parity.ports.probe import Probe
 from parity.ports.process import ProcessPort
@@ -77,9 +78,11 @@ class GivenPort:
         progress: Progress | None = None,
     ) -> Observed:
         """See Port.run."""
-        given = {name: (tap.array, tap.dtype) for name, tap in (force or {}).items()}
+        given = HeldTaps(force or {})
         exact = ({}, (), None) if contract is None else (contract.exact, contract.splits, contract.answer)
         probe = Probe(names, given, *exact, progress or (lambda call: None), Attached)
+        if isinstance(force, Mending):
+            force.recorded = lambda: observed_of(probe.taps, {}, probe.absent, names, "what it records")
         with one_line(f"{self.name} cannot run bundle {self._bundle}"):
             self._port.run(probe)
             return observed_of(probe.taps, probe.exact, probe.absent, names, "what it records")

@@ -1,6 +1,6 @@
 """What a given port's run recorded, as the engine takes it."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import numpy as np
 
@@ -10,6 +10,26 @@ from parity.tensors.recording import DTYPES, Observed, Recording, Tap
 
 REQUIRED = ("run", "weights")
 """What a port from a file has to have; of the rest there are defaults."""
+
+
+class HeldTaps(Mapping[str, Held]):
+    """Taps as a probe holds them."""
+
+    def __init__(self, taps: Mapping[str, Tap]) -> None:
+        self._taps = taps
+
+    def __getitem__(self, name: str) -> Held:
+        tap = self._taps[name]
+        return tap.array, tap.dtype
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._taps
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._taps)
+
+    def __len__(self) -> int:
+        return len(self._taps)
 
 
 def observed_of(

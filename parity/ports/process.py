@@ -13,8 +13,10 @@ import numpy as np
 from parity.bundle.reading import Bundle
 from parity.errors import ParityError
 from parity.ports.channel import Channel
+from parity.ports.mending import Mending
 from parity.ports.observed import REQUIRED, observed_of
 from parity.ports.port import Progress, Weights
+from parity.ports.probe import Held
 from parity.tensors.recording import Contract, Observed, Tap
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -60,7 +62,8 @@ class ProcessPort:
         progress: Progress | None = None,
     ) -> Observed:
         """See Port.run."""
-        force = force or {}
+        mending = force if isinstance(force, Mending) else None
+        force = {} if mending is not None else force or {}
         arrays = {f"force/{name}": tap.array for name, tap in force.items()}
         splits, exact = [], {}
         if contract is not None:
@@ -73,18 +76,26 @@ class ProcessPort:
         asked = {
             "names": sorted(names),
             "force": {name: tap.dtype for name, tap in force.items()},
+            "mend": sorted(mending or ()),
             "contract": list(exact),
             "splits": splits,
             "answer": contract and contract.answer,
         }
         what = f"{self.name} cannot run bundle {self._bundle.name}"
+        if mending is not None:
+            taps, absent = {}, {}
+            mending.recorded = lambda: observed_of(taps, {}, absent, names, what)
+
+            def mend(message: dict[str, Any], held: dict[str, np.ndarray]) -> None:
+                new, _, lacking = _parted(message, held)
+                taps.update(new)
+                absent.update(lacking)
+                tap = mending[message["mend"]]
+                self._channel.send({"dtype": tap.dtype}, {"array": tap.array})
+
+            self._mend = mend
         told, held = self._ask(what, "run", asked, arrays, progress)
-        groups: dict[str, dict[str, np.ndarray]] = {"taps": {}, "exact": {}, "absent": {}}
-        for name, array in held.items():
-            group, _, tap = name.partition("/")
-            groups[group][tap] = array
-        taps = {name: (array, told["dtypes"][name]) for name, array in groups["taps"].items()}
-        return observed_of(taps, groups["exact"], groups["absent"], names, what)
+        return observed_of(*_parted(told, held), names, what)
 
     def weights(self) -> Weights:
         """See Port.weights."""
@@ -139,6 +150,9 @@ class ProcessPort:
                     continue
             except (EOFError, OSError, ValueError) as error:
                 raise self._gone(what) from error
+            if "mend" in message:
+                self._mend(message, arrays)
+                continue
             if "progress" in message:
                 if progress is not None:
                     progress(message["progress"])
@@ -153,6 +167,18 @@ class ProcessPort:
         lines = self._errors.read().decode(errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
         return ParityError(f"{what}: its process ended with {self._process.returncode}: {said}")
+
+
+def _parted(
+    message: Mapping[str, Any], held: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Held], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Taps, exact arrays and what is absent, as a worker sends them together."""
+    groups: dict[str, dict[str, np.ndarray]] = {"taps": {}, "exact": {}, "absent": {}}
+    for name, array in held.items():
+        group, _, tap = name.partition("/")
+        groups[group][tap] = array
+    taps = {name: (array, message["dtypes"][name]) for name, array in groups["taps"].items()}
+    return taps, groups["exact"], groups["absent"]
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -43,6 +43,41 @@ class Asked(Mapping):
         return len(self._names)
 
 
+class Mended(Mapping):
+    """Forced values that the other process computes when the run comes to them, from what was recorded since."""
+
+    def __init__(self, names: list[str], channel: Any) -> None:
+        self._names, self._channel, self._known = set(names), channel, {}
+        self._sent: set[str] = set()
+        self.probe: Any = None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> tuple[np.ndarray, str]:
+        if name not in self._known:
+            new = [tap for tap in self.probe.taps if tap not in self._sent]
+            self._sent.update(new)
+            message, arrays = told(self.probe, new)
+            self._channel.send(message | {"mend": name}, arrays)
+            message, arrays = self._channel.receive()
+            self._known[name] = arrays["array"], message["dtype"]
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def told(probe: Any, names: list[str]) -> tuple[dict, dict[str, np.ndarray]]:
+    """Taps of a probe as they are sent."""
+    arrays = {f"taps/{name}": probe.taps[name][0] for name in names}
+    arrays |= {f"absent/{name}": probe.absent[name] for name in names if name in probe.absent}
+    return {"dtypes": {name: probe.taps[name][1] for name in names}}, arrays
+
+
 class Worker:
     """Answers one question after the other about one port."""
 
@@ -70,6 +105,8 @@ class Worker:
     def run(self, message: dict, arrays: dict) -> None:
         """Run it with a probe."""
         force = {name: (arrays[f"force/{name}"], dtype) for name, dtype in message["force"].items()}
+        if message["mend"]:
+            force = Mended(message["mend"], self._channel)
         contract = {name: arrays[f"contract/{name}"] for name in message["contract"]}
         splits = tuple(SimpleNamespace(**split, ids=arrays[f"ids/{i}"]) for i, split in enumerate(message["splits"]))
         probe = self._probe(
@@ -81,11 +118,13 @@ class Worker:
             lambda call: self._channel.send({"progress": call}),
             self._attached,
         )
+        if message["mend"]:
+            force.probe = probe
         self._port.run(probe)
-        held = {f"taps/{name}": array for name, (array, _) in probe.taps.items()}
+        message, held = told(probe, list(probe.taps))
         held |= {f"exact/{name}": array for name, array in probe.exact.items()}
-        held |= {f"absent/{name}": array for name, array in probe.absent.items()}
-        self._channel.send({"dtypes": {name: dtype for name, (_, dtype) in probe.taps.items()}}, held)
+        held |= {f"absent/{name}": probe.absent[name] for name in probe.exact if name in probe.absent}
+        self._channel.send(message, held)
 
     def weights(self, message: dict, arrays: dict) -> None:
         """Its weights, one message each."""

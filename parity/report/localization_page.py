@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from parity.localize.attribution import Attribution, Worth
 from parity.localize.findings import EXPLAINS, Finding, Localization, Picture, SliceError
 from parity.report import words
 from parity.report.drawing import STEPS, THEMES, Plot
@@ -18,6 +19,7 @@ from parity.report.pictures import Frames, frames_of, is_frames, picture_plot
 from parity.report.plots import exact_shades, map_plot, margins_plot, order_plot, trajectory_plot
 from parity.report.run_page import page_environment
 from parity.report.words import localization_markdown
+from parity.tensors.names import parse
 from parity.tensors.recording import write_atomically
 
 __all__ = ["localization_markdown", "write_localization"]
@@ -46,6 +48,7 @@ class Drawn:
     of_finding: dict[int, list[Plot]] = field(default_factory=dict)
     others: list[Plot] = field(default_factory=list)
     frames: list[Frames] = field(default_factory=list)
+    causes: list[Frames | None] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
     def files(self) -> dict[str, bytes]:
@@ -54,6 +57,9 @@ class Drawn:
         files = {f"{plot.name}.png": plot.light for plot in plots}
         for clip, frames in enumerate(self.frames, 1):
             files |= {f"clip-{clip}-frame-{frame.number:03d}.png": frame.png for frame in frames.frames}
+        for number, frames in enumerate(self.causes, 1):
+            if frames is not None:
+                files[f"cause-{number}.png"] = frames.worst.png
         return files
 
 
@@ -93,7 +99,18 @@ def draw(localization: Localization) -> Drawn:
             drawn.frames.append(frames_of(picture))
         else:
             _draw_picture(drawn, picture, f"tap-{place}", numbers.get(picture.tap.name))
+    attribution = localization.attribution
+    for worth in attribution.worths if attribution else ():
+        drawn.causes.append(_result_of(attribution, worth))
     return drawn
+
+
+def _result_of(attribution: Attribution, worth: Worth) -> Frames | None:
+    """What a run ends in where one cause alone is wrong, beside the oracle's; None where that is no picture."""
+    if attribution.expected is None or worth.result is None:
+        return None
+    picture = Picture(parse(attribution.result), attribution.expected.array, worth.result.array)
+    return frames_of(picture) if is_frames(picture) else None
 
 
 def _draw_picture(drawn: Drawn, picture: Picture, name: str, finding: int | None) -> None:

@@ -58,6 +58,11 @@ class Frames:
     total: int
     factor: float
 
+    @property
+    def worst(self) -> Frame:
+        """The frame with the largest error."""
+        return max(self.frames, key=lambda frame: frame.error)
+
 
 def axis_names(picture: Picture) -> list[str]:
     """Return the names of a picture's axes, numbered ones where the registry gives none of as many."""

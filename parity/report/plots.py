@@ -87,7 +87,7 @@ def trajectory_plot(localization: Localization) -> Plot | None:
         axes.set_xticks(*_ticks([f"{step.step}\nt={step.t:.2f}" for step in steps], at))
         axes.set_xlabel("step")
         axes.set_ylabel("relative L2 error")
-        figure.legend(loc="outside lower center", ncols=5, frameon=False)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
 
     return plot("trajectory", f"Error of the trajectory over {len(steps)} steps", (11.5, 3.7), draw)
 

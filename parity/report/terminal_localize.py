@@ -4,11 +4,12 @@ from rich.console import Console
 from rich.text import Text
 
 from parity.comparison.verdict import AGREE
+from parity.localize.attribution import Attribution
 from parity.localize.findings import Finding, Localization
 from parity.model import definition
 from parity.report.run_page import significant
 from parity.report.terminal import new_table, print_table, styled
-from parity.report.words import counted, failures, false_alarms, sentence
+from parity.report.words import counted, failures, false_alarms, percent, sentence
 
 # Explanations and other taps of the same cause that are listed of each finding.
 EXPLANATIONS, OTHERS = 3, 3
@@ -28,6 +29,8 @@ def print_localization(found: Localization) -> None:
         console.print(f"broken on purpose: {', '.join(found.faults)}", markup=False)
     for number, finding in enumerate(found.findings, 1):
         _print_finding(console, number, finding)
+    if found.attribution is not None:
+        _print_attribution(console, found.attribution)
     if found.seconds is not None and found.peak_bytes is not None:
         console.print(f"{found.seconds:.1f} s, peak memory {found.peak_bytes / 2**20:.0f} MiB")
 
@@ -54,6 +57,18 @@ def _print_finding(console: Console, number: int, finding: Finding) -> None:
     for line in lines:
         if line:
             console.print(f"   {line}", markup=False)
+
+
+def _print_attribution(console: Console, found: Attribution) -> None:
+    how = f"{found.orders} orders" if found.orders else "every subset"
+    console.print(f"what the error of the result is owed to ({how}): {found.sentence()}", markup=False)
+    results = list(found.left)
+    table = new_table("finding", *(f"part of {name}" for name in results), *(f"{name}, alone" for name in results))
+    for worth in found.worths:
+        shares = [percent(worth.share[name] / found.before[name]) if found.before[name] else "–" for name in results]
+        alone = [significant(worth.alone[name]) for name in results]
+        table.add_row(f"{', '.join(map(str, worth.numbers))}. {worth.cause}", *shares, *alone)
+    print_table(table)
 
 
 def print_faults() -> None:

@@ -19,6 +19,8 @@ LOADED = ("image_edit-fp32-nokv", "x2t_image-bf16-kv")
 class Given:
     """A subject that has these parameters."""
 
+    partial = False
+
     def __init__(self, weights):
         self._weights = weights
 

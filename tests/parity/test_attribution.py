@@ -1,0 +1,76 @@
+"""What the error of a result is owed to: complete where all is found, additive, and what each cause does alone."""
+
+import pytest
+
+from parity.errors import ParityError
+from parity.localize.attribution import EVERY, ORDERS, Attributing, Cause
+from parity.localize.investigation import localize
+from parity.model import definition
+
+FAULTS = ("grid-origin-0", "renorm-channel")
+
+
+@pytest.fixture(scope="module")
+def found(oracles):
+    faults = [definition().CATALOGUE[name] for name in FAULTS]
+    return localize(oracles / "t2i-fp32-kv", faults=faults, attribute=True)
+
+
+def test_all_that_is_found_mended_leaves_rounding(found):
+    attribution = found.attribution
+    assert attribution.complete and attribution.sentence() == "with all of them mended nothing is left but rounding"
+    assert [worth.cause for worth in attribution.worths] == [
+        "positions: the target's grid starts at 0",
+        "guidance: the renorm is per token",
+    ]
+    assert not attribution.orders and not attribution.unmended
+    assert found.to_json()["attribution"]["complete"] is True
+
+
+def test_shares_add_up(found):
+    attribution = found.attribution
+    for name, before in attribution.before.items():
+        total = sum(worth.share[name] for worth in attribution.worths)
+        assert total == pytest.approx(before - attribution.left[name])
+    # Of two, each share is the mean of what it does first and of what it does last.
+    first, second = attribution.worths
+    as_first = attribution.before["latent"] - first.without["latent"]
+    as_last = first.alone["latent"] - attribution.left["latent"]
+    assert first.share["latent"] == pytest.approx((as_first + as_last) / 2)
+    assert second.alone == first.without and first.alone == second.without
+
+
+def test_a_cause_alone_does_what_its_fault_alone_does(oracles, found):
+    for name, worth in zip(FAULTS, found.attribution.worths, strict=True):
+        alone = localize(oracles / "t2i-fp32-kv", faults=[definition().CATALOGUE[name]])
+        latent = next(tap for tap in alone.taps if tap.tap.name == "latent")
+        assert worth.alone["latent"] == pytest.approx(latent.total, rel=1e-4)
+        pixels = next(picture for picture in alone.pictures if picture.tap.name == "pixels")
+        assert worth.result.shape == pixels.got.shape
+
+
+def test_what_is_not_among_the_findings_is_left(oracles, monkeypatch):
+    every = Attributing._causes
+    monkeypatch.setattr(Attributing, "_causes", lambda self, findings: every(self, findings[:1]))
+    faults = [definition().CATALOGUE[name] for name in FAULTS]
+    attribution = localize(oracles / "t2i-fp32-kv", faults=faults, attribute=True).attribution
+    assert not attribution.complete and attribution.left["latent"] > 0.01
+    assert "of the error is left: something is not among the findings" in attribution.sentence()
+
+
+def test_another_entry_is_one_line(oracles):
+    with pytest.raises(ParityError, match="needs a bundle of the kv_cache entry, t2i-fp32-nokv is not"):
+        localize(oracles / "t2i-fp32-nokv", faults=[definition().CATALOGUE["renorm-channel"]], attribute=True)
+
+
+def test_many_causes_are_mended_in_some_orders(monkeypatch):
+    attributing = Attributing.__new__(Attributing)
+    attributing.causes = [Cause(str(number), (number,)) for number in range(EVERY + 2)]
+    worth = [2.0**number for number in range(EVERY + 2)]
+    monkeypatch.setattr(attributing, "errors", lambda mended: {"x": sum(worth) - sum(worth[n] for n in mended)}, False)
+    orders = list(attributing._orders(len(worth)))
+    assert len(orders) == 2 * ORDERS and all(sorted(order) == list(range(len(worth))) for order in orders)
+    # What adds up is told exactly by any order.
+    for number, amount in enumerate(worth):
+        assert attributing._shapley(number, orders)["x"] == pytest.approx(amount)
+        assert attributing._shapley(number, [])["x"] == pytest.approx(amount)
