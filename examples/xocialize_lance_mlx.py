@@ -78,10 +78,10 @@ class Port:
         if self.task not in PIPELINES:
             raise ValueError(f"the adapter is for {', '.join(PIPELINES)}, not {self.task}")
         self.module = importlib.import_module(f"lance_mlx.pipeline.{self.task.replace('x2t_image', 'understanding')}")
-        dtype = {"float32": "fp32", "bfloat16": "bf16"}[bundle.dtype]
+        self.dtype = {"float32": "fp32", "bfloat16": "bf16"}[bundle.dtype]
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder)
-            script("02_convert.py").convert(bundle.checkpoint / bundle.variant, out, dtype, "lance_3b_video")
+            script("02_convert.py").convert(bundle.checkpoint / bundle.variant, out, self.dtype, "lance_3b_video")
             self.config = json.loads((out / "config.json").read_text())
             self.saved = mx.load(str(out / "model.safetensors"))
             # Checkpoints made for tests hold one frame of the table.
@@ -106,7 +106,7 @@ class Port:
 
     def drawing(self, out: Path) -> dict[str, Any]:
         """The VAE, and a processor whose tokenizer tells the run under way."""
-        script("06_convert_wan_vae.py").convert(self.bundle.checkpoint / "Wan2.2_VAE.pth", out, "fp32")
+        script("06_convert_wan_vae.py").convert(self.bundle.checkpoint / "Wan2.2_VAE.pth", out, self.dtype)
         vae = mx.load(str(out / "vae.safetensors"))
         mx.eval(vae)
         decoder = vae22.Wan22VAEDecoder(48, dec_dim=vae["decoder.conv1.weight"].shape[0] // 4)
@@ -179,6 +179,18 @@ class Port:
             path, _, parameter = name.rpartition(".")
             if path != "lm_head" or self.task == "x2t_image":
                 yield f"{RENAMED.get(path, LAYERS + path)}.{parameter}", np.array(value.astype(mx.float32))
+
+    @contextmanager
+    def with_weights(self, given: dict[str, np.ndarray]) -> Iterator[None]:
+        """Hold given values of the transformer for a while, in the dtypes that it has them in."""
+        before, named = dict(self.saved), {}
+        for name in before:
+            path, _, parameter = name.rpartition(".")
+            named[f"{RENAMED.get(path, LAYERS + path)}.{parameter}"] = name
+        held = {named[name]: mx.array(value).astype(before[named[name]].dtype) for name, value in given.items()}
+        self.model.load_weights(list(held.items()), strict=False)
+        yield
+        self.model.load_weights([(name, before[name]) for name in held], strict=False)
 
 
 class Run:
@@ -330,7 +342,7 @@ class Drawing(Run):
 
     def noise(self, original: Callable, shape: tuple[int, ...]) -> mx.array:
         noise = self.bundle.taps["sampler.noise"].array
-        self.probe.value("sampler.noise", mx.array(noise))
+        self.probe.value("sampler.noise", mx.array(noise).astype(self.port.model.embed_tokens.weight.dtype))
         return mx.array(noise[-len(self.bundle.inputs["mse_loss_indexes"].array) :]).reshape(shape)
 
     # A step.

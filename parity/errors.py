@@ -20,7 +20,7 @@ def one_line(what: str) -> Iterator[None]:
     """Turn whatever an implementation raises into a ParityError of one line; the cause stays attached."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if interrupted(error):
             raise KeyboardInterrupt from error
         # The implementations' own errors are a sentence already; of any other the kind says as much as the text.

@@ -9,7 +9,16 @@ from parity.lance.names import RESULTS, locate, logits_name, parse, velocity_cal
 from parity.lance.ports import PORTS, oracle_weights
 from parity.lance.requests import SUPPORTED_TASKS, check_request
 from parity.lance.rows import row_experts, row_frames, row_roles
-from parity.lance.trusted import SEQUENCE, answer_logits, contract_of, cut, load_run, load_trusted, run_passes
+from parity.lance.trusted import (
+    SEQUENCE,
+    answer_logits,
+    contract_of,
+    cut,
+    load_run,
+    load_trusted,
+    load_wider,
+    run_passes,
+)
 from parity.lance.variants import exact_variant, run_variant, variants_of
 from parity.lance.weight_sums import changed_weights, has_weights, require_weights
 
@@ -25,6 +34,7 @@ __all__ = [
     # The trusted side: the reference loaded for a bundle, its runs, its variants, and what it lays down as exact.
     "load_trusted",
     "load_run",
+    "load_wider",
     "run_passes",
     "cut",
     "contract_of",

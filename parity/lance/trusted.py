@@ -67,6 +67,16 @@ def load_trusted(bundle: Bundle, dtype: str | None = None) -> TorchReplay:
     return load_run(bundle, Numerics(dtype or bundle.dtype))
 
 
+def load_wider(bundle: Bundle, dtype: str) -> TorchReplay:
+    """The reference for a bundle in a wider dtype, with its weights as the bundle's own policy rounds them."""
+    run = load_trusted(bundle, dtype)
+    narrow = Numerics(bundle.dtype).torch_dtype
+    for part in (run.pipeline.model, run.pipeline.vae, *([run.pipeline.vit_model] if run.layout.vit_splits else [])):
+        for parameter in part.parameters():
+            parameter.data = parameter.data.to(narrow).to(parameter.dtype)
+    return run
+
+
 def run_passes(run: TorchReplay, force: Mapping[str, Tap]) -> Recording:
     """Run the reference from given values: what it computes at every tap from the given values before it."""
     recording = run.record(force=force)

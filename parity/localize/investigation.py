@@ -34,6 +34,7 @@ from parity.localize.findings import (
 from parity.localize.slices import place_of, slice_errors, slice_sizes
 from parity.localize.steering import require_steering, steered
 from parity.localize.tap_errors import tap_errors
+from parity.localize.wider import Wider, settled
 from parity.model import definition
 from parity.oracle.bounds import bounds_of
 from parity.oracle.floors_file import floors_of
@@ -144,6 +145,8 @@ class Investigation:
             self.tell("trajectory")
             led = self._attempt(lambda: teacher_forced(self.port, self.oracle))[0] if self.thorough else _NOTHING
             preprocessed = self.port.preprocessed(self.bundle.path.parent)
+        wider = settled(self.oracle, forced, bounds.limits()) if self.port.partial else Wider(forced, {}, frozenset())
+        forced = wider.forced
         mismatches = [*checked.mismatches, *check_exact(self.contract, forced)]
         mismatches += check_preprocessed(preprocessed, self.bundle.inputs)
         held, blind, remark = self.oracle.own, judgement.sentence(), ""
@@ -158,7 +161,7 @@ class Investigation:
         taps = tap_errors(self.oracle, held, forced.recording, free.recording, bounds, along)
         answered = margins(self.oracle, led.recording)
         if not blind:
-            self._find(mismatches, taps, forced, answered)
+            self._find(mismatches, taps, forced, answered, wider)
         if stuck:
             self._stop(stuck)
         self._show_pixels(free.recording)
@@ -216,15 +219,47 @@ class Investigation:
         taps: Sequence[TapError],
         forced: Observed,
         answered: Sequence[Margin],
+        wider: Wider,
     ) -> None:
         """Explain what is wrong, first things first; what an explanation covers is no finding of its own."""
         for group in _grouped(mismatches):
             self._exact_finding(group)
+        if wider.right:
+            self._wider_findings(wider, taps)
         # A steered run chooses from the oracle's logits: only of two that are equal may it take either.
         ties = {margin.step for margin in answered if not margin.margin}
         wrong = [tap for tap in taps if tap.wrong and not self._only_ties(tap, forced.recording, ties)]
         while wrong:
             wrong = self._local_finding(wrong, forced.recording)
+
+    def _wider_findings(self, wider: Wider, taps: Sequence[TapError]) -> None:
+        """One finding for all that is right but for its dtype; and one for each kind of which more is told why."""
+        named = {tap.tap.name: tap for tap in taps}
+        names = [name for name in named if name in wider.right]
+        apart: dict[str, tuple[TapError, Causes, list[str]]] = {}
+        kinds: dict[str, list[str]] = {}
+        for name in names:
+            if name in wider.beyond:
+                kinds.setdefault(component_kind(name), []).append(name)
+        for alike in kinds.values():
+            sites = [self._site(replace(named[name], mismatch=None), wider.right) for name in alike[:2]]
+            causes = explain(sites[0], sites[1] if sites[1:] else None, self.hypotheses)
+            if causes.together and not causes.together[0].name.endswith(("is not rounded", "rounds only its result")):
+                first = (named[alike[0]], causes, [])
+                apart.setdefault(causes.together[0].name, first)[2].extend(alike)
+        told = {name for _, _, alike in apart.values() for name in alike}
+        rest = [name for name in names if name not in told]
+        if rest:
+            first = named[rest[0]]
+            listed = _listed(list(dict.fromkeys(component_kind(name) for name in rest)))
+            detail = f"{len(names)} of {len(named)} taps are float32 where the oracle's are {first.dtype}: {listed}"
+            causes = Causes((), 0.0, (Explanation("it computes in float32 what upstream rounds, rightly", 1.0),))
+            error = compare(self.oracle.own[rest[0]], wider.right[rest[0]]).rel_l2
+            self._add(rest[0], LOCAL, error, first.floor, causes, [], None, rest[1:], detail, first.allowed)
+        for tap, causes, alike in apart.values():
+            error = compare(self.oracle.own[alike[0]], wider.right[alike[0]])
+            detail = _sentence(alike[0], error)
+            self._add(alike[0], LOCAL, error.rel_l2, tap.floor, causes, [], None, alike[1:], detail, tap.allowed)
 
     def _only_ties(self, tap: TapError, recording: Recording, ties: set[int]) -> bool:
         if tap.tap.name != "tokens":
@@ -326,12 +361,23 @@ class Investigation:
             self._add_parts(finding, causes)
             return
         if len(causes.together) < 2:
-            self.findings.append(finding)
+            self._join_or_append(finding)
             return
         for hypothesis in causes.together:
             own = Explanation(hypothesis.name, causes.removed)
             others = [e for e in causes.ranked if e.name != hypothesis.name]
             self.findings.append(replace(finding, explanations=(own, *others)))
+
+    def _join_or_append(self, finding: Finding) -> None:
+        """Append a finding; weights, and taps of one kind, that are wrong for one reason are one finding."""
+        for place, other in enumerate(self.findings):
+            if not (finding.explained and other.explained and finding.kind == other.kind):
+                continue
+            alike = _group_of(other.tap) == _group_of(finding.tap)
+            if alike and other.explanations[0].name == finding.explanations[0].name:
+                self.findings[place] = replace(other, also=[*other.also, finding.tap, *finding.also])
+                return
+        self.findings.append(finding)
 
     def _add_parts(self, finding: Finding, causes: Causes) -> None:
         """Add a finding for the cause of each part of some integers, and one for those that are left."""
@@ -409,15 +455,19 @@ class Investigation:
 def _lacking(oracle: Oracle, forced: Observed) -> str:
     """What a run lacks of the oracle's, in a sentence: kinds of taps, and rows of others."""
     kinds = dict.fromkeys(component_kind(name) for name in oracle.taps if name not in forced.recording)
-    rows = dict.fromkeys(component_kind(name) for name in forced.absent)
+    rows = sorted({component_kind(name) for name in forced.absent})
     said = [f"it does not tell {_listed(list(kinds))}"] if kinds else []
-    said += [f"it has not all rows of {_listed(list(rows))}"] if rows else []
+    said += [f"it has not all rows of {_listed(rows)}"] if rows else []
     return "; ".join(said)
 
 
 def _listed(kinds: list[str]) -> str:
     more = len(kinds) - SHOWN
     return ", ".join(kinds[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _group_of(tap: str) -> str:
+    return "weights" if tap.startswith("weights/") else component_kind(tap)
 
 
 def _grouped(mismatches: Sequence[ExactMismatch]) -> list[list[ExactMismatch]]:

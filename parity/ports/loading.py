@@ -1,7 +1,8 @@
 """Ports by name, or from a file of the user's."""
 
+import sys
 from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from parity.errors import ParityError, one_line
 from parity.model import definition
 from parity.ports.attach import Attached
 from parity.ports.mending import Mending
-from parity.ports.observed import REQUIRED, HeldTaps, observed_of
+from parity.ports.observed import REQUIRED, HeldTaps, observed_of, told_weights
 from parity.ports.port import Loader, Port, Progress, Weights, versions
 from parity.ports.probe import Probe
 from parity.ports.process import ProcessPort
@@ -51,10 +52,10 @@ def _from_file(path: Path, name: str, spec: str, python: Path | None) -> Loader:
         raise ParityError(f"{path} defines no class or function {name!r}: name one that is given the bundle")
 
     def load(bundle: Bundle) -> Port:
-        with one_line(f"{spec} cannot be loaded for bundle {bundle.name}"):
+        with one_line(f"{spec} cannot be loaded for bundle {bundle.name}"), redirect_stdout(sys.stderr):
             port = make(bundle)
         if lacks := [method for method in REQUIRED if not callable(getattr(port, method, None))]:
-            raise ParityError(f"{spec} makes something without {' and '.join(lacks)}: see examples/README.md")
+            raise ParityError(f"{spec} has no method {' and '.join(lacks)}: examples/README.md says what a port needs")
         return GivenPort(port, f"{path.stem}:{name}", bundle.name)
 
     return load
@@ -82,15 +83,16 @@ class GivenPort:
         exact = ({}, (), None) if contract is None else (contract.exact, contract.splits, contract.answer)
         probe = Probe(names, given, *exact, progress or (lambda call: None), Attached)
         if isinstance(force, Mending):
-            force.recorded = lambda: observed_of(probe.taps, {}, probe.absent, names, "what it records")
+            force.recorded = lambda: observed_of(probe.taps, {}, probe.absent, (), names, "what it records")
         with one_line(f"{self.name} cannot run bundle {self._bundle}"):
-            self._port.run(probe)
-            return observed_of(probe.taps, probe.exact, probe.absent, names, "what it records")
+            with redirect_stdout(sys.stderr):
+                self._port.run(probe)
+            return observed_of(probe.taps, probe.exact, probe.absent, probe.unknown, names, "what it records")
 
     def weights(self) -> Weights:
         """See Port.weights."""
         with one_line(f"{self.name} does not tell its weights"):
-            yield from self._port.weights()
+            yield from told_weights(getattr(self._port, "weights", tuple)())
 
     @contextmanager
     def with_weights(self, given: Mapping[str, np.ndarray]) -> Iterator[None]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+MOST = 10000
+"""Names that nobody asked for are remembered up to so many."""
 Held = tuple[np.ndarray, str]
 """An array as a tap holds it, float32 or int32, and the name of the dtype that it was computed in."""
 
@@ -24,6 +26,7 @@ class Probe:
         splits: the oracle's sequence, where the run is steered: role, mode, ids, grid and clean_frames of each.
         answer: index of an answer's first token in it; None where nothing is answered.
         taps, exact: what has been recorded.
+        unknown: names that were told and that nobody asked for, in order.
         absent: for taps of which the port lacks rows, which of the oracle's rows those are; they broadcast to the tap.
         progress: told the name of each call before it runs.
         attached: makes a context in which code can be attached to from outside: see attach.Attached.
@@ -39,7 +42,8 @@ class Probe:
     taps: dict[str, Held] = field(default_factory=dict)
     exact: dict[str, np.ndarray] = field(default_factory=dict)
     absent: dict[str, np.ndarray] = field(default_factory=dict)
-    _calls: Mapping[str, np.ndarray] = field(default_factory=dict)
+    unknown: dict[str, None] = field(default_factory=dict)
+    _calls: Mapping[str, np.ndarray] | None = None
 
     def call(self, rows: Mapping[str, Any]) -> None:
         """Say which calls of the oracle's what follows belongs to.
@@ -47,10 +51,18 @@ class Probe:
         Args:
             rows: for each call, such as cond.step0, the port's rows that are the oracle's, in the oracle's order; -1
                 for a row that the port has not. Rows of the port's that are in no call are its own affair.
+
+        Raises ValueError for rows that are no integers of at least -1.
         """
-        for name in rows.keys() - self._calls.keys():
+        if not isinstance(rows, Mapping):
+            raise ValueError(f"probe.call is given {type(rows).__name__}: give {{call: rows}}, such as cond.step0: ...")
+        found = {name: np.asarray(places) for name, places in rows.items()}
+        for name, places in found.items():
+            if places.ndim != 1 or (places.size and (places.dtype.kind not in "iu" or places.min() < -1)):
+                raise ValueError(f"the rows of {name} are no list of row numbers, -1 for one that is not there")
+        for name in found.keys() - (self._calls or {}).keys():
             self.progress(name)
-        self._calls = {name: np.asarray(places, np.intp) for name, places in rows.items()}
+        self._calls = {name: places.astype(np.intp) for name, places in found.items()}
 
     def rows(self, path: str, array: Any, of: Any = None, axis: int = 0) -> Any:
         """Record a module's output in all current calls and return what to go on with, as the same kind of array.
@@ -61,14 +73,23 @@ class Probe:
             of: which of the port's rows this tap is about, as booleans, such as those of one expert; None for all.
             axis: the axis of the rows.
         """
-        taken, dtype = _taken(array)
+        taken, dtype = _taken(array, path)
+        count = taken.shape[axis] if -taken.ndim <= axis < taken.ndim else 0
+        mask = None if of is None else np.asarray(of)
+        if mask is not None and (mask.dtype != bool or mask.shape != (count,)):
+            raise ValueError(f"{path}: of is {mask.dtype} {list(mask.shape)}, not a boolean for each of {count} rows")
         steered = False
+        if self._calls is None:
+            raise ValueError(f"probe.rows({path!r}) comes before any probe.call, which says whose rows these are")
         for call, places in self._calls.items():
-            if of is not None:
-                places = places[(places < 0) | np.asarray(of)[places]]
+            if places.size and places.max() >= count:
+                raise ValueError(f"{call}/{path}: row {places.max()} was named in probe.call, the array has {count}")
+            if mask is not None:
+                places = places[(places < 0) | mask[places]]
             if not len(places) or np.all(places < 0):
                 continue
             name, there = f"{call}/{path}", places >= 0
+            self._note(name)
             if name in self.names and name not in self.taps:
                 self.taps[name] = np.take(taken, np.maximum(places, 0), axis), dtype
                 if not there.all():
@@ -84,8 +105,9 @@ class Probe:
 
     def value(self, name: str, array: Any) -> Any:
         """Record a whole tap, such as sampler.x_t1 or latent, and return what to go on with."""
+        self._note(name)
         if name in self.names and name not in self.taps:
-            taken, dtype = _taken(array)
+            taken, dtype = _taken(array, name)
             self.taps[name] = np.array(taken), dtype
         return _like(array, self.force[name][0].reshape(np.shape(array))) if name in self.force else array
 
@@ -95,16 +117,28 @@ class Probe:
         `shared` tells, as booleans, which of the oracle's values along the last axis the port has; None for all.
         """
         name, found = f"inputs/{name}", np.array(array)
+        if found.dtype.kind not in "iubf":
+            raise ValueError(f"{name} is {found.dtype}: give integers or times")
+        if shared is not None and np.asarray(shared).sum() != (found.shape[-1] if found.ndim else -1):
+            raise ValueError(f"{name}: shared names {int(np.asarray(shared).sum())} values, there are {found.shape}")
         self.exact.setdefault(name, found.astype(np.float32 if found.dtype.kind == "f" else np.int32))
         if shared is not None:
             self.absent[name] = ~np.asarray(shared, bool)
         given = self.contract.get(name)
         return found if given is None else given[..., slice(None) if shared is None else shared].copy()
 
+    def _note(self, name: str) -> None:
+        """Remember a name that nobody asked for: it may be misspelt."""
+        if name not in self.names and len(self.unknown) < MOST:
+            self.unknown[name] = None
 
-def _taken(array: Any) -> Held:
-    """An array of any kind as a tap holds it."""
-    dtype = str(array.dtype).rpartition(".")[2]
+
+def _taken(array: Any, name: str) -> Held:
+    """An array of any kind as a tap holds it; raises ValueError for what is none."""
+    dtype = str(getattr(array, "dtype", "")).rpartition(".")[2]
+    if not dtype or (dtype not in ("float32", "bfloat16", "bool") and not dtype.startswith(("int", "uint"))):
+        what = dtype or type(array).__name__
+        raise ValueError(f"{name} is {what}: give an array of float32, bfloat16 or integers, cast to one of these")
     if type(array).__module__.startswith("torch"):
         array = array.detach().cpu().float() if dtype == "bfloat16" else array.detach().cpu()
     elif dtype == "bfloat16":

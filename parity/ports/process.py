@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from parity.bundle.reading import Bundle
-from parity.errors import ParityError
+from parity.errors import ParityError, one_line
 from parity.ports.channel import Channel
 from parity.ports.mending import Mending
-from parity.ports.observed import REQUIRED, observed_of
+from parity.ports.observed import REQUIRED, observed_of, told_weights
 from parity.ports.port import Progress, Weights
 from parity.ports.probe import Held
 from parity.tensors.recording import Contract, Observed, Tap
@@ -31,7 +31,7 @@ class ProcessPort:
     partial = True
 
     def __init__(self, python: Path, file: Path, name: str, spec: str, bundle: Bundle) -> None:
-        self._spec, self._bundle = spec, bundle
+        self._python, self._bundle, self._ready = python, bundle, False
         self._errors = tempfile.TemporaryFile()
         try:
             self._process = subprocess.Popen(
@@ -48,11 +48,18 @@ class ProcessPort:
         told |= {"path": str(bundle.path), "checkpoint": str(bundle.checkpoint.resolve())}
         told |= {"inputs": list(bundle.inputs), "taps": list(bundle.taps)}
         asked = {"bundle": told, "file": str(file.resolve()), "name": name, "required": REQUIRED}
+        self._ask_ready(f"{spec} cannot be loaded for bundle {bundle.name}")
         found, _ = self._ask(f"{spec} cannot be loaded for bundle {bundle.name}", "load", asked)
         if found["lacks"]:
-            raise ParityError(f"{spec} makes something without {' and '.join(found['lacks'])}: see examples/README.md")
+            lacks = " and ".join(found["lacks"])
+            raise ParityError(f"{spec} has no method {lacks}: examples/README.md says what a port needs")
         self.name: str = found["name"] or f"{file.stem}:{name}"
         self.whole_passes: bool = found["whole_passes"]
+
+    def _ask_ready(self, what: str) -> None:
+        """See that the worker is there."""
+        self._ask(what, "ready", {})
+        self._ready = True
 
     def run(
         self,
@@ -84,7 +91,7 @@ class ProcessPort:
         what = f"{self.name} cannot run bundle {self._bundle.name}"
         if mending is not None:
             taps, absent = {}, {}
-            mending.recorded = lambda: observed_of(taps, {}, absent, names, what)
+            mending.recorded = lambda: observed_of(taps, {}, absent, (), names, what)
 
             def mend(message: dict[str, Any], held: dict[str, np.ndarray]) -> None:
                 new, _, lacking = _parted(message, held)
@@ -95,11 +102,15 @@ class ProcessPort:
 
             self._mend = mend
         told, held = self._ask(what, "run", asked, arrays, progress)
-        return observed_of(*_parted(told, held), names, what)
+        return observed_of(*_parted(told, held), told["unknown"], names, what)
 
     def weights(self) -> Weights:
         """See Port.weights."""
         what = f"{self.name} does not tell its weights"
+        with one_line(what):
+            yield from told_weights(self._weights(what))
+
+    def _weights(self, what: str) -> Weights:
         message, arrays = self._ask(what, "weights", {})
         while "end" not in message:
             yield message["weight"], arrays["array"]
@@ -166,7 +177,10 @@ class ProcessPort:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-        return ParityError(f"{what}: its process ended with {self._process.returncode}: {said}")
+        status = self._process.returncode
+        how = f"was ended by signal {-status}" if status < 0 else f"ended with {status}"
+        needs = "" if self._ready else "; --python has to be a Python with NumPy and the port's packages"
+        return ParityError(f"{what}: its process, {self._python}, {how}: {said}{needs}")
 
 
 def _parted(

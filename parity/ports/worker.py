@@ -6,6 +6,8 @@ It takes nothing of ours but the three files beside it, which need no more than 
 import importlib.util
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -86,6 +88,10 @@ class Worker:
         self._port: Any = None
         self._replaced = ExitStack()
 
+    def ready(self, message: dict, arrays: dict) -> None:
+        """Say that this is a Python that can serve."""
+        self._channel.send({"done": True})
+
     def load(self, message: dict, arrays: dict) -> None:
         """Make the port of a file for a bundle."""
         bundle = SimpleNamespace(**message["bundle"])
@@ -124,11 +130,13 @@ class Worker:
         message, held = told(probe, list(probe.taps))
         held |= {f"exact/{name}": array for name, array in probe.exact.items()}
         held |= {f"absent/{name}": probe.absent[name] for name in probe.exact if name in probe.absent}
-        self._channel.send(message, held)
+        self._channel.send(message | {"unknown": list(probe.unknown)}, held)
 
     def weights(self, message: dict, arrays: dict) -> None:
         """Its weights, one message each."""
-        for name, array in self._port.weights():
+        for name, array in getattr(self._port, "weights", tuple)():
+            if np.asarray(array).dtype.kind not in "iubf":
+                raise TypeError(f"weight {name} is {type(array).__name__}: yield a NumPy array")
             self._channel.send({"weight": name}, {"array": np.asarray(array, np.float32)})
         self._channel.send({"end": True})
 
@@ -151,8 +159,16 @@ class Worker:
         self._channel.send({"versions": told})
 
 
+def follow(parent: int) -> None:
+    """End this process when its parent has gone, whatever the port is doing."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main() -> None:
     """Serve until the other end closes."""
+    threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
     here = Path(__file__).resolve().parent
     # What lies beside this file is not to be found under its bare name.
     sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != here]

@@ -1,4 +1,4 @@
-"""A port of Lance's text to image as somebody might write it, in NumPy: to keep the seam for ports honest.
+"""A port of Lance's text to image and video as somebody might write it, in NumPy: to keep the seam for ports honest.
 
 It has a batch axis, computes both experts for every token and the whole sequence anew in each step, has no token
 behind the target, no VAE, and its own names. `Wrong` departs from upstream in five ways.
@@ -6,6 +6,7 @@ behind the target, no VAE, and its own names. `Wrong` departs from upstream in f
 
 import json
 import math
+from contextlib import contextmanager
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -23,12 +24,20 @@ class Right:
         lengths = bundle.inputs["split_lens"].array
         self.ids = bundle.inputs["text_ids"].array[: -lengths[-1]]
         self.text, self.starts = bundle.inputs["modality"].array[: len(self.ids)] == 0, np.cumsum([0, *lengths[:-1]])
-        self.grid = [int(n) // 2 for n in bundle.inputs["vae_video_grid_thw"].array[0][1:]]
+        t, h, w = bundle.inputs["vae_video_grid_thw"].array[0].tolist()
+        self.grid = (t, h // 2, w // 2)
 
     def weights(self):
         for name, value in self.w.items():
             if not name.startswith(("language_model.lm_head", "latent_pos_embed", "vit_model")):
                 yield name, value.astype(np.float32)
+
+    @contextmanager
+    def with_weights(self, given):
+        before = self.w
+        self.w = before | {name: given[name] for name in before.keys() & given.keys()}
+        yield
+        self.w = before
 
     def run(self, probe):
         asked, noise = self.bundle.request, self.bundle.taps["sampler.noise"].array
@@ -47,11 +56,11 @@ class Right:
             x = x - guided * (times[step] - times[step + 1])
             if step + 1 < asked["num_steps"]:
                 x = probe.value(f"sampler.x_t{step + 1}", x)
-        probe.value("latent", x.reshape(1, *self.grid, 48))
+        probe.value("latent", x.reshape(*self.grid, 48))
 
     def positions(self, ids, cells):
         first = int(np.argmax(cells))
-        grid = np.indices((1, *self.grid)).reshape(3, -1) + (first if self.origin == "text" else 0)
+        grid = np.indices(self.grid).reshape(3, -1) * [[2], [1], [1]] + (first if self.origin == "text" else 0)
         after = np.full((3, 1), grid.max() + 1)
         return np.concatenate([np.tile(np.arange(first), (3, 1)), grid, after], 1).astype(np.int32)
 
@@ -74,8 +83,8 @@ class Right:
         places = probe.integers(f"position_ids.{arm}", own, shared)
         probe.call(latents)
         time = self.linear("time_embedder.mlp.2", silu(self.linear("time_embedder.mlp.0", self.waves(t))))
-        row = np.arange(self.grid[0])[:, None] * 64 + np.arange(self.grid[1])
-        table = probe.rows("latent_pos_embed", self.table(row.ravel()))
+        row = np.indices(self.grid).reshape(3, -1).T @ [4096, 64, 1]
+        table = probe.rows("latent_pos_embed", self.table(row))
         cells = probe.rows("vae2llm", self.linear("vae2llm", x)) + time + table
         probe.call(whole)
         h = self.w["language_model.model.embed_tokens.weight"][ids].astype(np.float32)

@@ -1,6 +1,7 @@
 """Ports from a file of the user's: found, asked for what they have, and judged like any other."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def test_a_port_that_shares_little_is_judged_on_that(oracles):
     for name in ("t2i-fp32-kv", "t2i-fp32-nokv"):
         found = localize(oracles / name, f"{MADE_UP}:Right")
         assert [finding.explanations[0].name for finding in found.findings] == [CLOSING]
-        assert "it does not tell" in found.remark and "it has not all rows of positions" in found.remark
+        assert "it does not tell" in found.remark and "it has not all rows of " in found.remark
 
 
 def test_each_of_its_mistakes_is_named(oracles):
@@ -145,7 +146,7 @@ def test_one_that_takes_no_values_is_not_localized(oracles, spec):
     [
         ("Broken", "broken_port:Broken cannot run bundle t2i-fp32-nokv: ValueError: no memory"),
         ("unloadable", "unloadable cannot be loaded for bundle t2i-fp32-nokv: KeyError: 'weights'"),
-        ("Empty", "makes something without run and weights: see examples/README.md"),
+        ("Empty", "has no method run: examples/README.md says what a port needs"),
         ("number", "defines no class or function 'number': name one that is given the bundle"),
     ],
 )
@@ -184,3 +185,84 @@ def test_weights_that_cannot_be_replaced_stay(oracles, spec):
     port = port_loader(spec("Right"))(read_bundle(oracles / SMALL))
     with port.with_weights({"x": np.zeros(1)}):
         assert port.preprocessed(oracles) is None and "python" in port.versions()
+
+
+MISUSED = {
+    "probe.value('latent', None)": "latent is NoneType: give an array of float32, bfloat16 or integers",
+    "probe.value('latent', np.zeros(3, 'float16'))": "latent is float16: give an array of float32",
+    "probe.value('latent', np.zeros(3, 'complex64'))": "latent is complex64: give an array of float32",
+    "probe.value('no_such_tap', np.zeros(3, 'float32'))": "tap 'no_such_tap' has no known call",
+    "probe.integers('no such thing', [1])": "has no known call",
+    "probe.integers('text_ids', [1, 2], np.ones(5, bool))": "inputs/text_ids: shared names 5 values",
+    "probe.rows('hidden_in', np.zeros((2, 3), 'float32'))": "comes before any probe.call",
+    "probe.call(['cond.prefix0'])": "probe.call is given list: give {call: rows}",
+    "probe.call({'cond.prefix0': [0.5]})": "the rows of cond.prefix0 are no list of row numbers",
+    "probe.call({'cond.prefix0': range(-9, -3)})": "the rows of cond.prefix0 are no list of row numbers",
+    "probe.call({'cond.prefix0': [7]}); probe.rows('hidden_in', np.zeros((2, 3), 'float32'))": (
+        "cond.prefix0/hidden_in: row 7 was named in probe.call, the array has 2"
+    ),
+    "probe.call({'cond.prefix0': [0]}); probe.rows('hidden_in', np.zeros((2, 3), 'float32'), of=np.ones(5, bool))": (
+        "hidden_in: of is bool [5], not a boolean for each of 2 rows"
+    ),
+    "probe.call({'nonsense': [0]}); probe.rows('hidden_in', np.zeros((2, 3), 'float32'))": (
+        "tap 'nonsense/hidden_in' has no known call"
+    ),
+    "raise SystemExit(0)": "cannot run bundle t2i-fp32-nokv: SystemExit: 0",
+}
+WEIGHTS = {
+    "('x', 'abc')": "weight x is str: yield a NumPy array",
+    "('x', None)": "weight x is NoneType: yield a NumPy array",
+    "'justone'": "yields str|ValueError",
+    "('x', np.zeros(2)), ('x', np.ones(2))": "weight x is told twice",
+}
+
+
+@pytest.fixture(scope="module")
+def misused(oracles, tmp_path_factory):
+    """Makes a port that does something, in this process or in one of its own."""
+    folder = tmp_path_factory.mktemp("misused")
+
+    def make(number, run="pass", weights="", python=None):
+        path = folder / f"port_{number}.py"
+        path.write_text(
+            "import numpy as np\n"
+            "class Port:\n"
+            "    def __init__(self, bundle): pass\n"
+            f"    def run(self, probe):\n        {run}\n"
+            f"    def weights(self):\n        return iter([{weights}])\n"
+        )
+        return port_loader(f"{path}:Port", python)(read_bundle(oracles / SMALL))
+
+    return make
+
+
+@pytest.mark.parametrize("python", [None, Path(sys.executable)], ids=["here", "apart"])
+def test_what_a_port_does_wrong_is_one_line_that_names_it(misused, python):
+    for number, (run, message) in enumerate(MISUSED.items()):
+        with pytest.raises(ParityError, match=f"^[^\n]*{re.escape(message)}[^\n]*$"):
+            misused(number, run, python=python).run({"latent"})
+    for number, (weights, message) in enumerate(WEIGHTS.items(), 100):
+        with pytest.raises(ParityError, match=f"^[^\n]*({message})[^\n]*$"):
+            list(misused(number, weights=weights, python=python).weights())
+
+
+def test_a_process_that_ends_is_one_line(misused, oracles, tmp_path):
+    with pytest.raises(ParityError, match="was ended by signal 11|was ended by signal 9"):
+        misused(200, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", python=Path(sys.executable)).run(set())
+    silent = tmp_path / "python"
+    silent.write_text("#!/bin/sh\nexit 0\n")
+    silent.chmod(0o755)
+    for python, message in (
+        (silent, "--python has to be a Python with NumPy"),
+        (tmp_path, "cannot be run: Permission denied; name the Python that has the port's packages"),
+        (tmp_path / "none", "cannot be run: No such file or directory"),
+    ):
+        with pytest.raises(ParityError, match=f"^[^\n]*{re.escape(message)}[^\n]*$"):
+            misused(201, python=python)
+
+
+def test_a_process_ends_with_the_one_that_began_it(misused):
+    port = misused(202, "import time; time.sleep(600)", python=Path(sys.executable))
+    process = port._process
+    port._end()
+    assert process.poll() is not None

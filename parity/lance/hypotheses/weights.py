@@ -75,6 +75,14 @@ def weights(name: str, components: tuple[str, ...], change: Change, loaded: bool
     return Hypothesis(name, components, patch, transform)
 
 
+def unrounded(site: "TapProbe", array: np.ndarray) -> np.ndarray | None:
+    """A weight of which the policy's dtype holds the rounded values, before it was rounded."""
+    if not of_weight(site):
+        return array
+    own = torch.from_numpy(np.array(site.got)).to(site.pipeline.numerics.torch_dtype).float().numpy()
+    return site.got if own.shape == array.shape and np.array_equal(own, array) else None
+
+
 def of_module(path: Callable[[str], str]) -> Change:
     """The parameters of another module; `path` makes its path of the own one's."""
 
@@ -276,6 +284,7 @@ HYPOTHESES = [
     weights("the weight is reversed", WEIGHTED, scale(lambda value: value.flip(0))),
     weights("the bias is missing", WEIGHTED, on("bias", torch.zeros_like)),
     weights("the bias is added twice", WEIGHTED, on("bias", lambda value: 2 * value)),
+    Hypothesis("the weight is kept in float32", WEIGHTED, transform=unrounded),
     weights("the weight is rounded to bfloat16", WEIGHTED, each(lambda value: rounded(value, torch.bfloat16))),
     weights("the weight is rounded to float16", WEIGHTED, each(lambda value: rounded(value, torch.float16))),
     *(weights(f"the weight is quantized to {bits} bits in groups of {group}", PROJECTIONS, quantized(bits, group))
