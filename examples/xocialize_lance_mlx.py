@@ -189,8 +189,10 @@ class Port:
             named[f"{RENAMED.get(path, LAYERS + path)}.{parameter}"] = name
         held = {named[name]: mx.array(value).astype(before[named[name]].dtype) for name, value in given.items()}
         self.model.load_weights(list(held.items()), strict=False)
-        yield
-        self.model.load_weights([(name, before[name]) for name in held], strict=False)
+        try:
+            yield
+        finally:
+            self.model.load_weights([(name, before[name]) for name in held], strict=False)
 
 
 class Run:

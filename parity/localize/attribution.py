@@ -104,9 +104,9 @@ class Attribution:
 
     def sentence(self) -> str:
         """Say whether the findings are all there is."""
-        given = "the oracle's tokens given, " if self.own else ""
+        given = "the oracle's tokens given, as far as the port has places for them, " if self.own else ""
         if self.complete:
-            idle = f", so that nothing comes of {'; '.join(self.unmended)}" if self.unmended else ""
+            idle = "" if self.own or not self.unmended else f", so that nothing comes of {'; '.join(self.unmended)}"
             return f"{given}with all of them mended nothing is left but rounding{idle}"
         part = max(self.left[name] / self.before[name] if self.before[name] else math.inf for name in self.left)
         rest = f"; not mended: {'; '.join(self.unmended)}" if self.unmended else ": something is not among the findings"

@@ -36,8 +36,10 @@ class Right:
     def with_weights(self, given):
         before = self.w
         self.w = before | {name: given[name] for name in before.keys() & given.keys()}
-        yield
-        self.w = before
+        try:
+            yield
+        finally:
+            self.w = before
 
     def run(self, probe):
         asked, noise = self.bundle.request, self.bundle.taps["sampler.noise"].array
