@@ -142,6 +142,8 @@ SITES = {
 
 # What the small embedded requests give nothing to change: patterns of names, and what would be needed.
 UNSEEN = (
+    # what it makes of a weight follows from what was computed
+    *(r"^the weight is kept in float32$",),
     # a video that is looked at or edited
     *(
         r"^the (ViT block|source)'s temporal stride",
