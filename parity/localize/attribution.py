@@ -157,6 +157,9 @@ class Attributing:
         self.findings = findings
         self.forced, self.known = forced, {hypothesis.name: hypothesis for hypothesis in hypotheses}
         self.results = [name for name in definition().RESULTS if name in oracle.taps]
+        if not set(self.results) & forced.recording.keys():
+            wanted = ", ".join(self.results or definition().RESULTS)
+            raise ParityError(f"--attribute needs a run that ends in one of {wanted}: there is nothing to be owed here")
         self.unmended: list[str] = []
         self.causes = self._causes(findings)
         self._tried: dict[frozenset[int], dict[str, float]] = {}

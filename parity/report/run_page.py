@@ -1,5 +1,6 @@
 """The HTML report of a run: a table of all comparisons and a page for each."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -107,7 +108,9 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def error_of(difference: Difference) -> str:
-    """Return a relative error with three digits, behind ≈ where sketches tell it."""
+    """Return a relative error with three digits, behind ≈ where sketches tell it; a dash where ours is not finite."""
+    if difference.mismatch and difference.got is not None and not math.isfinite(difference.got):
+        return "–"
     return f"{'≈' if difference.accuracy else ''}{significant(difference.rel_l2)}"
 
 

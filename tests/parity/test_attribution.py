@@ -63,6 +63,12 @@ def test_another_entry_is_one_line(oracles):
         localize(oracles / "t2i-fp32-nokv", faults=[definition().CATALOGUE["renorm-channel"]], attribute=True)
 
 
+def test_a_run_without_a_result_is_one_line(oracles):
+    with pytest.raises(ParityError, match="^--attribute needs a run that ends in one of latent, pixels, frames"):
+        fault = definition().CATALOGUE["vit-block-causal"]
+        localize(oracles / "x2t_image-bf16-kv", faults=[fault], attribute=True)
+
+
 def test_many_causes_are_mended_in_some_orders(monkeypatch):
     attributing = Attributing.__new__(Attributing)
     attributing.causes = [Cause(str(number), (number,)) for number in range(EVERY + 2)]
