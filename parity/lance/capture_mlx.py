@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +23,7 @@ from lance_mlx.sampling.conditions import GuidanceArm
 from lance_mlx.sampling.text import AnswerDecoder
 from parity.errors import ParityError
 from parity.lance.arrays_mlx import Rows, apart, channels_first, channels_last, from_tap, held, joined, to_tap
+from parity.ports.attach import Attached
 from parity.tensors.recording import Recording, Tap
 
 _VIT = "vit_model"
@@ -69,7 +70,7 @@ class MlxCapture:
         self._codes = {key for key, path in self._paths.items() if path.startswith(("encoder.", "decoder.", "conv"))}
         modules = [*pipeline.model.modules(), *pipeline.vae.modules()]
         self._classes = {type(module) for module in modules if id(module) in self._paths}
-        self._stack = ExitStack()
+        self._attached = Attached()
 
     @property
     def recording(self) -> Recording:
@@ -134,21 +135,11 @@ class MlxCapture:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+        self._attached.__exit__(*exception)
 
     def wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Replace a method or a function by `wrapper(original, *arguments)` until the context ends."""
-        inherited = name not in vars(owner)
-        original = getattr(owner, name)
-
-        def wrapped(*args: Any, **values: Any) -> Any:
-            return wrapper(original, *args, **values)
-
-        setattr(owner, name, wrapped)
-        if inherited:
-            self._stack.callback(delattr, owner, name)
-        else:
-            self._stack.callback(setattr, owner, name, original)
+        self._attached.wrap(owner, name, wrapper)
 
     def enter(self, *calls: str) -> None:
         """Name what follows after a call, such as "cond.step0", or after those of the readings of one pass; what was
