@@ -100,7 +100,8 @@ class Attribution:
     @property
     def complete(self) -> bool:
         """Whether nothing is left but rounding, of what rounds: integers, such as colours, may flip with it."""
-        return all(error <= self.allowed[name] for name, error in self.left.items() if self.allowed[name])
+        judged = [error <= self.allowed[name] for name, error in self.left.items() if self.allowed[name]]
+        return bool(judged) and all(judged)
 
     def sentence(self) -> str:
         """Say whether the findings are all there is."""

@@ -3,7 +3,7 @@
 import pytest
 
 from parity.errors import ParityError
-from parity.localize.attribution import EVERY, ORDERS, Attributing, Cause
+from parity.localize.attribution import EVERY, ORDERS, Attributing, Attribution, Cause
 from parity.localize.investigation import localize
 from parity.model import definition
 
@@ -80,3 +80,8 @@ def test_many_causes_are_mended_in_some_orders(monkeypatch):
     for number, amount in enumerate(worth):
         assert attributing._shapley(number, orders)["x"] == pytest.approx(amount)
         assert attributing._shapley(number, [])["x"] == pytest.approx(amount)
+
+
+def test_where_nothing_has_a_bound_nothing_is_complete():
+    only_colours = Attribution({"frames": 0.5}, {"frames": 0.5}, {"frames": 0.0}, [], [], 0)
+    assert not only_colours.complete and "of the error is left" in only_colours.sentence()
