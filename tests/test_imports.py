@@ -141,7 +141,7 @@ ROOMS = {
                   "pipeline", "estimate", "api", "cli"],
     # The engine, which knows no model; the definition of Lance, which parity.model finds; the commands.
     "parity": ["errors", "memory", "python_file", "model", "tensors", "bundle", "ports", "oracle", "comparison",
-               "hypotheses", "localize", "report", "api", "lance", "cli"],
+               "laws", "hypotheses", "localize", "report", "api", "lance", "cli"],
 }  # fmt: skip
 
 

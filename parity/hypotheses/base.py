@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from parity.errors import ParityError
+from parity.laws import Figure
 from parity.python_file import import_file
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Hypothesis:
         patch: changes the reference while a site is computed anew; raises DoesNotApply.
         transform: changes what was computed, in the tap's shape; None where it has no meaning.
         anew: whether `transform` makes the value anew, so that it has to come before those that change it.
+        size: how many numbers and choices were read from the data to say it; 0 for what was said beforehand.
+        figure: what a page may draw of it.
     """
 
     name: str
@@ -54,6 +57,8 @@ class Hypothesis:
     patch: Patch = nothing
     transform: Transform = same
     anew: bool = False
+    size: float = 0.0
+    figure: Figure | None = field(default=None, repr=False, compare=False)
 
     def about(self, component: str) -> bool:
         """Whether a component is one of those that this is about."""

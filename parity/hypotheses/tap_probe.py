@@ -73,6 +73,11 @@ class TapProbe:
         return self.oracle.layout
 
     @property
+    def native(self) -> str:
+        """The tap of the reference's own pass that holds this one."""
+        return self._native(self.tap.name)
+
+    @property
     def exact(self) -> bool:
         """Whether the tap is an integer input or a weight, which nothing computes: only transforms matter."""
         return self.tap.name.startswith(("inputs/", "weights/"))

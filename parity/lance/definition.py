@@ -1,5 +1,6 @@
 """Lance, as the engine asks for it: every name here is one that parity.model.definition() may be asked."""
 
+from parity.lance.components import component_of
 from parity.lance.derive import derive, require_consistent
 from parity.lance.diagnosis import name_component
 from parity.lance.faults import CATALOGUE, PROFILES, load_fault
@@ -57,6 +58,7 @@ __all__ = [
     "row_experts",
     "row_frames",
     "name_component",
+    "component_of",
     # Ports, hypotheses, and faults to try both on.
     "PORTS",
     "HYPOTHESES",

@@ -9,7 +9,10 @@ import numpy as np
 from parity.errors import interrupted
 from parity.hypotheses import Hypothesis, attempt, unpatched
 from parity.hypotheses.tap_probe import TapProbe
+from parity.laws import Law, fitted
 from parity.localize.findings import EXPLAINS, Explanation
+from parity.model import definition
+from parity.tensors.names import component_kind
 
 # As many causes may meet in one place.
 DEPTH = 3
@@ -60,8 +63,9 @@ def explain(
     failed: Failed = {}
     if known:
         return _beyond(site, [h for h in about if h not in known], known, failed)
-    tried = [(hypothesis, removed(site, [hypothesis], failed)) for hypothesis in about]
-    tried = sorted(((h, r) for h, r in tried if r is not None), key=lambda item: -item[1])
+    tried = _by_merit(site, about, failed)
+    if not tried or not _whole(site, tried[0][1]):
+        tried = _by_merit(site, [*about, *_read(site, [], failed)], failed)
     if not tried:
         return Causes((), 0.0, (), failed)
     ranked = _ranked(tried, second, failed)
@@ -77,6 +81,43 @@ def explain(
         together, parts = zip(*found, strict=True)
         return Causes(together, sum(parts), listed, failed, parts)
     return Causes(together if amount >= EXPLAINS else (), amount, listed, failed)
+
+
+def _by_merit(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> list[tuple[Hypothesis, float]]:
+    """Those that apply with what they remove: first those that leave no more than rounding, the smallest before."""
+    tried = [(h, r) for h in hypotheses if (r := removed(site, [h], failed)) is not None]
+    return sorted(tried, key=lambda item: (0, item[0].size, -item[1]) if _whole(site, item[1]) else (1, -item[1], 0))
+
+
+def _whole(site: TapProbe, share: float) -> bool:
+    """Whether what is left beside a removed part of the residual is no more than rounding."""
+    if site.exact:
+        return share >= 1 - 1e-9
+    return (1 - share) * _residual(site, site.expected) <= _rounding(site)
+
+
+def _read(site: TapProbe, base: Sequence[Hypothesis], failed: Failed) -> list[Hypothesis]:
+    """The laws that can be read from what was computed, on top of other hypotheses."""
+    try:
+        own = attempt(site, base) if base else unpatched(site)
+        component = None if own is None else definition().component_of(site, own)
+        laws = [] if component is None else fitted(component, site.got)
+    except Exception as error:
+        if interrupted(error):
+            raise
+        failed.setdefault(f"laws about {site.component}", f"{type(error).__name__}: {error}")
+        return []
+    return [_of_law(law, component_kind(site.tap.name)) for law in laws]
+
+
+def _of_law(law: Law, about: str) -> Hypothesis:
+    """A law as a hypothesis about one kind of component."""
+
+    def transform(site: TapProbe, array: np.ndarray) -> np.ndarray | None:
+        component = definition().component_of(site, array)
+        return None if component is None else law.apply(component)
+
+    return Hypothesis(law.sentence, (about,), transform=transform, size=law.size, figure=law.figure)
 
 
 def _beyond(site: TapProbe, others: Sequence[Hypothesis], known: Sequence[Hypothesis], failed: Failed) -> Causes:
