@@ -23,6 +23,8 @@ LISTED = 5
 LEAST_PART, PARTS = 0.1, 6
 # What a hypothesis removes that makes a sequence of another length: less than this, the less the nearer its tokens are.
 UNFIT = -1e8
+# Two that leave this much of each other fit alike: what has more numbers to choose always leaves a little less.
+ALIKE = 1.5
 _DIGITS = 6
 
 
@@ -71,7 +73,7 @@ def explain(
         return Causes((), 0.0, (), failed)
     best, first = ranked[0][0], ranked[0][1]
     together, amount = (best,), first
-    if first < 1 - 1e-9 if site.exact else first < 1 - (1 - EXPLAINS) / 2:
+    if not _agrees(site, first):
         stack, reached = _stacked(site, [h for h, _ in tried], first, failed)
         # Integers have to be equal.
         if reached >= (1 - 1e-9 if site.exact else EXPLAINS):
@@ -89,14 +91,28 @@ def _by_merit(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) 
 
 
 def _ordered(site: TapProbe, tried: Sequence[tuple[Hypothesis, float]]) -> list[tuple[Hypothesis, float]]:
-    return sorted(tried, key=lambda item: (0, item[0].size, -item[1]) if _whole(site, item[1]) else (1, -item[1], 0))
+    """First those that leave no more than rounding, or nearly as little as the best: of them the smallest before."""
+    best = max((share for _, share in tried), default=0.0)
+    near = 1 - ALIKE * (1 - best) if _whole(site, best, ALIKE) else best
+    fits = [share >= near or _whole(site, share) for _, share in tried]
+    merit = [(0, h.size, -r) if fit else (1, -r) for (h, r), fit in zip(tried, fits, strict=True)]
+    return [tried[i] for i in sorted(range(len(tried)), key=merit.__getitem__)]
 
 
-def _whole(site: TapProbe, share: float) -> bool:
-    """Whether what is left beside a removed part of the residual is no more than rounding."""
+def _whole(site: TapProbe, share: float, times: float = 1.0) -> bool:
+    """Whether what is left beside a removed part of the residual is no more than (some times) rounding."""
     if site.exact:
         return share >= 1 - 1e-9
-    return (1 - share) * _residual(site, site.expected) <= _rounding(site)
+    return (1 - share) * _residual(site, site.expected) <= times * _rounding(site)
+
+
+def _agrees(site: TapProbe, share: float) -> bool:
+    """Whether what was computed would agree with what a hypothesis makes that removes so much."""
+    if site.exact:
+        return share >= 1 - 1e-9
+    if site.allowed is None:
+        return share >= 1 - (1 - EXPLAINS) / 2
+    return (1 - share) * _residual(site, site.expected) <= _norm(site.expected) * site.allowed
 
 
 def _read(site: TapProbe, base: Sequence[Hypothesis], failed: Failed) -> list[Hypothesis]:
@@ -221,7 +237,7 @@ def _removed_of_activation(site: TapProbe, array: np.ndarray) -> float | None:
 def _told(site: TapProbe, hypothesis: Hypothesis, share: float, second: float | None = None) -> Explanation:
     rounding = _rounding(site)
     left = None if not rounding else max(1 - share, 0.0) * _residual(site, site.expected) / rounding
-    return Explanation(hypothesis.name, share, second, left, hypothesis.figure)
+    return Explanation(hypothesis.name, share, second, left, _agrees(site, share), hypothesis.figure)
 
 
 def _ranked(

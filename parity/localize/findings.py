@@ -94,13 +94,14 @@ class Explanation:
 
     `residual_removed` is 1 when the hypothesis reproduces what was computed, 0 (or less) when it does not help.
     `second` is None where there is no second input of the kind. `left` is what remains, in floors; None where rounding
-    may do nothing. `figure` is what a page may draw of a law.
+    may do nothing; `agrees` whether that is no more than agrees. `figure` is what a page may draw of a law.
     """
 
     name: str
     residual_removed: float
     second: float | None = None
     left: float | None = None
+    agrees: bool = True
     figure: Figure | None = field(default=None, repr=False, compare=False)
 
 
@@ -159,7 +160,7 @@ class Finding:
                        for s in self.slices],
             "explanations": [
                 {"name": e.name, "residual_removed": finite(e.residual_removed), "second": finite(e.second),
-                 "left": finite(e.left)}
+                 "left": finite(e.left), "agrees": e.agrees}
                 for e in self.explanations
             ],
             "also": list(self.also),
