@@ -1,6 +1,6 @@
 """Have `localize` look at blind faults and write what it tells, and make a table of it once a reader has graded that.
 
-    python scripts/blind_table.py ROWS.jsonl [--bundles FOLDER...] [--only PATTERN]...
+    python scripts/blind_table.py ROWS.jsonl [--bundles FOLDER...] [--only PATTERN]... [--every N]
     python scripts/blind_table.py ROWS.jsonl --ungraded FILE.json
     python scripts/blind_table.py ROWS.jsonl --grades FILE.json... [--output FILE.md]
 
@@ -74,7 +74,7 @@ def main() -> int:
     args = _arguments()
     try:
         if args.grades is None and args.ungraded is None:
-            return try_all(args.rows, args.bundles, args.only)
+            return try_all(args.rows, args.bundles, args.only, args.every)
         rows = read_rows(args.rows)
         grades = Grades.read(args.grades or [])
         left = [row for row in rows if grades.of(row) is None]
@@ -99,13 +99,14 @@ def _arguments() -> argparse.Namespace:
         "--bundles", type=Path, nargs="+", metavar="FOLDER", help="folders of bundles (default: shared, or oracles/)"
     )
     parser.add_argument("--only", action="append", metavar="PATTERN", help="try only faults with such names")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="try only every Nth fault of those")
     parser.add_argument("--ungraded", type=Path, metavar="FILE", help="write what a reader has still to grade")
     parser.add_argument("--grades", type=Path, nargs="+", metavar="FILE", help="make the table with these grades")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there as well")
     return parser.parse_args()
 
 
-def try_all(output: Path, folders: Sequence[Path] | None, only: Sequence[str] | None) -> int:
+def try_all(output: Path, folders: Sequence[Path] | None, only: Sequence[str] | None, every: int = 1) -> int:
     """Append a row for every trial that is not in the file."""
     limit_threads()
     paths = find_bundles(folders or [SHARED if SHARED.is_dir() else ROOT / "oracles"])
@@ -115,7 +116,7 @@ def try_all(output: Path, folders: Sequence[Path] | None, only: Sequence[str] | 
         raise ParityError(f"no blind fault is called {' or '.join(only)}")
     done = {(row["fault"], row["bundle"]) for row in read_rows(output)} if output.exists() else set()
     trials = []
-    for fault in faults:
+    for fault in faults[::every]:
         chosen = choose(fault, bundles)
         if not chosen:
             print(f"{fault.name} is not tried: no bundle shows it", file=sys.stderr)

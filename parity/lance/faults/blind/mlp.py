@@ -120,5 +120,6 @@ FAULTS = [
         ),
         "Two faults of one kind in two places: the understanding expert's MLP uses hard-swish and the generation "
         "expert's x * sigmoid(1.702 * x), in place of SiLU.",
+        tasks=DRAWS,
     ),
 ]

@@ -11,7 +11,7 @@ from lance_mlx.backend.numerics import Numerics
 from lance_mlx.config import LanceConfig
 from lance_mlx.model import rope
 from lance_mlx.model.rope import Rotary, RotaryTable
-from parity.lance.faults.base import FLOAT32, Patch, calls, function, together
+from parity.lance.faults.base import DRAWS, FLOAT32, Patch, calls, function, together
 from parity.lance.faults.blind.common import pair, plain, precision, small
 
 _TURNED = "layers.*.self_attn.?_rope"
@@ -123,6 +123,7 @@ FAULTS = [
         _places(lambda ids: np.minimum(ids, _LONG - 1)),
         "The rotary table holds 64 positions and is read with a clipped index: tokens at 64 and beyond are all turned "
         "as if they were at 63.",
+        tasks=DRAWS,
     ),
     small(
         "blind-rope-last-query-head-still",
@@ -150,5 +151,6 @@ FAULTS = [
         together(_places(lambda ids: np.minimum(ids, _LONG - 1)), _frequencies(lambda f, config: f * 0.5)),
         "Two faults of the rotary table at once: positions beyond 63 are clipped to 63, and all frequencies are halved "
         "(linear scaling by 2).",
+        tasks=DRAWS,
     ),
 ]
