@@ -4,7 +4,19 @@
 """
 
 from parity.lance.faults.base import Fault, Patch, Target
+from parity.lance.faults.blind import BLIND, BlindFault
 from parity.lance.faults.loading import CATALOGUE, combined, load_fault
 from parity.lance.faults.profiles import PROFILES, Profile
 
-__all__ = ["CATALOGUE", "PROFILES", "Fault", "Patch", "Profile", "Target", "combined", "load_fault"]
+__all__ = [
+    "BLIND",
+    "CATALOGUE",
+    "PROFILES",
+    "BlindFault",
+    "Fault",
+    "Patch",
+    "Profile",
+    "Target",
+    "combined",
+    "load_fault",
+]

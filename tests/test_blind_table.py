@@ -1,0 +1,103 @@
+"""scripts/blind_table.py: the same bundles every time, nothing tried twice, and grades that hold for one text."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from parity.bundle.reading import read_bundle
+from parity.errors import ParityError
+from parity.lance.faults import BLIND
+from parity.localize.findings import Explanation, Finding, Localization
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        spec = importlib.util.spec_from_file_location("blind_table", SCRIPTS / "blind_table.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(SCRIPTS))
+        sys.modules.pop("blind_table", None)
+
+
+def row(fault, bundle="t2i-fp32-kv", told="", verdict="diverge", named=True):
+    about = {"fault": fault.name, "about": fault.about, "kind": fault.kind, "bundle": bundle}
+    return about | {"verdict": verdict, "named": named, "findings": [], "told": told, "seconds": 1.0}
+
+
+def localized(component, removed):
+    finding = Finding(component, "tap", "call", "local", 0.1, 0.0, explanations=[Explanation("turned", removed, 0.99)])
+    empty = {"findings": [finding], "taps": [], "exact": [], "alarm": None}
+    return Localization("bundle", "mlx", "t2i", "kv_cache", "float32", "diverge", "because", **empty)
+
+
+def test_every_fault_is_tried_on_two_bundles_that_differ(script):
+    bundles = [read_bundle(path.parent) for path in sorted((ROOT / "oracles").glob("*/manifest.json"))]
+    for fault in BLIND:
+        chosen = script.choose(fault, bundles)
+        assert chosen == script.choose(fault, bundles) and all(fault.suits(bundle) for bundle in chosen)
+        assert len(chosen) == min(2, sum(fault.suits(bundle) for bundle in bundles))
+        tasks = {bundle.task for bundle in bundles if fault.suits(bundle)}
+        assert len({bundle.task for bundle in chosen}) == min(2, len(tasks))
+
+
+def test_only_what_explains_is_told(script):
+    fault = next(fault for fault in BLIND if fault.name == "blind-rope-llama3-scaling")
+    right = script.told_of(fault, localized("layers.0.self_attn.q_rope", 0.97))
+    assert right["named"] and right["told"] == "layers.0.self_attn.q_rope: turned"
+    assert right["findings"][0]["removed"] == 0.97 and right["findings"][0]["second"] == 0.99
+    weak = script.told_of(fault, localized("positions", 0.5))
+    assert not weak["named"] and weak["told"] == "" and weak["findings"][0]["explanation"] == "turned"
+
+
+def test_what_was_tried_is_not_tried_again(script, tmp_path, monkeypatch, capsys):
+    tried = []
+    monkeypatch.setattr(script, "attempt", lambda fault, bundle: tried.append(bundle) or row(fault, bundle.name))
+    path, only = tmp_path / "rows.jsonl", ["blind-rope-llama3*"]
+    script.try_all(path, [ROOT / "oracles"], only)
+    assert len(tried) == len(script.read_rows(path)) == 2
+    path.write_text(path.read_text().splitlines(keepends=True)[0] + '{"fault": "bl')
+    script.try_all(path, [ROOT / "oracles"], only)
+    assert len(tried) == 3 and len(script.read_rows(path)) == 2
+    assert "1/1 blind-rope-llama3-scaling on " in capsys.readouterr().err
+    with pytest.raises(ParityError, match="no blind fault is called nothing"):
+        script.try_all(path, [ROOT / "oracles"], ["nothing"])
+
+
+def test_the_table_counts_by_kind_and_grades_hold_for_one_text(script, tmp_path, monkeypatch, capsys):
+    plain, small = (next(fault for fault in BLIND if fault.kind == kind) for kind in ("plain", "small"))
+    rows = [row(plain, told="a: b"), row(plain, "t2v-fp32-kv", told="a: c"), row(small, verdict="agree", named=False)]
+    path, grades = tmp_path / "rows.jsonl", tmp_path / "grades.json"
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["blind_table.py", str(path), *map(str, arguments)])
+        return script.main()
+
+    assert run("--ungraded", grades) == 0
+    listed = json.loads(grades.read_text())
+    assert [each["told"] for each in listed] == ["a: b", "a: c"] and listed[0]["about"] == plain.about
+    listed[0]["grade"], listed[1]["grade"] = "right", "wrong"
+    grades.write_text(json.dumps(listed))
+    assert run("--grades", grades) == 0
+    text = capsys.readouterr().out
+    assert "| plain | 1 | 2 | 2 (100%) | 2 (100%) | 1 (50%) | 0 (0%) | 1 (50%) | 0 (0%) |" in text
+    assert f"Not detected: {small.name} on t2i-fp32-kv, agree." in text
+    assert f"Told wrong: {plain.name} on t2v-fp32-kv: a: c" in text
+    path.write_text(json.dumps(rows[0] | {"told": "a: other"}) + "\n")
+    assert run("--grades", grades) == 1
+    listed[0]["grade"] = "maybe"
+    grades.write_text(json.dumps(listed))
+    assert run("--grades", grades) == 2
+    assert "say right, wrong, none" in capsys.readouterr().err
