@@ -1,4 +1,4 @@
-"""How near `lance-mlx info` comes to the time that a request takes; `pytest tests/bench --benchmark-enable` measures."""
+"""How near `lance-mlx info` comes to the time that a request takes, under `pytest tests/bench --benchmark-enable`."""
 
 from pathlib import Path
 
