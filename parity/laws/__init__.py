@@ -2,12 +2,16 @@
 
 import numpy as np
 
-from parity.laws import linear, place
+from parity.laws import convolution, kernel, linear, pixel_curve, place
 from parity.laws.base import Component, Curves, Figure, Fitter, Law, Matrices
 
 __all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "ANY", "ANY_KIND", "LAWS", "fitted"]
 
-LAWS: dict[str, tuple[Fitter, ...]] = {"linear": (linear.scale,)}
+LAWS: dict[str, tuple[Fitter, ...]] = {
+    "linear": (linear.scale,),
+    "convolution": (convolution.variants, *kernel.FITTERS),
+    "pixel_curve": pixel_curve.FITTERS,
+}
 """The fitters of each kind of component."""
 ANY: tuple[Fitter, ...] = (place.place,)
 """The fitters that are tried of every kind."""

@@ -1,6 +1,6 @@
 """Laws of order: what stands at an index along an axis is what belongs to another."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,10 +26,16 @@ class Order:
     of: Map
 
 
-def orders(component: Component, got: np.ndarray, wrong: Sequence[np.ndarray] | None = None) -> Iterator[Law]:
+def orders(
+    component: Component,
+    got: np.ndarray,
+    wrong: Sequence[np.ndarray] | None = None,
+    likely: Mapping[str, Sequence[Order]] | None = None,
+) -> Iterator[Law]:
     """The axes along which a result is own in another order, or lacks or repeats indices; axes that are exchanged.
 
-    `wrong` tells which indices along each axis are wrong: the order is read there alone.
+    `wrong` tells which indices along each axis are wrong: the order is read there alone. `likely` are orders that an
+    axis may be in beside those that any may.
     """
     own = component.own
     if own.ndim != got.ndim:
@@ -47,7 +53,7 @@ def orders(component: Component, got: np.ndarray, wrong: Sequence[np.ndarray] | 
         where = [span for i in others if (span := (spans(component.axes[i], inside[i]) or [None])[0])]
         residual = _norm(two - one) if len(one) == len(two) else _norm(two)
         least = LEFT * residual
-        for order in _candidates(one, two, wanted):
+        for order in (*(likely or {}).get(name, ()), *_candidates(one, two, wanted)):
             index = order.of(count)
             if index is None or len(index) != len(two):
                 continue
@@ -242,7 +248,8 @@ def _of_another_length(count: int, total: int, found: np.ndarray) -> Iterator[Or
                         lambda n, first=first, cut=cut: np.arange(n - cut) + (cut if first else 0) if n > cut else None)  # fmt: skip
     if total > count and len(found) == total:
         yield Order("the last {one} is repeated", 1, lambda n: np.minimum(np.arange(n + total - count), n - 1))
-        yield Order("the first {one} is repeated", 1, lambda n: np.maximum(np.arange(n + total - count) - total + count, 0))
+        yield Order("the first {one} is repeated", 1,
+                    lambda n: np.maximum(np.arange(n + total - count) - total + count, 0))  # fmt: skip
     if total % count == 0:
         times = total // count
         yield Order(f"each {{one}} is there {times} times in turn", 1, lambda n: np.repeat(np.arange(n), times))
@@ -318,13 +325,14 @@ def _swap(first: str, second: str, alike: bool, back: bool) -> Law:
 
 def _slices(array: np.ndarray, inside: Sequence[np.ndarray], axis: int) -> np.ndarray:
     """Slices along an axis [n, FEATURES at most], of what lies inside along the others."""
-    rest = np.ravel_multi_index(
-        np.ix_(*(np.flatnonzero(each) for i, each in enumerate(inside) if i != axis)) if array.ndim > 1 else (),
-        [side for i, side in enumerate(array.shape) if i != axis],
-    ).ravel() if array.ndim > 1 else np.zeros(1, int)
+    sides = [side for i, side in enumerate(array.shape) if i != axis]
+    chosen = np.ones(sides, bool)
+    for place, each in enumerate(each for i, each in enumerate(inside) if i != axis):
+        chosen &= each.reshape([-1 if i == place else 1 for i in range(len(sides))])
+    rest = np.flatnonzero(chosen)
     if len(rest) > FEATURES:
         rest = np.random.default_rng(0).choice(rest, FEATURES, replace=False)
-    places = np.unravel_index(rest, [side for i, side in enumerate(array.shape) if i != axis]) if array.ndim > 1 else ()
+    places = np.unravel_index(rest, sides) if sides else ()
     return np.moveaxis(array, axis, -1)[tuple(places)].reshape(-1, array.shape[axis]).T.astype(np.float64)
 
 

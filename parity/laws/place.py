@@ -1,7 +1,6 @@
 """Laws of any result, whatever computes it: along each axis where it is wrong, and what is done to it there."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice, product
 
 import numpy as np
@@ -13,38 +12,21 @@ from parity.laws.rounded import DTYPES
 from parity.laws.support import Span, beyond, energies, mask, sentence, spans
 
 # What a law may leave of the residual, alone and where another fault may sit on top of it.
-LEFT, LEFT_BESIDE = 0.05, 0.9
+LEFT, LEFT_BESIDE = 0.05, 0.8
 # The part of a slice's values that has to have one factor.
 MOST = 0.6
+# No number is read from fewer values.
+FEWEST = 4
 # From so many values it is read what is done to each; from so many of each slice what is done to that.
-SAMPLED, SLICED = 65536, 1024
+SAMPLED, SLICED = 65536, 256
 # What float32 sums in another order differ by where nothing is known of it.
 NOISE = 4e-7
 Change = Callable[[np.ndarray], np.ndarray]
 
 
 def place(component: Component, got: np.ndarray) -> Iterator[Law]:
-    """What is done to a part of the result: its smallest support, and a factor, an offset, another order, a dtype.
-
-    Where one such law leaves something, what is left is read too: each is yielded by itself.
-    """
-    laws = _distinct(component, got, _read(component, got))
-    yield from (law for _, law in laws)
-    if not laws or component.own.shape != got.shape or not np.isfinite(got).all():
-        return
-    least, best = laws[0]
-    residual = _norm(got - component.own.astype(np.float64))
-    if max(component.rounding, LEFT * residual) < least:
-        beside = replace(component, own=best.apply(component))
-        yield from (law for _, law in _distinct(beside, got, _read(beside, got)) if law.sentence != best.sentence)
-
-
-def _distinct(component: Component, got: np.ndarray, laws: Iterator[Law]) -> list[tuple[float, Law]]:
-    """Laws with what they leave, what leaves least first, of those alike the smallest."""
-    found = {law.sentence: (_left(component, got, law), law) for law in laws}
-    least = min((left for left, _ in found.values()), default=0.0)
-    level = max(component.rounding, 1.01 * least)
-    return sorted(found.values(), key=lambda item: (max(item[0], level), item[1].size))
+    """What is done to a part of the result: its smallest support, and a factor, an offset, another order, a dtype."""
+    yield from {law.sentence: law for law in _read(component, got)}.values()
 
 
 def _read(component: Component, got: np.ndarray) -> Iterator[Law]:
@@ -142,15 +124,18 @@ def _changes(component: Component, own: np.ndarray, got: np.ndarray) -> Iterator
     if not got.any():
         yield "is 0", 0.5, np.zeros_like
         return
+    yield from _roundings()
+    if own.size < FEWEST:
+        return
     if (square := float((own * own).sum())) and (factor := float((own * got).sum()) / square):
         factor, said = told(factor, _within(own, got, factor * own, rounding))
-        if factor != 1:
+        if factor not in (0, 1):
             yield _times(factor, said), 1, lambda x: factor * x
     each = rounding / np.sqrt(own.size)
     step, said = told(float((got - own).mean()), each)
     if abs(step) > 4 * each:
         yield f"is {said.removeprefix('-')} {'less' if step < 0 else 'more'}", 1, lambda x: x + step
-    if own.size > 4 and (spread := float(own.var())):
+    if spread := float(own.var()):
         slope = float(((own - own.mean()) * got).mean()) / spread
         slope, said = told(slope, rounding / np.sqrt(square or 1.0))
         shift, shifted = told(float(got.mean() - slope * own.mean()), each)
@@ -164,6 +149,9 @@ def _changes(component: Component, own: np.ndarray, got: np.ndarray) -> Iterator
     yield "has no sign", 1, np.abs
     yield "is 0 where it would be negative", 1, lambda x: np.maximum(x, 0)
     yield from _clamps(own, got, each)
+
+
+def _roundings() -> Iterator[tuple[str, float, Change]]:
     for name, to in DTYPES.items():
         yield f"is rounded to {name}", 1, to
 
@@ -203,7 +191,7 @@ def _along(
         first, second = first[:, columns], second[:, columns]
     factors, part = _factors(first, second, relative(component))
     # A factor of one value, or of rounding, says nothing; elsewhere in the slice another fault may sit on top.
-    fits = wrong[axis] & (squares > 0) & (part >= MOST) & (first.shape[1] > 2)
+    fits = wrong[axis] & (squares > 0) & (part >= MOST) & (first.shape[1] >= FEWEST)
     if not fits.any():
         return
     residual = _norm(got - own)
@@ -258,20 +246,21 @@ def _each_its_own(
 ) -> Iterator[Law]:
     """A factor for each index along an axis."""
     name = component.axes[axis]
-    low, high = factors[factors != 1].min(), factors[factors != 1].max()
+    low, high = (told(float(f(factors[factors != 1])), 1e-6)[1] for f in (np.min, np.max))
 
     def apply(other: Component) -> np.ndarray | None:
         if name not in other.axes or other.own.shape[place := other.axes.index(name)] != len(factors):
             return None
         shape = [-1 if i == place else 1 for i in range(other.own.ndim)]
         chosen = mask(where, other.axes, other.own.shape)
-        return None if chosen is None else as_own(other, np.where(chosen, other.own * factors.reshape(shape), other.own))
+        scaled = other.own * factors.reshape(shape)
+        return None if chosen is None else as_own(other, np.where(chosen, scaled, other.own))
 
     for where in _ways(component, others)[:1]:
         within = " ".join(span.within for span in where)
         lines = {"expected": np.ones(len(factors)), "found": factors}
         figure = Curves(f"{name} by {name}", name, "factor", np.arange(len(factors)), lines)
-        says = f"{within} each {name} has a factor of its own, {low:.4g} to {high:.4g}".strip()
+        says = f"{within} each {name} has a factor of its own, {low} to {high}".strip()
         law = Law(says, float((factors != 1).sum()) + 1, apply, figure)
         if _left(component, got, law) <= max(component.rounding, LEFT * _norm(got - component.own)):
             yield law
@@ -290,7 +279,7 @@ def _not_finite(component: Component, got: np.ndarray) -> Iterator[Law]:
 
 
 def _within(own: np.ndarray, got: np.ndarray, fitted: np.ndarray, rounding: float) -> float:
-    """How far a factor may be from the one that fits best: what is left then is no more than rounding or what it leaves."""
+    """How far a factor may be from the one that fits best: what it leaves is hidden by rounding or what is left."""
     return max(rounding, 0.2 * _norm(got - fitted)) / max(_norm(own), 1e-30) / 2
 
 

@@ -1,5 +1,6 @@
 """Where along the axes of an array something is so: told in words that hold for an axis of another length too."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -34,7 +35,7 @@ class Span:
 
 
 def spans(axis: str, chosen: np.ndarray) -> list[Span]:
-    """How some indices (booleans [n]) can be said, the plainest first; several where only other lengths tell them apart.
+    """How some indices (booleans [n]) can be said, the plainest first; several that only other lengths tell apart.
 
     None for all of them, and for no index.
     """
@@ -84,8 +85,11 @@ def ordinal(number: int) -> str:
 
 
 def plural(axis: str) -> str:
-    """The name of an axis for several indices."""
-    return axis[:-1] + "ies" if axis.endswith("y") else axis + ("es" if axis.endswith(("ch", "x", "s")) else "s")
+    """The name of an axis for several indices; what follows in brackets or after "in" stays as it is."""
+    head, rest = re.fullmatch(r"(.+?)((?: in | \().*)?", axis).groups(default="")
+    if head.endswith(("ch", "x", "s")):
+        return f"{head}es{rest}"
+    return f"{head[:-1]}ies{rest}" if head.endswith("y") else f"{head}s{rest}"
 
 
 def sentence(where: Sequence[Span], says: str) -> str:
@@ -96,7 +100,8 @@ def sentence(where: Sequence[Span], says: str) -> str:
         return f"{where[0].words} alone {says}"
     # What is one index stands before what is a range.
     ordered = sorted(where, key=lambda span: not span.alone)
-    return f"{' '.join(span.within for span in ordered)} it {says}"
+    comma = "," if len(where) > 1 else ""
+    return f"{', '.join(span.within for span in ordered)}{comma} it {says}"
 
 
 def mask(where: Sequence[Span], axes: Sequence[str], shape: Sequence[int]) -> np.ndarray | None:

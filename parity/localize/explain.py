@@ -96,7 +96,7 @@ def _whole(site: TapProbe, share: float) -> bool:
     """Whether what is left beside a removed part of the residual is no more than rounding."""
     if site.exact:
         return share >= 1 - 1e-9
-    return (1 - share) * _residual(site, site.expected) <= _rounding(site)
+    return share >= 1 or (1 - share) * _residual(site, site.expected) <= _rounding(site)
 
 
 def _read(site: TapProbe, base: Sequence[Hypothesis], failed: Failed) -> list[Hypothesis]:
@@ -211,7 +211,7 @@ def _removed_of_activation(site: TapProbe, array: np.ndarray) -> float | None:
     whole, from_own = _residual(site, site.expected), _residual(site, own)
     residual = min(whole, from_own)
     # Where the reference as it is computes what was computed there is nothing to explain.
-    if residual <= rounding or from_own <= (1 - EXPLAINS) * whole:
+    if residual <= rounding or (math.isfinite(from_own) and from_own <= (1 - EXPLAINS) * whole):
         return None
     # Rounded, so that equal explanations stay in their order and float noise does not rank them.
     share = round(1 - left / residual, _DIGITS)
@@ -287,7 +287,10 @@ def _rounding(site: TapProbe) -> float:
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.linalg.norm(a.astype(np.float64) - b))
+    """How far two arrays of one shape are from each other: infinitely where one alone is not finite."""
+    unlike = (a != b) & ~(np.isnan(a) & np.isnan(b))
+    apart = float(np.linalg.norm(a[unlike].astype(np.float64) - b[unlike]))
+    return math.inf if math.isnan(apart) else apart
 
 
 def _norm(array: np.ndarray) -> float:

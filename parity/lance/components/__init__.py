@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from parity.hypotheses.base import DoesNotApply
-from parity.lance.components import rows
+from parity.lance.components import convolutions, pictures, rows
 from parity.lance.components.axes import axes_of
 from parity.lance.components.base import Known
 from parity.laws import ANY_KIND, Component
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
 
 _READ: WeakKeyDictionary["TapProbe", Component] = WeakKeyDictionary()
-KNOWN: Sequence[Known] = (*rows.KNOWN,)
+KNOWN: Sequence[Known] = (
+    *convolutions.KNOWN,
+    *pictures.KNOWN,
+    *rows.KNOWN,
+)
 
 
 def component_of(site: "TapProbe", own: np.ndarray) -> Component:
