@@ -1,4 +1,4 @@
-"""Laws of a convolution [1, in, T, H, W] -> [1, out, T', H', W']: where it reads, what it pads with, what it leaves out."""
+"""Laws of a convolution [1, in, T, H, W] -> [1, out, T', H', W']: where it reads, what stands outside and before."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from parity.laws.rounded import DTYPES
 from parity.laws.support import Span, energies, mask, spans
 
 # Outputs and channels of them that a law is looked for at.
-PLACES, CHANNELS = 768, 8
+PLACES, CHANNELS = 320, 6
 LEFT, LEFT_IN_PART = 0.05, 0.5
 MODES = {
     EDGE: "repeats the border",
@@ -160,6 +160,7 @@ def _all(reading: Reading) -> Iterator[Variant]:
     """The other convolutions that have a meaning for one."""
     yield from _borders(reading)
     yield from _offsets(reading)
+    yield from _inputs(reading)
     yield from _kernels(reading)
     if reading.weight.shape[2] > 1:
         yield from _histories(reading)
@@ -205,6 +206,20 @@ def _offsets(reading: Reading) -> Iterator[Variant]:
         yield Variant(f"the convolution reads {' and '.join(said)}", len(said), of)
 
 
+def _inputs(reading: Reading) -> Iterator[Variant]:
+    """Rows and columns of the input in another order."""
+    for axis, name in ((2, "rows"), (3, "columns")):
+        if reading.x.shape[axis] < 2:
+            continue
+        for by in (1, -1):
+            yield Variant(f"the input's {name} are rolled by {by}", 1.2,
+                          lambda r, by=by, axis=axis: replace(r, x=np.roll(r.x, by, axis)))  # fmt: skip
+        yield Variant(f"the input's {name} are reversed", 1.2,
+                      lambda r, axis=axis: replace(r, x=np.flip(r.x, axis)))  # fmt: skip
+    yield Variant("the input's rows and columns are exchanged in memory", 1.2,
+                  lambda r: replace(r, x=np.ascontiguousarray(r.x.swapaxes(2, 3)).reshape(r.x.shape)))  # fmt: skip
+
+
 def _of(name: str, count: int) -> str:
     return name if abs(count) == 1 else f"{name}s"
 
@@ -230,8 +245,8 @@ def _kernels(reading: Reading) -> Iterator[Variant]:
     if rows > 1:
 
         def spread(r: Reading) -> Reading:
-            start = tuple(s - (k - 1) // 2 * (i > 0)
-                          for i, (s, k) in enumerate(zip(r.geometry.start, r.weight.shape[2:], strict=True)))  # fmt: skip
+            frame, row, column = r.geometry.start
+            start = (frame, row - (rows - 1) // 2, column - (columns - 1) // 2)
             return replace(r, geometry=replace(r.geometry, start=start, dilation=(1, 2, 2)))
 
         yield Variant("the kernel is dilated by 2", 1, spread)
@@ -249,15 +264,18 @@ def _histories(reading: Reading) -> Iterator[Variant]:
 
         return Variant(f"the convolution {says}", 1, of)
 
-    yield before("takes zeros for the frames before", lambda past, now: np.zeros_like(past))
-    yield before("repeats the present's first frame before it", lambda past, now: np.repeat(now[:, :1], past.shape[1], 1))
-    yield before("takes the frame before for all earlier ones", lambda past, now: np.repeat(past[:, -1:], past.shape[1], 1), 2)
-    yield before("takes the earliest frame for all before", lambda past, now: np.repeat(past[:, :1], past.shape[1], 1), 2)
-    yield before("reads the frames before in reverse", lambda past, now: past[:, ::-1], 2)
-    yield before("remembers the frame before alone", lambda past, now: np.concatenate([0 * past[:, :-1], past[:, -1:]], 1), 2)
-    yield before("remembers the earliest frame alone", lambda past, now: np.concatenate([past[:, :1], 0 * past[:, 1:]], 1), 2)
-    yield before("lacks the frame before: all before are one older", lambda past, now: np.concatenate([0 * past[:, :1], past[:, :-1]], 1), 2)
-    yield before("takes the present's last frames for those before", lambda past, now: np.resize(now[:, -past.shape[1] :], past.shape) if now.shape[1] >= past.shape[1] else past)
+    for says, change, least in (
+        ("takes zeros for the frames before", lambda past, now: 0 * past, 1),
+        ("repeats the present's first frame before it", lambda past, now: 0 * past + now[:, :1], 1),
+        ("takes the frame before for all earlier ones", lambda past, now: 0 * past + past[:, -1:], 2),
+        ("takes the earliest frame for all before", lambda past, now: 0 * past + past[:, :1], 2),
+        ("reads the frames before in reverse", lambda past, now: past[:, ::-1], 2),
+        ("remembers the frame before alone", lambda past, now: _kept(past, slice(-1, None)), 2),
+        ("remembers the earliest frame alone", lambda past, now: _kept(past, slice(0, 1)), 2),
+        ("lacks the frame before: all before are one older", lambda past, now: _older(past), 2),
+        ("takes the present's last frames for those before", lambda past, now: _last(past, now), 1),
+    ):
+        yield before(says, change, least)
     for by in (1, 2, -1):
         for mode, edge in (("zero", "zeros"), (EDGE, "the last one repeated")):
 
@@ -275,6 +293,21 @@ def _histories(reading: Reading) -> Iterator[Variant]:
 
     if reading.x.shape[1] - reading.history > 1:
         yield Variant("the convolution reads the present's frames in reverse", 1, reversed_frames)
+
+
+def _kept(past: np.ndarray, which: slice) -> np.ndarray:
+    kept = np.zeros_like(past)
+    kept[:, which] = past[:, which]
+    return kept
+
+
+def _older(past: np.ndarray) -> np.ndarray:
+    return np.concatenate([0 * past[:, :1], past[:, :-1]], 1)
+
+
+def _last(past: np.ndarray, now: np.ndarray) -> np.ndarray:
+    count = past.shape[1]
+    return now[:, -count:] if now.shape[1] >= count else past
 
 
 def _channel_orders(count: int) -> Iterator[Variant]:

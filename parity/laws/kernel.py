@@ -51,7 +51,7 @@ def parts(component: Component, got: np.ndarray) -> Iterator[Law]:
 
 
 def kernel(component: Component, got: np.ndarray) -> Iterator[Law]:
-    """Another kernel and bias, where there are more outputs than numbers in them: read from some, true of the others."""
+    """Another kernel, where there are more outputs than numbers in it: read from some, and true of the others."""
     reading = reading_of(component)
     if reading is None or component.own.shape != got.shape or not np.isfinite(got).all():
         return
@@ -233,15 +233,15 @@ def _factors(looked: Looked) -> Iterator[Law]:
             continue
         norms = np.sqrt(np.diag(gram))
         # What a factor changes has to be seen beside what is left.
-        level = np.maximum(4 * max(left, looked.rounding) / np.sqrt(len(wanted) / count), 1e-9) / np.maximum(norms, 1e-30)
+        level = np.maximum(4 * max(left, looked.rounding) / np.sqrt(len(wanted) / count), 1e-9) / np.maximum(
+            norms, 1e-30
+        )
         moved = np.abs(factors) > np.maximum(level, 0.02 * np.abs(factors).max())
         if moved.any() and not moved.all():
             yield from _counted(name, factors, moved, float(level[moved].max()), looked.weight.shape)
 
 
-def _counted(
-    name: str, factors: np.ndarray, moved: np.ndarray, within: float, shape: tuple[int, ...]
-) -> Iterator[Law]:
+def _counted(name: str, factors: np.ndarray, moved: np.ndarray, within: float, shape: tuple[int, ...]) -> Iterator[Law]:
     """A law of the parts of a kernel that count otherwise than once."""
     alike = float(factors[moved].mean())
     same = np.ptp(factors[moved]) <= max(4 * within, 0.02 * abs(alike))

@@ -52,15 +52,15 @@ def orders(
         one, two = _slices(own, inside, axis), _slices(got, inside, axis)
         where = [span for i in others if (span := (spans(component.axes[i], inside[i]) or [None])[0])]
         residual = _norm(two - one) if len(one) == len(two) else _norm(two)
-        least = LEFT * residual
+        least, whole = LEFT * residual, 1e-3 * residual
         for order in (*(likely or {}).get(name, ()), *_candidates(one, two, wanted)):
             index = order.of(count)
             if index is None or len(index) != len(two):
                 continue
             left = _norm(two - np.where(index[:, None] == ZERO, 0, one[index]))
-            if left < least:
-                # Another is worth saying only where it leaves much less.
-                least = max(0.5 * left, 1e-6 * residual)
+            # Another is worth saying only where it leaves much less, or as little in fewer numbers than a list takes.
+            if left < least and (order.size < LISTED or least > whole):
+                least = max(0.5 * left, whole)
                 yield _law(name, where, order)
 
 
@@ -228,43 +228,46 @@ def _regrouped(count: int) -> Iterator[Order]:
 def _blocks_reversed(count: int) -> Iterator[Order]:
     for side in range(2, count // 2 + 1):
         if count % side == 0:
-            of = lambda n, side=side: None if n % side else np.arange(n).reshape(-1, side)[:, ::-1].ravel()  # noqa: E731
+
+            def of(n: int, side: int = side) -> np.ndarray | None:
+                return None if n % side else np.arange(n).reshape(-1, side)[:, ::-1].ravel()
+
             yield Order(f"{{many}} are reversed in each group of {side}", 1.5, of)
 
 
 def _listed(known: dict[int, int]) -> Order:
     shown = ", ".join(f"{i} holds {j}" for i, j in list(known.items())[:LISTED])
     more = f" and so on, {len(known)} in all" if len(known) > LISTED else ""
-    return Order(f"{{many}} are in another order: {shown}{more}", float(len(known)), _exceptions(known))
+    return Order(f"{{many}} are in another order: {shown}{more}", float(max(len(known), LISTED)), _exceptions(known))
 
 
 def _of_another_length(count: int, total: int, found: np.ndarray) -> Iterator[Order]:
     """Indices that are missing, or there twice."""
-    for said, first in (("last", 0), ("first", count - total)):
-        if total < count:
-            many = f"{count - total} {{many}} are" if count - total > 1 else "{one} is"
-            cut = count - total
-            yield Order(f"the {said} {many} missing", 1,
-                        lambda n, first=first, cut=cut: np.arange(n - cut) + (cut if first else 0) if n > cut else None)  # fmt: skip
-    if total > count and len(found) == total:
-        yield Order("the last {one} is repeated", 1, lambda n: np.minimum(np.arange(n + total - count), n - 1))
-        yield Order("the first {one} is repeated", 1,
-                    lambda n: np.maximum(np.arange(n + total - count) - total + count, 0))  # fmt: skip
-    if total % count == 0:
-        times = total // count
-        yield Order(f"each {{one}} is there {times} times in turn", 1, lambda n: np.repeat(np.arange(n), times))
-        yield Order(f"all {{many}} are repeated {times} times", 1, lambda n: np.tile(np.arange(n), times))
-    if len(found) == total and (found != ZERO).all():
+    more = total - count
+    if more < 0:
+        what = "{one} is" if more == -1 else f"{-more} {{many}} are"
+        yield Order(f"the last {what} missing", 1, lambda n: np.arange(n + more) if n > -more else None)
+        yield Order(f"the first {what} missing", 1, lambda n: np.arange(-more, n) if n > -more else None)
         lacking = sorted(set(range(count)) - set(found.tolist()))
-        if total < count and found.tolist() == sorted(set(found.tolist())) and len(lacking) <= LISTED:
-            which = " and ".join(map(str, lacking))
-            yield Order(f"{{one}} {which} is missing" if len(lacking) == 1 else f"{{many}} {which} are missing",
-                        float(len(lacking)), lambda n: np.delete(np.arange(n), lacking) if n > lacking[-1] else None)  # fmt: skip
-        if total < count and count % total == 0:
-            every = count // total
-            for first in range(min(every, 4)):
-                yield Order(f"of every {every} {{many}} only the one at {first} is kept", 1.5,
-                            lambda n, first=first: np.arange(n)[first::every])  # fmt: skip
+        if len(lacking) == -more <= LISTED:
+            which, one = " and ".join(map(str, lacking)), len(lacking) == 1
+            words = f"{{one}} {which} is missing" if one else f"{{many}} {which} are missing"
+
+            def without(n: int) -> np.ndarray | None:
+                return np.delete(np.arange(n), lacking) if n > lacking[-1] else None
+
+            yield Order(words, float(len(lacking)), without)
+        every = count // total
+        for first in range(min(every, 4)) if total * every == count else ():
+            says = f"of every {every} {{many}} only the one at {first} is kept"
+            yield Order(says, 1.5, lambda n, first=first: np.arange(n)[first::every])
+    else:
+        yield Order("the last {one} is repeated", 1, lambda n: np.minimum(np.arange(n + more), n - 1))
+        yield Order("the first {one} is repeated", 1, lambda n: np.maximum(np.arange(-more, n), 0))
+        times = total // count
+        if times * count == total:
+            yield Order(f"each {{one}} is there {times} times in turn", 1, lambda n: np.repeat(np.arange(n), times))
+            yield Order(f"all {{many}} are repeated {times} times", 1, lambda n: np.tile(np.arange(n), times))
 
 
 def _matched(own: np.ndarray, got: np.ndarray, wrong: np.ndarray) -> np.ndarray:

@@ -69,7 +69,7 @@ def _mapped(at: np.ndarray, count: int, mode: str) -> np.ndarray:
 
 
 def convolved(x: np.ndarray, weight: np.ndarray, geometry: Geometry, places: np.ndarray) -> np.ndarray:
-    """The convolution of x [in, T, H, W] with a weight [out, in, t, h, w], without a bias, at places [n, 3]: [n, out]."""
+    """x [in, T, H, W] convolved with a weight [out, in, t, h, w], without a bias, at places [n, 3]: [n, out]."""
     flat = weight.reshape(len(weight), -1).T
     parts = [
         patches(x, geometry, weight.shape[2:], places[i : i + CHUNK]).reshape(-1, len(flat)) @ flat

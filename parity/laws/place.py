@@ -121,7 +121,7 @@ def _ways(component: Component, wrong: Sequence[np.ndarray]) -> list[tuple[Span,
 def _changes(component: Component, own: np.ndarray, got: np.ndarray) -> Iterator[tuple[str, float, Change]]:
     """What may be done to all values of a part, each by itself: what is said of it, its size, the change."""
     rounding = relative(component) * _norm(own)
-    if not got.any():
+    if _norm(got) <= 4 * rounding:
         yield "is 0", 0.5, np.zeros_like
         return
     yield from _roundings()
@@ -165,6 +165,8 @@ def _times(factor: float, said: str) -> str:
 def _clamps(own: np.ndarray, got: np.ndarray, within: float) -> Iterator[tuple[str, float, Change]]:
     low, least = told(float(got.min()), 4 * within)
     high, most = told(float(got.max()), 4 * within)
+    if low == high:
+        return
     below, above = bool((own < low - 4 * within).any()), bool((own > high + 4 * within).any())
     if below and above:
         yield f"is clamped to [{least}, {most}]", 2, lambda x: x.clip(low, high)
@@ -202,7 +204,11 @@ def _along(
             law = _plainest(component, got, where, says, 1 if factor else 0.5, change)
             if where and _left(component, got, law) <= LEFT_BESIDE * residual:
                 yield law
-    if fits.sum() > 2 and (fits | ~wrong[axis]).all() and np.ptp(factors[fits]) > 0.01 * np.abs(factors[fits] - 1).max():
+    if (
+        fits.sum() > 2
+        and (fits | ~wrong[axis]).all()
+        and np.ptp(factors[fits]) > 0.01 * np.abs(factors[fits] - 1).max()
+    ):
         yield from _each_its_own(component, got, others, axis, np.where(fits, factors, 1.0))
 
 

@@ -72,7 +72,7 @@ def explain(
     best, first = ranked[0][0], ranked[0][1]
     together, amount = (best,), first
     if first < 1 - 1e-9 if site.exact else first < 1 - (1 - EXPLAINS) / 2:
-        stack, reached = _stacked(site, [h for h, _ in tried], first, failed)
+        stack, reached = _stacked(site, [h for h, _ in tried], tried[0][1], failed)
         # Integers have to be equal.
         if reached >= (1 - 1e-9 if site.exact else EXPLAINS):
             together, amount = stack, reached
@@ -231,7 +231,7 @@ def _ranked(
     if second is not None:
         finalists = [item for item in finalists if _holds(site, second, *item)]
         # Where it does not apply it does not hold.
-        finalists.sort(key=lambda item: -(item[1] + (item[2] if item[2] is not None else -1.0)))
+        finalists.sort(key=lambda item: -(item[1] + (max(item[2], 0.0) if item[2] is not None else -1.0)))
     return [*finalists, *((h, r, None) for h, r in tried[FINALISTS:] if not h.size or second is None)]
 
 
