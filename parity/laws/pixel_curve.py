@@ -42,7 +42,8 @@ def curve(component: Component, got: np.ndarray) -> Iterator[Law]:
         wrong = beyond(residual, own.astype(np.float64), axis, 1e-4)
         where += spans(name, wrong)[:1]
     chosen = np.broadcast_to(mask(where, component.axes, own.shape), own.shape)
-    for name in ("own", "x"):
+    # A change of own may sit on top of another fault; integers have lost what they are made of.
+    for name in ("own", "x") if own.dtype.kind == "f" else ("x", "own"):
         source = own if name == "own" else component.inputs.get("x")
         if source is None or source.shape != own.shape:
             continue
