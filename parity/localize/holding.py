@@ -21,13 +21,13 @@ def holding(wrong: Sequence[TapName], compared: Sequence[TapName]) -> str | None
     names = {tap.name for tap in wrong}
     if all(tap.name in names for tap in compared):
         return None
-    said: list[str] = []
+    said: dict[str, str] = {}
     within = list(compared)
-    for of, words in _SIDES:
+    for side, of, words in _SIDES:
         hit = {of(tap) for tap in within if tap.name in names}
         if hit < {of(tap) for tap in within}:
             if text := words([of(tap) for tap in within], hit):
-                said.append(text)
+                said[side] = text
             within = [tap for tap in within if of(tap) in hit]
     if len(within) > len(names):
         said.append(
@@ -90,15 +90,18 @@ def _numbers(all_of: Sequence[Hashable], hit: set[Hashable]) -> str:
 def _counted(name: str, all_of: Sequence[int], hit: set[int]) -> str:
     """Numbers among others, in words: from step 2 on, in layers 0 and 2."""
     numbers = sorted(set(all_of))
+    # Two are listed, unless they are the last ones.
+    if len(hit) == 2 and numbers[-2:] != sorted(hit):
+        return f"in {name}s {' and '.join(map(str, sorted(hit)))}"
     chosen = np.isin(np.arange(numbers[-1] + 1), list(hit)) if numbers == list(range(len(numbers))) else None
     if chosen is not None and (found := spans(name, chosen)):
         return found[0].within
     return f"in {name}s {', '.join(map(str, sorted(hit)))}"
 
 
-_SIDES: tuple[tuple[Callable[[TapName], Hashable], Callable], ...] = (
-    (_component, _components),
-    (lambda tap: tap.arm, _arms),
-    (_part, _parts),
-    (_number, _numbers),
+_SIDES: tuple[tuple[str, Callable[[TapName], Hashable], Callable], ...] = (
+    ("component", _component, _components),
+    ("arm", lambda tap: tap.arm, _arms),
+    ("part", _part, _parts),
+    ("number", _number, _numbers),
 )

@@ -24,7 +24,9 @@ def component(seed=0, inner=16, outer=12, frames=2, kernel=(3, 3, 3), size=(8, 1
     rng = np.random.default_rng(seed)
     history = kernel[0] - 1
     x = rng.standard_normal((1, inner, frames + history, *size)).astype(np.float32)
-    weight = rng.standard_normal((outer, inner, *kernel)).astype(np.float32) / np.float32(np.sqrt(inner * np.prod(kernel)))
+    weight = rng.standard_normal((outer, inner, *kernel)).astype(np.float32) / np.float32(
+        np.sqrt(inner * np.prod(kernel))
+    )
     bias = (0.3 * rng.standard_normal(outer)).astype(np.float32)
     own = convolve(x, weight, bias, pads, stride)
     facts = {"weight": weight, "bias": bias, "stride": stride, "pads": pads, "history": history}
@@ -91,9 +93,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("sentence", CHANGES)
-def test_what_a_convolution_does_is_told(sentence, seed):
+def test_what_a_convolution_does_is_told(sentence):
+    seed = len(sentence)
     given = component(seed)
     got = CHANGES[sentence](*parts(given))
     law, left = best(given, got)

@@ -60,7 +60,9 @@ CHANGES = {
     "columns are reversed": lambda x, raw: x[..., ::-1],
     "frames are reversed": lambda x, raw: x[:, ::-1],
     "columns are rolled by 1": lambda x, raw: np.roll(x, 1, 3),
-    "rows and columns in memory are exchanged before they are laid out": lambda x, raw: x.swapaxes(2, 3).reshape(x.shape),
+    "rows and columns in memory are exchanged before they are laid out": lambda x, raw: x.swapaxes(2, 3).reshape(
+        x.shape
+    ),
     "packed channels (of each 2x2 square) laid out as (colour, column, row) are read as (row, column, colour)": (
         lambda x, raw: unpacked(x, ("row", "column", "colour"))
     ),
