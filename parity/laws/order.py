@@ -10,6 +10,8 @@ from parity.laws.support import LISTED, Span, mask, plural, spans
 
 # An index map is read from so many values of a slice, of so many slices.
 FEATURES, SAMPLED = 64, 512
+# Slices of fewer values are like each other by chance.
+FEWEST = 4
 # What an order may leave of the residual: another fault may sit on top of it.
 LEFT = 0.5
 ZERO = -1
@@ -50,6 +52,8 @@ def orders(
         wanted = np.ones(got.shape[axis], bool) if wrong is None else wrong[axis]
         inside = [np.ones(own.shape[i], bool) if wrong is None or i == axis else wrong[i] for i in range(own.ndim)]
         one, two = _slices(own, inside, axis), _slices(got, inside, axis)
+        if one.shape[1] < FEWEST:
+            continue
         where = [span for i in others if (span := (spans(component.axes[i], inside[i]) or [None])[0])]
         residual = _norm(two - one) if len(one) == len(two) else _norm(two)
         least, whole = LEFT * residual, 1e-3 * residual

@@ -29,11 +29,12 @@ def holding(wrong: Sequence[TapName], compared: Sequence[TapName]) -> str | None
             if text := words([of(tap) for tap in within], hit):
                 said[side] = text
             within = [tap for tap in within if of(tap) in hit]
+    if "number" in said and said.get("part") == "in the step calls only":
+        # Which steps says that it is steps.
+        del said["part"]
     if len(within) > len(names):
-        said.append(
-            f"in {len(names)} of {len(within)} taps there" if said else f"in {len(names)} of {len(within)} taps"
-        )
-    return ", ".join(said) or None
+        said["taps"] = f"in {len(names)} of {len(within)} taps{' there' if said else ''}"
+    return ", ".join(said.values()) or None
 
 
 def _component(tap: TapName) -> Hashable:
