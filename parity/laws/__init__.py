@@ -2,15 +2,23 @@
 
 import numpy as np
 
-from parity.laws import linear
+from parity.laws import convolution, kernel, linear, pixel_curve, place
 from parity.laws.base import Component, Curves, Figure, Fitter, Law, Matrices
 
-__all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "LAWS", "fitted"]
+__all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "ANY", "ANY_KIND", "LAWS", "fitted"]
 
-LAWS: dict[str, tuple[Fitter, ...]] = {"linear": (linear.scale,)}
+LAWS: dict[str, tuple[Fitter, ...]] = {
+    "linear": (linear.scale,),
+    "convolution": (convolution.variants, *kernel.FITTERS),
+    "pixel_curve": pixel_curve.FITTERS,
+}
 """The fitters of each kind of component."""
+ANY: tuple[Fitter, ...] = (place.place,)
+"""The fitters that are tried of every kind."""
+ANY_KIND = "any"
+"""The kind of what is known by its result alone."""
 
 
 def fitted(component: Component, got: np.ndarray) -> list[Law]:
     """The laws that the fitters of a component's kind read from what was computed in its place."""
-    return [law for fitter in LAWS.get(component.kind, ()) for law in fitter(component, got)]
+    return [law for fitter in (*LAWS.get(component.kind, ()), *ANY) for law in fitter(component, got)]

@@ -17,6 +17,7 @@ class Component:
         facts: what it is made of: weight, eps, theta, heads, ...; arrays are float32 and in PyTorch's layout.
         own: what the trusted side computes of the inputs; a law is a change of this.
         rounding: norm of the difference that rounding alone may make; 0 where it may make none.
+        axes: what each axis of `own` is called, in the singular: token, head, channel; () where that is not known.
     """
 
     kind: str
@@ -24,6 +25,7 @@ class Component:
     facts: Mapping[str, Any]
     own: np.ndarray
     rounding: float = 0.0
+    axes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

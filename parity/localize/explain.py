@@ -74,7 +74,7 @@ def explain(
     best, first = ranked[0][0], ranked[0][1]
     together, amount = (best,), first
     if not _agrees(site, first):
-        stack, reached = _stacked(site, [h for h, _ in tried], first, failed)
+        stack, reached = _stacked(site, [(h, r) for h, r, _ in ranked], failed)
         # Integers have to be equal.
         if reached >= (1 - 1e-9 if site.exact else EXPLAINS):
             together, amount = stack, reached
@@ -103,7 +103,7 @@ def _whole(site: TapProbe, share: float, times: float = 1.0) -> bool:
     """Whether what is left beside a removed part of the residual is no more than (some times) rounding."""
     if site.exact:
         return share >= 1 - 1e-9
-    return (1 - share) * _residual(site, site.expected) <= times * _rounding(site)
+    return share >= 1 or (1 - share) * _residual(site, site.expected) <= times * _rounding(site)
 
 
 def _agrees(site: TapProbe, share: float) -> bool:
@@ -227,7 +227,7 @@ def _removed_of_activation(site: TapProbe, array: np.ndarray) -> float | None:
     whole, from_own = _residual(site, site.expected), _residual(site, own)
     residual = min(whole, from_own)
     # Where the reference as it is computes what was computed there is nothing to explain.
-    if residual <= rounding or from_own <= (1 - EXPLAINS) * whole:
+    if residual <= rounding or (math.isfinite(from_own) and from_own <= (1 - EXPLAINS) * whole):
         return None
     # Rounded, so that equal explanations stay in their order and float noise does not rank them.
     share = round(1 - left / residual, _DIGITS)
@@ -246,9 +246,15 @@ def _ranked(
     finalists = [(h, r, removed(second, [h], failed) if second is not None else None) for h, r in tried[:FINALISTS]]
     if second is not None:
         finalists = [item for item in finalists if _holds(site, second, *item)]
-        # Where it does not apply it does not hold.
-        finalists.sort(key=lambda item: -(item[1] + (item[2] if item[2] is not None else -1.0)))
+        # Where what was said beforehand does not apply it does not hold; what was read may say nothing of another input.
+        finalists.sort(key=lambda item: -(item[1] + _there(*item)))
     return [*finalists, *((h, r, None) for h, r in tried[FINALISTS:] if not h.size or second is None)]
+
+
+def _there(hypothesis: Hypothesis, here: float, there: float | None) -> float:
+    if there is None:
+        return 0.0 if hypothesis.size else -1.0
+    return max(there, 0.0)
 
 
 def _holds(site: TapProbe, second: TapProbe, hypothesis: Hypothesis, here: float, there: float | None) -> bool:
@@ -259,12 +265,14 @@ def _holds(site: TapProbe, second: TapProbe, hypothesis: Hypothesis, here: float
 
 
 def _stacked(
-    site: TapProbe, by_merit: Sequence[Hypothesis], first: float, failed: Failed
+    site: TapProbe, ranked: Sequence[tuple[Hypothesis, float]], failed: Failed
 ) -> tuple[tuple[Hypothesis, ...], float]:
     """The best combination of up to DEPTH hypotheses, tried on top of the best of the combinations before."""
-    alone = by_merit if site.exact else by_merit[:BASES]
-    bases: list[tuple[tuple[Hypothesis, ...], float]] = [((h,), first) for h in alone]
+    # Of two errors that have nothing to do with each other, what removes one removes something alone.
+    by_merit = [h for h, share in ranked if site.exact or share > 0]
+    bases: list[tuple[tuple[Hypothesis, ...], float]] = [((h,), share) for h, share in ranked]
     best = bases[0]
+    bases = bases if site.exact else bases[:BASES]
     for _ in range(DEPTH - 1):
         grown = []
         for place, (base, _) in enumerate(bases):
@@ -303,7 +311,10 @@ def _rounding(site: TapProbe) -> float:
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.linalg.norm(a.astype(np.float64) - b))
+    """How far two arrays of one shape are from each other: infinitely where one alone is not finite."""
+    unlike = (a != b) & ~(np.isnan(a) & np.isnan(b))
+    apart = float(np.linalg.norm(a[unlike].astype(np.float64) - b[unlike]))
+    return math.inf if math.isnan(apart) else apart
 
 
 def _norm(array: np.ndarray) -> float:

@@ -123,6 +123,7 @@ class Finding:
         detail: one sentence with the first values that differ.
         allowed: the largest local error that agrees there; None where equality is asked for.
         part: where integers differ for several reasons, the part of them that this finding is about; else None.
+        support: where among the compared taps of its kind it holds, in words; None where it is everywhere, or unknown.
     """
 
     component: str
@@ -139,6 +140,7 @@ class Finding:
     failed: Sequence[tuple[str, str]] = ()
     allowed: float | None = None
     part: float | None = None
+    support: str | None = None
 
     @property
     def explained(self) -> bool:
@@ -167,6 +169,7 @@ class Finding:
             "failed": [{"name": name, "error": error} for name, error in self.failed],
             "detail": self.detail,
             "part": finite(self.part),
+            "support": self.support,
         }  # fmt: skip
 
 

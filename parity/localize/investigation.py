@@ -1,7 +1,7 @@
 """Localizing: which component is wrong by itself first, by how much more than rounding, and what explains it."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from parity.localize.findings import (
     Picture,
     TapError,
 )
+from parity.localize.holding import holding
 from parity.localize.slices import place_of, slice_errors, slice_sizes
 from parity.localize.steering import require_steering, steered
 from parity.localize.tap_errors import tap_errors
@@ -45,7 +46,7 @@ from parity.ports.loading import port_loader
 from parity.ports.port import Loader, Port
 from parity.ports.provenance import provenance_of
 from parity.tensors.metrics import Difference, compare
-from parity.tensors.names import component_kind, parse
+from parity.tensors.names import TapName, component_kind, parse
 from parity.tensors.recording import Observed, Recording, Tap
 from parity.tensors.sketch import Sketch
 
@@ -229,8 +230,12 @@ class Investigation:
         # A steered run chooses from the oracle's logits: only of two that are equal may it take either.
         ties = {margin.step for margin in answered if not margin.margin}
         wrong = [tap for tap in taps if tap.wrong and not self._only_ties(tap, forced.recording, ties)]
+        compared: dict[str, list[TapName]] = {}
+        for tap in taps:
+            compared.setdefault(_kind(tap), []).append(tap.tap)
         while wrong:
-            wrong = self._local_finding(wrong, forced.recording)
+            wrong = self._local_finding(wrong, compared, forced.recording)
+        self.findings = [self._held(finding, compared) for finding in self.findings]
 
     def _wider_findings(self, wider: Wider, taps: Sequence[TapError]) -> None:
         """One finding for all that is right but for its dtype; and one for each kind of which more is told why."""
@@ -306,7 +311,18 @@ class Investigation:
         values = dict(self.contract.exact)
         return values | {mismatch.tap: mismatch.expected for mismatch in group if mismatch.expected is not None}
 
-    def _local_finding(self, wrong: list[TapError], recording: Recording) -> list[TapError]:
+    def _held(self, finding: Finding, compared: Mapping[str, Sequence[TapName]]) -> Finding:
+        """A finding with where it holds among the compared taps of its kind."""
+        kind = component_kind(finding.tap)
+        if finding.kind != LOCAL or kind not in compared:
+            return finding
+        wrong = {finding.tap, *finding.also}
+        within = compared[kind]
+        return replace(finding, support=holding([tap for tap in within if tap.name in wrong], within))
+
+    def _local_finding(
+        self, wrong: list[TapError], compared: Mapping[str, Sequence[TapName]], recording: Recording
+    ) -> list[TapError]:
         """Explain the first of the wrong taps; return those that have another cause."""
         first = wrong[0]
         name = first.tap.name
@@ -317,7 +333,7 @@ class Investigation:
         second = self._site(alike[0], recording) if alike else None
         self.tell(f"hypotheses about {first.tap.component}")
         causes = explain(site, second, self.hypotheses)
-        covered = self._covered(first, wrong[1:], causes, recording)
+        covered = self._covered(first, wrong[1:], causes, compared[_kind(first)], recording)
         slices, place = self._slices(site)
         difference = compare(self.oracle.own[name], recording[name], first.tap.most)
         self._add(
@@ -389,10 +405,21 @@ class Investigation:
             detail = f"{left:.1%} of the values that differ are left; {finding.detail}"
             self.findings.append(replace(finding, explanations=unexplained, part=left, also=(), detail=detail))
 
-    def _covered(self, first: TapError, wrong: Sequence[TapError], causes: Causes, recording: Recording) -> set[str]:
-        """Names of the other wrong taps that have the same cause."""
+    def _covered(
+        self,
+        first: TapError,
+        wrong: Sequence[TapError],
+        causes: Causes,
+        compared: Sequence[TapName],
+        recording: Recording,
+    ) -> set[str]:
+        """Names of the other wrong taps that have the same cause; `compared` are all taps of the first one's kind."""
         if not causes.together:
-            return {tap.tap.name for tap in wrong if _kind(tap) == _kind(first)}
+            # What has no cause is taken for one where no component of the kind is right; else each may have its own.
+            alike = [tap for tap in wrong if _kind(tap) == _kind(first)]
+            components = {tap.tap.component for tap in (first, *alike)}
+            whole = components == {tap.component for tap in compared}
+            return {tap.tap.name for tap in alike if whole or tap.tap.component == first.tap.component}
         covered: set[str] = set()
         kinds: dict[str, list[TapError]] = {}
         for tap in wrong:

@@ -43,6 +43,8 @@ def _print_finding(console: Console, number: int, finding: Finding) -> None:
     lines = [f"tap {finding.tap}: {level}", finding.detail]
     if finding.slice:
         lines.append(f"where: {finding.slice}")
+    if finding.support:
+        lines.append(f"holds: {finding.support}")
     if finding.also:
         more = f" and {len(finding.also) - OTHERS} more" if len(finding.also) > OTHERS else ""
         lines.append(f"same cause: {', '.join(finding.also[:OTHERS])}{more}")

@@ -313,7 +313,7 @@ def test_the_rows_of_a_call():
             "the ViT block is missing", "rows and columns of grids are exchanged")),
         ("x2t_image-bf16-kv", "inputs/grids_thw", ("grids have one frame too few", "the ViT block is missing")),
         ("t2i-fp32-kv", "vae.decode.chunk0/decoder.conv1", (
-            "the result's rows are reversed", "the result is rounded to float16")),
+            "the weight is zero", "convolutions pad with the border's values")),
         ("t2v-bf16-kv", f"cond.step0/{LAYER}.input_layernorm", (
             "the norm's result is not rounded", "the brackets of latents go to the generation expert")),
     ],

@@ -8,32 +8,37 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from parity.hypotheses.base import DoesNotApply
-from parity.lance.components import rows
+from parity.lance.components import convolutions, pictures, rows
+from parity.lance.components.axes import axes_of
 from parity.lance.components.base import Known
-from parity.laws import Component
+from parity.laws import ANY_KIND, Component
 
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
 
-_READ: WeakKeyDictionary["TapProbe", Component | None] = WeakKeyDictionary()
-KNOWN: Sequence[Known] = (*rows.KNOWN,)
+_READ: WeakKeyDictionary["TapProbe", Component] = WeakKeyDictionary()
+KNOWN: Sequence[Known] = (
+    *convolutions.KNOWN,
+    *pictures.KNOWN,
+    *rows.KNOWN,
+)
 
 
-def component_of(site: "TapProbe", own: np.ndarray) -> Component | None:
-    """A site's component of which the reference computes `own`; None where nothing is known of it."""
+def component_of(site: "TapProbe", own: np.ndarray) -> Component:
+    """A site's component of which the reference computes `own`."""
     if site not in _READ:
         _READ[site] = _read(site)
-    component = _READ[site]
-    return None if component is None else replace(component, own=own)
+    return replace(_READ[site], own=own)
 
 
-def _read(site: "TapProbe") -> Component | None:
+def _read(site: "TapProbe") -> Component:
+    rounding = float(np.linalg.norm(site.expected.astype(np.float64))) * site.floor
     for known in KNOWN:
         if known.about(site):
             try:
                 inputs, facts = known.read(site)
             except DoesNotApply:
                 continue
-            rounding = float(np.linalg.norm(site.expected.astype(np.float64))) * site.floor
-            return Component(known.kind, inputs, facts, site.expected, rounding)
-    return None
+            return Component(known.kind, inputs, facts, site.expected, rounding, axes_of(site))
+    # Of any other the result alone is known.
+    return Component(ANY_KIND, {}, {}, site.expected, rounding, axes_of(site))
