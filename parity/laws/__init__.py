@@ -2,13 +2,14 @@
 
 import numpy as np
 
-from parity.laws import linear, rotary
+from parity.laws import attention, linear, rotary
 from parity.laws.base import Component, Curves, Figure, Fitter, Law, Matrices
 
 __all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "LAWS", "fitted"]
 
 LAWS: dict[str, tuple[Fitter, ...]] = {
-    "linear": (linear.scale,),
+    "linear": (linear.scale, attention.attention),
+    "attention": (attention.attention,),
     "rotary": (rotary.rotary,),
 }
 """The fitters of each kind of component."""

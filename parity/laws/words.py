@@ -19,9 +19,10 @@ ROUND = (
 
 
 def affected(difference: np.ndarray, axis: int, rounding: float) -> np.ndarray:
-    """Which places along an axis hold a difference beyond rounding, bool."""
+    """Which places along an axis hold a difference beyond rounding, bool; all where none stands out of it."""
     energy = np.square(np.abs(difference)).sum(tuple(i for i in range(difference.ndim) if i != axis))
-    return energy > np.maximum(9 * rounding**2 / len(energy), 1e-6 * energy.max(initial=0.0))
+    beyond = energy > np.maximum(9 * rounding**2 / len(energy), 1e-6 * energy.max(initial=0.0))
+    return beyond if beyond.any() else np.ones_like(beyond)
 
 
 def snapped(value: float, good: Callable[[float], bool]) -> float:

@@ -75,7 +75,7 @@ def _labels(site: "TapProbe", keys: int) -> dict[str, np.ndarray]:
 
 def _rotation(site: "TapProbe", k: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """cos and sin [m, d / 2] that the keys were turned by; what comes after the site's call is not turned."""
-    parts = [site.value(f"{call}/position_ids") for call, _ in calls_of(site)]
+    parts = [site.value(f"{call}/position_ids") for call, _ in _calls(site)]
     if any(part is None for part in parts):
         return None
     half = k.shape[-1] // 2
@@ -85,15 +85,24 @@ def _rotation(site: "TapProbe", k: np.ndarray) -> tuple[np.ndarray, np.ndarray] 
     return np.pad(cos, ((0, more), (0, 0)), constant_values=1), np.pad(sin, ((0, more), (0, 0)))
 
 
+def _calls(site: "TapProbe") -> list[tuple[str, slice]]:
+    """The calls up to the site's own, and the tokens of each."""
+    calls = calls_of(site)
+    names = [call for call, _ in calls]
+    if site.tap.call not in names:
+        raise DoesNotApply
+    return calls[: names.index(site.tap.call) + 1]
+
+
 Other = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _others(site: "TapProbe", inputs: dict[str, np.ndarray]) -> Iterator[tuple[str, Other | None]]:
     """Keys, values and mask of other layers, of the other arm and of earlier steps, by what they are called."""
     k, v, mask = inputs["k"], inputs["v"], inputs["mask"]
-    layer, step, calls = site.tap.numbers["layer"], site.tap.numbers.get("step", 0), calls_of(site)
+    layer, step, calls = site.tap.numbers["layer"], site.tap.numbers.get("step", 0), _calls(site)
     root = site.path.rpartition(".")[0].rpartition(".")[0].rpartition(".")[0]
-    count = calls[-1][1].start if len(calls) > 1 and calls[-1][0] == site.tap.call else 0
+    count = calls[-1][1].start
 
     def known(calls: list[tuple[str, slice]], layer: int) -> tuple[np.ndarray, np.ndarray] | None:
         path, keys, values = f"{root}.{layer}.self_attn", [], []
@@ -131,10 +140,10 @@ def _others(site: "TapProbe", inputs: dict[str, np.ndarray]) -> Iterator[tuple[s
         for other in sorted({0, step - 1} & set(range(step))) if ".step" in site.tap.call else ():
             stale = known([(f"{name}{other}", calls[-1][1])], layer)
             if stale is not None:
-                yield (
-                    f"step {other}",
-                    (np.concatenate([k[:count], stale[0]]), np.concatenate([v[:count], stale[1]]), mask),
+                keys, values = (
+                    np.concatenate([x[:count], y, x[count + len(y) :]]) for x, y in zip((k, v), stale, strict=True)
                 )
+                yield f"step {other}", (keys, values, mask)
 
 
 def vision_attention(site: "TapProbe") -> Given:
