@@ -140,6 +140,9 @@ def _inputs(fit: Fit) -> Iterator[Found]:
             for part in ("", " of this pass", " before this pass") if what != "queries" and first else ("",):
                 for sign, way in ((1, "rotated" if what == "values" else "rotated twice"), (-1, "rotated back")):
                     yield f"{what}{part} are {way}", 1 + 0.5 * bool(part), _turned(what, part, sign), None
+    if facts.get("angles") is not None:
+        for pair in range(facts["angles"].shape[1]):
+            yield f"frequency {pair} of queries and keys does not turn", 1.5, _angled(np.float64(0), pair), None
     for what, use_k, use_v in (("keys and values", 1, 1), ("keys", 1, 0), ("values", 0, 1)):
         for step in (1, -1):
             which = "before" if step > 0 else "after"
@@ -180,6 +183,21 @@ def _turned(what: str, part: str, sign: int) -> Change:
         table = np.where((own if "of this" in part else ~own if part else np.ones_like(own))[:, None], table, 1)
         turned = {"values": {"v": scene.v}, "keys": {"k": scene.k}}[what]
         return replace(scene, **{name: _turn(x, table) for name, x in turned.items()}).attended()
+
+    return change
+
+
+def _angled(c: np.ndarray, pair: int | None = None) -> Change:
+    """Queries and keys turned by c times the angle that they were turned by, in all pairs or in one."""
+
+    def change(scene: Scene) -> np.ndarray | None:
+        angles = scene.facts.get("angles")
+        if angles is None or (pair is not None and pair >= angles.shape[1]):
+            return None
+        more = np.exp(1j * (c - 1) * angles)
+        if pair is not None:
+            more = np.where(np.arange(angles.shape[1]) == pair, more, 1)
+        return replace(scene, q=_turn(scene.q, more[..., scene.places, :]), k=_turn(scene.k, more)).attended()
 
     return change
 
@@ -340,6 +358,8 @@ FAMILIES: tuple[tuple[str, Family, np.ndarray, bool, float | None], ...] = (
     ("the softmax has one more score of {}", _sink, np.linspace(-8, 12, 21), True, None),
     ("scores fall by {} for every token between query and key", _biased,
      np.concatenate([-np.geomspace(0.01, 1, 5), [0.0], np.geomspace(2**-10, 2, 23)]), True, 0),
+    ("angles of queries and keys are {} times as large", _angled,
+     np.array([-1, 0, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.5, 2, 3, 4]), True, 1),
     ("only the {} highest scores of a query count", _highest, _COUNTS, False, None),
     ("keys more than {} tokens back are not seen", _window, _COUNTS, False, None),
     ("the first {} keys are not seen", _without_first, _COUNTS, False, None),
@@ -404,7 +424,8 @@ def _share(small: Fit, fit: Fit) -> float:
 
 def _by_head(fit: Fit, change: Change) -> np.ndarray:
     with np.errstate(all="ignore"):
-        left = np.square(change(fit.scene) - fit.target).sum((1, 2))
+        new = change(fit.scene)
+        left = np.full(len(fit.heads), np.inf) if new is None else np.square(new - fit.target).sum((1, 2))
     return np.where(np.isfinite(left), left, np.inf)
 
 

@@ -3,7 +3,7 @@
 The angle of every pair is read from x and the result, over all heads; then what made it is told.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,7 +65,8 @@ def rotary(component: Component, got: np.ndarray) -> Iterator[Law]:
         if any(left <= min(fit.enough, LEFT_BENEATH * residual) for left, _ in read):
             break
     read.sort(key=lambda item: (0, item[1].size) if item[0] <= fit.enough else (1, item[0]))
-    yield from (law for left, law in read[:TOLD] if left <= LEFT_BENEATH * residual)
+    told_once = {law.sentence: law for left, law in reversed(read) if left <= LEFT_BENEATH * residual}
+    yield from list(told_once.values())[: -TOLD - 1 : -1]
 
 
 Found = tuple[str, float, Change, Curves | None]
@@ -366,32 +367,34 @@ def _positions(fit: _Fit) -> Iterator[Found]:
     turn = fit.turn
     if turn.positions is None:
         return
-    whole = [np.unique(turn.axes)]
-    apart = [np.array([axis]) for axis in whole[0]] if len(whole[0]) > 1 else []
-    read = fit.angles()
-    for chosen in (*whole, *apart):
-        of = np.isin(turn.axes, chosen)
+    axes, read = np.unique(turn.axes), fit.angles()
+    alike = all(np.array_equal(turn.ids[axis], turn.ids[axes[0]]) for axis in axes)
+    # What is read of one axis may be true of all; where all hold the same, all frequencies tell it.
+    for axis in axes[:1] if alike else axes:
+        of = np.ones(len(turn.axes), bool) if alike else turn.axes == axis
         if not fit.pairs[of].any():
             continue
-        together = len(chosen) == len(whole[0])
-        ids = turn.ids[chosen[0]]
-        if together and any(not np.array_equal(turn.ids[axis], ids) for axis in chosen):
-            # Each axis by itself, told as one where one thing is true of all.
-            of = turn.axes == chosen[np.argmax([np.ptp(turn.ids[axis]) for axis in chosen])]
-            ids = turn.positions[:, of][:, 0]
+        ids = turn.ids[axis]
         found = read_positions(Read(read.table[:, of], read.weight[:, of]), ids, turn.frequencies[of])
-        name = "" if together else f"{fit.names[chosen[0]]} "
-        figure = Curves(f"{name}positions", "row", "position", np.arange(len(ids)), {"expected": ids, "found": found})
+        figure = Curves("Positions", "row", "position", np.arange(len(ids)), {"expected": ids, "found": found})
         for words, size, change in told_positions(ids, found):
-            yield f"{name}{words}", size + (not together), _read_at(change, None if together else chosen), figure
+            yield words, size, _read_at(change, axes), figure
+            if not alike:
+                yield f"{fit.names[axis]} {words}", size + 1, _read_at(change, [axis]), figure
+    if alike and len(axes) > 1:
+        for axis in axes:
+            of = turn.axes == axis
+            found = read_positions(Read(read.table[:, of], read.weight[:, of]), turn.ids[axis], turn.frequencies[of])
+            for words, size, change in told_positions(turn.ids[axis], found):
+                yield f"{fit.names[axis]} {words}", size + 1, _read_at(change, [axis]), None
 
 
-def _read_at(change: Callable[[np.ndarray], np.ndarray], axes: np.ndarray | None) -> Change:
+def _read_at(change: Callable[[np.ndarray], np.ndarray], axes: Sequence[int]) -> Change:
     def turned(turn: Turn) -> np.ndarray | None:
         if turn.positions is None:
             return None
         positions = turn.positions.copy()
-        for axis in np.unique(turn.axes) if axes is None else axes:
+        for axis in axes:
             positions[:, turn.axes == axis] = change(turn.ids[axis])[:, None]
         return turn.by(positions * turn.frequencies)
 

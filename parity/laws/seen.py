@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 Found = tuple[str, float, Change, Matrices | None]
 Counts = Callable[[Scene], np.ndarray | None]
 """How often each key counts for each query, [n, m]."""
-# Numbers that a system of equations may have, and how certain a count has to be to be told.
-NUMBERS, CERTAIN = 1 << 24, 0.2
+# Numbers that a system of equations may have, its unknowns, and how certain a count has to be to be told.
+NUMBERS, UNKNOWN, CERTAIN = 1 << 24, 1536, 0.2
 
 
 def seen(fit: "Fit") -> Iterator[Found]:
@@ -141,6 +141,8 @@ class _System:
     def counts(self, classes: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """How often each class counts that is seen, and each that is not; 1 and 0 where that is not certain."""
         mask = self.scene.mask
+        if 2 * count > UNKNOWN:
+            return np.ones(count), np.zeros(count)
         x, certain = self.solve(np.where(classes < 0, -1, classes + np.where(mask, 0, count)), 2 * count)
         whole = np.where(certain, np.round(x), 0)
         # What is no whole number of times is none that was counted.

@@ -151,15 +151,31 @@ def vision_attention(site: "TapProbe") -> Given:
     parent = parent_of(site)
     if not isinstance(parent, reference.vit.Attention):
         raise DoesNotApply
-    seen, _ = _seen(site, reference.vit)
+    turned: list[tuple] = []
+    handle = parent.k_rope.register_forward_pre_hook(lambda module, args: turned.append(args) and None)
+    try:
+        seen, _ = _seen(site, reference.vit)
+    finally:
+        handle.remove()
     q, k, v, mask = (array_of(value) for value in seen[-1][:4])
     facts = {"weight": parameter(parent.proj, "weight"), "bias": parameter(parent.proj, "bias")}
     tokens, windows, frames = windows_of(site)
     labels = {"window": windows, "frame": frames}
     facts["labels"] = {name: array_of(ids.repeat_interleave(MERGE**2)) for name, ids in labels.items()}
     facts["places"] = np.arange(len(q), dtype=np.int32)
+    if turned:
+        facts["cos"], facts["sin"] = (array_of(table)[:, : q.shape[-1] // 2] for table in turned[-1][1:3])
+        facts["angles"] = _unwrapped(facts["cos"], facts["sin"])
     _, (x, *_) = called_with(site)
     return {"x": x, "q": q, "k": k, "v": v, "mask": mask}, facts
+
+
+def _unwrapped(cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """The angles [n, d / 2] of patches: of either half of the pairs the slowest tells the row or the column."""
+    angles = np.arctan2(sin, cos).astype(np.float64)
+    count = angles.shape[1] // 2
+    speeds = reference.vit.ROPE_THETA ** (-np.arange(count) / count)
+    return np.concatenate([np.round(half[:, -1:] / speeds[-1]) * speeds for half in np.split(angles, 2, 1)], 1)
 
 
 def coder_attention(site: "TapProbe") -> Given:
