@@ -79,7 +79,8 @@ class Fit:
             places(self.all_rows, "query").replace("querys", "queries"),
         )
         for of_heads, of_rows in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            if (of_heads and not heads) or (of_rows and not rows):
+            # Where a place cannot be told in words it is none that a person meant.
+            if (of_heads and (not heads or " of " in heads)) or (of_rows and (not rows or " of " in rows)):
                 continue
             words = [word for word, held in ((heads, of_heads), (rows, of_rows)) if held]
             where = np.ones(new.shape[:2], bool)
@@ -223,8 +224,8 @@ def _shapes(fit: Fit) -> Iterator[Found]:
     """Weights that are made otherwise, without a number."""
 
     def unnormalised(scene: Scene) -> np.ndarray:
-        scores = np.where(scene.mask, scene.scores, -np.inf)
-        return np.exp(scores - scores.max(-1, keepdims=True)) @ scene.v
+        top = np.where(scene.mask, scene.scores, -np.inf).max(-1, keepdims=True)
+        return (np.exp(np.minimum(scene.scores - np.where(np.isfinite(top), top, 0), 0)) * scene.mask) @ scene.v
 
     def masked_after(scene: Scene) -> np.ndarray:
         return (replace(scene, mask=np.ones_like(scene.mask)).weights() * scene.mask) @ scene.v
@@ -291,6 +292,10 @@ def _scaled(c: np.ndarray) -> Change:
     return lambda scene: scene.attended(c * scene.scores)
 
 
+def _larger(c: np.ndarray) -> Change:
+    return lambda scene: c * scene.attended()
+
+
 def _capped(c: np.ndarray) -> Change:
     return lambda scene: scene.attended(c * np.tanh(scene.scores / c))
 
@@ -343,7 +348,8 @@ def _without_last(c: np.ndarray) -> Change:
 
 def _hidden(which: Callable[[Scene, np.ndarray], np.ndarray]) -> Change:
     def change(scene: Scene) -> np.ndarray:
-        return replace(scene, mask=scene.mask & ~which(scene, np.arange(scene.mask.shape[1]))).attended()
+        mask = scene.mask & ~which(scene, np.arange(scene.mask.shape[1]))
+        return replace(scene, mask=np.where(mask.any(-1, keepdims=True), mask, scene.mask)).attended()
 
     return change
 
@@ -351,6 +357,7 @@ def _hidden(which: Callable[[Scene, np.ndarray], np.ndarray]) -> Change:
 _LOG = np.geomspace(1 / 64, 64, 25)
 _COUNTS = np.array([*range(1, 17), 20, 24, 31, 32, 40, 47, 48, 50, 63, 64, 96, 99, 100, 127, 128, 255, 256], float)
 FAMILIES: tuple[tuple[str, Family, np.ndarray, bool, float | None], ...] = (
+    ("what is attended is {} times as large", _larger, np.array([-1, 0, 0.5, 1, 1.5, 2, 4]), True, 1),
     ("scores are {} times as large", _scaled, np.concatenate([-_LOG[4:-4:4], [0.0], _LOG]), True, 1),
     ("scores are capped at {} by tanh", _capped, np.geomspace(0.1, 128, 22), True, None),
     ("scores are clipped to +-{}", _clipped, np.geomspace(0.1, 64, 22), True, None),

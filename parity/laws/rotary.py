@@ -124,7 +124,7 @@ class _Fit:
             2: "" if self.pairs.all() else _of(self.pairs),
         }
         chosen = {0: self.rows, 1: self.heads, 2: self.pairs}
-        limited = [axis for axis in (1, 2, 0) if words[axis]]
+        limited = [axis for axis in (1, 2, 0) if words[axis] and " of " not in words[axis]]
         for axis in limited:
             yield {axis: chosen[axis]}, words[axis]
         if len(limited) > 1:

@@ -37,11 +37,14 @@ def seen(fit: "Fit") -> Iterator[Found]:
 
 
 def counted(counts: Counts) -> Change:
-    """Attention in which keys count so often."""
+    """Attention in which keys count so often; a query that would see nothing sees what it should."""
 
     def change(scene: Scene) -> np.ndarray | None:
         times = counts(scene)
-        return None if times is None else replace(scene, mask=times > 0, counts=times).attended()
+        if times is None:
+            return None
+        times = np.where((times > 0).any(-1, keepdims=True), times, scene.mask)
+        return replace(scene, mask=times > 0, counts=times).attended()
 
     return change
 

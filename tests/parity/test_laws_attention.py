@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
+from lance_mlx.model.mot import ScaledDotProductAttention
+from parity.lance.faults.base import Fault, calls
 from parity.laws import attention as laws
 from parity.laws import rotary as turns
 from parity.laws.attending import result_of, scene_of
@@ -154,6 +157,7 @@ CHANGES = {
     "scores are capped at 2 by tanh": laws._capped(np.float64(2)),
     "scores are 0.9 times as large": laws._scaled(np.float64(0.9)),
     "scores are 0.7071 times as large, head 2 alone": in_head(laws._scaled(np.float64(0.5**0.5)), 2),
+    "what is attended is 1.01 times as large, head 2 alone": in_head(laws._larger(np.float64(1.01)), 2),
     "the softmax has one more score of 1": laws._sink(1.0),
     "scores fall by 0.05 for every token between query and key": laws._biased(np.float64(0.05)),
     "only the 8 highest scores of a query count": laws._highest(np.float64(8)),
@@ -222,6 +226,27 @@ def test_nothing_is_read_where_nothing_is_wrong_or_all_is_noise(seed, dtype):
         assert list(fitter(component, (component.own + 0.9 * rounding).astype(np.float32))) == []
         for part in (0.05, 1.0):
             assert list(fitter(component, (component.own + part * noise).astype(np.float32))) == []
+
+
+def capped(target):
+    """Scores of one layer capped at 2 by tanh."""
+
+    def attend(original, module, queries, kv, causal):
+        groups = queries.shape[1] // kv.keys.shape[1]
+        k, v = (mx.repeat(x, groups, axis=1).swapaxes(0, 1) for x in kv)
+        scores = 2 * mx.tanh(queries.swapaxes(0, 1) @ k.swapaxes(1, 2) * queries.shape[-1] ** -0.5 / 2)
+        n, m = scores.shape[1:]
+        seen = mx.array(np.tri(n, m, m - n, dtype=bool)) if causal else mx.ones((n, m), mx.bool_)
+        return (mx.softmax(mx.where(seen, scores, -mx.inf), axis=-1) @ v).swapaxes(0, 1)
+
+    return calls(ScaledDotProductAttention, attend, "layers.1.self_attn.sdpa")(target)
+
+
+def test_a_port_that_caps_its_scores_is_told_so(localized):
+    fault = Fault("capped", "Scores are capped.", "layers.1.self_attn.sdpa", capped)
+    finding = localized("t2i-fp32-kv", fault, thorough=False).findings[0]
+    assert finding.component == "layers.1.self_attn.sdpa"
+    assert finding.explanations[0].name == "scores are capped at 2 by tanh"
 
 
 def test_degenerate_inputs_yield_nothing():
