@@ -2,13 +2,15 @@
 
 import numpy as np
 
-from parity.laws import convolution, kernel, linear, pixel_curve, place
+from parity.laws import attention, convolution, kernel, linear, pixel_curve, place, rotary
 from parity.laws.base import Component, Curves, Figure, Fitter, Law, Matrices
 
 __all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "ANY", "ANY_KIND", "LAWS", "fitted"]
 
 LAWS: dict[str, tuple[Fitter, ...]] = {
-    "linear": (linear.scale,),
+    "linear": (linear.scale, attention.attention),
+    "attention": (attention.attention,),
+    "rotary": (rotary.rotary,),
     "convolution": (convolution.variants, *kernel.FITTERS),
     "pixel_curve": pixel_curve.FITTERS,
 }

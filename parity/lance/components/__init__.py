@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from parity.hypotheses.base import DoesNotApply
-from parity.lance.components import convolutions, pictures, rows
+from parity.lance.components import attention, convolutions, pictures, rows
 from parity.lance.components.axes import axes_of
 from parity.lance.components.base import Known
 from parity.laws import ANY_KIND, Component
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _READ: WeakKeyDictionary["TapProbe", Component] = WeakKeyDictionary()
 KNOWN: Sequence[Known] = (
+    *attention.KNOWN,
     *convolutions.KNOWN,
     *pictures.KNOWN,
     *rows.KNOWN,

@@ -45,6 +45,12 @@ def called_with(site: "TapProbe") -> tuple[nn.Module, list[np.ndarray | None]]:
 
     In the full-sequence entry an input with a row for each row of the result is cut to the rows of the site's call.
     """
+    module, given = given_to(site)
+    return module, [own_rows(site, array) for array in given]
+
+
+def given_to(site: "TapProbe") -> tuple[nn.Module, list[np.ndarray | None]]:
+    """As `called_with`, but with all rows of the pass."""
     module, calls = module_of(site), []
 
     def keep(module: nn.Module, args: tuple) -> None:
@@ -57,7 +63,7 @@ def called_with(site: "TapProbe") -> tuple[nn.Module, list[np.ndarray | None]]:
         handle.remove()
     if not calls:
         raise DoesNotApply
-    return module, [own_rows(site, array_of(value)) for value in calls[-1]]
+    return module, [array_of(value) for value in calls[-1]]
 
 
 def array_of(value: object) -> np.ndarray | None:
@@ -74,9 +80,9 @@ def own_rows(site: "TapProbe", array: np.ndarray | None) -> np.ndarray | None:
     """Of an array of a whole pass the rows of the site's call; as it is where it has none of the pass."""
     if array is None or site.entry != "full_sequence" or array.ndim == 0 or len(array) == len(site.expected):
         return array
-    name = site.native
-    pieces = definition().cut(site.oracle.run, {name: Tap(array, "float32")}) if "/" in name else {}
-    return pieces[site.tap.name].array if site.tap.name in pieces else array
+    name, rows = site.native, Tap(np.arange(len(array), dtype=np.int32), "int32")
+    pieces = definition().cut(site.oracle.run, {name: rows}) if "/" in name else {}
+    return array[pieces[site.tap.name].array] if site.tap.name in pieces else array
 
 
 def parameter(module: nn.Module, name: str) -> np.ndarray | None:

@@ -1,0 +1,430 @@
+"""Laws of a rotation by position: x [n, heads, d], pairs (x_i, x_{i + d/2}) turned by position times frequency.
+
+The angle of every pair is read from x and the result, over all heads; then what made it is told.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from parity.laws.angles import Read, read_positions, read_speeds
+from parity.laws.base import Component, Curves, Law
+from parity.laws.positions import told_positions
+from parity.laws.words import affected, chosen_like, listed, places, rounded_to, snapped, told
+
+# What a law may leave of the residual, beneath another; how many are told.
+LEFT_BENEATH, TOLD = 0.5, 3
+# So many times as fast as it should no frequency turns by a mistake that can be read.
+FASTEST = 64
+
+
+@dataclass(frozen=True)
+class Turn:
+    """x as complex pairs z [n, heads, f] and their table [n, f]; positions [n, f] and frequencies [f] where known."""
+
+    z: np.ndarray
+    table: np.ndarray
+    positions: np.ndarray | None
+    frequencies: np.ndarray | None
+    ids: np.ndarray | None
+    axes: np.ndarray
+    theta: float
+    dtype: str
+
+    @property
+    def turned(self) -> np.ndarray:
+        return self.z * self.table[:, None]
+
+    def by(self, angles: np.ndarray) -> np.ndarray:
+        """What comes of angles [n, f], rounded as the table is."""
+        return self.z * rounded_to(self.dtype, np.exp(1j * angles))[:, None]
+
+
+Change = Callable[[Turn], np.ndarray | None]
+"""The complex pairs [n, heads, f] that come out instead."""
+
+
+def rotary(component: Component, got: np.ndarray) -> Iterator[Law]:
+    """What turns by other angles, other positions, with other signs or in another precision, and where."""
+    turn = turn_of(component)
+    if turn is None or got.shape != component.own.shape or not np.isfinite(got).all():
+        return
+    difference = _pairs(got.astype(np.float64) - component.own)
+    residual = float(np.linalg.norm(difference))
+    if residual <= max(component.rounding, 1e-7 * float(np.linalg.norm(turn.z))):
+        return
+    target = turn.turned + difference
+    rows, heads, pairs = (affected(difference, axis, component.rounding) for axis in range(3))
+    # A table that is made anew is rounded anew.
+    rounding = max(component.rounding, 3e-7 * float(np.linalg.norm(target)))
+    fit = _Fit(turn, target, rows, heads, pairs, 2 * rounding, component.facts.get("axis_names", "0123"))
+    read: list[tuple[float, Law]] = []
+    for make in (_signs, _tables, _speeds, _positions, _partly):
+        read += [law for found in make(fit) if (law := fit.law(*found)) is not None]
+        if any(left <= min(fit.enough, LEFT_BENEATH * residual) for left, _ in read):
+            break
+    read.sort(key=lambda item: (0, item[1].size) if item[0] <= fit.enough else (1, item[0]))
+    told_once = {law.sentence: law for left, law in reversed(read) if left <= LEFT_BENEATH * residual}
+    yield from list(told_once.values())[: -TOLD - 1 : -1]
+
+
+Found = tuple[str, float, Change, Curves | None]
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What is read from: the target [n, heads, f], where it differs along each axis, and what is rounding."""
+
+    turn: Turn
+    target: np.ndarray
+    rows: np.ndarray
+    heads: np.ndarray
+    pairs: np.ndarray
+    enough: float
+    names: str
+
+    def left(self, change: Change) -> float:
+        new = change(self.turn)
+        return (
+            float("inf") if new is None else float(np.linalg.norm((new - self.target)[:, self.heads][:, :, self.pairs]))
+        )
+
+    def number(self, value: float, change: Callable[[float], Change], spread: float) -> float:
+        """The number near a value that a change fits best with, as people write it."""
+        span = spread * max(abs(value), 0.02)
+        for _ in range(4):
+            tried = value + span * np.linspace(-1, 1, 9)
+            value = float(min(tried, key=lambda number: self.left(change(number))))
+            span /= 4
+        least = self.left(change(value))
+        return snapped(value, lambda number: self.left(change(number)) <= max(0.5 * self.enough, 1.05 * least))
+
+    def law(self, sentence: str, size: float, change: Change, figure: Curves | None) -> tuple[float, Law] | None:
+        """A change as a law where it holds: everywhere, or only where something differs; and what it leaves."""
+        best: tuple[float, Law] | None = None
+        for held, words in self._supports():
+            limited = _restricted(change, held)
+            new = limited(self.turn)
+            if new is None:
+                return None
+            left = float(np.linalg.norm(new - self.target))
+            if best is None or left < 0.5 * best[0]:
+                says = f"{sentence}, {words}" if words else sentence
+                best = left, Law(says, size + len(held), applied(limited), figure)
+            if left <= self.enough:
+                break
+        return best
+
+    def _supports(self) -> Iterator[tuple[dict[int, np.ndarray], str]]:
+        yield {}, ""
+        words = {
+            0: places(self.rows, "row"),
+            1: places(self.heads, "head", ordered=False),
+            2: "" if self.pairs.all() else _of(self.pairs),
+        }
+        chosen = {0: self.rows, 1: self.heads, 2: self.pairs}
+        limited = [axis for axis in (1, 2, 0) if words[axis] and " of " not in words[axis]]
+        for axis in limited:
+            yield {axis: chosen[axis]}, words[axis]
+        if len(limited) > 1:
+            yield {axis: chosen[axis] for axis in limited}, ", ".join(words[axis] for axis in limited)
+
+    def angles(self) -> Read:
+        """The table that the target was turned by, over the heads that differ, and how much it weighs [n, f]."""
+        z, target = self.turn.z[:, self.heads], self.target[:, self.heads]
+        weight = np.square(np.abs(z)).sum(1)
+        return Read((target * z.conj()).sum(1) / np.maximum(weight, 1e-30), weight)
+
+
+def _restricted(change: Change, held: dict[int, np.ndarray]) -> Change:
+    def restricted(turn: Turn) -> np.ndarray | None:
+        new = change(turn)
+        if new is None or not held:
+            return new
+        where = np.ones(new.shape, bool)
+        for axis, chosen in held.items():
+            if axis and len(chosen) != new.shape[axis]:
+                return None
+            shape = [-1 if i == axis else 1 for i in range(3)]
+            where &= chosen_like(chosen, new.shape[axis]).reshape(shape)
+        return np.where(where, new, turn.turned)
+
+    return restricted
+
+
+def applied(change: Change) -> Callable[[Component], np.ndarray | None]:
+    """A change as what a law computes: the difference that it makes is added to what is there."""
+
+    def apply(component: Component) -> np.ndarray | None:
+        turn = turn_of(component)
+        new = None if turn is None else change(turn)
+        if new is None:
+            return None
+        difference = new - turn.turned
+        return (component.own + np.concatenate([difference.real, difference.imag], -1)).astype(np.float32)
+
+    return apply
+
+
+def turn_of(component: Component) -> Turn | None:
+    """A component's pairs and table; None where it has none that fit."""
+    x, cos, sin = (component.inputs.get(name) for name in ("x", "cos", "sin"))
+    if x is None or cos is None or x.ndim != 3 or x.shape[-1] % 2 or cos.shape != (len(x), x.shape[-1] // 2):
+        return None
+    if not x.size or component.own.shape != x.shape or not np.isfinite(component.own).all():
+        return None
+    table = cos.astype(np.float64) + 1j * sin.astype(np.float64)
+    half, theta = table.shape[1], float(component.facts.get("theta", 0))
+    axes = np.asarray(component.facts.get("axes", np.zeros(half, int)))
+    dtype = "bfloat16" if np.array_equal(rounded_to("bfloat16", table), table) else "float32"
+    turn = Turn(_pairs(x.astype(np.float64)), table, None, None, None, axes, theta, dtype)
+    ids = component.inputs.get("position_ids")
+    if ids is None or theta <= 1 or len(axes) != half or axes.max() >= len(ids):
+        return turn
+    positions = ids[axes].T.astype(np.float64)
+    exact = frequencies(theta, half)
+    for speeds in (exact, rounded_to("bfloat16", exact)):
+        if np.abs(np.exp(1j * positions * speeds) - table).max() < 0.02:
+            return replace(turn, positions=positions, frequencies=speeds, ids=ids.astype(np.float64))
+    return turn
+
+
+def frequencies(theta: float, count: int) -> np.ndarray:
+    """theta ** (-i / count)."""
+    return theta ** (-np.arange(count) / count)
+
+
+def _pairs(x: np.ndarray) -> np.ndarray:
+    half = x.shape[-1] // 2
+    return x[..., :half] + 1j * x[..., half:]
+
+
+_TERMS = ("cosine of the first half", "sine of the first half", "cosine of the second half", "sine of the second half")
+
+
+def _signs(fit: _Fit) -> Iterator[Found]:
+    """Factors of the four products of a rotation: signs, what is left out, what counts twice."""
+    turn, inside = fit.turn, np.ix_(fit.rows, fit.heads, fit.pairs)
+    z, target = turn.z[inside], fit.target[inside]
+    table = turn.table[np.ix_(fit.rows, fit.pairs)][:, None]
+    terms = (table.real * z.real, -table.imag * z.imag, table.real * z.imag, table.imag * z.real)
+    factors = []
+    for pair, goal in ((terms[:2], target.real), (terms[2:], target.imag)):
+        columns = np.stack([term.ravel() for term in pair], 1)
+        solved = np.linalg.lstsq(columns, goal.ravel(), rcond=1e-9)[0]
+        factors += [snapped(value, lambda number, value=value: abs(number - value) < 0.005) for value in solved]
+    changed = [place for place, factor in enumerate(factors) if abs(factor - 1) > 1e-3]
+    # Factors of all are no matter of the rotation, those of the sines alone one of the angles.
+    if not changed or len(set(factors)) == 1 or (changed == [1, 3] and factors[1] == factors[3] != -1):
+        return
+
+    def change(turn: Turn) -> np.ndarray:
+        c, s = turn.table.real[:, None], turn.table.imag[:, None]
+        first = factors[0] * c * turn.z.real - factors[1] * s * turn.z.imag
+        return first + 1j * (factors[2] * c * turn.z.imag + factors[3] * s * turn.z.real)
+
+    if factors == [1, -1, 1, -1]:
+        yield "the rotation goes the other way", 1, change, None
+        return
+    says = {-1.0: "has the wrong sign", 0.0: "is missing"}
+    words = [f"the {_TERMS[i]} {says.get(factors[i], f'counts {told(factors[i])} times')}" for i in changed]
+    yield " and ".join(words), len(changed), change, None
+
+
+def _tables(fit: _Fit) -> Iterator[Found]:
+    """The same angles in another precision."""
+    for dtype in ("bfloat16", "float16"):
+        yield (
+            f"cosines and sines are {dtype}",
+            1,
+            lambda turn, dtype=dtype: turn.z * rounded_to(dtype, turn.table)[:, None],
+            None,
+        )
+        yield (
+            f"angles are {dtype}",
+            1,
+            lambda turn, dtype=dtype: (
+                None if turn.positions is None else turn.by(rounded_to(dtype, turn.positions * turn.frequencies))
+            ),
+            None,
+        )
+        yield (
+            f"frequencies are {dtype}",
+            1,
+            lambda turn, dtype=dtype: (
+                None if turn.positions is None else turn.by(turn.positions * rounded_to(dtype, turn.frequencies))
+            ),
+            None,
+        )
+
+
+def _speeds(fit: _Fit) -> Iterator[Found]:
+    """Other frequencies: all in one ratio, of another theta, or some of them; of another axis; from an offset."""
+    turn = fit.turn
+    if turn.positions is None:
+        return
+    read, half, own = fit.angles(), len(turn.frequencies), turn.frequencies
+    yield from _axes(fit, read)
+    speeds = read_speeds(read, turn.positions, own)
+    figure = Curves("Frequencies", "pair", "radians a position", np.arange(half), {"expected": own, "found": speeds})
+    slow = fit.pairs & (np.arange(half) >= min(half // 2, np.flatnonzero(fit.pairs).max()))
+
+    def scaled(ratio: float) -> Change:
+        return lambda turn: None if turn.positions is None else turn.by(ratio * turn.positions * turn.frequencies)
+
+    ratio = fit.number(float(np.median((speeds / own)[slow])), scaled, 0.05)
+    yield f"angles are {told(ratio)} times as large" if ratio else "nothing is turned", 1, scaled(ratio), figure
+    exponents = np.arange(half) / half
+    rising = slow & (speeds > 0) & (exponents > 0)
+    if rising.any():
+        power = fit.number(float(np.median(-np.log(speeds[rising]) / exponents[rising])), _with_theta, 0.01)
+        theta = snapped(np.exp(power), lambda number: number > 1 and (
+            fit.left(_with_theta(np.log(number))) <= max(0.5 * fit.enough, 1.05 * fit.left(_with_theta(power)))
+        ))  # fmt: skip
+        yield f"theta is {told(theta)}", 1, _with_theta(np.log(theta)), figure
+    yield from _some(fit, read, speeds, figure)
+
+
+def _with_theta(power: float) -> Change:
+    """Frequencies of another theta, by its logarithm."""
+    return lambda turn: (
+        None if turn.positions is None
+        else turn.by(turn.positions * frequencies(float(np.exp(power)), turn.positions.shape[1]))
+    )  # fmt: skip
+
+
+def _axes(fit: _Fit, read: Read) -> Iterator[Found]:
+    """Other axes of the positions with the same frequencies."""
+    turn = fit.turn
+    weighted = read.weight * read.table
+    scores = np.stack([(weighted * np.exp(-1j * ids[:, None] * turn.frequencies)).real.sum(0) for ids in turn.ids])
+    own = scores[turn.axes, np.arange(len(turn.axes))]
+    order = np.where(scores.max(0) > own + 1e-9 * read.weight.sum(0), scores.argmax(0), turn.axes)
+    if not np.any(order != turn.axes):
+        return
+    # Frequencies too slow to tell an axis go with the others of their section.
+    for axis in np.unique(turn.axes):
+        others = np.unique(order[(turn.axes == axis) & (order != axis)])
+        if len(others) == 1 and order[turn.axes == axis][0] == others[0]:
+            order[turn.axes == axis] = others[0]
+    moved = order != turn.axes
+
+    def follow(turn: Turn) -> np.ndarray | None:
+        if turn.ids is None or len(turn.axes) != len(order):
+            return None
+        return turn.by(turn.ids[order].T * turn.frequencies)
+
+    words = [f"{_of(moved & (order == axis))} {_verb(moved & (order == axis), 'follow')} {fit.names[axis]}"
+             for axis in np.unique(order[moved])]  # fmt: skip
+    yield listed(words), len(words), follow, None
+
+
+def _some(fit: _Fit, read: Read, speeds: np.ndarray, figure: Curves) -> Iterator[Found]:
+    """Some frequencies by themselves are others."""
+    turn, own = fit.turn, fit.turn.frequencies
+    allowed = 0.25 * fit.enough**2 / len(own)
+
+    def left(i: int, ratio: float) -> float:
+        angles = ratio * own[i] * turn.positions[:, i]
+        return float((read.weight[:, i] * np.square(np.abs(read.table[:, i] - np.exp(1j * angles)))).sum())
+
+    factors = np.ones(len(own))
+    for i in np.flatnonzero(fit.pairs):
+        value = float(speeds[i] / own[i])
+        best = left(i, value)
+        if left(i, 1.0) > max(allowed, 1.1 * best):
+            factors[i] = snapped(value, lambda number, i=i, best=best: left(i, number) <= max(allowed, 1.1 * best))
+    changed = factors != 1
+    if not changed.any() or len(np.unique(factors[changed])) > max(len(own) // 2, 1) or np.abs(factors).max() > FASTEST:
+        return
+    says = {0.0: "{} not turn", -1.0: "{} the other way"}
+    words = []
+    for factor in np.unique(factors[changed]):
+        which = changed & (factors == factor)
+        verb = _verb(which, "do" if factor == 0 else "turn")
+        words.append(f"{_of(which)} " + says.get(factor, f"{{}} {told(factor)} times as fast").format(verb))
+
+    def turned(turn: Turn) -> np.ndarray | None:
+        if turn.positions is None or len(turn.frequencies) != len(factors):
+            return None
+        return np.where(changed, turn.by(turn.positions * turn.frequencies * factors), turn.turned)
+
+    yield listed(words), 2 * len(words) - 1, turned, figure
+
+
+def _of(chosen: np.ndarray) -> str:
+    words = places(chosen, "frequency").replace("frequencys", "frequencies").removesuffix(" alone")
+    return words if words or not chosen.all() else "all frequencies"
+
+
+def _verb(chosen: np.ndarray, verb: str) -> str:
+    return verb if chosen.sum() > 1 else {"do": "does"}.get(verb, f"{verb}s")
+
+
+def _positions(fit: _Fit) -> Iterator[Found]:
+    """Other positions: all axes alike, or one of them."""
+    turn = fit.turn
+    if turn.positions is None:
+        return
+    axes, read = np.unique(turn.axes), fit.angles()
+    alike = all(np.array_equal(turn.ids[axis], turn.ids[axes[0]]) for axis in axes)
+    # What is read of one axis may be true of all; where all hold the same, all frequencies tell it.
+    for axis in axes[:1] if alike else axes:
+        of = np.ones(len(turn.axes), bool) if alike else turn.axes == axis
+        if not fit.pairs[of].any():
+            continue
+        ids = turn.ids[axis]
+        found = read_positions(Read(read.table[:, of], read.weight[:, of]), ids, turn.frequencies[of])
+        figure = Curves("Positions", "row", "position", np.arange(len(ids)), {"expected": ids, "found": found})
+        for words, size, change in told_positions(ids, found):
+            yield words, size, _read_at(change, axes), figure
+            if not alike:
+                yield f"{fit.names[axis]} {words}", size + 1, _read_at(change, [axis]), figure
+    if alike and len(axes) > 1:
+        for axis in axes:
+            of = turn.axes == axis
+            found = read_positions(Read(read.table[:, of], read.weight[:, of]), turn.ids[axis], turn.frequencies[of])
+            for words, size, change in told_positions(turn.ids[axis], found):
+                yield f"{fit.names[axis]} {words}", size + 1, _read_at(change, [axis]), None
+
+
+def _read_at(change: Callable[[np.ndarray], np.ndarray], axes: Sequence[int]) -> Change:
+    def turned(turn: Turn) -> np.ndarray | None:
+        if turn.positions is None:
+            return None
+        positions = turn.positions.copy()
+        for axis in axes:
+            positions[:, turn.axes == axis] = change(turn.ids[axis])[:, None]
+        return turn.by(positions * turn.frequencies)
+
+    return turned
+
+
+def _partly(fit: _Fit) -> Iterator[Found]:
+    """Only some channels of a head are turned, in pairs of their own."""
+    d = 2 * fit.turn.z.shape[-1]
+    for size in sorted({d // 4, d // 2, 3 * d // 4} - {0, d}):
+        for start, words in ((0, f"the first {size}"), (d - size, f"the last {size}")):
+            for own in (True, False):
+                says = f"only {words} channels of a head are turned" + (
+                    "" if own else ", with frequencies of their own"
+                )
+                yield says, 2, _part(start, size - size % 2, own), None
+
+
+def _part(start: int, size: int, own: bool) -> Change:
+    def turned(turn: Turn) -> np.ndarray | None:
+        if turn.positions is None and not own:
+            return None
+        x = np.concatenate([turn.z.real, turn.z.imag], -1)
+        inner = _pairs(x[..., start : start + size])
+        table = turn.table[:, : size // 2]
+        if not own:
+            table = np.exp(1j * turn.positions[:, : size // 2] * frequencies(turn.theta, size // 2))
+        inner = inner * table[:, None]
+        x = x.copy()
+        x[..., start : start + size] = np.concatenate([inner.real, inner.imag], -1)
+        return _pairs(x)
+
+    return turned
