@@ -37,7 +37,8 @@ class Causes:
     """What explains a place: the hypotheses that together do, first cause first, and all tried, best first.
 
     `failed` holds what hypotheses raised, by their names; whoever tries the causes elsewhere adds to it. Where integers
-    are explained in part, `parts` holds the part of those that differ which each cause accounts for.
+    are explained in part, `parts` holds the part of those that differ which each cause accounts for. `agrees`
+    says whether what the causes leave would agree.
     """
 
     together: tuple[Hypothesis, ...]
@@ -45,6 +46,7 @@ class Causes:
     ranked: tuple[Explanation, ...]
     failed: Failed = field(default_factory=dict)
     parts: tuple[float, ...] = ()
+    agrees: bool = True
 
 
 Tried = tuple[Hypothesis, float, float | None]
@@ -82,7 +84,7 @@ def explain(
     if site.exact and amount < 1 - 1e-9 and (found := _in_part(site, [h for h, _ in tried], failed)):
         together, parts = zip(*found, strict=True)
         return Causes(together, sum(parts), listed, failed, parts)
-    return Causes(together if amount >= EXPLAINS else (), amount, listed, failed)
+    return Causes(together if amount >= EXPLAINS else (), amount, listed, failed, agrees=_agrees(site, amount))
 
 
 def _by_merit(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> list[tuple[Hypothesis, float]]:
@@ -246,7 +248,7 @@ def _ranked(
     finalists = [(h, r, removed(second, [h], failed) if second is not None else None) for h, r in tried[:FINALISTS]]
     if second is not None:
         finalists = [item for item in finalists if _holds(site, second, *item)]
-        # Where what was said beforehand does not apply it does not hold; what was read may say nothing of another input.
+        # What was said beforehand does not hold where it does not apply; what was read may say nothing there.
         finalists.sort(key=lambda item: -(item[1] + _there(*item)))
     return [*finalists, *((h, r, None) for h, r in tried[FINALISTS:] if not h.size or second is None)]
 

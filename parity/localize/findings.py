@@ -147,6 +147,11 @@ class Finding:
         """Whether the first explanation removes most of the residual."""
         return bool(self.explanations) and self.explanations[0].residual_removed >= EXPLAINS
 
+    @property
+    def certain(self) -> bool:
+        """Whether nothing is left beside the first explanation but what agrees; else it is a hint, or a part of it."""
+        return self.explained and self.explanations[0].agrees
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; what is not finite becomes null."""
         return {

@@ -380,7 +380,7 @@ class Investigation:
             self._join_or_append(finding)
             return
         for hypothesis in causes.together:
-            own = Explanation(hypothesis.name, causes.removed)
+            own = Explanation(hypothesis.name, causes.removed, agrees=causes.agrees, figure=hypothesis.figure)
             others = [e for e in causes.ranked if e.name != hypothesis.name]
             self.findings.append(replace(finding, explanations=(own, *others)))
 

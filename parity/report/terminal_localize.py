@@ -48,8 +48,9 @@ def _print_finding(console: Console, number: int, finding: Finding) -> None:
     if finding.also:
         more = f" and {len(finding.also) - OTHERS} more" if len(finding.also) > OTHERS else ""
         lines.append(f"same cause: {', '.join(finding.also[:OTHERS])}{more}")
+    sign = ("why" if finding.certain else "hint") if finding.explained else "tried"
     lines += [
-        f"{'why' if finding.explained and not i else 'tried'}: {e.name} (removes {e.residual_removed:.1%}"
+        f"{'tried' if i else sign}: {e.name} (removes {e.residual_removed:.1%}"
         + (f", {e.second:.1%} on a second input)" if e.second is not None else ")")
         for i, e in enumerate(finding.explanations[:EXPLANATIONS])
     ]

@@ -58,9 +58,16 @@ def explained(finding: Finding) -> str:
     if finding.explained:
         if finding.part is not None:
             return f"{best.name} (accounts for {percent(finding.part)} of the values that differ)"
-        return f"{best.name} (removes {percent(best.residual_removed)} of the difference)"
+        if not finding.certain:
+            left = "" if best.left is None else f", which leaves {times(best.left)} times the floor"
+            return f"a hint{left}: {_removing(best)}"
+        return _removing(best)
     tried = len(finding.explanations)
     return f"no hypothesis explains it (the best of {tried} removes {percent(best.residual_removed)})"
+
+
+def _removing(explanation: Explanation) -> str:
+    return f"{explanation.name} (removes {percent(explanation.residual_removed)} of the difference)"
 
 
 def failures(finding: Finding) -> str:
