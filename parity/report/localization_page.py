@@ -13,6 +13,7 @@ from parity.localize.attribution import Attribution, Worth
 from parity.localize.findings import EXPLAINS, Finding, Localization, Picture, SliceError
 from parity.report import words
 from parity.report.drawing import STEPS, THEMES, Plot
+from parity.report.law_plots import law_plot
 from parity.report.map import Map, lay_out, shade
 from parity.report.output import new_folder, require_own_page
 from parity.report.pictures import Frames, frames_of, is_frames, picture_plot
@@ -99,6 +100,10 @@ def draw(localization: Localization) -> Drawn:
             drawn.frames.append(frames_of(picture))
         else:
             _draw_picture(drawn, picture, f"tap-{place}", numbers.get(picture.tap.name))
+    for number, finding in enumerate(localization.findings, 1):
+        best = finding.explanations[0] if finding.explained else None
+        if best and best.figure:
+            drawn.of_finding.setdefault(number, []).append(law_plot(best.figure, f"law-{number}", best.name))
     attribution = localization.attribution
     for worth in attribution.worths if attribution else ():
         drawn.causes.append(_result_of(attribution, worth))
