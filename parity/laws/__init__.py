@@ -2,12 +2,21 @@
 
 import numpy as np
 
-from parity.laws import linear
+from parity.laws import guidance, linear, pointwise, rearranged, sampling, schedule, statistics
 from parity.laws.base import Component, Curves, Figure, Fitter, Law, Matrices
 
 __all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "LAWS", "fitted"]
 
-LAWS: dict[str, tuple[Fitter, ...]] = {"linear": (linear.scale,)}
+LAWS: dict[str, tuple[Fitter, ...]] = {
+    "linear": (linear.scale,),
+    "guidance": (guidance.guidance, rearranged.rearranged, pointwise.pointwise),
+    "guided": (schedule.guided,),
+    "euler": (sampling.euler, rearranged.rearranged, pointwise.pointwise),
+    "schedule": (schedule.schedule,),
+    "times": (schedule.of_latents,),
+    "array": (sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
+    "normalised": (statistics.normalised, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
+}
 """The fitters of each kind of component."""
 
 
