@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from parity.laws import guidance, linear, pointwise, rearranged, sampling, schedule, statistics
+from parity.laws import edits, guidance, linear, pointwise, rearranged, sampling, schedule, sequence, statistics
 from parity.laws.base import Component, Curves, Figure, Fitter, Law, Matrices
 
 __all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "LAWS", "fitted"]
@@ -14,6 +14,8 @@ LAWS: dict[str, tuple[Fitter, ...]] = {
     "euler": (sampling.euler, rearranged.rearranged, pointwise.pointwise),
     "schedule": (schedule.schedule,),
     "times": (schedule.of_latents,),
+    "tokens": (edits.edited, sequence.elementwise),
+    "integers": (sequence.elementwise,),
     "array": (sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
     "normalised": (statistics.normalised, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
 }

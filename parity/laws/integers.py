@@ -1,6 +1,6 @@
 """What may be done to a segment's integers along one axis, read from them; everything is equal or it is nothing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -17,11 +17,19 @@ FINEST = 12
 
 @dataclass(frozen=True)
 class View:
-    """Integers [axes, n], the segments along n, and the index of each column in the whole sequence."""
+    """Integers [axes, n], the segments along n, and the index of the first column in the whole sequence.
+
+    `counts` tells that they are counts of things and no positions; where they are names, `names` says what of.
+    """
 
     ids: np.ndarray
     segments: tuple[Segment, ...]
     first: int = 0
+    counts: bool = False
+    names: Mapping[int, str] | None = None
+
+    def said(self, value: int) -> str:
+        return str(value) if self.names is None else self.names.get(value, str(value))
 
     def of(self, segment: Segment, axis: int) -> np.ndarray:
         return self.ids[axis, segment.rows]
@@ -58,8 +66,22 @@ def changes(view: View, segment: Segment, axis: int, got: np.ndarray) -> Iterato
 
 def _candidates(view: View, segment: Segment, axis: int, x: np.ndarray, y: np.ndarray) -> Iterator[Change]:
     by = int(y[0] - x[0])
-    yield _plain(f"off by {by:+d}", 1, lambda x: x + by)
-    yield _plain(f"{y[0]}", 1, lambda x: np.full_like(x, int(y[0])))
+    if view.names is None:
+        yield _plain(f"off by {by:+d}", 1, lambda x: x + by)
+    yield _plain(view.said(int(y[0])), 1, lambda x: np.full_like(x, int(y[0])))
+    if view.names is not None:
+        for place in np.flatnonzero(x != y)[:1]:
+            old, new = int(x[place]), int(y[place])
+            words = f"{view.said(new)} where {view.said(old)} should be"
+            yield _plain(words, 1.5, lambda x: np.where(x == old, new, x))
+        return
+    if view.counts:
+        yield from (_plain(words, 1.1, rule) for words, rule in _scaled(x, y))
+        for other in range(len(view.ids)):
+            if other != axis:
+                yield Change(f"those of the {AXES[other]}", 1, lambda view, segment, axis, other=other: view.of(
+                    segment, other))  # fmt: skip
+        return
     high, low = int(y.max()), int(y.min())
     yield _plain(f"at most {high}", _cost(high), lambda x: np.minimum(x, high))
     yield _plain(f"at least {low}", _cost(low), lambda x: np.maximum(x, low))

@@ -45,20 +45,23 @@ class Piece:
 
 def view_of(component: Component) -> View | None:
     """A component's integers as [axes, n]; a list has one axis, a table [n, 3] three."""
-    ids, segments = component.own, tuple(segments_of(component))
+    ids, segments = component.own, tuple(component.facts.get("units") or segments_of(component))
     if ids.ndim == 1:
         ids = ids[None]
     elif component.facts.get("table"):
         ids = ids.T
     if ids.ndim != 2 or not segments or segments[-1].stop != ids.shape[1]:
         return None
-    return View(ids.astype(np.int64), segments, int(component.facts.get("first", 0)))
+    facts = component.facts
+    first, counts, names = facts.get("first", 0), facts.get("counts", False), facts.get("names")
+    return View(ids.astype(np.int64), segments, first, counts, names)
 
 
 def elementwise(component: Component, got: np.ndarray) -> Iterator[Law]:
     """Integers [n] or [3, n], or a table [n, 3], as many as there should be.
 
-    facts segments, axes: what the integers of each axis are called in the plural; table, first.
+    facts segments, axes: what the integers of each axis are called in the plural; units: what stands in the place of
+    segments where each integer is one's; table; first, counts, names: see View.
     """
     view = view_of(component)
     if view is None or component.own.shape != got.shape or np.array_equal(component.own, got):
@@ -76,9 +79,10 @@ def elementwise(component: Component, got: np.ndarray) -> Iterator[Law]:
     whole = [piece for piece in pieces if piece.covers >= wrong]
     for piece in whole[:4]:
         yield _law([piece], component)
-    yield from _by_token(component, view, new)
     if whole:
         return
+    if "units" not in component.facts and view.names is None:
+        yield from _by_token(component, view, new)
     yield from _recounted(component, view, new)
     found = list(_together(pieces, wrong))
     if found:
