@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from parity.laws import edits, guidance, linear, pointwise, rearranged, sampling, schedule, sequence, statistics
+from parity.laws import edits, guidance, linear, pointwise, preprocess, rearranged, sampling, schedule, sequence, statistics
 from parity.laws.base import Component, Curves, Figure, Fitter, Law, Matrices
 
 __all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "LAWS", "fitted"]
@@ -16,6 +16,7 @@ LAWS: dict[str, tuple[Fitter, ...]] = {
     "times": (schedule.of_latents,),
     "tokens": (edits.edited, sequence.elementwise),
     "integers": (sequence.elementwise,),
+    "preprocess": (preprocess.preprocess,),
     "array": (sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
     "normalised": (statistics.normalised, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
 }

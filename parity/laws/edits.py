@@ -129,6 +129,13 @@ def _runs(ids: Sequence[int]) -> list[tuple[int, int, int]]:
 
 def _hunks(own: list[int], got: list[int], segments: Sequence[Segment]) -> list[Hunk] | None:
     """The places in which two lists differ; None where hardly anything is shared."""
+    ways = [_aligned(own, got, segments)]
+    if len(own) == len(got) and len(runs := _differing(own, got)) <= MOST:
+        ways.append(_named(own, segments, [(start, stop, got[start:stop]) for start, stop in runs]))
+    return min(filter(None, ways), key=lambda hunks: sum(hunk.size for hunk in hunks), default=None)
+
+
+def _aligned(own: list[int], got: list[int], segments: Sequence[Segment]) -> list[Hunk] | None:
     ours, theirs = _runs(own), _runs(got)
     matcher = SequenceMatcher(None, [run[0] for run in ours], [run[0] for run in theirs], autojunk=False)
     changes: list[tuple[int, int, list[int]]] = []
@@ -149,6 +156,19 @@ def _hunks(own: list[int], got: list[int], segments: Sequence[Segment]) -> list[
     if kept < 0.3 * len(own):
         return None
     changes = [change for start, stop, new in changes for change in _split(own, start, stop, new)]
+    return _named(own, segments, changes)
+
+
+def _differing(own: list[int], got: list[int]) -> list[tuple[int, int]]:
+    """The runs of places at which two lists of one length differ."""
+    flags = np.concatenate([[False], np.array(own) != np.array(got), [False]])
+    edges = np.flatnonzero(flags[1:] != flags[:-1])
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def _named(
+    own: list[int], segments: Sequence[Segment], changes: Sequence[tuple[int, int, list[int]]]
+) -> list[Hunk] | None:
     hunks = []
     for start, stop, new in changes:
         first, last = _place(segments, start), _place(segments, stop, closing=True)

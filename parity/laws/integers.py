@@ -8,7 +8,7 @@ from itertools import permutations
 
 import numpy as np
 
-from parity.laws.segments import Segment
+from parity.laws.segments import OPENING, TEXT, Segment
 from parity.laws.support import spans
 
 # Denominators of a factor.
@@ -113,6 +113,8 @@ def _candidates(view: View, segment: Segment, axis: int, x: np.ndarray, y: np.nd
                 view, segment, axis, name))  # fmt: skip
     if segment.length > 1:
         yield from _within(view, segment, axis, x, y, by)
+    if segment.kind != TEXT:
+        yield from _from_opening(view, segment, axis, x, y)
 
 
 AXES = ("frames", "rows", "columns")
@@ -130,6 +132,30 @@ def _of_other(view: View, segment: Segment, axis: int, name: str) -> np.ndarray 
 
 def _plain(words: str, size: float, rule: Rule) -> Change:
     return Change(words, size, lambda view, segment, axis: rule(view.of(segment, axis).astype(np.int64)))
+
+
+def _from_opening(view: View, segment: Segment, axis: int, x: np.ndarray, y: np.ndarray) -> Iterator[Change]:
+    """What changes how a visual block counts from its opening bracket on."""
+
+    def base(view: View, segment: Segment, axis: int) -> int | None:
+        block = [other for other in view.segments if other.block == segment.block]
+        return int(view.of(block[0], axis)[0]) if block[0].kind == OPENING else None
+
+    first = base(view, segment, axis)
+    if first is None:
+        return
+    r, s = x - first, y - first
+    rules = [(words, 1.2, rule) for words, rule in _scaled(r, s)]
+    rules += [(f"counted up to {m - 1} and again from 0", 1.2, lambda r, m=m: r % m) for m in _moduli(r, s)]
+    most = int(s.max())
+    rules.append((f"no more than {most}", 1.2, lambda r: np.minimum(r, most)))
+    for words, size, rule in rules:
+
+        def call(view: View, segment: Segment, axis: int, rule: Rule = rule) -> np.ndarray | None:
+            first = base(view, segment, axis)
+            return None if first is None else first + rule(view.of(segment, axis).astype(np.int64) - first)
+
+        yield Change(f"{words} from the opening bracket", size, call)
 
 
 def _within(view: View, segment: Segment, axis: int, x: np.ndarray, y: np.ndarray, by: int) -> Iterator[Change]:

@@ -12,7 +12,7 @@ from parity.laws.segments import Class, classes, segments_of
 from parity.laws.support import spans
 
 # Things that may have been done to one list of integers, and units that are looked at for what was.
-MOST, SAMPLED = 3, 24
+MOST, SAMPLED = 3, 9
 # The part of the integers that differ which a law of some of them accounts for.
 LEAST = 0.1
 Unit = tuple[int, int]
@@ -75,15 +75,18 @@ def elementwise(component: Component, got: np.ndarray) -> Iterator[Law]:
         for axis in range(len(view.ids))
         if not np.array_equal(view.of(segment, axis), new[axis, segment.rows])
     }
+    counted = list(_recounted(component, view, new))
+    yield from counted
+    if counted:
+        return
     pieces = _pieces(view, new, wrong)
     whole = [piece for piece in pieces if piece.covers >= wrong]
-    for piece in whole[:4]:
+    for piece in whole[:6]:
         yield _law([piece], component)
     if whole:
         return
     if "units" not in component.facts and view.names is None:
         yield from _by_token(component, view, new)
-    yield from _recounted(component, view, new)
     found = list(_together(pieces, wrong))
     if found:
         yield _law(found, component)
