@@ -20,6 +20,8 @@ def told(value: float, within: float) -> tuple[float, str]:
 
     Where none of four digits is as near the value is kept and said with four.
     """
+    if abs(value) <= within:
+        return 0.0, "0"
     for digits in (1, 2):
         if abs((plain := float(f"{value:.{digits - 1}e}")) - value) <= within:
             return plain, said(plain)

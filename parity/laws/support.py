@@ -1,5 +1,6 @@
 """Where along the axes of an array something is so: told in words that hold for an axis of another length too."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -34,7 +35,7 @@ class Span:
 
 
 def spans(axis: str, chosen: np.ndarray) -> list[Span]:
-    """How some indices (booleans [n]) can be said, the plainest first; several where only other lengths tell them apart.
+    """How some indices (booleans [n]) can be said, the plainest first; several that only other lengths tell apart.
 
     None for all of them, and for no index.
     """
@@ -60,8 +61,8 @@ def spans(axis: str, chosen: np.ndarray) -> list[Span]:
         return [Span(axis, words, False, 2, _where(lambda i, n: (first <= i) & (i <= last)))]
     steps = set(np.diff(places).tolist())
     step = steps.pop() if len(steps) == 1 else 0
-    if step and first < step and last + step >= count:
-        words = f"{('even', 'odd')[first]} {many}" if step == 2 else f"every {step}th {axis} from {first}"
+    if step and len(places) > 2 and first < step and last + step >= count:
+        words = f"{('even', 'odd')[first]} {many}" if step == 2 else f"every {ordinal(step)} {axis} from {first} on"
         return [Span(axis, words, False, 1 + (step > 2), _where(lambda i, n: i % step == first))]
     others = np.flatnonzero(~chosen)
     if len(others) == 1:
@@ -78,9 +79,17 @@ def _where(test: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[int], np.
     return lambda n: np.asarray(test(np.arange(n), n), bool)
 
 
+def ordinal(number: int) -> str:
+    """3rd, 4th."""
+    return f"{number}{'rd' if number % 10 == 3 and number % 100 != 13 else 'th'}"
+
+
 def plural(axis: str) -> str:
-    """The name of an axis for several indices."""
-    return axis[:-1] + "ies" if axis.endswith("y") else axis + ("es" if axis.endswith(("ch", "x", "s")) else "s")
+    """The name of an axis for several indices; what follows in brackets or after "in" stays as it is."""
+    head, rest = re.fullmatch(r"(.+?)((?: in | \().*)?", axis).groups(default="")
+    if head.endswith(("ch", "x", "s")):
+        return f"{head}es{rest}"
+    return f"{head[:-1]}ies{rest}" if head.endswith("y") else f"{head}s{rest}"
 
 
 def sentence(where: Sequence[Span], says: str) -> str:
@@ -91,7 +100,8 @@ def sentence(where: Sequence[Span], says: str) -> str:
         return f"{where[0].words} alone {says}"
     # What is one index stands before what is a range.
     ordered = sorted(where, key=lambda span: not span.alone)
-    return f"{' '.join(span.within for span in ordered)} it {says}"
+    comma = "," if len(where) > 1 else ""
+    return f"{', '.join(span.within for span in ordered)}{comma} it {says}"
 
 
 def mask(where: Sequence[Span], axes: Sequence[str], shape: Sequence[int]) -> np.ndarray | None:
@@ -117,7 +127,7 @@ def beyond(residual: np.ndarray, own: np.ndarray, axis: int, relative: float) ->
     """
     errors, norms = energies(residual, axis), energies(own, axis)
     # A slice near zero is rounded as what is beside it is.
-    level = (4 * relative) ** 2 * np.maximum(norms, 0.01 * norms.mean())
+    level = (2.5 * relative) ** 2 * np.maximum(norms, 0.01 * norms.mean())
     return errors > np.maximum(level, 1e-9 * errors.max(initial=0.0))
 
 
