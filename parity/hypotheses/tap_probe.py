@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from parity.laws import Component
 from parity.model import definition
 from parity.oracle.oracle import Oracle
-from parity.tensors.names import TapName, parse
+from parity.tensors.names import TapName, component_kind, parse
 from parity.tensors.recording import Tap
 from parity.tensors.sketch import Sketch
 
@@ -23,6 +24,7 @@ class TapProbe:
         expected: the oracle's value, float32 or int32; a weight is in PyTorch's layout.
         got: what the implementation computed from the oracle's input.
         floor: what rounding alone does to the tap, relative to |expected|; 0 where it may do nothing.
+        allowed: the largest difference that agrees, relative to |expected|; None where the tap has no floor.
         shared: of an exact array, which values along its last axis the implementation has, as booleans; None for all.
         passed: taps before it that the implementation does not tell: they are computed on the way, not given.
     """
@@ -37,9 +39,10 @@ class TapProbe:
         floor: float = 0.0,
         passed: Sequence[str] = (),
         shared: np.ndarray | None = None,
+        allowed: float | None = None,
     ) -> None:
         self.oracle, self.tap, self.expected, self.got, self.floor = oracle, tap, expected, got, floor
-        self.passed, self.shared = passed, shared
+        self.passed, self.shared, self.allowed = passed, shared, allowed
         self._exact = exact
 
     @property
@@ -108,6 +111,15 @@ class TapProbe:
         except AttributeError:
             return None
 
+    @property
+    def alike(self) -> str:
+        """The pattern of the components of this kind, in every layer."""
+        return component_kind(self.tap.name)
+
+    def known(self, own: np.ndarray) -> Component | None:
+        """What is known of the component where the reference computes `own`; None where nothing is."""
+        return definition().component_of(self, own)
+
     def judged(self, array: np.ndarray) -> np.ndarray:
         """Of an array like the tap's, what the implementation has too."""
         return array if self.shared is None else array[..., self.shared]
@@ -171,11 +183,12 @@ def site_of(
     floor: float = 0.0,
     held: Mapping[str, Tap | Sketch] | None = None,
     passed: Sequence[str] = (),
+    allowed: float | None = None,
 ) -> TapProbe:
     """The site of a tap or an exact array; `held` is what taps were held against, where that is not the oracle's."""
     other = (held or {}).get(name)
     expected = exact[name] if name in exact else (other if isinstance(other, Tap) else oracle.taps[name]).array
-    return TapProbe(oracle, parse(name), expected, got, exact, floor, passed)
+    return TapProbe(oracle, parse(name), expected, got, exact, floor, passed, allowed=allowed)
 
 
 def _held(array: np.ndarray) -> str:

@@ -11,8 +11,6 @@ from parity.hypotheses import Hypothesis, attempt, unpatched
 from parity.hypotheses.tap_probe import TapProbe
 from parity.laws import Law, fitted
 from parity.localize.findings import EXPLAINS, Explanation
-from parity.model import definition
-from parity.tensors.names import component_kind
 
 # As many causes may meet in one place.
 DEPTH = 3
@@ -25,6 +23,8 @@ LISTED = 5
 LEAST_PART, PARTS = 0.1, 6
 # What a hypothesis removes that makes a sequence of another length: less than this, the less the nearer its tokens are.
 UNFIT = -1e8
+# Two that leave this much of each other fit alike: what has more numbers to choose always leaves a little less.
+ALIKE = 1.5
 _DIGITS = 6
 
 
@@ -65,18 +65,20 @@ def explain(
         return _beyond(site, [h for h in about if h not in known], known, failed)
     tried = _by_merit(site, about, failed)
     if not tried or not _whole(site, tried[0][1]):
-        tried = _by_merit(site, [*about, *_read(site, [], failed)], failed)
+        tried = _ordered(site, [*tried, *_by_merit(site, _read(site, [], failed), failed)])
     if not tried:
         return Causes((), 0.0, (), failed)
-    ranked = _ranked(tried, second, failed)
+    ranked = _ranked(site, tried, second, failed)
+    if not ranked:
+        return Causes((), 0.0, (), failed)
     best, first = ranked[0][0], ranked[0][1]
     together, amount = (best,), first
-    if first < 1 - 1e-9 if site.exact else first < 1 - (1 - EXPLAINS) / 2:
+    if not _agrees(site, first):
         stack, reached = _stacked(site, [h for h, _ in tried], first, failed)
         # Integers have to be equal.
         if reached >= (1 - 1e-9 if site.exact else EXPLAINS):
             together, amount = stack, reached
-    listed = tuple(Explanation(h.name, r, s) for h, r, s in ranked[:LISTED] if r > UNFIT)
+    listed = tuple(_told(site, h, r, s) for h, r, s in ranked[:LISTED] if r > UNFIT)
     if site.exact and amount < 1 - 1e-9 and (found := _in_part(site, [h for h, _ in tried], failed)):
         together, parts = zip(*found, strict=True)
         return Causes(together, sum(parts), listed, failed, parts)
@@ -85,36 +87,53 @@ def explain(
 
 def _by_merit(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> list[tuple[Hypothesis, float]]:
     """Those that apply with what they remove: first those that leave no more than rounding, the smallest before."""
-    tried = [(h, r) for h in hypotheses if (r := removed(site, [h], failed)) is not None]
-    return sorted(tried, key=lambda item: (0, item[0].size, -item[1]) if _whole(site, item[1]) else (1, -item[1], 0))
+    return _ordered(site, [(h, r) for h in hypotheses if (r := removed(site, [h], failed)) is not None])
 
 
-def _whole(site: TapProbe, share: float) -> bool:
-    """Whether what is left beside a removed part of the residual is no more than rounding."""
+def _ordered(site: TapProbe, tried: Sequence[tuple[Hypothesis, float]]) -> list[tuple[Hypothesis, float]]:
+    """First those that leave no more than rounding, or nearly as little as the best: of them the smallest before."""
+    best = max((share for _, share in tried), default=0.0)
+    near = 1 - ALIKE * (1 - best) if _whole(site, best, ALIKE) else best
+    fits = [share >= near or _whole(site, share) for _, share in tried]
+    merit = [(0, h.size, -r) if fit else (1, -r) for (h, r), fit in zip(tried, fits, strict=True)]
+    return [tried[i] for i in sorted(range(len(tried)), key=merit.__getitem__)]
+
+
+def _whole(site: TapProbe, share: float, times: float = 1.0) -> bool:
+    """Whether what is left beside a removed part of the residual is no more than (some times) rounding."""
     if site.exact:
         return share >= 1 - 1e-9
-    return (1 - share) * _residual(site, site.expected) <= _rounding(site)
+    return (1 - share) * _residual(site, site.expected) <= times * _rounding(site)
+
+
+def _agrees(site: TapProbe, share: float) -> bool:
+    """Whether what was computed would agree with what a hypothesis makes that removes so much."""
+    if site.exact:
+        return share >= 1 - 1e-9
+    if site.allowed is None:
+        return share >= 1 - (1 - EXPLAINS) / 2
+    return (1 - share) * _residual(site, site.expected) <= _norm(site.expected) * site.allowed
 
 
 def _read(site: TapProbe, base: Sequence[Hypothesis], failed: Failed) -> list[Hypothesis]:
     """The laws that can be read from what was computed, on top of other hypotheses."""
     try:
         own = attempt(site, base) if base else unpatched(site)
-        component = None if own is None else definition().component_of(site, own)
+        component = None if own is None else site.known(own)
         laws = [] if component is None else fitted(component, site.got)
     except Exception as error:
         if interrupted(error):
             raise
         failed.setdefault(f"laws about {site.component}", f"{type(error).__name__}: {error}")
         return []
-    return [_of_law(law, component_kind(site.tap.name)) for law in laws]
+    return [_of_law(law, site.alike) for law in laws]
 
 
 def _of_law(law: Law, about: str) -> Hypothesis:
     """A law as a hypothesis about one kind of component."""
 
     def transform(site: TapProbe, array: np.ndarray) -> np.ndarray | None:
-        component = definition().component_of(site, array)
+        component = site.known(array)
         return None if component is None else law.apply(component)
 
     return Hypothesis(law.sentence, (about,), transform=transform, size=law.size, figure=law.figure)
@@ -125,7 +144,7 @@ def _beyond(site: TapProbe, others: Sequence[Hypothesis], known: Sequence[Hypoth
     before = removed(site, known, failed) or 0.0
     tried = [(h, r) for h in others if (r := removed(site, [*known, h], failed)) is not None]
     tried.sort(key=lambda item: -item[1])
-    ranked = tuple(Explanation(h.name, r) for h, r in tried[:LISTED] if r > UNFIT)
+    ranked = tuple(_told(site, h, r) for h, r in tried[:LISTED] if r > UNFIT)
     if not tried or 1 - tried[0][1] > WORTH_ANOTHER * (1 - before):
         return Causes((), before, ranked, failed)
     return Causes((tried[0][0],), tried[0][1], ranked, failed)
@@ -215,12 +234,28 @@ def _removed_of_activation(site: TapProbe, array: np.ndarray) -> float | None:
     return 0.0 if 0 < residual - left <= rounding else share
 
 
-def _ranked(tried: Sequence[tuple[Hypothesis, float]], second: TapProbe | None, failed: Failed) -> list[Tried]:
+def _told(site: TapProbe, hypothesis: Hypothesis, share: float, second: float | None = None) -> Explanation:
+    rounding = _rounding(site)
+    left = None if not rounding else max(1 - share, 0.0) * _residual(site, site.expected) / rounding
+    return Explanation(hypothesis.name, share, second, left, _agrees(site, share), hypothesis.figure)
+
+
+def _ranked(
+    site: TapProbe, tried: Sequence[tuple[Hypothesis, float]], second: TapProbe | None, failed: Failed
+) -> list[Tried]:
     finalists = [(h, r, removed(second, [h], failed) if second is not None else None) for h, r in tried[:FINALISTS]]
     if second is not None:
+        finalists = [item for item in finalists if _holds(site, second, *item)]
         # Where it does not apply it does not hold.
         finalists.sort(key=lambda item: -(item[1] + (item[2] if item[2] is not None else -1.0)))
-    return [*finalists, *((h, r, None) for h, r in tried[FINALISTS:])]
+    return [*finalists, *((h, r, None) for h, r in tried[FINALISTS:] if not h.size or second is None)]
+
+
+def _holds(site: TapProbe, second: TapProbe, hypothesis: Hypothesis, here: float, there: float | None) -> bool:
+    """Whether what was read from one input is true of another that the same component is wrong with."""
+    if not hypothesis.size or second.component != site.component or here < EXPLAINS:
+        return True
+    return there is not None and there >= EXPLAINS
 
 
 def _stacked(
@@ -232,8 +267,10 @@ def _stacked(
     best = bases[0]
     for _ in range(DEPTH - 1):
         grown = []
-        for base, _ in bases:
-            for hypothesis in by_merit:
+        for place, (base, _) in enumerate(bases):
+            # What a law leaves is read again: another may be on top of it.
+            more = _read(site, base, failed) if place < BASES else []
+            for hypothesis in (*by_merit, *more):
                 if hypothesis in base:
                     continue
                 amount = removed(site, [*base, hypothesis], failed)

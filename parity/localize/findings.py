@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from parity.comparison.trajectory import Departure, Margin
+from parity.laws import Figure
 from parity.oracle.bounds import Alarm
 from parity.tensors.metrics import finite
 from parity.tensors.names import TapName
@@ -92,12 +93,16 @@ class Explanation:
     """A hypothesis that was tried: the part of the residual norm that it removes, here and on a second input.
 
     `residual_removed` is 1 when the hypothesis reproduces what was computed, 0 (or less) when it does not help.
-    `second` is None where there is no second input of the kind.
+    `second` is None where there is no second input of the kind. `left` is what remains, in floors; None where rounding
+    may do nothing; `agrees` whether that is no more than agrees. `figure` is what a page may draw of a law.
     """
 
     name: str
     residual_removed: float
     second: float | None = None
+    left: float | None = None
+    agrees: bool = True
+    figure: Figure | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,8 @@ class Finding:
             "slices": [{"axis": s.axis, "label": s.label, "share": finite(s.share), "error": finite(s.error)}
                        for s in self.slices],
             "explanations": [
-                {"name": e.name, "residual_removed": finite(e.residual_removed), "second": finite(e.second)}
+                {"name": e.name, "residual_removed": finite(e.residual_removed), "second": finite(e.second),
+                 "left": finite(e.left), "agrees": e.agrees}
                 for e in self.explanations
             ],
             "also": list(self.also),

@@ -415,7 +415,9 @@ class Investigation:
         # A wrong dtype or a value beyond bounds is no rounding, however small it is.
         floor = 0.0 if tap.mismatch else tap.floor or 0.0
         # What a tap was held against is what an explanation has to start from.
-        return site_of(self.oracle, name, recording[name].array, self.contract.exact, floor, self.held, tap.passed)
+        allowed = None if tap.mismatch else tap.allowed
+        given = (self.oracle, name, recording[name].array, self.contract.exact, floor, self.held, tap.passed, allowed)
+        return site_of(*given)
 
     def _slices(self, site: TapProbe) -> tuple[list, str | None]:
         slices = slice_errors(site.tap, site.expected, site.got, self.oracle.layout)

@@ -13,13 +13,17 @@ class Place:
     def __init__(self, got, expected=None, exact=False, component="norm", floor=0.0, own=None):
         self.expected = base() if expected is None else expected
         self.own = self.expected if own is None else own
-        self.shared = None
+        self.shared = self.allowed = None
         self.got, self.exact, self.component, self.floor = got, exact, component, floor
         self.computed = 0
 
     def recompute(self):
         self.computed += 1
         return self.own.copy()
+
+    def known(self, own):
+        """Nothing is known of it: no laws are read."""
+        return None
 
     def judged(self, array):
         return array
