@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from parity.laws import edits, guidance, linear, pointwise, preprocess, rearranged, sampling, schedule, sequence, statistics
+from parity.laws import edits, guidance, linear, pointwise, preprocess, rearranged, sampling, schedule, sequence, statistics, table
 from parity.laws.base import Component, Curves, Figure, Fitter, Law, Matrices
 
 __all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "LAWS", "fitted"]
@@ -17,6 +17,9 @@ LAWS: dict[str, tuple[Fitter, ...]] = {
     "tokens": (edits.edited, sequence.elementwise),
     "integers": (sequence.elementwise,),
     "preprocess": (preprocess.preprocess,),
+    "embedding": (table.embedding, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
+    "sinusoids": (table.sinusoids, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
+    "time": (table.waves_through_layers, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
     "array": (sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
     "normalised": (statistics.normalised, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
 }

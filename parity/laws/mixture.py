@@ -16,6 +16,8 @@ LEFT = 0.05
 WORTH_ANOTHER = 0.2
 # Values that a fit looks at.
 MOST = 200_000
+# Indices along an axis that are told one by one.
+LISTED = 4
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def seen(component: Component) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
 
 
 def where(component: Component, got: np.ndarray) -> list[Where]:
-    """The parts in which a result differs, the smallest description first; the last of them is all of it."""
+    """The parts in which a result differs, all of it first, then the smallest description."""
     own = component.own.astype(np.float64)
     residual = got - own
     norm = np.linalg.norm(own)
@@ -74,12 +76,12 @@ def where(component: Component, got: np.ndarray) -> list[Where]:
         chosen = []
         for axis, name in enumerate(axes):
             slices = beyond(residual.reshape(shape), own.reshape(shape), axis, relative)
-            chosen += spans(name, slices)[:1]
+            chosen += [span for span in spans(name, slices)[:1] if span.size <= LISTED]
         if chosen:
             found.append(Where(tuple(chosen), axes, bool(number)))
     # Of two ways to say the same the grid's words are the plainer ones.
     found.sort(key=lambda part: (part.size, not part.grid))
-    return [*found[:2], Where()]
+    return [Where(), *found[:2]]
 
 
 def enough(component: Component, got: np.ndarray, value: np.ndarray | None) -> bool:

@@ -39,7 +39,7 @@ def orders(found: np.ndarray) -> Iterator[Moved]:
         if np.array_equal(moved.order(n), found):
             yield moved
     differs = found != own
-    where = spans("{one}", differs)
+    where = [span for span in spans("{one}", differs) if span.size <= LISTED]
     apart = np.unique(found[differs])
     if where and len(apart) == 1 and int(differs.sum()) > 1:
         source = int(apart[0])

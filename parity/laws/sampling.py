@@ -95,7 +95,7 @@ def _parts_of_step(component: Component, got: np.ndarray, made: np.ndarray) -> l
     rows: list[Where] = [_Rows()]
     if not made.all() and differs[~made].any():
         rows = [_Rows(moved=False), Where()] if not differs[made].any() else [Where(), _Rows()]
-    others = [part for part in where(component, got)[:-1] if not np.array_equal(part.mask(component), made)]
+    others = [part for part in where(component, got)[1:] if not np.array_equal(part.mask(component), made)]
     return [*rows, *others]
 
 

@@ -177,7 +177,7 @@ def of_latents(component: Component, got: np.ndarray) -> Iterator[Law]:
         parts.append(("of what is given ", 0, lambda other: ~other.facts["made"]))
     elif differs.all():
         parts.append(("of all latents ", 0, lambda other: np.ones(len(other.own), bool)))
-    for part in where(component, got)[:-1]:
+    for part in where(component, got)[1:]:
         parts.append((part.says("").strip() + " ", part.size, part.mask))
     for says, size, chosen in parts:
         for number, (words, meant) in enumerate(sources(times, step)):

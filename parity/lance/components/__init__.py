@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from parity.hypotheses.base import DoesNotApply
-from parity.lance.components import rows, sampling, sequence, visuals
+from parity.lance.components import embedded, rows, sampling, sequence, visuals
 from parity.lance.components.base import Known
 from parity.laws import Component
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
 
 _READ: WeakKeyDictionary["TapProbe", Component | None] = WeakKeyDictionary()
-KNOWN: Sequence[Known] = (*sampling.KNOWN, *sequence.KNOWN, *visuals.KNOWN, *rows.KNOWN)
+KNOWN: Sequence[Known] = (*sampling.KNOWN, *sequence.KNOWN, *visuals.KNOWN, *embedded.KNOWN, *rows.KNOWN)
 
 
 def component_of(site: "TapProbe", own: np.ndarray) -> Component | None:
