@@ -2,7 +2,20 @@
 
 import numpy as np
 
-from parity.laws import edits, guidance, linear, pointwise, preprocess, rearranged, sampling, schedule, sequence, statistics, table
+from parity.laws import (
+    edits,
+    guidance,
+    linear,
+    pointwise,
+    preprocess,
+    rearranged,
+    sampling,
+    schedule,
+    sequence,
+    statistics,
+    table,
+    waves,
+)
 from parity.laws.base import Component, Curves, Figure, Fitter, Law, Matrices
 
 __all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "LAWS", "fitted"]
@@ -18,8 +31,8 @@ LAWS: dict[str, tuple[Fitter, ...]] = {
     "integers": (sequence.elementwise,),
     "preprocess": (preprocess.preprocess,),
     "embedding": (table.embedding, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
-    "sinusoids": (table.sinusoids, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
-    "time": (table.waves_through_layers, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
+    "sinusoids": (waves.sinusoids, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
+    "time": (waves.waves_through_layers, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
     "array": (sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
     "normalised": (statistics.normalised, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
 }

@@ -207,10 +207,14 @@ def _hunk(
         if source is not None:
             what = _range(segments, source, source + len(new))[0]
             twice = source + len(new) == start or source == start
-            words = f"{what} {_stands(what)} twice" if twice else f"{what} {_stands(what)} {_before(segments, start)} too"
+            words = (
+                f"{what} {_stands(what)} twice" if twice else f"{what} {_stands(what)} {_before(segments, start)} too"
+            )
             return Hunk(first, first, _sources(segments, own, source, source + len(new)), words, 1.5)
         return Hunk(first, first, tuple(new), f"{_tokens(new)} {_stand(new)} {_before(segments, start)}", 1 + len(new))
-    return Hunk(first, last, tuple(new), f"{name} {'are' if _plural(name) else 'is'} {_tokens(new)}", size + len(set(new)))
+    return Hunk(
+        first, last, tuple(new), f"{name} {'are' if _plural(name) else 'is'} {_tokens(new)}", size + len(set(new))
+    )
 
 
 def _count(cells: Segment, count: int) -> str:
@@ -232,10 +236,15 @@ def _range(segments: Sequence[Segment], start: int, stop: int) -> tuple[str, flo
     whole = [segment for segment in segments if start <= segment.start and segment.stop <= stop and segment.length]
     if whole and whole[0].start == start and whole[-1].stop == stop:
         blocks = list(dict.fromkeys(segment.block for segment in whole))
-        full = [block for block in blocks
-                if all(segment in whole for segment in segments if segment.block == block and segment.length)]
+        full = [
+            block
+            for block in blocks
+            if all(segment in whole for segment in segments if segment.block == block and segment.length)
+        ]
         names = list(dict.fromkeys(s.block if s.block in full else s.name for s in whole))
-        return " and ".join(names) if len(names) < 4 else f"all from {names[0]} to {names[-1]}", float(min(len(names), 3))
+        return " and ".join(names) if len(names) < 4 else f"all from {names[0]} to {names[-1]}", float(
+            min(len(names), 3)
+        )
     inside = [segment for segment in segments if segment.start <= start < segment.stop]
     if inside and stop <= inside[0].stop:
         segment, count = inside[0], stop - start

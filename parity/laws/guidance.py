@@ -217,7 +217,9 @@ def _renorms(
 
     def fits(renorm: Renorm) -> bool:
         found = renorm.factor(cond, uncond, mixed)
-        return bool(np.abs(np.broadcast_to(found, np.broadcast_shapes(found.shape, factor.shape)) - factor).max() <= near)
+        return bool(
+            np.abs(np.broadcast_to(found, np.broadcast_shapes(found.shape, factor.shape)) - factor).max() <= near
+        )
 
     # A field's default is what is meant where it should be none.
     meant = right if right.over != "none" else Renorm("global")

@@ -73,7 +73,7 @@ def _candidates(view: View, segment: Segment, axis: int, x: np.ndarray, y: np.nd
         for place in np.flatnonzero(x != y)[:1]:
             old, new = int(x[place]), int(y[place])
             words = f"{view.said(new)} where {view.said(old)} should be"
-            yield _plain(words, 1.5, lambda x: np.where(x == old, new, x))
+            yield _plain(words, 1.5, lambda x, old=old, new=new: np.where(x == old, new, x))
         return
     if view.counts:
         yield from (_plain(words, 1.1, rule) for words, rule in _scaled(x, y))
@@ -99,11 +99,14 @@ def _candidates(view: View, segment: Segment, axis: int, x: np.ndarray, y: np.nd
         yield _plain(f"off by {gap:+d} from {old} on", 2, lambda x: x + gap * (x >= old))
         last = int(x[differs].max())
         yield _plain(f"off by {gap:+d} up to {last}", 2, lambda x: x + gap * (x <= last))
-    yield Change(f"{int(y[0])} at the start and count on from there", 0.9 if not y[0] % 100 else 1.1, lambda view, segment, axis: (
-        view.of(segment, axis) - view.of(segment, axis)[:1] + int(y[0])))  # fmt: skip
+    first = int(y[0])
+    yield Change(f"{first} at the start and count on from there", _start_cost(first), lambda view, segment, axis: (
+        view.of(segment, axis) - view.of(segment, axis)[:1] + first))  # fmt: skip
     for other in range(len(view.ids)):
         if other != axis:
-            yield Change(f"those of the {AXES[other]}", 1, lambda view, segment, axis, other=other: view.of(segment, other))
+            yield Change(
+                f"those of the {AXES[other]}", 1, lambda view, segment, axis, other=other: view.of(segment, other)
+            )
     yield Change("places in the sequence", 1, lambda view, segment, axis: (
         np.arange(segment.start, segment.stop) + view.first))  # fmt: skip
     yield Change("places in the segment", 1, lambda view, segment, axis: np.arange(segment.length))
@@ -118,6 +121,11 @@ def _candidates(view: View, segment: Segment, axis: int, x: np.ndarray, y: np.nd
 
 
 AXES = ("frames", "rows", "columns")
+
+
+def _start_cost(number: int) -> float:
+    """What a start takes to say: less where it is an anchor, such as 0 or 1000."""
+    return 1.1 if number % 100 else 0.9
 
 
 def _cost(number: int) -> float:
@@ -178,13 +186,18 @@ def _within(view: View, segment: Segment, axis: int, x: np.ndarray, y: np.ndarra
     yield counted("all that of the first", 1, np.zeros_like)
     yield counted("in reverse", 1, lambda r: r.max() - r - (r.max() - r)[0])
     back = int(y[0] - x[0] - r.max())
-    yield Change("in reverse" + (f" and off by {back:+d}" if back else ""), 1 + bool(back), lambda view, segment, axis: (
-        view.of(segment, axis).max() + view.of(segment, axis).min() - view.of(segment, axis) + back))  # fmt: skip
+
+    def turned(view: View, segment: Segment, axis: int) -> np.ndarray:
+        own = view.of(segment, axis)
+        return own.max() + own.min() - own + back
+
+    yield Change("in reverse" + (f" and off by {back:+d}" if back else ""), 1 + bool(back), turned)
     for words, rule in _scaled(r, s):
         yield counted(f"{words} within the segment", 1, rule)
     for modulus in _moduli(r, s):
         yield counted(f"counted up to {modulus - 1} and again from 0 within the segment", 1, lambda r, m=modulus: r % m)
-    yield counted(f"no more than {int(s.max())} from the first", 1, lambda r, m=int(s.max()): np.minimum(r, m))
+    most = int(s.max())
+    yield counted(f"no more than {most} from the first", 1, lambda r: np.minimum(r, most))
     differs = np.flatnonzero(r != s)
     if len(differs):
         old, gap = int(r[differs[0]]), int((s - r)[differs[0]])

@@ -1,7 +1,7 @@
 """What is a sum of a few known arrays, each times a number, where it differs from what it should be."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np

@@ -52,7 +52,12 @@ def _right(component: Component, got: np.ndarray, law: Law) -> bool:
 
 
 def _law(
-    component: Component, words: str, said: str, size: float, turn: Turn, finish: Callable[[Component, np.ndarray], np.ndarray]
+    component: Component,
+    words: str,
+    said: str,
+    size: float,
+    turn: Turn,
+    finish: Callable[[Component, np.ndarray], np.ndarray],
 ) -> Law | None:
     if not words and not said:
         return None
@@ -79,7 +84,6 @@ def _turns(component: Component, own: np.ndarray, new: np.ndarray) -> Iterator[t
         ("are upside down", 1, lambda x: x[..., ::-1, :]),
         ("are turned by 180 degrees", 1, lambda x: x[..., ::-1, ::-1]),
         ("have frames in reverse", 1, lambda x: x[:, ::-1]),
-        ("have one colour's rows and columns exchanged", 3, lambda x: x),
         ("are grey", 1, _grey),
     ]
     if height == width:
@@ -91,27 +95,21 @@ def _turns(component: Component, own: np.ndarray, new: np.ndarray) -> Iterator[t
     else:
         candidates.append(("are read column by column", 1, lambda x: x.reshape(*x.shape[:2], x.shape[3], -1).swapaxes(
             -1, -2)))  # fmt: skip
-    for by in range(1, min(frames, 5)):
-        for side in (by, -by):
-            later = "later" if side > 0 else "earlier"
-            candidates.append((f"have frames {by} {later}, those at the end repeated", 1, lambda x, side=side: x[
-                :, np.clip(np.arange(x.shape[1]) - side, 0, x.shape[1] - 1)]))  # fmt: skip
-            candidates.append((f"have frames {by} {later}, those at the end come round", 1, lambda x, side=side: np.roll(
-                x, side, 1)))  # fmt: skip
+    for by in (side * count for count in range(1, min(frames, 5)) for side in (1, -1)):
+        said = f"have frames {abs(by)} {'later' if by > 0 else 'earlier'}, those at the end"
+        candidates.append((f"{said} repeated", 1, lambda x, by=by: _moved(x, 1, by)))
+        candidates.append((f"{said} come round", 1, lambda x, by=by: np.roll(x, by, 1)))
     if frames > 1:
         candidates.append(("have every frame be the first", 1, lambda x: np.repeat(x[:, :1], x.shape[1], 1)))
         candidates.append(("have every frame be the last", 1, lambda x: np.repeat(x[:, -1:], x.shape[1], 1)))
-    for dy in range(-FARTHEST, FARTHEST + 1):
-        for dx in range(-FARTHEST, FARTHEST + 1):
-            if dy or dx:
-                said = " and ".join(filter(None, [
-                    f"{abs(dy)} {'down' if dy > 0 else 'up'}" if dy else "",
-                    f"{abs(dx)} {'right' if dx > 0 else 'left'}" if dx else ""]))  # fmt: skip
-                candidates.append((f"are moved {said}", 1 + bool(dy and dx), lambda x, dy=dy, dx=dx: np.roll(
-                    x, (dy, dx), (-2, -1))))  # fmt: skip
-                candidates.append((f"are moved {said}, their edges repeated", 1.1 + bool(dy and dx), lambda x, dy=dy, dx=dx: x[
-                    ..., np.clip(np.arange(x.shape[2]) - dy, 0, x.shape[2] - 1), :][
-                    ..., np.clip(np.arange(x.shape[3]) - dx, 0, x.shape[3] - 1)]))  # fmt: skip
+    steps = range(-FARTHEST, FARTHEST + 1)
+    for dy, dx in ((dy, dx) for dy in steps for dx in steps if dy or dx):
+        down, right = f"{abs(dy)} {'down' if dy > 0 else 'up'}", f"{abs(dx)} {'right' if dx > 0 else 'left'}"
+        said = "are moved " + " and ".join([down] * bool(dy) + [right] * bool(dx))
+        size = 1.0 + bool(dy and dx)
+        candidates.append((said, size, lambda x, dy=dy, dx=dx: np.roll(x, (dy, dx), (-2, -1))))
+        edges = f"{said}, their edges repeated"
+        candidates.append((edges, size + 0.1, lambda x, dy=dy, dx=dx: _moved(_moved(x, 2, dy), 3, dx)))
     step = max(own.size // LOOKED_AT, 1)
     likeness = []
     for words, size, turn in candidates:
@@ -126,6 +124,12 @@ def _turns(component: Component, own: np.ndarray, new: np.ndarray) -> Iterator[t
     for alike, words, size, turn in sorted(likeness, key=lambda item: item[2]):
         if 1 - alike <= 4 * (1 - best) + 1e-6:
             yield words, size, turn
+
+
+def _moved(x: np.ndarray, axis: int, by: int) -> np.ndarray:
+    """Pixels moved along an axis, those at the edge repeated."""
+    count = x.shape[axis]
+    return np.take(x, np.clip(np.arange(count) - by, 0, count - 1), axis)
 
 
 def _grey(x: np.ndarray) -> np.ndarray:
@@ -187,5 +191,9 @@ def _bent(
     if np.percentile(np.abs(powers - power), 90) > 0.05 * abs(power) or abs(power - 1) < 1e-3:
         return
     power = next((plain for plain in (2.2, 1 / 2.2, 2.0, 0.5, 2.4, 1 / 2.4) if abs(power - plain) < 0.01), power)
-    yield f"have their colours raised to the power {power:.4g}", 1, lambda other, x: (
-        np.clip(colours(x.astype(np.float64)), 0, None) ** power - mean.reshape(shape)) / deviation.reshape(shape)  # fmt: skip
+
+    def bent(other: Component, x: np.ndarray) -> np.ndarray:
+        raised = np.clip(colours(x.astype(np.float64)), 0, None) ** power
+        return (raised - mean.reshape(shape)) / deviation.reshape(shape)
+
+    yield f"have their colours raised to the power {power:.4g}", 1, bent

@@ -42,14 +42,16 @@ def orders(found: np.ndarray) -> Iterator[Moved]:
     where = [span for span in spans("{one}", differs) if span.size <= LISTED]
     apart = np.unique(found[differs])
     if where and len(apart) == 1 and int(differs.sum()) > 1:
-        source = int(apart[0])
-        yield Moved(f"{where[0].words.replace('{one}s', '{many}')} read as {{one}} {source}", 1 + where[0].size,
-                    lambda m, w=where[0]: np.where(w.of(m), min(source, m - 1), np.arange(m)))  # fmt: skip
+        source, part = int(apart[0]), where[0]
+        said = part.words.replace("{one}s", "{many}")
+        yield Moved(f"{said} read as {{one}} {source}", 1 + part.size, lambda m: np.where(
+            part.of(m), min(source, m - 1), np.arange(m)))  # fmt: skip
     steps = np.unique((found - own)[differs])
     if where and len(steps) == 1 and not np.isin(differs.sum(), (0, n)):
-        by = int(steps[0])
-        yield Moved(f"{where[0].words.replace('{one}s', '{many}')} come from {abs(by)} {'later' if by > 0 else 'earlier'}",
-                    1 + where[0].size, lambda m, w=where[0]: np.clip(np.where(w.of(m), np.arange(m) + by, np.arange(m)), 0, m - 1))  # fmt: skip
+        by, part = int(steps[0]), where[0]
+        said = part.words.replace("{one}s", "{many}")
+        yield Moved(f"{said} come from {abs(by)} {'later' if by > 0 else 'earlier'}", 1 + part.size, lambda m: np.clip(
+            np.arange(m) + by * part.of(m), 0, m - 1))  # fmt: skip
     if 2 <= differs.sum() <= LISTED:
         listed = ", ".join(f"{i} holds {j}" for i, j in zip(own[differs], found[differs], strict=True))
         places = dict(zip(own[differs].tolist(), found[differs].tolist(), strict=True))
@@ -91,7 +93,9 @@ def _rules(found: np.ndarray, n: int) -> Iterator[Moved]:
     clipped = int(found.max())
     yield Moved(f"{{many}} above {clipped} are number {clipped}", 1, lambda m: np.minimum(np.arange(m), clipped))
     lowest = int(found.min())
-    yield Moved(f"{{many}} below {lowest} are number {lowest}", 1, lambda m: np.maximum(np.arange(m), min(lowest, m - 1)))
+    yield Moved(
+        f"{{many}} below {lowest} are number {lowest}", 1, lambda m: np.maximum(np.arange(m), min(lowest, m - 1))
+    )
     yield Moved(f"the {{many}} start again after {clipped}", 1, lambda m: np.arange(m) % (clipped + 1))
     for k in (2, 3, 4):
         yield Moved(f"every {{one}} stands {k} times, the others are left out", 1, lambda m, k=k: np.arange(m) // k)

@@ -117,7 +117,10 @@ def _steps(
         times_as_long, said = told(found / right, near / abs(right))
         words, size = f"the Euler step is {said} times as long", 1.5
         if times_as_long in (1, -1):
-            words, size = ("the Euler step moves it too" if times_as_long > 0 else "the Euler step goes the other way"), 0.5
+            words, size = (
+                ("the Euler step moves it too" if times_as_long > 0 else "the Euler step goes the other way"),
+                0.5,
+            )
         yield _stepped(part, lambda times, step: times_as_long * _at(times, step), part.says(words), size)
         if abs(right) > near:
             length, said = told(found, near)

@@ -47,7 +47,13 @@ def shifted(u: np.ndarray, shift: float) -> np.ndarray:
 def schedule(component: Component, got: np.ndarray) -> Iterator[Law]:
     """t at every boundary of steps, [steps + 1]; facts shift, steps."""
     own, shift = component.own, component.facts["shift"]
-    if own.shape != got.shape or got.ndim != 1 or len(got) < 3 or np.array_equal(own, got) or not np.isfinite(got).all():
+    if (
+        own.shape != got.shape
+        or got.ndim != 1
+        or len(got) < 3
+        or np.array_equal(own, got)
+        or not np.isfinite(got).all()
+    ):
         return
     found: list[Law] = []
     for after, change in AFTER.items():
@@ -123,6 +129,7 @@ def _apart(component: Component, got: np.ndarray) -> Iterator[Law]:
 
         yield Law(f"{name} alone is {near[0][0] if near else said}", 2, one)
     for moved in orders(_sources(own, wrong)):
+
         def order(other: Component, moved=moved) -> np.ndarray | None:
             return other.own[np.clip(moved.order(len(other.own)), 0, len(other.own) - 1)] if other.own.ndim else None
 
@@ -182,6 +189,7 @@ def of_latents(component: Component, got: np.ndarray) -> Iterator[Law]:
     for says, size, chosen in parts:
         for number, (words, meant) in enumerate(sources(times, step)):
             if abs(meant - value) <= 1e-6 * max(abs(value), 1e-9):
+
                 def named(other: Component, number: int = number, chosen=chosen) -> np.ndarray | None:
                     mask = chosen(other)
                     new = list(sources(other.facts["times"], other.facts["step"]))[number][1]
@@ -198,7 +206,7 @@ def of_latents(component: Component, got: np.ndarray) -> Iterator[Law]:
         if t and value:
             ratio, said = told(value / t, 1e-6 * value / t)
 
-            def times_as_large(other: Component, chosen=chosen) -> np.ndarray | None:
+            def times_as_large(other: Component, chosen=chosen, ratio: float = ratio) -> np.ndarray | None:
                 mask = chosen(other)
                 new = np.float32(ratio * other.facts["times"][other.facts["step"]])
                 return None if mask is None else np.where(mask, new, other.own)
@@ -229,9 +237,7 @@ def guided(component: Component, got: np.ndarray) -> Iterator[Law]:
         yield Law(f"guidance {says}", 0.5, lambda other: np.full(len(other.own), int(acts.all()), np.int32))
 
 
-def _bounds(
-    t: np.ndarray, acts: np.ndarray, low: float, high: float
-) -> tuple[str, float, tuple[float, float]] | None:
+def _bounds(t: np.ndarray, acts: np.ndarray, low: float, high: float) -> tuple[str, float, tuple[float, float]] | None:
     """An interval of t that makes the steps guided, with as much of the right one as may be."""
     inside, outside = t[acts], t[~acts]
     below, above = outside[outside < inside.min()], outside[outside > inside.max()]

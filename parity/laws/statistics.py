@@ -1,6 +1,6 @@
 """Laws of channels less a mean in units of a deviation: which means and deviations were used instead."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +46,10 @@ def read(
     off_b = 3 * spread / np.sqrt(x.shape[1]) + 3e-7 * (np.abs(b) + np.abs(y).max(1))
     found = {"deviation": deviation / a, "mean": np.empty(channels)}
     found["mean"] = mean - b * found["deviation"]
-    off = {"deviation": np.abs(deviation / a**2) * off_a, "mean": np.abs(found["deviation"]) * (off_b + np.abs(b / a) * off_a)}
+    off = {
+        "deviation": np.abs(deviation / a**2) * off_a,
+        "mean": np.abs(found["deviation"]) * (off_b + np.abs(b / a) * off_a),
+    }
     right = {"mean": mean, "deviation": deviation}
     words, size = [], 0.0
     for what in ("mean", "deviation"):
@@ -84,7 +87,8 @@ def _told(
     if sorted(order) == list(range(len(right))) and order != sorted(order) and len(set(right.tolist())) == len(right):
         if (np.abs(right[order] - found) <= np.maximum(off, 1e-9)).all():
             found[:] = right[order]
-            return f"the {what}s are those of {', '.join(names[i] for i in order) if len(order) <= LISTED else 'other channels'}", 1.5
+            whose = ", ".join(names[i] for i in order) if len(order) <= LISTED else "other channels"
+            return f"the {what}s are those of {whose}", 1.5
     values = [told(float(value), float(near)) for value, near in zip(found, off, strict=True)]
     for i in np.flatnonzero(wrong):
         found[i] = values[i][0]
@@ -99,7 +103,9 @@ def _told(
         found[wrong] = right[wrong] * factor
         return f"the {what} is {said} times as large", 1 + (not wrong.all())
     said = [f"{values[i][1]} of {names[i]}" for i in places]
-    return f"the {what} is {_listed(said) if len(said) <= LISTED else f'another in {len(said)} channels'}", 1.0 + len(places)
+    return f"the {what} is {_listed(said) if len(said) <= LISTED else f'another in {len(said)} channels'}", 1.0 + len(
+        places
+    )
 
 
 def _listed(words: Sequence[str]) -> str:

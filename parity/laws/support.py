@@ -129,5 +129,3 @@ def beyond(residual: np.ndarray, own: np.ndarray, axis: int, relative: float) ->
     # A slice near zero is rounded as what is beside it is.
     level = (2.5 * relative) ** 2 * np.maximum(norms, 0.01 * norms.mean())
     return errors > np.maximum(level, 1e-9 * errors.max(initial=0.0))
-
-

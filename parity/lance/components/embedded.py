@@ -9,7 +9,7 @@ from parity.hypotheses.base import DoesNotApply
 from parity.lance.components.base import Known, array_of
 from parity.lance.hypotheses.schedule import times_of
 from parity.lance.hypotheses.tokens import arm_splits, calls_of
-from parity.laws.table import Perceptron, Waves
+from parity.laws.waves import Perceptron, Waves
 from reference.embeddings import FEATURES, MAX_PERIOD
 from reference.layout import Mode
 from reference.positions import LATENT_SIDE
@@ -90,7 +90,9 @@ def time_embedder(site: "TapProbe") -> Read:
     apart = np.linalg.norm(rows[:, None] - embedded[None], axis=2)
     numbers = known[apart.argmin(1)]
     first, _, second = embedder.mlp
-    layers = Perceptron(*(array_of(p).astype(np.float64) for p in (first.weight, first.bias, second.weight, second.bias)))
+    layers = Perceptron(
+        *(array_of(p).astype(np.float64) for p in (first.weight, first.bias, second.weight, second.bias))
+    )
     step = site.tap.numbers.get("step", 0)
     facts = {
         "waves": Waves(MAX_PERIOD, "cosines first"),

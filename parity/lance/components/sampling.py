@@ -156,7 +156,10 @@ def mean(site: "TapProbe") -> Read:
 def logvar(site: "TapProbe") -> Read:
     """The log-variance [1, 48, t, h, w] beside the mean."""
     beside = site.value(site.tap.name.replace("logvar", "mean"))
-    return present(the_mean=beside), {"what": "the log-variance", "axes": ("picture", "channel", "frame", "row", "column")}
+    return present(the_mean=beside), {
+        "what": "the log-variance",
+        "axes": ("picture", "channel", "frame", "row", "column"),
+    }
 
 
 def velocity(site: "TapProbe") -> Read:
