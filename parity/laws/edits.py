@@ -78,6 +78,9 @@ def edited(component: Component, got: np.ndarray) -> Iterator[Law]:
     hunks = None if found else _hunks(own.tolist(), got.tolist(), segments)
     if hunks is None or not 0 < len(hunks) <= MOST:
         return
+    # Where most is written otherwise nothing was read.
+    if sum(len(set(hunk.new)) for hunk in hunks) > 0.3 * len(own) + 1:
+        return
     said = [hunk.words for hunk in hunks if hunk.words]
     sentence = ", ".join(said[:-1]) + (" and " if said[1:] else "") + said[-1]
     law = Law(sentence, sum(hunk.size for hunk in hunks), lambda other: _applied(other, hunks))

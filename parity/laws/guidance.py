@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parity.laws.base import Component, Law
-from parity.laws.mixture import Where, comparable, enough, put
+from parity.laws.mixture import Where, comparable, enough, put, seen
 from parity.laws.numbers import told
 from parity.laws.sampling import sum_of_parts
 from parity.laws.support import spans
@@ -152,13 +152,12 @@ def _scales(
     if not wrong.any():
         yield Where(), None, ""
         return
-    names = ("row", "channel")
     where = Where()
     if not wrong.all():
-        found = spans(names[1 - axes[0]], wrong) if len(axes) == 1 else []
-        if not found or found[0].size > 3:
+        found = _part(component, wrong, 1 - axes[0]) if len(axes) == 1 else None
+        if found is None:
             return
-        where = Where((found[0],), names)
+        where = found
     value, near = float(np.median(flat[wrong])), float(np.median(off[wrong]))
     if np.abs(flat[wrong] - value).max() > 3 * off[wrong].max():
         return
@@ -167,6 +166,18 @@ def _scales(
     for words, change in SCALES.items():
         if abs(change(right, component.facts) - value) <= near and change(right, component.facts) != right:
             yield where, lambda other, change=change: change(other.facts["scale"], other.facts), words
+
+
+def _part(component: Component, wrong: np.ndarray, axis: int) -> Where | None:
+    """The rows or channels, of booleans along one axis, in words; None where there are no short ones."""
+    ways = seen(component)
+    if axis == 0 and len(ways) > 1 and ways[1][0][0] > 1:
+        frames = wrong.reshape(ways[1][0][0], -1)
+        if (frames == frames[:, :1]).all():
+            return Where(tuple(spans("frame", frames[:, 0])[:1]), ways[1][1], True)
+    names = ways[0][1]
+    found = spans(names[axis], wrong)
+    return Where((found[0],), names) if found and found[0].size <= 3 else None
 
 
 def _progress(facts) -> float:

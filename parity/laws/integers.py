@@ -72,6 +72,8 @@ def _candidates(view: View, segment: Segment, axis: int, x: np.ndarray, y: np.nd
     if view.names is not None:
         for place in np.flatnonzero(x != y)[:1]:
             old, new = int(x[place]), int(y[place])
+            if np.sum(view.ids[axis] == old) < 2:
+                continue
             words = f"{view.said(new)} where {view.said(old)} should be"
             yield _plain(words, 1.5, lambda x, old=old, new=new: np.where(x == old, new, x))
         return

@@ -211,7 +211,8 @@ def of_latents(component: Component, got: np.ndarray) -> Iterator[Law]:
                 new = np.float32(ratio * other.facts["times"][other.facts["step"]])
                 return None if mask is None else np.where(mask, new, other.own)
 
-            yield Law(f"t {says}is {said} times as large", 1.5 + size, times_as_large)
+            cost = 1.5 if float(f"{ratio:.1e}") == ratio else 2.5
+            yield Law(f"t {says}is {said} times as large", cost + size, times_as_large)
 
 
 def guided(component: Component, got: np.ndarray) -> Iterator[Law]:
