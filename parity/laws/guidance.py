@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parity.laws.base import Component, Law
-from parity.laws.mixture import Where, comparable, enough, put, seen
+from parity.laws.mixture import Where, comparable, enough, grain, put, seen
 from parity.laws.numbers import told
 from parity.laws.sampling import sum_of_parts
 from parity.laws.support import spans
@@ -94,7 +94,7 @@ def _scaled(component: Component, got: np.ndarray, cond: np.ndarray, uncond: np.
     right = _right(component)
     laws: dict[str, Law] = {}
     for axes in ((0, 1), (1,), (0,)):
-        if (share := _shares(cond, uncond, got, axes, component.rounding)) is None:
+        if (share := _shares(cond, uncond, got, axes, component)) is None:
             continue
         a, b, off = share
         factor = a + b
@@ -104,7 +104,7 @@ def _scaled(component: Component, got: np.ndarray, cond: np.ndarray, uncond: np.
             mixed = _mixed(cond, uncond, component.facts["scale"], value, where, component)
             if mixed is None:
                 continue
-            for renorm in _renorms(right, cond, uncond, mixed, got, axes):
+            for renorm in _renorms(right, cond, uncond, mixed, got, axes, grain(component.own)):
                 law = _law(right, renorm, where, value, words, 1.5 if words in SCALES else 1)
                 if law is not None and law.sentence not in laws and enough(component, got, law.apply(component)):
                     laws[law.sentence] = law
@@ -118,7 +118,7 @@ def _right(component: Component) -> Renorm:
 
 
 def _shares(
-    cond: np.ndarray, uncond: np.ndarray, got: np.ndarray, axes: tuple[int, ...], rounding: float
+    cond: np.ndarray, uncond: np.ndarray, got: np.ndarray, axes: tuple[int, ...], component: Component
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """How much of each velocity was taken, over some axes, and how far off their quotient may be; None where what was
     computed is no such sum."""
@@ -130,11 +130,12 @@ def _shares(
         return None
     a, b = (uu * cg - cu * ug) / det, (cc * ug - cu * cg) / det
     left = np.linalg.norm(got - a * cond - b * uncond)
-    if left > max(1.5 * rounding, 1e-3 * np.linalg.norm(got)):
+    norm, fine = float(np.linalg.norm(got)), grain(component.own)
+    if left > max(1.5 * component.rounding, 6 * fine * norm, 1e-3 * norm):
         return None
     apart = np.sqrt(np.maximum(dot(cond - uncond, cond - uncond), 1e-30))
     count = np.sqrt(a.size)
-    return a, b, 3 * max(rounding / count, 1e-6 * np.linalg.norm(got) / count) / apart
+    return a, b, 3 * max(component.rounding, 1e-6 * norm, fine * norm) / count / apart
 
 
 Value = Callable[[Component], float]
@@ -219,12 +220,18 @@ def _mixed(
 
 
 def _renorms(
-    right: Renorm, cond: np.ndarray, uncond: np.ndarray, mixed: np.ndarray, got: np.ndarray, axes: tuple[int, ...]
+    right: Renorm,
+    cond: np.ndarray,
+    uncond: np.ndarray,
+    mixed: np.ndarray,
+    got: np.ndarray,
+    axes: tuple[int, ...],
+    fine: float,
 ) -> Iterator[Renorm]:
     """The ways to scale back that make the factor that was found, those that are nearest to what should be first."""
     square = np.sum(mixed * mixed, axes, keepdims=True)
     factor = np.sum(mixed * got, axes, keepdims=True) / np.where(square > 0, square, 1)
-    near = np.maximum(3e-3 * np.linalg.norm(got - factor * mixed) / np.linalg.norm(got), 2e-5)
+    near = np.maximum(3e-3 * np.linalg.norm(got - factor * mixed) / np.linalg.norm(got), max(2e-5, 2 * fine))
 
     def fits(renorm: Renorm) -> bool:
         found = renorm.factor(cond, uncond, mixed)

@@ -90,7 +90,8 @@ def enough(component: Component, got: np.ndarray, value: np.ndarray | None) -> b
         return False
     left = np.linalg.norm(got.astype(np.float64) - value)
     whole = np.linalg.norm(got.astype(np.float64) - component.own)
-    return bool(whole > component.rounding and left <= max(min(1.5 * component.rounding, whole / 2), LEFT * whole))
+    rounding = 1.5 * max(component.rounding, grain(component.own) * float(np.linalg.norm(got)))
+    return bool(whole > component.rounding and left <= max(min(rounding, whole / 2), LEFT * whole))
 
 
 def comparable(component: Component, got: np.ndarray) -> bool:
@@ -163,8 +164,29 @@ def spelled(factors: Mapping[str, float], off: Mapping[str, float]) -> tuple[str
     return " ".join(words), plain
 
 
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """Float32 values rounded to bfloat16, to even."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def is_bfloat16(own: np.ndarray) -> bool:
+    """Whether all values are such as bfloat16 has."""
+    return not (np.ascontiguousarray(own, np.float32).view(np.uint32) & 0xFFFF).any()
+
+
+def rounded_as(own: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Values with the rounding that a result shows."""
+    return bfloat16(value) if is_bfloat16(own) else value
+
+
+def grain(own: np.ndarray) -> float:
+    """How far a value of a result may be from what it stands for, relative to it."""
+    return 2.0**-9 if is_bfloat16(own) else 2.0**-24
+
+
 def put(own: np.ndarray, chosen: np.ndarray | None, value: np.ndarray | None) -> np.ndarray | None:
-    """A result with other values in a part of it."""
+    """A result with other values in a part of it, rounded as it is."""
     if chosen is None or value is None:
         return None
-    return np.where(chosen, value, own).astype(np.float32)
+    return np.where(chosen, rounded_as(own, np.asarray(value)), own).astype(np.float32)

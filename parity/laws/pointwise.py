@@ -5,16 +5,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from parity.laws.base import Component, Law
-from parity.laws.mixture import comparable, enough
+from parity.laws.mixture import bfloat16, comparable, enough
 from parity.laws.numbers import told
 
 Change = Callable[[np.ndarray], np.ndarray]
-
-
-def bfloat16(x: np.ndarray) -> np.ndarray:
-    """Float32 values rounded to bfloat16, to even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def changes(own: np.ndarray, got: np.ndarray, near: float) -> Iterator[tuple[str, float, Change]]:

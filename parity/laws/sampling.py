@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parity.laws.base import Component, Law
-from parity.laws.mixture import Where, comparable, enough, mixed, put, spelled, summed, where
+from parity.laws.mixture import Where, comparable, enough, mixed, put, rounded_as, spelled, summed, where
 from parity.laws.numbers import told
 
 Interval = Callable[[np.ndarray, int], float]
@@ -150,7 +150,8 @@ def _stepped(part: Where, interval: Interval, words: str, size: float) -> Law:
         known = _step_of(other)
         if known is None or not {"x_t", "velocity"} <= set(other.inputs):
             return None
-        moved = other.inputs["x_t"].astype(np.float64) - interval(*known) * other.inputs["velocity"]
+        by = rounded_as(other.own, interval(*known) * other.inputs["velocity"])
+        moved = other.inputs["x_t"].astype(np.float64) - by
         return put(other.own, part.mask(other), moved)
 
     return Law(words, size + part.size, apply)

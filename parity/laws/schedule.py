@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from parity.laws.base import Component, Law
-from parity.laws.mixture import where
+from parity.laws.mixture import bfloat16, where
 from parity.laws.numbers import told
-from parity.laws.pointwise import bfloat16
 from parity.laws.rearranged import orders
 from parity.laws.support import spans
 

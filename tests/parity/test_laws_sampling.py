@@ -5,6 +5,7 @@ import pytest
 
 from parity.laws import LAWS, Component, fitted
 from parity.laws.guidance import Renorm
+from parity.laws.mixture import bfloat16
 from parity.laws.schedule import shifted
 
 SEEDS = (0, 1, 2)
@@ -131,6 +132,25 @@ def test_a_law_holds_under_rounding(rounding):
     got = (np.where(made, state - 1.2 * interval * velocity, state) * (1 + noise)).astype(np.float32)
     sentences = [law.sentence for law in fitted(component, got)]
     assert "the Euler step is 1.2 times as long" in sentences
+
+
+def test_in_bfloat16_the_numbers_are_read_too():
+    cond, uncond, state, _ = (bfloat16(array) for array in arrays(0, shape=(120, 48)))
+    interval = TIMES[1] - TIMES[2]
+    facts = {"times": TIMES, "step": 1, "made": np.ones((120, 1), bool), "axes": AXES, "what": "the state"}
+    step = of("euler", bfloat16(state - bfloat16(interval * cond)), {"x_t": state, "velocity": cond}, facts, 4e-4)
+    got = bfloat16(state - bfloat16(np.float32(1.05 * interval) * cond))
+    laws = {law.sentence: law.apply(step) for law in fitted(step, got)}
+    assert np.mean(laws["the Euler step is 1.05 times as long"] == got) > 0.95
+    facts = {"scale": 4.0, "renorm": "global", "minimum": 0.0, "t": 1.0, "step": 0, "steps": 4, "axes": AXES}
+    own = bfloat16(mixed(cond, uncond, 4.0, Renorm("global")))
+    component = of("guidance", own, {"cond": cond, "uncond": uncond}, facts, 4e-4)
+
+    def rounded(scale):
+        guided = bfloat16(uncond + bfloat16(scale * bfloat16(cond - uncond)))
+        return bfloat16(guided * Renorm("global").factor(cond, uncond, guided))
+
+    assert "the guidance scale is 3.2" in {law.sentence for law in fitted(component, rounded(3.2))}
 
 
 @pytest.mark.parametrize("shift", [2.0, 3.5, 7.0])
