@@ -2,7 +2,26 @@
 
 import numpy as np
 
-from parity.laws import attention, convolution, kernel, linear, pixel_curve, place, rotary
+from parity.laws import (
+    attention,
+    convolution,
+    edits,
+    guidance,
+    kernel,
+    linear,
+    pixel_curve,
+    place,
+    pointwise,
+    preprocess,
+    rearranged,
+    rotary,
+    sampling,
+    schedule,
+    sequence,
+    statistics,
+    table,
+    waves,
+)
 from parity.laws.base import Component, Curves, Figure, Fitter, Law, Matrices
 
 __all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "ANY", "ANY_KIND", "LAWS", "fitted"]
@@ -13,6 +32,19 @@ LAWS: dict[str, tuple[Fitter, ...]] = {
     "rotary": (rotary.rotary,),
     "convolution": (convolution.variants, *kernel.FITTERS),
     "pixel_curve": pixel_curve.FITTERS,
+    "guidance": (guidance.guidance, rearranged.rearranged, pointwise.pointwise),
+    "guided": (schedule.guided,),
+    "euler": (sampling.euler, rearranged.rearranged, pointwise.pointwise),
+    "schedule": (schedule.schedule,),
+    "times": (schedule.of_latents,),
+    "tokens": (edits.edited, sequence.elementwise),
+    "integers": (sequence.elementwise,),
+    "preprocess": (preprocess.preprocess,),
+    "embedding": (table.embedding, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
+    "sinusoids": (waves.sinusoids, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
+    "time": (waves.waves_through_layers, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
+    "array": (sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
+    "normalised": (statistics.normalised, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
 }
 """The fitters of each kind of component."""
 ANY: tuple[Fitter, ...] = (place.place,)

@@ -8,7 +8,16 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from parity.hypotheses.base import DoesNotApply
-from parity.lance.components import attention, convolutions, pictures, rows
+from parity.lance.components import (
+    attention,
+    convolutions,
+    embedded,
+    pictures,
+    rows,
+    sampling,
+    sequence,
+    visuals,
+)
 from parity.lance.components.axes import axes_of
 from parity.lance.components.base import Known
 from parity.laws import ANY_KIND, Component
@@ -21,6 +30,10 @@ KNOWN: Sequence[Known] = (
     *attention.KNOWN,
     *convolutions.KNOWN,
     *pictures.KNOWN,
+    *sampling.KNOWN,
+    *sequence.KNOWN,
+    *visuals.KNOWN,
+    *embedded.KNOWN,
     *rows.KNOWN,
 )
 

@@ -1,0 +1,328 @@
+"""Laws of guidance: the scale at which two velocities are mixed, and the factor that the mixture is scaled back by."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from parity.laws.base import Component, Law
+from parity.laws.mixture import Where, comparable, enough, grain, put, seen
+from parity.laws.numbers import told
+from parity.laws.sampling import sum_of_parts
+from parity.laws.support import spans
+
+EPS = 1e-8
+GROUPS = {"global": (0, 1), "by row": (1,), "by channel": (0,)}
+MEASURES: dict[str, Callable[[np.ndarray, tuple[int, ...]], np.ndarray]] = {
+    "length": lambda v, axes: np.sqrt(np.sum(v * v, axes, keepdims=True)),
+    "deviation": lambda v, axes: v.std(axes, keepdims=True),
+    "deviation less one degree of freedom": lambda v, axes: v.std(axes, ddof=1, keepdims=True),
+    "mean absolute value": lambda v, axes: np.abs(v).mean(axes, keepdims=True),
+    "largest value": lambda v, axes: np.abs(v).max(axes, keepdims=True),
+}
+
+
+@dataclass(frozen=True)
+class Renorm:
+    """How a guided velocity is scaled back: by a power of the ratio of one velocity's measure to its own, clamped.
+
+    Attributes:
+        over: what a measure is taken over, a key of GROUPS; "none" for no factor.
+        measure: a key of MEASURES.
+        to: which velocity's measure is aimed at, "cond" or "uncond".
+        low, high: bounds of the factor.
+        power, blend: the ratio's power, and how much of it is used: 1 + blend (ratio^power - 1).
+        eps: what is added to the guided velocity's measure.
+    """
+
+    over: str
+    measure: str = "length"
+    to: str = "cond"
+    low: float = 0.0
+    high: float = 1.0
+    power: float = 1.0
+    blend: float = 1.0
+    eps: float = EPS
+
+    def factor(self, cond: np.ndarray, uncond: np.ndarray, guided: np.ndarray) -> np.ndarray:
+        """The factor [n or 1, c or 1]."""
+        if self.over == "none":
+            return np.ones((1, 1))
+        axes, measure = GROUPS[self.over], MEASURES[self.measure]
+        ratio = measure({"cond": cond, "uncond": uncond}[self.to], axes) / (measure(guided, axes) + self.eps)
+        return np.clip(1 + self.blend * (ratio**self.power - 1), self.low, self.high)
+
+    def against(self, other: "Renorm") -> tuple[str, float]:
+        """How this differs from what it should be, in words, and how many choices that takes; "" where it is that."""
+        if self == other:
+            return "", 0
+        if self.over == "none":
+            return "there is no renorm", 1
+        words = [f"is {self.over}"] if self.over != other.over else []
+        words += [f"compares the {self.measure}"] if self.measure != other.measure else []
+        words += ["aims at the unconditional velocity"] if self.to != other.to else []
+        if (self.low, self.high) != (other.low, other.high) and other.over != "none" and self.blend == 1:
+            if (self.low, self.high) == (0, np.inf):
+                words.append("is not clamped")
+            else:
+                words += [f"is at least {self.low:.4g}"] if self.low != other.low and self.low else []
+                words += ["has no lower bound"] if self.low != other.low and not self.low else []
+                words += [f"is at most {self.high:.4g}"] if self.high != other.high and self.high < np.inf else []
+                words += ["has no upper bound"] if self.high != other.high and self.high == np.inf else []
+        words += [f"is the ratio to the power {told(self.power, 0)[1]}"] if self.power != other.power else []
+        words += [f"is used to {told(self.blend, 0)[1]}"] if self.blend != other.blend else []
+        words += [f"has an eps of {self.eps:.4g}"] if self.eps != other.eps else []
+        return "the renorm " + " and ".join(words), len(words)
+
+
+def guidance(component: Component, got: np.ndarray) -> Iterator[Law]:
+    """Inputs cond, uncond [n, c], None where guidance does not act; facts scale, renorm, minimum, t, step, steps.
+
+    Own is (uncond + scale (cond - uncond)) times the renorm's factor.
+    """
+    if not comparable(component, got):
+        return
+    cond, uncond = (component.inputs.get(name) for name in ("cond", "uncond"))
+    if cond is None or uncond is None or cond.shape != got.shape or uncond.shape != got.shape or got.ndim != 2:
+        yield from sum_of_parts(component, got)
+        return
+    yield from _scaled(component, got.astype(np.float64), cond.astype(np.float64), uncond.astype(np.float64))
+    yield from sum_of_parts(component, got)
+
+
+def _scaled(component: Component, got: np.ndarray, cond: np.ndarray, uncond: np.ndarray) -> Iterator[Law]:
+    right = _right(component)
+    laws: dict[str, Law] = {}
+    for axes in ((0, 1), (1,), (0,)):
+        if (share := _shares(cond, uncond, got, axes, component)) is None:
+            continue
+        a, b, off = share
+        factor = a + b
+        with np.errstate(all="ignore"):
+            scale = np.where(np.abs(factor) > 1e-6, a / factor, np.nan)
+        for where, value, words in _scales(component, scale, off, axes):
+            mixed = _mixed(cond, uncond, component.facts["scale"], value, where, component)
+            if mixed is None:
+                continue
+            for renorm in _renorms(right, cond, uncond, mixed, got, axes, grain(component.own)):
+                law = _law(right, renorm, where, value, words, 1.5 if words in SCALES else 1)
+                if law is not None and law.sentence not in laws and enough(component, got, law.apply(component)):
+                    laws[law.sentence] = law
+        if laws:
+            break
+    yield from sorted(laws.values(), key=lambda law: law.size)[:12]
+
+
+def _right(component: Component) -> Renorm:
+    return Renorm(component.facts["renorm"], low=component.facts["minimum"])
+
+
+def _shares(
+    cond: np.ndarray, uncond: np.ndarray, got: np.ndarray, axes: tuple[int, ...], component: Component
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """How much of each velocity was taken, over some axes, and how far off their quotient may be; None where what was
+    computed is no such sum."""
+    dot = lambda x, y: np.sum(x * y, axes, keepdims=True)  # noqa: E731
+    cc, cu, uu = dot(cond, cond), dot(cond, uncond), dot(uncond, uncond)
+    cg, ug = dot(cond, got), dot(uncond, got)
+    det = cc * uu - cu * cu
+    if np.any(det <= 1e-12 * cc * uu) or np.prod([got.shape[axis] for axis in axes]) < 8:
+        return None
+    a, b = (uu * cg - cu * ug) / det, (cc * ug - cu * cg) / det
+    left = np.linalg.norm(got - a * cond - b * uncond)
+    norm, fine = float(np.linalg.norm(got)), grain(component.own)
+    if left > max(1.5 * component.rounding, 6 * fine * norm, 1e-3 * norm):
+        return None
+    apart = np.sqrt(np.maximum(dot(cond - uncond, cond - uncond), 1e-30))
+    count = np.sqrt(a.size)
+    return a, b, 3 * max(component.rounding, 1e-6 * norm, fine * norm) / count / apart
+
+
+Value = Callable[[Component], float]
+
+
+def _scales(
+    component: Component, scale: np.ndarray, off: np.ndarray, axes: tuple[int, ...]
+) -> Iterator[tuple[Where, Value | None, str]]:
+    """What the scale may be said to be, where: nothing where it is what it should be."""
+    right = float(component.facts["scale"])
+    flat, off = scale.ravel(), off.ravel()
+    if not np.isfinite(flat).all():
+        return
+    wrong = np.abs(flat - right) > np.maximum(off, 1e-4 * abs(right))
+    if not wrong.any():
+        yield Where(), None, ""
+        return
+    where = Where()
+    if not wrong.all():
+        found = _part(component, wrong, 1 - axes[0]) if len(axes) == 1 else None
+        if found is None:
+            return
+        where = found
+    value, near = float(np.median(flat[wrong])), float(np.median(off[wrong]))
+    if np.abs(flat[wrong] - value).max() > 3 * off[wrong].max():
+        return
+    plain, said = told(value, near)
+    yield where, lambda other: plain, f"the guidance scale is {said}"
+    for words, change in SCALES.items():
+        if abs(change(right, component.facts) - value) <= near and change(right, component.facts) != right:
+            yield where, lambda other, change=change: change(other.facts["scale"], other.facts), words
+
+
+def _part(component: Component, wrong: np.ndarray, axis: int) -> Where | None:
+    """The rows or channels, of booleans along one axis, in words; None where there are no short ones."""
+    ways = seen(component)
+    if axis == 0 and len(ways) > 1 and ways[1][0][0] > 1:
+        frames = wrong.reshape(ways[1][0][0], -1)
+        if (frames == frames[:, :1]).all():
+            return Where(tuple(spans("frame", frames[:, 0])[:1]), ways[1][1], True)
+    names = ways[0][1]
+    found = spans(names[axis], wrong)
+    return Where((found[0],), names) if found and found[0].size <= 3 else None
+
+
+def _progress(facts) -> float:
+    return facts["step"] / max(facts["steps"], 1)
+
+
+def _end(facts) -> float:
+    return facts["step"] / max(facts["steps"] - 1, 1)
+
+
+SCALES: dict[str, Callable[[float, dict], float]] = {
+    "the guidance scale is one larger": lambda s, f: s + 1,
+    "the guidance scale is one smaller": lambda s, f: s - 1,
+    "the guidance scale falls with t, from the scale to 1": lambda s, f: 1 + (s - 1) * f["t"],
+    "the guidance scale falls with t, from the scale to 0": lambda s, f: s * f["t"],
+    "the guidance scale rises as t falls, from 1 to the scale": lambda s, f: 1 + (s - 1) * (1 - f["t"]),
+    "the guidance scale rises as t falls, from 0 to the scale": lambda s, f: s * (1 - f["t"]),
+    "the guidance scale falls from step to step, to 1 behind the last": lambda s, f: s + (1 - s) * _progress(f),
+    "the guidance scale falls from step to step, to 1 in the last": lambda s, f: s + (1 - s) * _end(f),
+    "the guidance scale falls from step to step, to 0 behind the last": lambda s, f: s * (1 - _progress(f)),
+    "the guidance scale falls from step to step, to 0 in the last": lambda s, f: s * (1 - _end(f)),
+    "the guidance scale rises from step to step, from 1 to the scale": lambda s, f: 1 + (s - 1) * _end(f),
+    "the guidance scale follows a half cosine from the scale to 1": lambda s, f: (
+        1 + (s - 1) * (1 + np.cos(np.pi * _end(f))) / 2),
+}  # fmt: skip
+
+
+def _mixed(
+    cond: np.ndarray, uncond: np.ndarray, right: float, value: Value | None, where: Where, component: Component
+) -> np.ndarray | None:
+    """The guided velocity before any renorm."""
+    scale: float | np.ndarray = right
+    if value is not None:
+        chosen = where.mask(component)
+        if chosen is None:
+            return None
+        scale = np.where(chosen, value(component), right)
+    return uncond + scale * (cond - uncond)
+
+
+def _renorms(
+    right: Renorm,
+    cond: np.ndarray,
+    uncond: np.ndarray,
+    mixed: np.ndarray,
+    got: np.ndarray,
+    axes: tuple[int, ...],
+    fine: float,
+) -> Iterator[Renorm]:
+    """The ways to scale back that make the factor that was found, those that are nearest to what should be first."""
+    square = np.sum(mixed * mixed, axes, keepdims=True)
+    factor = np.sum(mixed * got, axes, keepdims=True) / np.where(square > 0, square, 1)
+    near = np.maximum(3e-3 * np.linalg.norm(got - factor * mixed) / np.linalg.norm(got), max(2e-5, 2 * fine))
+
+    def fits(renorm: Renorm) -> bool:
+        found = renorm.factor(cond, uncond, mixed)
+        return bool(
+            np.abs(np.broadcast_to(found, np.broadcast_shapes(found.shape, factor.shape)) - factor).max() <= near
+        )
+
+    # A field's default is what is meant where it should be none.
+    meant = right if right.over != "none" else Renorm("global")
+    if fits(right):
+        yield right
+        return
+    if fits(Renorm("none")):
+        yield Renorm("none")
+        return
+    tried = [
+        Renorm(over, measure, to, low, high)
+        for over in GROUPS
+        if GROUPS[over] == (0, 1) or GROUPS[over] == axes
+        for measure in MEASURES
+        for to in ("cond", "uncond")
+        for low, high in dict.fromkeys(((meant.low, meant.high), (0.0, np.inf), (0.0, 1.0), (meant.low, np.inf)))
+    ]
+    tried += [replace(meant, power=power) for power in (2.0, 0.5, -1.0)]
+    tried += [replace(meant, power=power, high=np.inf) for power in (2.0, 0.5, -1.0)]
+    tried.sort(key=lambda renorm: renorm.against(right)[1])
+    found = [renorm for renorm in tried if fits(renorm)][:4]
+    yield from found
+    if not found:
+        yield from (renorm for renorm in _read(meant, cond, uncond, mixed, factor, axes, float(near)) if fits(renorm))
+
+
+def _read(
+    meant: Renorm,
+    cond: np.ndarray,
+    uncond: np.ndarray,
+    mixed: np.ndarray,
+    factor: np.ndarray,
+    axes: tuple[int, ...],
+    near: float,
+) -> Iterator[Renorm]:
+    """Ways whose bounds, share or eps are read from the factor itself; of one factor alone only plain numbers."""
+    over = next(name for name, group in GROUPS.items() if group == axes)
+    for measure in ("length", "deviation"):
+        plain = replace(meant, over=over, measure=measure, low=0.0, high=np.inf)
+        ratio = plain.factor(cond, uncond, mixed)
+        if ratio.shape != factor.shape:
+            continue
+        low, high = float(factor.min()), float(factor.max())
+        if factor.size > 4 and high - low > 10 * near:
+            yield replace(plain, low=told(low, near)[0] if (ratio < low - near).any() else meant.low,
+                          high=told(high, near)[0] if (ratio > high + near).any() else np.inf)  # fmt: skip
+        elif factor.size == 1 and _short(told(low, near)[0]):
+            side = {"low": told(low, near)[0]} if ratio.max() < low else {"high": told(low, near)[0], "low": meant.low}
+            yield replace(plain, **({"high": meant.high} | side))
+        away = ratio - 1
+        if np.abs(away).max() > 10 * near:
+            blend = told(float(np.sum((factor - 1) * away) / np.sum(away * away)), near / np.abs(away).max())[0]
+            if _short(blend):
+                yield replace(plain, blend=blend, low=-np.inf)
+        if (factor > 0).all() and (ratio > 0).all() and np.abs(np.log(ratio)).max() > 10 * near:
+            logs = np.log(ratio)
+            power = told(float(np.sum(np.log(factor) * logs) / np.sum(logs * logs)), near / np.abs(logs).max())[0]
+            if _short(power):
+                yield replace(plain, power=power)
+        size = MEASURES[measure](mixed, GROUPS[over])
+        eps = float(np.median(ratio * size / np.where(factor > 0, factor, np.inf) - size))
+        if eps > 0 and _short(told(eps, 3 * near * float(size.max()))[0]):
+            yield replace(plain, eps=told(eps, 3 * near * float(size.max()))[0], low=meant.low, high=meant.high)
+
+
+def _short(value: float) -> bool:
+    """Whether a number is one that people write: of two digits at most."""
+    return float(f"{value:.1e}") == value
+
+
+def _law(right: Renorm, renorm: Renorm, where: Where, value: Value | None, words: str, numbers: float) -> Law | None:
+    said, size = renorm.against(right)
+    if not words and not said:
+        return None
+
+    def apply(other: Component) -> np.ndarray | None:
+        cond, uncond = (other.inputs.get(name) for name in ("cond", "uncond"))
+        if cond is None or uncond is None:
+            return None
+        cond, uncond = cond.astype(np.float64), uncond.astype(np.float64)
+        mixed = _mixed(cond, uncond, other.facts["scale"], value, where, other)
+        if mixed is None:
+            return None
+        return put(other.own, np.ones(1, bool), mixed * renorm.factor(cond, uncond, mixed))
+
+    sentence = " and ".join(filter(None, [where.says(words) if words else "", said]))
+    # What is said without a number is read from less than a factor is.
+    return Law(sentence, 0.9 * size + (0 if value is None else numbers + where.size), apply)
