@@ -84,7 +84,9 @@ def explain(
     if site.exact and amount < 1 - 1e-9 and (found := _in_part(site, [h for h, _ in tried], failed)):
         together, parts = zip(*found, strict=True)
         return Causes(together, sum(parts), listed, failed, parts)
-    return Causes(together if amount >= EXPLAINS else (), amount, listed, failed, agrees=_agrees(site, amount))
+    # Integers have to be equal: most of them is no cause.
+    enough = 1 - 1e-9 if site.expected.dtype.kind == "i" else EXPLAINS
+    return Causes(together if amount >= enough else (), amount, listed, failed, agrees=_agrees(site, amount))
 
 
 def _by_merit(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> list[tuple[Hypothesis, float]]:
@@ -263,7 +265,7 @@ def _holds(site: TapProbe, second: TapProbe, hypothesis: Hypothesis, here: float
     """Whether what was read from one input is true of another that the same component is wrong with."""
     if not hypothesis.size or second.component != site.component or here < EXPLAINS:
         return True
-    return there is not None and there >= EXPLAINS
+    return there is None or there >= EXPLAINS
 
 
 def _stacked(
