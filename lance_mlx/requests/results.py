@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lance_mlx.errors import LanceError
+from lance_mlx.files import read_json
 from lance_mlx.media.write import read_metadata, save_text
 from lance_mlx.requests.files import Item, RequestsFile
 
@@ -104,7 +105,7 @@ def _read_prompts(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
+        texts = read_json(path)
     except (OSError, ValueError) as error:
         raise LanceError(f"{path} is not readable JSON ({error}): choose another --output, or remove it") from None
     if not (isinstance(texts, Mapping) and all(isinstance(text, str) for text in texts.values())):
