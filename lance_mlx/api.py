@@ -103,7 +103,7 @@ class LanceModel:
                 noise.
             noise: [n, 48] to start from; drawn from the request's seed when None.
             visuals: those of the request, already read by `prepare_visuals`; they are read when None.
-            progress: called with "looking" or "reading", how much of that is done, and how much there is of it.
+            progress: called with "looking", "reading" or "denoising", how much of that is done, and how much there is.
 
         Raises:
             LanceError: a visual, the noise or the checkpoint cannot be used; the first two are looked at before the
@@ -165,11 +165,14 @@ class LanceModel:
         if visuals:
             self._looked(pipeline, progress, prepared.conditions.vit, prepared.conditions.clean)
         steps = pipeline.denoise(prepared, noise, partial(progress, "reading"))
-        started = time.perf_counter()
+        request, started = prepared.request, time.perf_counter()
+        progress("denoising", 0, request.num_steps)
         for step in steps:
-            if callback is not None and callback(step) is False:
+            done = step.state.index + 1
+            going_on = callback is None or callback(step) is not False
+            progress("denoising", done, request.num_steps)
+            if not going_on:
                 break
-        request, done = prepared.request, step.state.index + 1
         seconds = (time.perf_counter() - started) / done
         # What the layers took makes room for decoding.
         release()

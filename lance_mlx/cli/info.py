@@ -13,7 +13,7 @@ from lance_mlx.backend.numerics import BFLOAT16, POLICIES, policy, runs_on_cpu
 from lance_mlx.checkpoint.hub import is_repository
 from lance_mlx.checkpoint.layouts import LAYOUTS, check_folder, find_checkpoint, variants_in
 from lance_mlx.checkpoint.tensors import Checkpoint, Part, ViTSource
-from lance_mlx.cli.commands import DEFAULT_FRAMES, DEFAULT_SIDE
+from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE
 from lance_mlx.errors import LanceError
 from lance_mlx.estimate.estimate import OFFICIAL, peak_memory, sizes_of, work_of
 from lance_mlx.estimate.machine import measure, memory, seconds_of

@@ -15,7 +15,8 @@ from PIL import Image
 from lance_mlx.media.write import read_metadata
 
 COMMAND = Path(sys.executable).parent / "lance-mlx"
-LOOKING = ["--vae-resolution", 64, "--vit-resolution", 56, "--steps", 2]
+ANIMATING = ["--vae-resolution", 64, "--steps", 2]
+LOOKING = [*ANIMATING, "--vit-resolution", 56]
 DRAWING = ["--width", 48, "--height", 32, "--steps", 2]
 ASKING = ["--vit-resolution", 56, "--max-tokens", 6]
 
@@ -55,7 +56,7 @@ def write(name: str, values: dict) -> Path:
     [
         ("t2i", {"000000.png": "a bird", "000003.png": "a “cat”"}, DRAWING, ["000000.png", "000003.png"]),
         ("t2v", {"000000.mp4": "a bird"}, [*DRAWING, "--num-frames", 5], ["000000.mp4"]),
-        ("i2v", {"0001": edit("it flies", "media/phone.jpg", "image")}, [*LOOKING, "--num-frames", 5], ["000001.mp4"]),
+        ("i2v", {"1": edit("it flies", "media/phone.jpg", "image")}, [*ANIMATING, "--num-frames", 5], ["000001.mp4"]),
         ("image_edit", {"00008": edit("blue", "media/logo.png", "image")}, LOOKING, ["000008.png"]),
         (
             "video_edit",

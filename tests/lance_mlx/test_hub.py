@@ -86,7 +86,9 @@ def test_only_what_the_variant_needs_is_fetched_and_then_kept(run, refused, hub,
     vit = {"Qwen2.5-VL-ViT/config.json", "Qwen2.5-VL-ViT/vit.safetensors"}
     assert sorted(hub.fetched) == sorted({f"Lance_3B/{name}" for name in names} | vit | {"Wan2.2_VAE.pth"})
     done = run("generate", "t2i", "--model", checkpoint, *SMALL, tmp_path / "folder.png")
-    assert (tmp_path / "hub.png").read_bytes() == (tmp_path / "folder.png").read_bytes()
+    drawn = [np.asarray(Image.open(tmp_path / name)) for name in ("hub.png", "folder.png")]
+    assert np.array_equal(*drawn)
+    assert read_metadata(tmp_path / "hub.png")["model"] == REPOSITORY
 
     offline = here | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     done = run("generate", "t2i", "--model", REPOSITORY, *SMALL, tmp_path / "offline.png", **offline)

@@ -18,7 +18,7 @@ from lance_mlx.checkpoint.convert import prepare
 from lance_mlx.checkpoint.layouts import find_checkpoint
 from lance_mlx.checkpoint.safetensors import read_header
 from lance_mlx.checkpoint.tensors import ViTSource
-from lance_mlx.cli.main import app
+from lance_mlx.cli.app import app
 from lance_mlx.estimate.cost import decoder_convolutions, encoder_convolutions, step_operations
 from lance_mlx.estimate.estimate import OFFICIAL, peak_memory, sizes_of, weights_of, work_of
 from lance_mlx.estimate.machine import measure, memory, seconds_of
