@@ -23,7 +23,7 @@ from lance_mlx.requests.files import read_requests
 from lance_mlx.requests.request import Entry, Renorm, Scheduler, Task, Variant, Visual, VisualKind
 from lance_mlx.requests.rewriting import Rewriter
 
-_IN_THE_FILE = "prompt prompts_file question instruction image video noise reencode config_from".split()
+_IN_THE_FILE = "prompt prompts_file question instruction image video noise reencode config_from auto_seeds".split()
 _IN_THE_FILE += ["stepwise_output_dir"]
 """Options that do not go with a request file."""
 

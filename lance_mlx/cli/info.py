@@ -13,6 +13,7 @@ from lance_mlx.backend.numerics import BFLOAT16, POLICIES, policy, runs_on_cpu
 from lance_mlx.checkpoint.hub import is_repository
 from lance_mlx.checkpoint.layouts import LAYOUTS, check_folder, find_checkpoint, variants_in
 from lance_mlx.checkpoint.tensors import Checkpoint, Part, ViTSource
+from lance_mlx.cli.meaning import refuse
 from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE
 from lance_mlx.errors import LanceError
 from lance_mlx.estimate.estimate import OFFICIAL, peak_memory, sizes_of, work_of
@@ -62,8 +63,11 @@ def info(
     """
     given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
     if task is None:
-        for name in (name for name in given if name in _SIZES):
-            raise LanceError(f"--{name.replace('_', '-')} needs a --task to estimate: name one of {', '.join(Task)}")
+        refuse(given, _SIZES, f"needs a --task to estimate: name one of {', '.join(Task)}")
+    elif task.answers:
+        refuse(given, _SIZES - {"num_frames", "numerics", "variant"}, f"means nothing to task {task}: leave it out")
+    if task is not None and not (task.is_for_video or task is Task.SUBJECT):
+        refuse(given, {"num_frames"}, f"means nothing to task {task}: leave it out")
     policy(numerics)
     values: dict[str, Any] = {"installed": _installed()}
     if model is not None:

@@ -45,6 +45,9 @@ class State:
     x_t: mx.array
     inputs_embeds: ExpertRows
 
+    def __repr__(self) -> str:
+        return f"State({self.index}, t={self.t:.3f}, {len(self.x_t)} latents)"
+
 
 @dataclass(frozen=True, eq=False)
 class Step:

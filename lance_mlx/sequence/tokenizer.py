@@ -30,6 +30,8 @@ class LanceTokenizer:
             added = read_json(config)["added_tokens_decoder"]
             specials = sorted((int(index), entry["content"], entry["special"]) for index, entry in added.items())
             tokens = [AddedToken(content, special=special, normalized=False) for _, content, special in specials]
+            if not all(isinstance(content, str) for _, content, _ in specials):
+                raise TypeError("the content of an added token is no text")
         except Exception as error:  # the tokenizers library raises bare Exception for malformed files
             raise LanceError(f"tokenizer files in {folder} are not usable ({error})") from None
         self._tokenizer = Tokenizer(bpe)
