@@ -202,5 +202,15 @@ def _estimate_lines(found: dict[str, Any]) -> list[str]:
     return [
         f"{what}, {found['numerics']}: an estimate{sizes}, not a measurement",
         f"  peak memory: {peak['kept'] / 1e9:.2f} GB, with --low-ram {peak['low_ram'] / 1e9:.2f} GB",
-        f"  time: {seconds['total']:.1f} s without reading the files, {each}, at {found['flops'] / 1e9:.0f} GFLOP/s",
+        f"  time: {_duration(seconds['total'])} without reading the files, {each}, at {found['flops'] / 1e9:.0f} GFLOP/s",
     ]
+
+
+def _duration(seconds: float) -> str:
+    """In words that say no more than an estimate knows: two units from minutes on."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if minutes < 10:
+        return f"{seconds:.1f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
