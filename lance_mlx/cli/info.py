@@ -197,12 +197,13 @@ def _estimate_lines(found: dict[str, Any]) -> list[str]:
         frames = f", {found['num_frames']} frames" if found["num_frames"] > 1 else ""
         what = f"{found['task']}, {found['width']}x{found['height']}{frames}, {steps} step{'s' if steps > 1 else ''}"
         what += f" ({found['guided_steps']} guided)"
-    each = f"{seconds['steps'] / steps:.2f} s a {'token' if found['width'] is None else 'step'}"
+    each = f"{_duration(seconds['steps'] / steps)} a {'token' if found['width'] is None else 'step'}"
+    speed = found["flops"] / 1e9
     sizes = " of the official model" if found["sizes"] == "official" else ""
     return [
         f"{what}, {found['numerics']}: an estimate{sizes}, not a measurement",
         f"  peak memory: {peak['kept'] / 1e9:.2f} GB, with --low-ram {peak['low_ram'] / 1e9:.2f} GB",
-        f"  time: {_duration(seconds['total'])} without reading the files, {each}, at {found['flops'] / 1e9:.0f} GFLOP/s",
+        f"  time: {_duration(seconds['total'])} without reading the files, {each}, at {speed:.3g} GFLOP/s",
     ]
 
 
@@ -210,7 +211,7 @@ def _duration(seconds: float) -> str:
     """In words that say no more than an estimate knows: two units from minutes on."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if minutes < 10:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.3g} s" if seconds < 1 else f"{seconds:.1f} s"
     if minutes < 60:
         return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -24,6 +24,8 @@ _KEYS = 1024
 _SIDE = 32
 _ENOUGH = 0.25
 """Seconds of one thing."""
+_SLOW = 0.012
+"""Seconds of 67 million operations, at which a machine is not given more: with MLX's own BLAS they take some 0.05."""
 
 
 class Rates(NamedTuple):
@@ -79,16 +81,19 @@ def measure(sizes: Sizes, numerics: Numerics) -> Rates:
         return _seconds(lambda: [*layer(x, [context], False, True)[0]])
 
     few = passed(1)
-    # A machine that is slow with one row is very slow with many, and need not be watched for long.
-    rows = _ROWS if few < _ENOUGH / 2 else _ROWS // 8
+    factors = mx.ones((_SIDE, _KEYS)), mx.ones((_KEYS, _KEYS))
+    # A machine that is slow with little need not be watched at more.
+    slow = min(_seconds(lambda: factors[0] @ factors[1]) for _ in range(3)) > _SLOW
+    rows, side = (_ROWS // 32, _SIDE // 4) if slow else (_ROWS, _SIDE)
     many = passed(rows)
     per_row = max(many - few, many / (2 * rows)) / (rows - 1)
     heads, kv_heads = ((n, _KEYS, config.head_dim) for n in (config.num_attention_heads, config.num_key_value_heads))
     queries, keys = mx.zeros((1, heads[0], _ROWS, config.head_dim), dtype), mx.zeros((1, *kv_heads), dtype)
     score = _seconds(lambda: attention(queries, keys, keys, causal=False)) / (heads[0] * _ROWS * _KEYS)
     width = sizes.decoder.up_blocks[-1].in_channels
-    block, frame = _zeros(ResidualBlock(width, width), dtype), mx.ones((1, _SIDE, _SIDE, width), dtype)
-    operations = 2 * Convolution(_SIDE**2, 9, width, width).operations
+    block = _zeros(ResidualBlock(width, width), dtype)
+    frame = mx.ones((1, side, side, width), dtype)
+    operations = 2 * Convolution(side**2, 9, width, width).operations
     convolution = operations / _seconds(lambda: block(frame, StreamState()))
     return Rates(few, 2 * expert_weights(config) / per_row, score, convolution)
 
@@ -120,7 +125,7 @@ def _zeros(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Median time of up to five runs in a quarter of a second, after one that warms up; of that where it takes so long."""
+    """Median time of up to five runs in a quarter of a second, after one that warms up, or of that if it is slow."""
     times: list[float] = []
     while len(times) < 2 or (len(times) < 6 and sum(times[1:]) < _ENOUGH):
         started = time.perf_counter()
