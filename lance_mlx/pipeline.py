@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by
 from lance_mlx.sampling.conditions import Conditions
 from lance_mlx.sampling.flow import Step, Tell, denoise
 from lance_mlx.sampling.noise import draw_eps, draw_noise
+from lance_mlx.sampling.preview import fit_preview
 from lance_mlx.sampling.text import AnswerDecoder, answer_tokens, make_decoder, token_budget
 from lance_mlx.sequence.prompt import answer_start, build_question, build_sequence
 from lance_mlx.sequence.segments import Sequence as TokenSequence
@@ -73,6 +75,11 @@ class Pipeline:
         self.model = model
         self.vae = vae
         self.tokenizer = tokenizer
+
+    @cached_property
+    def preview_weights(self) -> np.ndarray:
+        """What `preview` makes pictures of unfinished latents with, fitted when it is first asked for."""
+        return fit_preview(self.vae)
 
     def prepare(self, request: Request, visuals: Sequence[PreparedVisual] | None = None) -> Prepared:
         """Encode what the request refers to; its latents are sampled from the request's seed.

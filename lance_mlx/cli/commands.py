@@ -27,7 +27,7 @@ from lance_mlx.requests.rewriting import Rewriter
 from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by_source
 from lance_mlx.sampling.flow import Step
 from lance_mlx.sampling.noise import check_noise, read_noise
-from lance_mlx.sampling.preview import clean_estimate, fit_preview, preview
+from lance_mlx.sampling.preview import clean_estimate, preview
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,19 @@ class _StepPictures:
         save_image(self._path(self._count), preview(self._weights, clean_estimate(step), grid), notes)
 
 
+def draw_all(model: LanceModel, drawings: Sequence[Drawing], rewriter: Rewriter | None, console: Console) -> None:
+    """Make one after the other; raises Interrupted where the user stops after some are written."""
+    done = 0
+    try:
+        for drawing in drawings:
+            draw(model, drawing, rewriter, console)
+            done += 1
+    except KeyboardInterrupt:
+        if done == 0:
+            raise
+        raise Interrupted(f"interrupted; {done} of {len(drawings)} are written") from None
+
+
 def draw(model: LanceModel, drawing: Drawing, rewriter: Rewriter | None, console: Console) -> Generated:
     """Make one image or video, edit it again for each later prompt, and write the last result."""
     started = time.perf_counter()
@@ -118,7 +131,7 @@ def draw(model: LanceModel, drawing: Drawing, rewriter: Rewriter | None, console
         request, notes = _rewritten(request, rewriter), notes | {PROMPT_BEFORE_REWRITING: request.prompt}
     # Loaded here, so that the bar over the steps begins with the first one.
     pipeline = model.pipeline(request.variant, looks=bool(drawing.visuals))
-    pictures = None if drawing.steps is None else _StepPictures(fit_preview(pipeline.vae), drawing.steps)
+    pictures = None if drawing.steps is None else _StepPictures(pipeline.preview_weights, drawing.steps)
     grid = sized_by_source(request, drawing.visuals).latent_grid
     generated = None
     for prompt in (None, *drawing.later_prompts):

@@ -11,7 +11,7 @@ import typer
 from lance_mlx.api import load
 from lance_mlx.backend.numerics import BFLOAT16, POLICIES, policy
 from lance_mlx.checkpoint.tensors import ViTSource
-from lance_mlx.cli.commands import answer, draw, prepare_drawings, work_through
+from lance_mlx.cli.commands import answer, draw_all, prepare_drawings, work_through
 from lance_mlx.cli.console import Console
 from lance_mlx.cli.meaning import EDITING, check_options, refuse
 from lance_mlx.cli.replay import options_of
@@ -323,6 +323,4 @@ def generate(
         stepwise_output_dir,
     )
     rewriter = Rewriter.from_environment() if rewrite else None
-    opened_model = opened()
-    for drawing in drawings:
-        draw(opened_model, drawing, rewriter, console)
+    draw_all(opened(), drawings, rewriter, console)

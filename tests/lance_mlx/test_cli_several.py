@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import lance_mlx.api as api
+import lance_mlx.cli.commands as commands
 from lance_mlx.media.write import read_metadata
 
 DRAWING = ["--width", 48, "--height", 32, "--steps", 2, "--numerics", "float32"]
@@ -168,3 +169,17 @@ def test_answers_are_drawn_with_several_seeds(draw, media):
     given = ["--image", media / "logo.png", "--vit-resolution", 56, "--max-tokens", 8, "--temperature", 2]
     told = draw("x2t_image", *given, "--seed", 1, 2, "-o", "{seed}.txt")
     assert told == Path("1.txt").read_text(encoding="utf-8") + Path("2.txt").read_text(encoding="utf-8")
+
+
+def test_an_interrupt_says_what_is_written(draw, invoke, checkpoint, monkeypatch):
+    drawn, original = [], commands.draw
+
+    def stop(*given: object) -> object:
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(original(*given))
+
+    monkeypatch.setattr(commands, "draw", stop)
+    done = invoke("generate", "t2i", "--model", checkpoint, "--prompt", "a", "--seed", 1, 2, 3, *DRAWING, "-q")
+    assert (done.returncode, done.stderr) == (130, "lance-mlx: interrupted; 1 of 3 are written\n")
+    assert [path.name for path in Path().iterdir()] == ["t2i-1.png"]
