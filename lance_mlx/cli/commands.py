@@ -78,8 +78,10 @@ def prepare_drawings(
     if given is not None:
         check_noise(resolved, given)
     notes = {"noise": str(noise) if noise else None} | ({"reencode": True} if reencode else {})
-    drawings = []
-    for request, path in zip(requests, name(frames), strict=True):
+    drawings, paths = [], name(frames)
+    if steps_folder is not None and len({path.stem for path in paths}) < len(paths):
+        raise LanceError("--stepwise-output-dir names pictures as --output names files: put {seed} into that name")
+    for request, path in zip(requests, paths, strict=True):
         turns = [request]
         for prompt in later_prompts:
             turns.append(next_turn(turns[-1], prompt))

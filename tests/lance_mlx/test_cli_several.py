@@ -82,6 +82,7 @@ def test_prompts_come_from_stdin_and_from_a_file(draw, monkeypatch):
         (["--seed", -1], "seed -1 must be at least 0"),
         (["--cache-limit-gb", -1], "--cache-limit-gb -1.0 must be 0 or more"),
         (["-o", "there.png"], "output there.png is there already; choose another name, or give --overwrite"),
+        (["--seed", 1, 2, "-o", "{seed}/a.png", "--stepwise-output-dir", "s"], "put {seed} into that name"),
         (["--seed", 1, 2, "-o", "there.png", "--stepwise-output-dir", "there.png/steps"], "is not a folder"),
     ],
 )
