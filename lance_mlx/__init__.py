@@ -10,18 +10,40 @@ allocator.keep_freed()
 precision.keep_float32()
 
 if TYPE_CHECKING:
-    from lance_mlx.api import Answer, Generated, LanceModel, load
+    from lance_mlx.api import LanceModel, load
     from lance_mlx.backend.numerics import BFLOAT16, FLOAT32, Numerics, policy
     from lance_mlx.checkpoint.tensors import ViTSource
     from lance_mlx.errors import LanceError
-    from lance_mlx.requests.request import Entry, Question, Renorm, Request, Task, Variant, Visual, VisualKind
+    from lance_mlx.outputs import Answer, Generated
+    from lance_mlx.requests.request import (
+        Entry,
+        Question,
+        Renorm,
+        Request,
+        Scheduler,
+        Task,
+        Variant,
+        Visual,
+        VisualKind,
+    )
 
 _PLACES = {
-    "api": ("Answer", "Generated", "LanceModel", "load"),
+    "api": ("LanceModel", "load"),
+    "outputs": ("Answer", "Generated"),
     "checkpoint.tensors": ("ViTSource",),
     "errors": ("LanceError",),
     "backend.numerics": ("BFLOAT16", "FLOAT32", "Numerics", "policy"),
-    "requests.request": ("Entry", "Question", "Renorm", "Request", "Task", "Variant", "Visual", "VisualKind"),
+    "requests.request": (
+        "Entry",
+        "Question",
+        "Renorm",
+        "Request",
+        "Scheduler",
+        "Task",
+        "Variant",
+        "Visual",
+        "VisualKind",
+    ),
 }
 __all__ = [
     "BFLOAT16",
@@ -35,6 +57,7 @@ __all__ = [
     "Question",
     "Renorm",
     "Request",
+    "Scheduler",
     "Task",
     "Variant",
     "ViTSource",
@@ -43,6 +66,10 @@ __all__ = [
     "load",
     "policy",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
 
 
 def __getattr__(name: str) -> Any:

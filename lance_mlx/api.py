@@ -2,10 +2,9 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,116 +12,25 @@ import mlx.core as mx
 import numpy as np
 
 from lance_mlx.backend.allocator import release
-from lance_mlx.backend.numerics import BFLOAT16, Numerics
+from lance_mlx.backend.numerics import BFLOAT16, Numerics, policy
 from lance_mlx.checkpoint.hub import fetch, is_repository
 from lance_mlx.checkpoint.layouts import check_folder
-from lance_mlx.checkpoint.streaming import AnyVAE
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.checkpoint.weights import Tracker
 from lance_mlx.media.preprocess import vae_pixels, vit_patches
-from lance_mlx.media.write import VideoWriter, check_output, save_image, to_uint8
-from lance_mlx.model.vae import num_decoded_frames
+from lance_mlx.outputs import Answer, Generated
 from lance_mlx.pipeline import Pipeline, PreparedQuestion
 from lance_mlx.pipeline import load as load_pipeline
+from lance_mlx.requests.plain import as_enum
 from lance_mlx.requests.request import Question, Request, Task, Variant, Visual, VisualKind
 from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by_source
 from lance_mlx.sampling.flow import Step
 from lance_mlx.sampling.noise import check_noise
 
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a stage, how much of it is done, and how much there is."""
 PREVIOUS_TURN = "previous turn"
 """Path of the visual of a request that goes on from what was generated before it."""
-
-
-@dataclass(frozen=True, eq=False)
-class Generated:
-    """An image or a video: its latents, which become pixels when they are asked for.
-
-    Attributes:
-        request: the request, with the size that its source dictates.
-        latents: [t, h, w, 48] in the policy's dtype, normalised.
-        numerics: name of the policy.
-        seconds_a_step: mean time of a denoising step.
-        earlier: the requests of the turns before this one, the first one first.
-        vae: what decodes the latents.
-    """
-
-    request: Request
-    latents: mx.array
-    numerics: str
-    seconds_a_step: float
-    earlier: tuple[Request, ...]
-    vae: AnyVAE
-
-    @property
-    def num_frames(self) -> int:
-        """Frames that the latents decode to: 4k + 1, which may be fewer than were asked for."""
-        return num_decoded_frames(len(self.latents))
-
-    @cached_property
-    def frames(self) -> np.ndarray:
-        """All frames, uint8 [T, H, W, 3], decoded once; raises LanceError for pixels that are not finite."""
-        return np.stack(list(self.decode()))
-
-    def decode(self) -> Iterator[np.ndarray]:
-        """Yield the frames one by one, uint8 [H, W, 3], holding few at a time; raises LanceError as `frames` does."""
-        if "frames" in vars(self):
-            yield from self.frames
-            return
-        for chunk in self.vae.decode(self.latents):
-            yield from to_uint8(np.array(chunk))
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What made this, as plain JSON values; `save` writes it into the file."""
-        values = {
-            "generator": f"lance-mlx {version('lance-mlx')}",
-            "request": self.request.to_dict(),
-            "numerics": self.numerics,
-        }
-        return values | ({"earlier": [request.to_dict() for request in self.earlier]} if self.earlier else {})
-
-    def save(
-        self,
-        path: str | os.PathLike[str],
-        notes: Mapping[str, Any] | None = None,
-        track: Callable[[Iterable[np.ndarray]], Iterable[np.ndarray]] = iter,
-    ) -> None:
-        """Write a .png of one frame, or an .mp4 of several; the file appears when it is whole.
-
-        Args:
-            notes: plain JSON values to write beside the metadata.
-            track: wraps the frames while they are written, as tqdm does, to show progress.
-
-        Raises:
-            LanceError: the suffix does not fit, or the file cannot be written.
-        """
-        path = check_output(path, self.num_frames)
-        metadata = self.metadata | dict(notes or {})
-        if self.num_frames == 1:
-            (frame,) = track(self.decode())
-            save_image(path, frame, metadata)
-            return
-        with VideoWriter(path, self.request.fps, metadata) as video:
-            for frame in track(self.decode()):
-                video.write(frame)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer to a question.
-
-    Attributes:
-        text: without control tokens.
-        tokens: what the model answered, `<|im_end|>` included where it ended the answer itself.
-        raw_text: the tokens' text with control tokens written out, as upstream's prompt.json has it.
-        seconds_a_token: mean time of a token, reading the question included.
-    """
-
-    question: Question
-    text: str
-    tokens: tuple[int, ...]
-    raw_text: str
-    seconds_a_token: float
 
 
 class LanceModel:
@@ -150,6 +58,18 @@ class LanceModel:
         self._pipeline: Pipeline | None = None
         self._loaded: tuple[Variant, bool] | None = None
 
+    def __repr__(self) -> str:
+        return f"LanceModel({self.model!r}, {self.numerics.name})"
+
+    @property
+    def name(self) -> str:
+        """What the model is called: its repository, or its folder without the way there."""
+        return self.model if is_repository(self.model) else Path(self.model).resolve().name
+
+    def variant_for(self, request: Request | Question) -> Variant:
+        """The model that is used for a request."""
+        return self._variant or request.variant
+
     def pipeline(self, variant: Variant, looks: bool) -> Pipeline:
         """The loaded model for a variant; with `looks` the ViT and the VAE's encoder are loaded too.
 
@@ -171,16 +91,19 @@ class LanceModel:
     def generate(
         self,
         request: Request,
-        callback: Callable[[Step], None] | None = None,
+        callback: Callable[[Step], bool | None] | None = None,
         noise: mx.array | None = None,
         visuals: Sequence[PreparedVisual] | None = None,
+        progress: Progress = lambda stage, done, total: None,
     ) -> Generated:
         """Make an image or a video.
 
         Args:
-            callback: called after every denoising step.
+            callback: called after every denoising step; False ends the generation there, with latents that still hold
+                noise.
             noise: [n, 48] to start from; drawn from the request's seed when None.
             visuals: those of the request, already read by `prepare_visuals`; they are read when None.
+            progress: called with "looking", "reading" or "denoising", how much of that is done, and how much there is.
 
         Raises:
             LanceError: a visual, the noise or the checkpoint cannot be used; the first two are looked at before the
@@ -188,15 +111,16 @@ class LanceModel:
         """
         if visuals is None:
             visuals = prepare_visuals(request)
-        return self._generate(request, visuals, None, callback, noise, ())
+        return self._generate(request, visuals, None, callback, noise, (), progress)
 
     def edit_again(
         self,
         generated: Generated,
         prompt: str,
         reencode: bool = False,
-        callback: Callable[[Step], None] | None = None,
+        callback: Callable[[Step], bool | None] | None = None,
         noise: mx.array | None = None,
+        progress: Progress = lambda stage, done, total: None,
     ) -> Generated:
         """Edit what was generated, with the settings of its request.
 
@@ -204,7 +128,7 @@ class LanceModel:
 
         Args:
             reencode: resize and encode its pixels instead, as if they had been read from a file.
-            callback, noise: as for `generate`.
+            callback, noise, progress: as for `generate`.
 
         Raises:
             LanceError: the prompt or the noise cannot be used.
@@ -216,55 +140,79 @@ class LanceModel:
         else:
             pixels, clean = generated.frames.astype(np.float32) / 127.5 - 1, generated.latents
         visuals = [PreparedVisual(patches, grid, pixels)]
-        return self._generate(request, visuals, clean, callback, noise, (*generated.earlier, generated.request))
+        earlier = (*generated.earlier, generated.request)
+        return self._generate(request, visuals, clean, callback, noise, earlier, progress)
 
     def _generate(
         self,
         request: Request,
         visuals: Sequence[PreparedVisual],
         clean: mx.array | None,
-        callback: Callable[[Step], None] | None,
+        callback: Callable[[Step], bool | None] | None,
         noise: mx.array | None,
         earlier: tuple[Request, ...],
+        progress: Progress,
     ) -> Generated:
         if noise is not None:
             check_noise(sized_by_source(request, visuals), noise)
         pipeline = self.pipeline(request.variant, looks=bool(visuals))
+        if visuals:
+            progress("looking", 0, 1)
         if clean is None:
             prepared = pipeline.prepare(request, visuals)
         else:
             prepared = pipeline.prepare_encoded(request, visuals, [clean])
-        self._release_encoders(pipeline, prepared.conditions.vit, prepared.conditions.clean)
-        started = time.perf_counter()
-        for step in pipeline.denoise(prepared, noise):
-            if callback is not None:
-                callback(step)
-        request = prepared.request
-        seconds = (time.perf_counter() - started) / request.num_steps
+        if visuals:
+            self._looked(pipeline, progress, prepared.conditions.vit, prepared.conditions.clean)
+        steps = pipeline.denoise(prepared, noise, partial(progress, "reading"))
+        request, started = prepared.request, time.perf_counter()
+        progress("denoising", 0, request.num_steps)
+        for step in steps:
+            done = step.state.index + 1
+            going_on = callback is None or callback(step) is not False
+            progress("denoising", done, request.num_steps)
+            if not going_on:
+                break
+        seconds = (time.perf_counter() - started) / done
+        # What the layers took makes room for decoding.
+        release()
         latents = step.x_next.reshape(*request.latent_grid, -1)
-        return Generated(request, latents, self.numerics.name, seconds, earlier, pipeline.vae)
+        stopped = done if done < request.num_steps else None
+        weights = self.name, self.variant_for(request)
+        return Generated(request, latents, self.numerics.name, seconds, earlier, pipeline.vae, weights, stopped)
 
-    def _release_encoders(self, pipeline: Pipeline, *seen: Any) -> None:
-        """Free the encoders where they are not to be kept, once what they made is computed."""
+    def _looked(self, pipeline: Pipeline, progress: Progress, *seen: Any) -> None:
+        """Compute what the encoders made, and free them where they are not to be kept."""
+        mx.eval(*seen)
+        progress("looking", 1, 1)
         variant, looks = self._loaded
         if looks and not self._keep_encoders and not self._low_ram:
-            mx.eval(*seen)
             pipeline.drop_encoders()
             self._loaded = variant, False
+        release()
 
-    def answer(self, question: Question, callback: Callable[[str], None] | None = None) -> Answer:
+    def answer(
+        self,
+        question: Question,
+        callback: Callable[[str], bool | None] | None = None,
+        progress: Progress = lambda stage, done, total: None,
+    ) -> Answer:
         """Answer a question about images or a video.
 
         Args:
-            callback: called with each piece of text as it comes, always whole characters.
+            callback: called with each piece of text as it comes, always whole characters; False ends the answer there.
+            progress: as for `generate`.
 
         Raises:
             LanceError: a visual or the checkpoint cannot be used; visuals are looked at before the model is read.
         """
-        return next(self.answer_all([question], callback))
+        return next(self.answer_all([question], callback, progress))
 
     def answer_all(
-        self, questions: Iterable[Question], callback: Callable[[str], None] | None = None
+        self,
+        questions: Iterable[Question],
+        callback: Callable[[str], bool | None] | None = None,
+        progress: Progress = lambda stage, done, total: None,
     ) -> Iterator[Answer]:
         """Yield the answers to questions, in order; each is what `answer` gives.
 
@@ -273,6 +221,7 @@ class LanceModel:
 
         Args:
             callback: as for `answer`, with the text of the answer that is in progress.
+            progress: as for `generate`.
 
         Raises:
             LanceError: as `answer`.
@@ -286,17 +235,21 @@ class LanceModel:
             started = time.perf_counter()
             if not self._low_ram:
                 pipeline.join_projections()
+            if visuals:
+                progress("looking", 0, 1)
             earlier = pipeline.prepare_question(question, visuals, earlier)
-            self._release_encoders(pipeline, [rows.und for rows in earlier.reader.prefix])
-            yield _answer(pipeline, earlier, callback or (lambda piece: None), started)
+            if visuals:
+                self._looked(pipeline, progress, [rows.und for rows in earlier.reader.prefix])
+            earlier.reader.read(partial(progress, "reading"))
+            yield _answer(pipeline, earlier, callback or (lambda piece: None), time.perf_counter() - started)
 
 
 def load(
     model: str | os.PathLike[str],
-    numerics: Numerics = BFLOAT16,
-    vit_source: ViTSource = ViTSource.LANCE,
+    numerics: Numerics | str = BFLOAT16,
+    vit_source: ViTSource | str = ViTSource.LANCE,
     track: Tracker = iter,
-    variant: Variant | None = None,
+    variant: Variant | str | None = None,
     quiet: bool = False,
     low_ram: bool = False,
     keep_encoders: bool = True,
@@ -306,10 +259,11 @@ def load(
     Args:
         model: the folder that holds Lance_3B, Lance_3B_Video, the ViT and the VAE, or one of the first two; a converted
             checkpoint or one of mlx-community; or a repository on the hub with any of these, as OWNER/NAME.
-        numerics: the launcher's bfloat16, or float32.
+        numerics: the launcher's bfloat16, or float32; or the name of one.
         vit_source: whose ViT weights win where two files hold them.
         track: wraps the list of tensors while they are read, as tqdm does, to show progress.
-        variant: use this model for every task; by default each task has the one that was trained for it.
+        variant: use this model ("image" or "video" will do) for every task; by default each task has the one that was
+            trained for it.
         quiet: show no progress of fetching.
         low_ram: hold one decoder layer in memory at a time, and the ViT and the VAE only while they are used; every
             pass reads the layers from their files, so that it takes longer. What is drawn is the same bit for bit,
@@ -318,9 +272,12 @@ def load(
             denoising or answering begins, and a later request that looks at something reads the model again.
 
     Raises:
-        LanceError: there is no such folder.
+        LanceError: there is no such folder, or an option is unknown.
     """
     name = os.fspath(model)
+    numerics = policy(numerics) if isinstance(numerics, str) else numerics
+    vit_source = as_enum(ViTSource, "vit_source", vit_source)
+    variant = None if variant is None else as_enum(Variant, "variant", variant)
     if not is_repository(name):
         check_folder(Path(name))
     return LanceModel(name, numerics, vit_source, track, variant, quiet, low_ram, keep_encoders)
@@ -335,7 +292,10 @@ def next_turn(request: Request, prompt: str) -> Request:
     return replace(request, task=task, prompt=prompt, visuals=visuals, vision_type=None, text_template=True)
 
 
-def _answer(pipeline: Pipeline, prepared: PreparedQuestion, callback: Callable[[str], None], started: float) -> Answer:
+def _answer(
+    pipeline: Pipeline, prepared: PreparedQuestion, callback: Callable[[str], bool | None], seconds_reading: float
+) -> Answer:
+    started = time.perf_counter()
     tokens, told = [], ""
     completed = pipeline.tokenizer.stream()
     for token in pipeline.answer(prepared):
@@ -343,11 +303,12 @@ def _answer(pipeline: Pipeline, prepared: PreparedQuestion, callback: Callable[[
         piece = completed(token)
         if piece:
             told += piece
-            callback(piece)
+            if callback(piece) is False:
+                break
     text = pipeline.tokenizer.decode(tokens)
     # An answer that is cut off inside a character ends in a replacement character.
     if text.startswith(told) and text != told:
         callback(text[len(told) :])
     seconds = (time.perf_counter() - started) / len(tokens)
     raw_text = pipeline.tokenizer.decode(tokens, control_tokens=True)
-    return Answer(prepared.question, text, tuple(tokens), raw_text, seconds)
+    return Answer(prepared.question, text, tuple(tokens), raw_text, seconds_reading, seconds)

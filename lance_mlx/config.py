@@ -1,12 +1,12 @@
 """Architecture of a Lance checkpoint, read from its llm_config.json."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lance_mlx.errors import LanceError
+from lance_mlx.files import read_json
 
 Config = TypeVar("Config")
 LATENT_CHANNELS = 48
@@ -123,7 +123,7 @@ class LanceConfig:
 def read_config(path: Path, build: Callable[[dict[str, Any]], Config], remedy: str) -> Config:
     """What `build` makes of the object in a JSON file; every LanceError names the file, a missing one's the remedy."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         raise LanceError(f"{path} is missing: {remedy}") from None
     except (OSError, ValueError) as error:

@@ -1,7 +1,8 @@
 """Load a checkpoint once, then turn requests into steps, latents and frames, and questions into tokens."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,8 +19,9 @@ from lance_mlx.model.mot import join_projections
 from lance_mlx.requests.request import Question, Request, Task, Variant
 from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by_source
 from lance_mlx.sampling.conditions import Conditions
-from lance_mlx.sampling.flow import Step, denoise
+from lance_mlx.sampling.flow import Step, Tell, denoise
 from lance_mlx.sampling.noise import draw_eps, draw_noise
+from lance_mlx.sampling.preview import fit_preview
 from lance_mlx.sampling.text import AnswerDecoder, answer_tokens, make_decoder, token_budget
 from lance_mlx.sequence.prompt import answer_start, build_question, build_sequence
 from lance_mlx.sequence.segments import Sequence as TokenSequence
@@ -32,11 +34,13 @@ class Prepared:
 
     Attributes:
         request: the request, with the size that its source dictates.
+        negative: the sequence with the negative prompt in place of the prompt, None without one.
     """
 
     request: Request
     sequence: TokenSequence
     conditions: Conditions
+    negative: TokenSequence | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,11 @@ class Pipeline:
         self.vae = vae
         self.tokenizer = tokenizer
 
+    @cached_property
+    def preview_weights(self) -> np.ndarray:
+        """What `preview` makes pictures of unfinished latents with, fitted when it is first asked for."""
+        return fit_preview(self.vae)
+
     def prepare(self, request: Request, visuals: Sequence[PreparedVisual] | None = None) -> Prepared:
         """Encode what the request refers to; its latents are sampled from the request's seed.
 
@@ -101,8 +110,10 @@ class Pipeline:
         else:
             looked_at = visuals
         flat = tuple(latents.reshape(-1, latents.shape[-1]).astype(self.model.numerics.dtype) for latents in clean)
-        conditions = Conditions(self.look(looked_at), flat)
-        return Prepared(request, build_sequence(request, self.tokenizer, visuals), conditions)
+        conditions, negative = Conditions(self.look(looked_at), flat), None
+        if request.negative_prompt is not None:
+            negative = build_sequence(replace(request, prompt=request.negative_prompt), self.tokenizer, visuals)
+        return Prepared(request, build_sequence(request, self.tokenizer, visuals), conditions, negative)
 
     def look(self, visuals: Sequence[PreparedVisual]) -> tuple[mx.array, ...]:
         """Output of the ViT for each visual, [tokens, hidden]."""
@@ -125,18 +136,22 @@ class Pipeline:
         del self.model.vit_model, self.vae.encoder, self.vae.conv1
         release()
 
-    def denoise(self, prepared: Prepared, noise: mx.array | None = None) -> Iterator[Step]:
-        """Yield the sampler's steps; the last one's `x_next` holds the latents.
+    def denoise(
+        self, prepared: Prepared, noise: mx.array | None = None, tell: Tell = lambda done, total: None
+    ) -> Iterator[Step]:
+        """Read the prompt, then yield the sampler's steps; the last one's `x_next` holds the latents.
 
         Args:
             noise: [n, 48] to start from; drawn from the request's seed when None.
+            tell: called with the pieces of the prompt that are read, and their number.
 
         Raises:
             LanceError: the noise does not fit the request.
         """
         if noise is None:
             noise = draw_noise(prepared.request, self.model.numerics)
-        return denoise(self.model, prepared.request, prepared.sequence, noise, prepared.conditions)
+        given = prepared.sequence, noise, prepared.conditions, prepared.negative, tell
+        return denoise(self.model, prepared.request, *given)
 
     def decode(self, request: Request, latents: mx.array) -> Iterator[mx.array]:
         """Yield pixels, float32 [1 or 4, height, width, 3] in [-1, 1], one latent frame of [n, 48] latents at a time.

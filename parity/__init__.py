@@ -1,14 +1,8 @@
 """Parity of lance_mlx and reference with tensors captured from bytedance/Lance."""
 
-from contextlib import suppress
+import sys
+from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any
-
-# PyTorch first: lance_mlx loads an OpenBLAS for MLX, with which PyTorch would round otherwise than by itself.
-import torch  # noqa: F401
-
-# The process that runs a clone of upstream may have neither lance_mlx nor MLX, and needs none.
-with suppress(ModuleNotFoundError):
-    import lance_mlx  # noqa: F401
 
 if TYPE_CHECKING:
     from parity.api import assert_agrees, compare
@@ -18,6 +12,22 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "ParityError", "assert_agrees", "compare"]
 
 _PLACES = {"Comparison": "comparison.compare", "ParityError": "errors"}
+
+
+class _InOrder(MetaPathFinder):
+    """Imports PyTorch before lance_mlx, and that before MLX, when one of them is first asked for.
+
+    lance_mlx loads an OpenBLAS for MLX, with which PyTorch would round otherwise than by itself.
+    """
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name in ("lance_mlx", "mlx"):
+            import torch  # noqa: F401
+        if name == "mlx":
+            import lance_mlx  # noqa: F401
+
+
+sys.meta_path.insert(0, _InOrder())
 
 
 def __getattr__(name: str) -> Any:

@@ -225,7 +225,7 @@ def main(
         print(f"no case's name holds {only!r}", file=sys.stderr)
         raise typer.Exit(2)
     results = []
-    for case in tqdm(chosen, unit="case"):
+    for case in tqdm(chosen, unit="case", disable=None):
         # A process of its own: its peak memory is its own, and no case warms another's caches.
         with get_context("spawn").Pool(1) as pool:
             results.append(pool.apply(measure, (case, repeats)))

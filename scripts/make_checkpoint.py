@@ -269,7 +269,7 @@ def make(out: Path, size: Size, variant: str, dtype: str, tokenizer: Path, weigh
     if total > free:
         short = f"{free / 1e9:.1f} GB free, {total / 1e9:.1f} GB are needed"
         raise LanceError(f"{out.parent} has {short}: choose another OUT")
-    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False, disable=None) as bar:
         for file, named in files.items():
             write_file(out, file, named, dtype, weights, bar)
         write_vae(out, "Wan2.2_VAE.pth", vae, weights, bar)

@@ -1,6 +1,8 @@
 """PNG and MP4 output: exact pixels, whole files only, metadata that reads back."""
 
+import fcntl
 import json
+import os
 
 import av
 import numpy as np
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from lance_mlx.errors import LanceError
-from lance_mlx.media.write import VideoWriter, check_output, read_metadata, save_image, to_uint8
+from lance_mlx.files import check_place
+from lance_mlx.media.write import check_output, read_metadata, save_image, save_video, to_uint8
 
 REQUEST = {
     "task": "t2v",
@@ -76,10 +79,7 @@ def test_image_replaces_an_earlier_one(tmp_path):
 def test_video_reads_back(tmp_path):
     path = tmp_path / "out.mp4"
     frames = [gradient(48, 64, offset=5 * i) for i in range(9)]
-    with VideoWriter(path, 12, REQUEST) as writer:
-        for frame in frames:
-            writer.write(frame)
-            assert not path.exists()
+    save_video(path, (frame for frame in frames if not path.exists()), 12, REQUEST)
     decoded = decode(path)
     assert len(decoded) == 9
     # Lossy, and colour is stored for 2x2 pixels: close, in the right order and not shifted in brightness.
@@ -97,8 +97,7 @@ def test_video_reads_back(tmp_path):
 def test_long_prompts_fit_into_both_kinds_of_metadata(tmp_path):
     request = {"prompt": "lantern " * 6000}
     save_image(tmp_path / "out.png", gradient(16, 16), request)
-    with VideoWriter(tmp_path / "out.mp4", 23.976, request) as writer:
-        writer.write(gradient(16, 16))
+    save_video(tmp_path / "out.mp4", [gradient(16, 16)], 23.976, request)
     assert read_metadata(tmp_path / "out.png") == read_metadata(tmp_path / "out.mp4") == request
 
 
@@ -106,9 +105,13 @@ def test_long_prompts_fit_into_both_kinds_of_metadata(tmp_path):
 def test_an_interrupted_video_leaves_nothing_new(tmp_path, error):
     path = tmp_path / "out.mp4"
     path.write_bytes(b"an earlier video")
-    with pytest.raises(error), VideoWriter(path, 12, {}) as writer:
-        writer.write(gradient(16, 16))
+
+    def frames():
+        yield gradient(16, 16)
         raise error
+
+    with pytest.raises(error):
+        save_video(path, frames(), 12, {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.mp4"]
     assert path.read_bytes() == b"an earlier video"
 
@@ -124,46 +127,52 @@ def test_an_interrupted_video_leaves_nothing_new(tmp_path, error):
     ],
 )
 def test_bad_frames_are_an_error_and_leave_nothing(tmp_path, frames, message):
-    with pytest.raises(LanceError, match=message), VideoWriter(tmp_path / "out.mp4", 12, {}) as writer:
-        for frame in frames:
-            writer.write(frame)
+    with pytest.raises(LanceError, match=message):
+        save_video(tmp_path / "out.mp4", frames, 12, {})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_frame_rate_of_zero_is_an_error(tmp_path):
     with pytest.raises(LanceError, match="fps must be positive, not 0"):
-        VideoWriter(tmp_path / "out.mp4", 0, {})
+        save_video(tmp_path / "out.mp4", [gradient(16, 16)], 0, {})
 
 
 def test_failed_writes_name_the_output(tmp_path):
-    path = tmp_path / "gone" / "out"
-    with pytest.raises(LanceError, match=r"cannot write .*out\.png: No such file"):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "out"
+    with pytest.raises(LanceError, match=r"cannot write .*out\.png: File exists"):
         save_image(path.with_suffix(".png"), gradient(16, 16), {})
-    with pytest.raises(LanceError, match=r"cannot write .*out\.mp4: No such file"):
-        with VideoWriter(path.with_suffix(".mp4"), 12, {}) as writer:
-            writer.write(gradient(16, 16))
+    with pytest.raises(LanceError, match=r"cannot write .*out\.mp4: File exists"):
+        save_video(path.with_suffix(".mp4"), [gradient(16, 16)], 12, {})
 
 
 @pytest.mark.parametrize(
     ("name", "num_frames", "message"),
     [
-        ("out.gif", 1, "unknown suffix '.gif'"),
+        ("out.bmp", 1, "unknown suffix '.bmp'"),
         ("out", 1, "unknown suffix ''"),
         ("out.png", 50, "holds one frame, not 50; use .mp4"),
+        ("out.webp", 2, "holds one frame, not 2; use .mp4"),
         ("out.mp4", 1, "one frame is an image; use .png"),
-        ("missing/out.png", 1, "missing does not exist; make it first"),
+        ("out.gif", 1, "one frame is an image; use .png"),
+        ("folder.png/out.png/out.png", 1, "folder.png/out.png is not a folder"),
         ("folder.png", 1, "is a folder"),
+        ("pipe.png", 1, "is a pipe or a device"),
+        ("o" * 252 + ".png", 1, "File name too long"),
+        ("missing/" + "雪" * 90 + ".png", 1, "File name too long"),
     ],
 )
 def test_unusable_outputs_are_found_before_the_work(tmp_path, name, num_frames, message):
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder.png" / "out.png").touch()
+    os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(LanceError, match=message):
         check_output(tmp_path / name, num_frames)
 
 
 def test_a_folder_without_write_permission_is_found_before_the_work(tmp_path, monkeypatch):
     # The permission bits do not bind the superuser, so the answer itself is replaced.
-    monkeypatch.setattr("lance_mlx.media.write.os.access", lambda path, mode: False)
+    monkeypatch.setattr("lance_mlx.files.os.access", lambda path, mode: False)
     with pytest.raises(LanceError, match="cannot be written to"):
         check_output(tmp_path / "out.png", 1)
 
@@ -171,6 +180,68 @@ def test_a_folder_without_write_permission_is_found_before_the_work(tmp_path, mo
 def test_usable_outputs_are_returned(tmp_path):
     assert check_output(tmp_path / "out.PNG", 1) == tmp_path / "out.PNG"
     assert check_output(str(tmp_path / "out.mp4"), 2) == tmp_path / "out.mp4"
+    assert check_output(tmp_path / "new" / "folder" / "out.gif", 2) == tmp_path / "new" / "folder" / "out.gif"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_there_is_kept_unless_it_may_go(tmp_path):
+    path = tmp_path / "out.png"
+    path.touch()
+    assert check_output(path, 1) == path
+    for check in (lambda: check_output(path, 1, overwrite=False), lambda: check_place(path, overwrite=False)):
+        with pytest.raises(LanceError, match="is there already; choose another name, or give --overwrite"):
+            check()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".webp", ".JPG"])
+def test_every_form_of_an_image_reads_back(tmp_path, suffix):
+    path, frame = tmp_path / f"out{suffix}", gradient(48, 64)
+    save_image(path, frame, REQUEST)
+    assert read_metadata(path) == REQUEST
+    assert np.abs(np.asarray(Image.open(path)).astype(int) - frame).max() <= (0 if suffix == ".webp" else 8)
+
+
+def test_a_jpeg_without_room_for_the_request_is_found_before_the_work(tmp_path):
+    long = {"prompt": "雪" * 20_000}
+    with pytest.raises(LanceError, match="no room for so long a request; use .png or .webp"):
+        check_output(tmp_path / "out.jpg", 1, metadata=long)
+    save_image(tmp_path / "out.webp", gradient(16, 16), long)
+    assert read_metadata(tmp_path / "out.webp") == long
+    save_image(tmp_path / "out.jpg", gradient(16, 16), {"prompt": "a" * 63_900})
+
+
+def test_a_mov_and_a_gif_have_their_frames_and_their_rate(tmp_path):
+    frames = [gradient(48, 64, offset=5 * i) for i in range(9)]
+    for name in ("out.mov", "out.gif"):
+        save_video(tmp_path / name, iter(frames), 12, REQUEST)
+        assert read_metadata(tmp_path / name) == REQUEST
+    with av.open(str(tmp_path / "out.mov")) as container:
+        assert container.streams.video[0].average_rate == 12
+        assert sum(1 for _ in container.decode(video=0)) == 9
+    with Image.open(tmp_path / "out.gif") as image:
+        durations = []
+        for index, frame in enumerate(frames):
+            image.seek(index)
+            durations.append(image.info["duration"])
+            assert np.abs(np.asarray(image.convert("RGB")).astype(int) - frame).mean() < 4
+    assert sum(durations) == 750 and set(durations) == {80, 90}
+
+
+def test_a_name_as_long_as_the_file_system_takes_is_written(tmp_path):
+    path = check_output(tmp_path / ("o" * 251 + ".png"), 1)
+    save_image(path, gradient(16, 16), {})
+    assert path.is_file()
+
+
+def test_what_a_killed_process_left_goes_and_what_a_live_one_writes_stays(tmp_path):
+    left, live = tmp_path / ".lance-mlx-00000000.part", tmp_path / ".lance-mlx-11111111.part"
+    for part in (left, live):
+        part.write_bytes(b"half")
+        os.utime(part, (0, 0))
+    with live.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        save_image(tmp_path / "out.png", gradient(16, 16), {})
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [live.name, "out.png"]
 
 
 def write_foreign(path, comment):

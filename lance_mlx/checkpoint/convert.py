@@ -20,11 +20,12 @@ from lance_mlx.backend.numerics import policy
 from lance_mlx.checkpoint.converted_config import converted_config
 from lance_mlx.checkpoint.layouts import INDEX, VAE
 from lance_mlx.checkpoint.model_card import model_card
-from lance_mlx.checkpoint.pth import read_pth
+from lance_mlx.checkpoint.pth import check_pth, read_pth
 from lance_mlx.checkpoint.safetensors import StoredTensor, TensorInfo, read_header, write_safetensors
 from lance_mlx.checkpoint.tensors import POSITION_TABLE, Checkpoint, ViTSource
 from lance_mlx.checkpoint.weights import check_tensors, decoder_shape, encoder_shape, inspect_lance
 from lance_mlx.errors import LanceError
+from lance_mlx.files import check_place, whole
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.vae import VAE as VAEModel
 from lance_mlx.sequence.tokenizer import TOKENIZER_FILES, LanceTokenizer
@@ -70,6 +71,7 @@ class Conversion:
             LanceError: something cannot be read or written; finished shards are kept.
         """
         self.checkpoint.check(policy(self.dtype))
+        self.destination.parent.mkdir(parents=True, exist_ok=True)
         tensors, config = self._inspect()
         shards = _shards(tensors, self.dtype, self.shard_size)
         try:
@@ -85,6 +87,8 @@ class Conversion:
         architecture = inspect_lance(checkpoint, True, self.vit_source)
         check_tensors(Lance(architecture.config, numerics, architecture.vit_config), architecture.parts)
         vae = checkpoint.vae()
+        if vae.path.suffix == ".pth":
+            check_pth(vae.path)
         decoder, encoder = decoder_shape(vae), encoder_shape(vae)
         check_tensors(VAEModel(decoder, encoder, numerics), [vae])
         LanceTokenizer(checkpoint.folder).check(architecture.config)
@@ -200,31 +204,28 @@ def prepare(
         raise LanceError("--shard-size must be more than 0 GB")
     if destination.exists():
         raise LanceError(f"{destination} exists already: choose another folder, or remove it")
-    if not destination.parent.is_dir():
-        raise LanceError(f"{destination.parent} is not a folder: make it first")
+    check_place(destination)
     return Conversion(source, checkpoint, destination, dtype, shard_size, vit_source)
 
 
-def convert_vae(source: Path, destination: Path) -> int:
+def convert_vae(source: Path, destination: Path, overwrite: bool = True) -> int:
     """Write the tensors of a .pth file to a safetensors file, unchanged; returns their number.
 
-    The file is written beside its destination and renamed.
+    Raises:
+        LanceError: the source is not what its checksums say, or the destination cannot be written, or is there and must
+            not be overwritten.
     """
     if destination.suffix != ".safetensors":
         raise LanceError(f"{destination} must end in .safetensors")
-    if not destination.parent.is_dir():
-        raise LanceError(f"{destination.parent} is not a folder")
+    check_place(destination, overwrite)
     tensors = read_pth(source)
-    temporary = destination.with_name(f".{destination.stem}.{os.getpid()}.safetensors")
+    check_pth(source)
     try:
-        with temporary.open("wb") as file:
+        with whole(destination) as part, part.open("wb") as file:
             infos = {name: tensor.info for name, tensor in tensors.items()}
             write_safetensors(file, infos, lambda name: tensors[name].stored_blocks(), {"format": "pt"})
-        os.replace(temporary, destination)
     except OSError as error:
         raise LanceError(f"{destination} cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return len(tensors)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints on the Hugging Face hub, kept in its cache."""
 
 import re
+import sys
 from pathlib import Path
 
 from lance_mlx.errors import LanceError
@@ -27,7 +28,7 @@ def fetch(repository: str, variant: Variant, quiet: bool = False) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
-    if quiet:
+    if quiet or not sys.stderr.isatty():
         disable_progress_bars()
     # A star stands for slashes too, so the other variant is left out by name.
     wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", "*/config.json", "*llm_config.json", "*.pth"]

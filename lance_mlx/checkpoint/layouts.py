@@ -136,10 +136,10 @@ class ConvertedCheckpoint(Checkpoint):
     def _part(self, belongs: Callable[[str], bool]) -> Part:
         path = self.folder / INDEX
         places = read_config(path, lambda values: values.get("weight_map"), "convert the checkpoint again")
-        if not isinstance(places, dict):
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
             raise LanceError(f"{path} has no weight_map: convert the checkpoint again")
         names = [name for name in places if belongs(name)]
-        files = {file: read_header(self.folder / file) for file in sorted({str(places[name]) for name in names})}
+        files = {file: read_header(self.folder / file) for file in sorted({places[name] for name in names})}
         lost = next((name for name in names if name not in files[places[name]]), None)
         if lost is not None:
             raise LanceError(f"{self.folder / places[lost]}: tensor '{lost}' is missing: convert the checkpoint again")

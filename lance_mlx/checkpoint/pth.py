@@ -4,15 +4,19 @@ import math
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from lance_mlx.checkpoint.safetensors import StoredTensor, TensorInfo, Tensors
 from lance_mlx.errors import LanceError
+from lance_mlx.files import opened
 
 _STORAGES = {"FloatStorage": "float32", "BFloat16Storage": "bfloat16", "HalfStorage": "float16"}
 _LOCAL_HEADER = 30
 """Bytes before the name in the header of a member of a zip file."""
+_BLOCK = 1 << 22
 
 
 class _Storage(NamedTuple):
@@ -60,8 +64,8 @@ def read_pth(path: Path) -> Tensors:
     Raises:
         LanceError: the file is missing or not such a state dict, or holds another dtype than TensorInfo has.
     """
-    try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+    with _readable(path):
+        with opened(path) as file, zipfile.ZipFile(file) as archive:
             members = {member.filename: member for member in archive.infolist()}
             (root,) = {name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")}
             if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
@@ -72,6 +76,24 @@ def read_pth(path: Path) -> Tensors:
             ):
                 raise LanceError(f"{path} does not hold a flat dict of tensors")
             return {name: _stored(path, name, tensor, root, members, file) for name, tensor in state.items()}
+
+
+def check_pth(path: Path) -> None:
+    """Read a file that torch.save wrote to its end and raise LanceError where it is not what its checksums say.
+
+    One of 0 was never computed, as PyTorch can be told.
+    """
+    with _readable(path), opened(path) as file, zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as stored:
+                while member.CRC and stored.read(_BLOCK):
+                    pass
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise LanceError(f"{path} is missing") from None
     except LanceError:

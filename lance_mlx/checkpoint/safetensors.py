@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from lance_mlx.errors import LanceError
+from lance_mlx.files import opened
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
@@ -131,8 +133,8 @@ def read_header(path: Path) -> Tensors:
         LanceError: the file is missing, cut off or malformed, or holds another dtype than TensorInfo has.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= min(size - 8, _LARGEST_HEADER):
                 raise ValueError("its header is cut off")
@@ -150,7 +152,7 @@ def read_header(path: Path) -> Tensors:
         raise LanceError(f"{path} is missing: fetch it again") from None
     except OSError as error:
         raise LanceError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LanceError(f"{path} is not a readable safetensors file ({error}): fetch it again") from None
     return tensors
 

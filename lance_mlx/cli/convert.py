@@ -11,7 +11,7 @@ from lance_mlx.checkpoint.convert import convert_vae, prepare
 from lance_mlx.checkpoint.hub import fetch, is_repository
 from lance_mlx.checkpoint.layouts import check_folder, find_checkpoint, variants_in
 from lance_mlx.checkpoint.tensors import ViTSource
-from lance_mlx.cli.commands import Console, Interrupted, gigabytes
+from lance_mlx.cli.console import Console, Interrupted, gigabytes
 from lance_mlx.errors import LanceError
 from lance_mlx.requests.request import Variant, VisualKind
 
@@ -96,7 +96,8 @@ def convert_vae_command(
     destination: Annotated[
         Path, typer.Argument(help="The .safetensors file to write; generate looks for Wan2.2_VAE.safetensors.")
     ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over a file that is there.")] = False,
 ) -> None:
-    """Write the VAE alone as safetensors, unchanged."""
-    count = convert_vae(source, destination)
+    """Write the VAE alone as safetensors, unchanged, once its checksums are found right."""
+    count = convert_vae(source, destination, overwrite)
     typer.echo(f"{destination}: {count} tensors")

@@ -13,7 +13,8 @@ from lance_mlx.backend.numerics import BFLOAT16, POLICIES, policy, runs_on_cpu
 from lance_mlx.checkpoint.hub import is_repository
 from lance_mlx.checkpoint.layouts import LAYOUTS, check_folder, find_checkpoint, variants_in
 from lance_mlx.checkpoint.tensors import Checkpoint, Part, ViTSource
-from lance_mlx.cli.commands import DEFAULT_FRAMES, DEFAULT_SIDE
+from lance_mlx.cli.meaning import refuse
+from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE
 from lance_mlx.errors import LanceError
 from lance_mlx.estimate.estimate import OFFICIAL, peak_memory, sizes_of, work_of
 from lance_mlx.estimate.machine import measure, memory, seconds_of
@@ -62,8 +63,11 @@ def info(
     """
     given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
     if task is None:
-        for name in (name for name in given if name in _SIZES):
-            raise LanceError(f"--{name.replace('_', '-')} needs a --task to estimate: name one of {', '.join(Task)}")
+        refuse(given, _SIZES, f"needs a --task to estimate: name one of {', '.join(Task)}")
+    elif task.answers:
+        refuse(given, _SIZES - {"num_frames", "numerics", "variant"}, f"means nothing to task {task}: leave it out")
+    if task is not None and not (task.is_for_video or task is Task.SUBJECT):
+        refuse(given, {"num_frames"}, f"means nothing to task {task}: leave it out")
     policy(numerics)
     values: dict[str, Any] = {"installed": _installed()}
     if model is not None:
@@ -193,10 +197,21 @@ def _estimate_lines(found: dict[str, Any]) -> list[str]:
         frames = f", {found['num_frames']} frames" if found["num_frames"] > 1 else ""
         what = f"{found['task']}, {found['width']}x{found['height']}{frames}, {steps} step{'s' if steps > 1 else ''}"
         what += f" ({found['guided_steps']} guided)"
-    each = f"{seconds['steps'] / steps:.2f} s a {'token' if found['width'] is None else 'step'}"
+    each = f"{_duration(seconds['steps'] / steps)} a {'token' if found['width'] is None else 'step'}"
+    speed = found["flops"] / 1e9
     sizes = " of the official model" if found["sizes"] == "official" else ""
     return [
         f"{what}, {found['numerics']}: an estimate{sizes}, not a measurement",
         f"  peak memory: {peak['kept'] / 1e9:.2f} GB, with --low-ram {peak['low_ram'] / 1e9:.2f} GB",
-        f"  time: {seconds['total']:.1f} s without reading the files, {each}, at {found['flops'] / 1e9:.0f} GFLOP/s",
+        f"  time: {_duration(seconds['total'])} without reading the files, {each}, at {speed:.3g} GFLOP/s",
     ]
+
+
+def _duration(seconds: float) -> str:
+    """In words that say no more than an estimate knows: two units from minutes on."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if minutes < 10:
+        return f"{seconds:.3g} s" if seconds < 1 else f"{seconds:.1f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -24,6 +24,7 @@ DEFAULT_FPS = 24
 # Upstream would blow smaller pictures up and keep a sliver of narrower ones, which nobody means.
 MIN_SIDE = 16
 MAX_ASPECT = 16
+_HEIF = (".heic", ".heif")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,12 @@ def sample_indices(num_frames: int, fps: int) -> list[int]:
 
 
 def _read_image(path: Path) -> Frames:
+    if path.suffix.lower() in _HEIF:
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            raise LanceError(f"image {path} is HEIC, which needs pillow-heif: pip install 'lance-mlx[heif]'") from None
+        register_heif_opener()
     # Above Pillow's warning, but below its error, lie the pictures that today's phones take.
     with warnings.catch_warnings(), _image_errors(path):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -1,13 +1,13 @@
-"""PNG, MP4 and text out: 8-bit pixels, files that appear only when they are whole, the request kept in the metadata."""
+"""Images, videos and text out: 8-bit pixels, files that appear when they are whole, the request in their metadata."""
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -15,8 +15,18 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image, PngImagePlugin
 
 from lance_mlx.errors import LanceError
+from lance_mlx.files import check_place, opened, whole, write_text
 
 METADATA_KEY = "lance-mlx"
+IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Pillow's names of the forms of an image, by suffix."""
+VIDEOS = {".mp4": "mp4", ".mov": "mov", ".gif": "gif"}
+"""FFmpeg's and Pillow's names of the forms of a video, by suffix."""
+_IMAGE_SUFFIX, _VIDEO_SUFFIX = ".png, .jpg or .webp for an image", ".mp4, .mov or .gif for a video"
+_DESCRIPTION = 0x010E
+"""EXIF's ImageDescription."""
+_JPEG_METADATA, _GROWTH = 65_000, 1_000
+"""Bytes of a JPEG's EXIF, and what may be added to a request's before it is written."""
 # libx264's scale: 0 is lossless, 23 the default; 18 is commonly taken as visually transparent.
 VIDEO_CRF = 18
 
@@ -32,176 +42,185 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.clip(np.round((pixels * 0.5 + 0.5) * 255), 0, 255).astype(np.uint8)
 
 
-def check_output(path: str | os.PathLike[str], num_frames: int) -> Path:
-    """Return `path` if an output of `num_frames` frames can go there: .png takes one frame, .mp4 several.
+def check_output(
+    path: str | os.PathLike[str], num_frames: int, overwrite: bool = True, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """Return `path` if an output of `num_frames` frames can go there: one frame to an image, several to a video.
 
-    Raises LanceError for an unknown suffix, one that does not go with the number of frames, a missing folder and one
-    that cannot be written to.
+    Args:
+        overwrite: let it take the place of a file.
+        metadata: about what will be written into it, which a JPEG has little room for.
+
+    Raises:
+        LanceError: an unknown suffix, one that does not go with the number of frames, metadata that do not fit, or what
+            `check_place` refuses.
     """
     path = Path(path)
     suffix = path.suffix.lower()
-    if suffix not in (".png", ".mp4"):
-        raise LanceError(f"output {path}: unknown suffix {path.suffix!r}; use .png for an image, .mp4 for a video")
-    if suffix == ".png" and num_frames > 1:
-        raise LanceError(f"output {path}: a .png holds one frame, not {num_frames}; use .mp4")
-    if suffix == ".mp4" and num_frames == 1:
-        raise LanceError(f"output {path}: one frame is an image; use .png")
-    return _check_place(path)
+    if suffix not in (*IMAGES, *VIDEOS):
+        raise LanceError(f"output {path}: unknown suffix {path.suffix!r}; use {_IMAGE_SUFFIX}, {_VIDEO_SUFFIX}")
+    if suffix in IMAGES and num_frames > 1:
+        raise LanceError(f"output {path}: a {suffix} holds one frame, not {num_frames}; use {_VIDEO_SUFFIX}")
+    if suffix in VIDEOS and num_frames == 1:
+        raise LanceError(f"output {path}: one frame is an image; use {_IMAGE_SUFFIX}")
+    if IMAGES.get(suffix) == "JPEG" and len(json.dumps(dict(metadata or {}))) > _JPEG_METADATA - _GROWTH:
+        raise LanceError(f"output {path}: a JPEG has no room for so long a request; use .png or .webp")
+    return check_place(path, overwrite)
 
 
-def check_text_output(path: str | os.PathLike[str]) -> Path:
+def check_text_output(path: str | os.PathLike[str], overwrite: bool = True) -> Path:
     """Return `path` if a text can go there; raises LanceError as `check_output`, and for the suffix of a picture."""
     path = Path(path)
-    if path.suffix.lower() in (".png", ".mp4"):
+    if path.suffix.lower() in (*IMAGES, *VIDEOS):
         raise LanceError(f"output {path}: an answer is text; use .txt")
-    return _check_place(path)
-
-
-def _check_place(path: Path) -> Path:
-    if path.is_dir():
-        raise LanceError(f"output {path} is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise LanceError(f"output {path}: the folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise LanceError(f"output {path}: the folder {path.parent} cannot be written to; choose another one")
-    return path
+    return check_place(path, overwrite)
 
 
 def save_image(path: str | os.PathLike[str], frame: np.ndarray, metadata: Mapping[str, Any]) -> None:
-    """Write `frame`, uint8 [H, W, 3], as a PNG with `metadata` as JSON in its text chunk "lance-mlx".
+    """Write `frame`, uint8 [H, W, 3], in the form that the suffix names, with `metadata` as JSON.
 
-    Raises LanceError for a frame of another shape or dtype and when the file cannot be written.
+    They are in a PNG's text chunk "lance-mlx", and in the EXIF description of a JPEG (quality 95, all colour kept) or a
+    WebP (lossless). Raises LanceError for a frame of another shape or dtype and when the file cannot be written.
     """
     path = Path(path)
     _check_frame(frame)
-    info = PngImagePlugin.PngInfo()
-    info.add_text(METADATA_KEY, json.dumps(dict(metadata)))
-    with _write_errors(path):
-        temporary = _temporary(path)
-        try:
-            Image.fromarray(frame).save(temporary, format="PNG", pnginfo=info)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    form, options = IMAGES[path.suffix.lower()], {}
+    if form == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_text(METADATA_KEY, json.dumps(dict(metadata)))
+    else:
+        options |= {"quality": 95, "subsampling": 0} if form == "JPEG" else {"lossless": True}
+        options["exif"] = Image.Exif()
+        options["exif"][_DESCRIPTION] = json.dumps({METADATA_KEY: dict(metadata)})
+    with _write_errors(path), whole(path) as part:
+        Image.fromarray(frame).save(part, format=form, **options)
 
 
 def save_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8; raises LanceError when the file cannot be written."""
-    path = Path(path)
-    with _write_errors(path):
-        temporary = _temporary(path)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _write_errors(Path(path)):
+        write_text(Path(path), text)
 
 
-class VideoWriter:
-    """Write an H.264 MP4 frame by frame; the file appears under its name only when the `with` block ends cleanly.
+def save_video(
+    path: str | os.PathLike[str], frames: Iterable[np.ndarray], fps: float, metadata: Mapping[str, Any]
+) -> None:
+    """Write a video frame by frame, in the form that the suffix names; the file appears when it is whole.
 
-    The metadata is kept as JSON in the comment tag. Leaving the block by an exception (KeyboardInterrupt included)
-    removes what was written. Raises LanceError for fps <= 0, unusable or missing frames, and when writing fails.
+    MP4 and MOV hold H.264. A GIF has 256 colours a frame, its time in hundredths of a second, and is in memory until it
+    is written. The metadata are kept as JSON in the comment.
+
+    Args:
+        frames: uint8 [H, W, 3] each, all of one size; H and W even for H.264.
+
+    Raises:
+        LanceError: a frame rate of 0 or less, unusable or missing frames, or the file cannot be written.
     """
+    path = Path(path)
+    if not fps > 0:
+        raise LanceError(f"fps must be positive, not {fps}")
+    form, comment = VIDEOS[path.suffix.lower()], json.dumps({METADATA_KEY: dict(metadata)})
+    with _write_errors(path), whole(path) as part:
+        written = (_write_gif if form == "gif" else _encode)(part, _of_one_size(frames), fps, form, comment)
+        if not written:
+            raise LanceError(f"no frame was written to {path}")
 
-    def __init__(self, path: str | os.PathLike[str], fps: float, metadata: Mapping[str, Any]) -> None:
-        if not fps > 0:
-            raise LanceError(f"fps must be positive, not {fps}")
-        self.path = Path(path)
-        self._rate = Fraction(fps).limit_denominator(1001)
-        self._comment = json.dumps({METADATA_KEY: dict(metadata)})
-        self._temporary = _temporary(self.path)
-        self._container: av.container.OutputContainer | None = None
-        self._stream: av.VideoStream | None = None
 
-    def __enter__(self) -> Self:
-        with _write_errors(self.path):
-            self._container = av.open(str(self._temporary), "w", format="mp4", options={"movflags": "+faststart"})
-        self._container.metadata["comment"] = self._comment
-        return self
-
-    def write(self, frame: np.ndarray) -> None:
-        """Encode one frame, uint8 [H, W, 3] with even H and W, all frames of the same size."""
+def _of_one_size(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    first = None
+    for frame in frames:
         _check_frame(frame)
-        height, width, _ = frame.shape
-        if self._stream is None:
-            self._stream = self._add_stream(height, width)
-        first = f"{self._stream.width}x{self._stream.height}"
-        if f"{width}x{height}" != first:
-            raise LanceError(f"video frames must be of one size: got {width}x{height} after {first}")
-        image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
-            format="yuv420p",
-            dst_colorspace=Colorspace.ITU601,
-            src_color_range=ColorRange.JPEG,
-            dst_color_range=ColorRange.MPEG,
-        )
-        with _write_errors(self.path):
-            self._container.mux(self._stream.encode(image))
+        size = f"{frame.shape[1]}x{frame.shape[0]}"
+        first = first or size
+        if size != first:
+            raise LanceError(f"video frames must be of one size: got {size} after {first}")
+        yield frame
 
-    def _add_stream(self, height: int, width: int) -> av.VideoStream:
-        # yuv420p stores one colour sample for 2x2 pixels.
-        if height % 2 or width % 2:
-            raise LanceError(f"video frames must have even width and height, not {width}x{height}")
-        stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": str(VIDEO_CRF)})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        # Said in the file, since players otherwise guess the matrix from the height.
-        stream.codec_context.colorspace = Colorspace.ITU601
-        stream.codec_context.color_range = ColorRange.MPEG
-        return stream
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            try:
-                self._container.close()
-            except av.error.FFmpegError:
-                pass  # the first error is the one to report, and the file goes away
-            self._temporary.unlink(missing_ok=True)
+def _write_gif(part: Path, frames: Iterator[np.ndarray], fps: float, form: str, comment: str) -> bool:
+    """Write the frames; returns whether there were any."""
+    pictures = [Image.fromarray(frame).quantize() for frame in frames]
+    if pictures:
+        # From the exact times, so that roundings do not add up.
+        times = [round(100 * index / fps) for index in range(len(pictures) + 1)]
+        durations = [10 * (end - start) for start, end in pairwise(times)]
+        options = {"save_all": True, "append_images": pictures[1:], "duration": durations, "loop": 0}
+        pictures[0].save(part, format=form, comment=comment.encode(), **options)
+    return bool(pictures)
 
-    def _finish(self) -> None:
-        if self._stream is None:
-            raise LanceError(f"no frame was written to {self.path}")
-        with _write_errors(self.path):
-            self._container.mux(self._stream.encode(None))
-            self._container.close()
-            os.replace(self._temporary, self.path)
+
+def _encode(part: Path, frames: Iterator[np.ndarray], fps: float, form: str, comment: str) -> bool:
+    """Write the frames as H.264; returns whether there were any."""
+    container = av.open(str(part), "w", format=form, options={"movflags": "+faststart"})
+    try:
+        container.metadata["comment"] = comment
+        stream = None
+        for frame in frames:
+            if stream is None:
+                stream = _add_stream(container, *frame.shape[:2], Fraction(fps).limit_denominator(1001))
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU601,
+                src_color_range=ColorRange.JPEG,
+                dst_color_range=ColorRange.MPEG,
+            )
+            container.mux(stream.encode(image))
+        if stream is not None:
+            container.mux(stream.encode(None))
+            container.close()
+        return stream is not None
+    finally:
+        # The first error is the one to report, and the file goes away.
+        with suppress(av.error.FFmpegError):
+            container.close()
+
+
+def _add_stream(container: av.container.OutputContainer, height: int, width: int, rate: Fraction) -> av.VideoStream:
+    # yuv420p stores one colour sample for 2x2 pixels.
+    if height % 2 or width % 2:
+        raise LanceError(f"video frames must have even width and height, not {width}x{height}")
+    stream = container.add_stream("libx264", rate=rate, options={"crf": str(VIDEO_CRF)})
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    # Said in the file, since players otherwise guess the matrix from the height.
+    stream.codec_context.colorspace = Colorspace.ITU601
+    stream.codec_context.color_range = ColorRange.MPEG
+    return stream
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata that `save_image` or `VideoWriter` put into the PNG or MP4 at `path`.
+    """The metadata that `save_image` or `save_video` put into the file at `path`.
 
     Raises LanceError when the file cannot be read or holds no such metadata.
     """
     path = Path(path)
     try:
-        if path.suffix.lower() == ".mp4":
-            with av.open(str(path)) as container:
-                metadata = json.loads(container.metadata.get("comment", "null"))
-            metadata = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
-        else:
-            with Image.open(path) as image:
-                metadata = json.loads(getattr(image, "text", {}).get(METADATA_KEY, "null"))
-    except json.JSONDecodeError:
-        metadata = None
+        with opened(path) as file:
+            metadata = json.loads(_comment(path, file) or "null")
     except (OSError, av.error.FFmpegError) as error:
         raise LanceError(f"cannot read {path}: {_reason(error)}") from error
+    except (ValueError, RecursionError):
+        metadata = None
+    if path.suffix.lower() != ".png" and isinstance(metadata, dict):
+        metadata = metadata.get(METADATA_KEY)
     if not isinstance(metadata, dict):
         raise LanceError(f"{path} holds no request written by lance-mlx")
     return metadata
 
 
+def _comment(path: Path, file: BinaryIO) -> str | bytes | None:
+    """What stands where we write our metadata."""
+    if VIDEOS.get(path.suffix.lower(), "gif") != "gif":
+        with av.open(file) as container:
+            return container.metadata.get("comment")
+    with Image.open(file) as image:
+        if image.format == "PNG":
+            return image.text.get(METADATA_KEY)
+        return image.info.get("comment") if image.format == "GIF" else image.getexif().get(_DESCRIPTION)
+
+
 def _check_frame(frame: np.ndarray) -> None:
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
         raise LanceError(f"a frame is uint8 [H, W, 3], not {frame.dtype} {list(frame.shape)}")
-
-
-def _temporary(path: Path) -> Path:
-    # In the same folder, so that the final rename cannot cross file systems.
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 @contextmanager

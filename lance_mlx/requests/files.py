@@ -4,7 +4,6 @@ Text to image and text to video are a map of name -> prompt. All other tasks are
 arrays hold elements (text, or paths of visuals), what each one is, and whether it is the target.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lance_mlx.errors import LanceError
+from lance_mlx.files import read_json
 from lance_mlx.requests.prompt_data import PROMPT_DATA
 from lance_mlx.requests.request import Task, Visual, VisualKind
 
@@ -98,13 +98,13 @@ def naming_entry(path: Path, key: str) -> Iterator[None]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise LanceError(f"request file {path} does not exist")
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
+        entries = read_json(path, object_pairs_hook=_without_repeats)
+    except FileNotFoundError:
+        raise LanceError(f"request file {path} does not exist") from None
     except LanceError as error:
         raise LanceError(f"request file {path}: {error}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise LanceError(f"request file {path} is not readable JSON ({error})") from None
     if not isinstance(entries, dict):
         raise LanceError(f"request file {path} must hold a JSON object: name -> prompt, or id -> entry")

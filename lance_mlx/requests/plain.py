@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from lance_mlx.errors import LanceError
 
 Record = TypeVar("Record")
+Choice = TypeVar("Choice", bound=StrEnum)
 
 
 def to_plain(record: Any) -> dict[str, Any]:
@@ -33,6 +34,34 @@ def from_plain(kind: type[Record], values: dict[str, Any]) -> Record:
     return kind(**{name: _converted(name, value, hints[name]) for name, value in values.items()})
 
 
+def set_enums(record: Any) -> None:
+    """Let the fields of a frozen dataclass that are enums be given as strings; raises LanceError for unknown ones."""
+    for name, hint in get_type_hints(type(record)).items():
+        if isinstance(hint, type) and issubclass(hint, StrEnum):
+            object.__setattr__(record, name, as_enum(hint, name, getattr(record, name)))
+
+
+def as_enum(kind: type[Choice], name: str, value: str) -> Choice:
+    """A member by its value; raises LanceError, calling it by `name`, where there is none."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise LanceError(f"{name} '{value}' is not supported: choose one of {', '.join(kind)}") from None
+
+
+def short_repr(record: Any) -> str:
+    """A dataclass with those of its fields that are not at their defaults, texts cut off at 40 characters."""
+    given = [(field, getattr(record, field.name)) for field in fields(record)]
+    shown = [f"{field.name}={_short(value)}" for field, value in given if value != field.default]
+    return f"{type(record).__name__}({', '.join(shown)})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, StrEnum):
+        return f"'{value}'"
+    return repr(value if not isinstance(value, str) or len(value) <= 40 else f"{value[:39]}…")
+
+
 def _converted(name: str, value: Any, hint: Any) -> Any:
     if isinstance(hint, UnionType):
         if value is None and NoneType in get_args(hint):
@@ -43,9 +72,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     if is_dataclass(hint):
         return from_plain(hint, vars(value) if isinstance(value, hint) else value)
     if issubclass(hint, StrEnum):
-        if value not in list(hint):
-            raise LanceError(f"{name} '{value}' is not supported: choose one of {', '.join(hint)}")
-        return hint(value)
+        return as_enum(hint, name, value)
     # JSON tells 1 from true, and 1 from 1.0 where only whole numbers serve.
     allowed = (int, float) if hint is float else hint
     if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):

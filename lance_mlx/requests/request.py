@@ -8,13 +8,13 @@ from typing import Any
 from lance_mlx.config import MAX_LATENT_SIDE, MAX_NUM_FRAMES, SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lance_mlx.errors import LanceError
 from lance_mlx.media.preprocess import RESOLUTIONS
-from lance_mlx.requests.plain import from_plain, to_plain
-
-_VISUAL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+from lance_mlx.requests.limits import check_number, check_text
+from lance_mlx.requests.plain import from_plain, set_enums, short_repr, to_plain
 
 
 class Task(StrEnum):
-    """What Lance does: the tasks of upstream's launcher, and the subject-driven path of its code (`idip` there)."""
+    """What Lance does: the tasks of upstream's launcher, and the subject-driven path of its code, `idip` there and
+    here as well."""
 
     T2I = "t2i"
     T2V = "t2v"
@@ -24,6 +24,10 @@ class Task(StrEnum):
     SUBJECT = "subject"
     X2T_IMAGE = "x2t_image"
     X2T_VIDEO = "x2t_video"
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Task | None":
+        return cls.SUBJECT if value == "idip" else None
 
     @property
     def answers(self) -> bool:
@@ -62,6 +66,10 @@ class Variant(StrEnum):
     VIDEO = "Lance_3B_Video"
 
     @classmethod
+    def _missing_(cls, value: object) -> "Variant | None":
+        return cls.of(VisualKind(value)) if value in list(VisualKind) else None
+
+    @classmethod
     def of(cls, kind: VisualKind) -> "Variant":
         """The variant for images or for videos."""
         return cls.VIDEO if kind is VisualKind.VIDEO else cls.IMAGE
@@ -91,12 +99,23 @@ class Renorm(StrEnum):
     NONE = "none"
 
 
+class Scheduler(StrEnum):
+    """How the sampler steps: upstream's Euler, or a solver of second order, by which a result departs from upstream."""
+
+    EULER = "euler"
+    HEUN = "heun"
+    DPMPP_2M = "dpm++2m"
+
+
 @dataclass(frozen=True)
 class Visual:
     """An image or video file that a request refers to."""
 
     path: str
     kind: VisualKind
+
+    def __post_init__(self) -> None:
+        set_enums(self)
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,10 @@ class Request:
         text_template: wrap the prompt in the template that the model was trained with.
         seed: seeds MLX's generator; it never matches PyTorch's.
         fps: frames per second written into the video.
+        negative_prompt: what guidance steers away from in place of upstream's sequence without the user's text, a
+            departure from it; its positions are its own.
+
+    Enums may be given as strings.
 
     Raises:
         LanceError: a value that upstream could not run, naming it.
@@ -143,12 +166,18 @@ class Request:
     vae_resolution: int | None = None
     vit_resolution: int | None = None
     vision_type: str | None = None
+    negative_prompt: str | None = None
+    scheduler: Scheduler = Scheduler.EULER
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
+        set_enums(self)
         _set_resolutions(self)
         if self.task.answers:
             raise LanceError(f"task {self.task} answers a question: it draws nothing")
-        _check_text("prompt", self.prompt)
+        check_text("prompt", self.prompt)
+        check_text("negative prompt", self.negative_prompt or "")
         _check_visuals(self.task, self.visuals)
         if self.task is Task.I2V and len(self.visuals) != 1:
             raise LanceError(f"task {self.task} takes one {self.task.takes}, not {len(self.visuals)}")
@@ -166,13 +195,8 @@ class Request:
             raise LanceError(f"num_frames {self.num_frames} leaves nothing to animate: ask for at least 5")
         if self.task in (Task.T2I, Task.IMAGE_EDIT) and self.num_frames != 1:
             raise LanceError(f"task {self.task} makes one frame, not {self.num_frames}: use another task for a video")
-        if self.num_steps < 1:
-            raise LanceError(f"num_steps {self.num_steps} must be at least 1")
-        if self.fps < 1:
-            raise LanceError(f"fps {self.fps} must be at least 1")
-        for name, least in (("vae_resolution", 16), ("vit_resolution", 28)):
-            if getattr(self, name) < least:
-                raise LanceError(f"{name} {getattr(self, name)} must be at least {least}")
+        for name in ("num_steps", "fps", "vae_resolution", "vit_resolution", "seed"):
+            check_number(name, getattr(self, name))
         for name in ("timestep_shift", "guidance_scale", "guidance_renorm_min"):
             if not math.isfinite(getattr(self, name)):
                 raise LanceError(f"{name} must be a finite number")
@@ -183,7 +207,10 @@ class Request:
         low, high = self.guidance_interval
         if not (math.isfinite(low) and math.isfinite(high)):
             raise LanceError("guidance_interval must be two finite numbers")
-        _check_seed(self.seed)
+        if not (low < high and low < 1 and high > 0):
+            raise LanceError(f"guidance_interval {low} {high} holds no t between 0 and 1: give LOW, then HIGH")
+        if self.negative_prompt is not None and self.guidance_scale <= 1:
+            raise LanceError("a negative_prompt acts through guidance: guidance_scale must be above 1")
 
     @property
     def makes_video(self) -> bool:
@@ -221,7 +248,8 @@ class Question:
         instruction: the system's part of the prompt.
         answer: an expected answer, which upstream's sequence holds and generation never sees.
         max_new_tokens: most tokens of an answer. The full-sequence entry goes on to a multiple of 128, as upstream
-        does. temperature: 0 takes the most probable token; upstream's sampling has 1.
+            does.
+        temperature: 0 takes the most probable token; upstream's sampling has 1.
         top_p: sample among the most probable tokens that add up to this.
 
     Raises:
@@ -240,22 +268,23 @@ class Question:
     seed: int = 42
     entry: Entry = Entry.KV_CACHE
 
+    __repr__ = short_repr
+
     def __post_init__(self) -> None:
+        set_enums(self)
         _set_resolutions(self)
         if not self.task.answers:
             raise LanceError(f"task {self.task} draws: it answers no question")
-        _check_text("question", self.question)
-        _check_text("instruction", self.instruction or "")
+        check_text("question", self.question)
+        check_text("instruction", self.instruction or "")
+        check_text("answer", self.answer)
         _check_visuals(self.task, self.visuals)
-        if self.max_new_tokens < 1:
-            raise LanceError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
-        if self.vit_resolution < 28:
-            raise LanceError(f"vit_resolution {self.vit_resolution} must be at least 28")
+        for name in ("max_new_tokens", "vit_resolution", "seed"):
+            check_number(name, getattr(self, name))
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise LanceError(f"temperature {self.temperature} must be 0 or more")
         if not 0 < self.top_p <= 1:
             raise LanceError(f"top_p {self.top_p} must be above 0 and at most 1")
-        _check_seed(self.seed)
 
     @property
     def variant(self) -> Variant:
@@ -270,16 +299,6 @@ class Question:
     def from_dict(cls, values: dict[str, Any]) -> "Question":
         """Build from JSON values under the field names; raises LanceError for an unknown key or a bad value."""
         return from_plain(cls, values)
-
-
-def _check_text(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise LanceError(f"the {name} is not valid Unicode: write it as UTF-8") from None
-    for token in _VISUAL_TOKENS:
-        if token in text:
-            raise LanceError(f"the {name} contains the control token {token}, which stands for pixels: remove it")
 
 
 def _check_visuals(task: Task, visuals: tuple[Visual, ...]) -> None:
@@ -302,8 +321,3 @@ def _set_resolutions(request: "Request | Question") -> None:
     for field, default in zip(("vae_resolution", "vit_resolution"), RESOLUTIONS[name], strict=True):
         if getattr(request, field, 0) is None:
             object.__setattr__(request, field, default)
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**64:
-        raise LanceError(f"seed {seed} must be between 0 and 2**64 - 1")

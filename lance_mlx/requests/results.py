@@ -4,16 +4,21 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lance_mlx.errors import LanceError
+from lance_mlx.files import read_json
 from lance_mlx.media.write import read_metadata, save_text
 from lance_mlx.requests.files import Item, RequestsFile
+from lance_mlx.requests.request import Question, Request
 
 PROMPT_BEFORE_REWRITING = "prompt_before_rewriting"
 """Key of an output's metadata that holds the prompt of the request file, where the model was given another."""
 _PROMPTS = "prompt.json"
 _RESULTS = "result.json"
+_QUESTIONS = "questions.json"
 
 
 class ResultsFolder:
@@ -22,11 +27,30 @@ class ResultsFolder:
     Images and videos are named by number; prompt.json maps their names to their prompts. Answers are in prompt.json
     as they came, under the name of the visual's file, and in result.json with their questions. Where several questions
     are about one file, upstream keeps the last answer for all of them; here these are under the entries' keys, which
-    upstream's result.json looks up too.
+    upstream's result.json looks up too. What was asked, and of which model, is in questions.json here, and in the
+    metadata of images and videos.
     """
 
-    def __init__(self, folder: Path, requests: RequestsFile) -> None:
-        """Make the folder, or see what is in it; raises LanceError for one that belongs to something else."""
+    def __init__(
+        self,
+        folder: Path,
+        requests: RequestsFile,
+        asked: Mapping[str, Request | Question],
+        made_by: Mapping[str, str],
+        rewrites: bool,
+        overwrite: bool,
+    ) -> None:
+        """Make the folder, or see what is in it.
+
+        Args:
+            asked: what is made, by the entries' keys.
+            made_by: names of the model, the variant and the numerics.
+            rewrites: whether prompts are rewritten.
+            overwrite: make anew what was made from another request.
+
+        Raises:
+            LanceError: the folder belongs to something else, or holds what was made from another request.
+        """
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -35,13 +59,18 @@ class ResultsFolder:
             raise LanceError(f"output {folder} cannot be written to: choose another folder")
         self.folder = folder
         self._requests = requests
+        self._asked = asked
+        self._made_by = dict(made_by)
+        self._rewrites = rewrites
+        self._overwrite = overwrite
         self._files = Counter(Path(item.written[0]).name for item in requests.items if item.written)
-        self._texts = _read_prompts(folder / _PROMPTS)
+        self._texts = _read_texts(folder / _PROMPTS)
+        self._questions = _read_texts(folder / _QUESTIONS)
         self.pending = tuple(item for item in requests.items if not self._is_done(item))
 
-    def path(self, item: Item, num_frames: int) -> Path:
-        """The file for an image or a video."""
-        return self.folder / f"{item.name}{'.mp4' if num_frames > 1 else '.png'}"
+    def paths(self, item: Item, num_frames: int) -> list[Path]:
+        """The file for an image or a video, alone in a list."""
+        return [self.folder / f"{item.name}{'.mp4' if num_frames > 1 else '.png'}"]
 
     def drawn(self, path: Path, prompt: str) -> None:
         """Note in prompt.json that an image or a video was made from a prompt."""
@@ -49,7 +78,9 @@ class ResultsFolder:
         self._write(_PROMPTS, self._texts)
 
     def answered(self, item: Item, raw_text: str) -> None:
-        """Note an answer, control tokens written out, in prompt.json."""
+        """Note an answer, control tokens written out, in prompt.json, and in questions.json what it answers."""
+        self._questions[self._answer_key(item)] = self._question(item)
+        self._write(_QUESTIONS, self._questions)
         self._texts[self._answer_key(item)] = raw_text
         self._write(_PROMPTS, self._texts)
 
@@ -61,27 +92,51 @@ class ResultsFolder:
 
     def _is_done(self, item: Item) -> bool:
         if self._requests.task.answers:
-            return self._answer_key(item) in self._texts
-        path = next((path for path in (self.path(item, 1), self.path(item, 2)) if path.is_file()), None)
+            key = self._answer_key(item)
+            # What upstream answered has no note.
+            asked = self._questions.get(key, self._question(item))
+            return key in self._texts and self._is_same(asked == self._question(item), f"{key} in {self.folder}")
+        places = [*self.paths(item, 1), *self.paths(item, 2)]
+        path = next((path for path in places if path.is_file()), None)
         if path is None:
             return False
-        made_from = self._check_origin(path, item)
-        # Stopped between the two files: the note is made up for.
-        self._texts.setdefault(path.name, made_from)
-        return True
-
-    def _check_origin(self, path: Path, item: Item) -> str:
-        """The prompt that an output was made from; raises LanceError where it is not this item's."""
         try:
             metadata = read_metadata(path)
-            made = metadata["request"]
-            prompt, asked = made["prompt"], metadata.get(PROMPT_BEFORE_REWRITING, made["prompt"])
-            same = made["task"] == self._requests.task and asked == item.text
-        except (LanceError, KeyError, TypeError):  # made by upstream, which leaves no trace
-            return item.text
-        if not same:
-            raise LanceError(f"{path} was made from another request: choose another --output, or remove it")
-        return prompt
+        except LanceError:  # made by upstream, which leaves no trace
+            metadata = None
+        if not self._is_same(metadata is None or self._is_of(metadata, item), str(path)):
+            return False
+        # Stopped between the two files: the note is made up for.
+        self._texts.setdefault(path.name, item.text if metadata is None else metadata["request"]["prompt"])
+        return True
+
+    def _is_same(self, same: bool, what: str) -> bool:
+        """Whether an output can be left; raises LanceError for another request's that is not to be overwritten."""
+        if not same and not self._overwrite:
+            raise LanceError(
+                f"{what} was made from another request: choose another --output, remove it, or give --overwrite"
+            )
+        return same
+
+    def _is_of(self, metadata: Mapping[str, Any], item: Item) -> bool:
+        """Whether an image or a video was made from this item, by the same model in the same way."""
+        asked = self._asked[item.key]
+        try:
+            made = Request.from_dict(metadata["request"])
+        except (LanceError, KeyError):
+            return False
+        if asked.task.size_from_source:
+            made = replace(made, height=asked.height, width=asked.width, num_frames=asked.num_frames)
+        prompt = metadata.get(PROMPT_BEFORE_REWRITING)
+        return (
+            (prompt is not None) == self._rewrites
+            and replace(made, prompt=made.prompt if prompt is None else prompt) == asked
+            and all(metadata.get(name, value) == value for name, value in self._made_by.items())
+        )
+
+    def _question(self, item: Item) -> str:
+        """What an answer depends on."""
+        return json.dumps(self._asked[item.key].to_dict() | self._made_by, ensure_ascii=False)
 
     def _answer_key(self, item: Item) -> str:
         name = Path(item.written[0]).name
@@ -100,11 +155,11 @@ class ResultsFolder:
         save_text(self.folder / name, json.dumps(values, ensure_ascii=False, indent=2))
 
 
-def _read_prompts(path: Path) -> dict[str, str]:
+def _read_texts(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
+        texts = read_json(path)
     except (OSError, ValueError) as error:
         raise LanceError(f"{path} is not readable JSON ({error}): choose another --output, or remove it") from None
     if not (isinstance(texts, Mapping) and all(isinstance(text, str) for text in texts.values())):

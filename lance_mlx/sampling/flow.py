@@ -1,6 +1,6 @@
-"""The flow sampler: one arm a condition, a cached prefix each, and a generator of Euler steps."""
+"""The flow sampler: one arm a condition, a cached prefix each, and a generator of steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -15,12 +15,16 @@ from lance_mlx.sampling.conditions import Conditions, GuidanceArm, embed_prefix
 from lance_mlx.sampling.guidance import guided_velocity, is_guided
 from lance_mlx.sampling.noise import check_noise
 from lance_mlx.sampling.schedule import timesteps
+from lance_mlx.sampling.solvers import make_solver
 from lance_mlx.sequence.positions import position_ids, unconditional_position_ids
 from lance_mlx.sequence.segments import Role, Sequence
 
 _JOINED_ON_CPU, _JOINED_ON_GPU = 1024, 4096
 """Latents up to which both arms go through the layers in one pass: beyond, products are as fast for one of them, and
 what exists at once would grow. Measured at hidden 512 and 2048 on a CPU, at 2048 on an H200."""
+
+Tell = Callable[[int, int], None]
+"""Called with how much of something is done, and how much of it there is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +45,9 @@ class State:
     x_t: mx.array
     inputs_embeds: ExpertRows
 
+    def __repr__(self) -> str:
+        return f"State({self.index}, t={self.t:.3f}, {len(self.x_t)} latents)"
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -50,7 +57,7 @@ class Step:
 
     Attributes:
         velocity_uncond: None where guidance did not act.
-        velocity: the velocity after guidance.
+        velocity: the velocity after guidance, all three where the step starts.
         x_next: latents of the block after the step, [n, 48].
     """
 
@@ -59,6 +66,9 @@ class Step:
     velocity_uncond: mx.array | None
     velocity: mx.array
     x_next: mx.array
+
+    def __repr__(self) -> str:
+        return f"Step({self.state.index}, t={self.state.t:.3f}, {len(self.x_next)} latents)"
 
 
 class Arm(GuidanceArm):
@@ -108,25 +118,35 @@ def velocities_of_pass(model: Lance, arms: Items[Arm], state: State) -> list[mx.
     return [velocity[1:-1] for velocity in mx.split(model.llm2vae(merged), len(arms))]
 
 
-def make_arms(model: Lance, request: Request, sequence: Sequence, conditions: Conditions) -> dict[str, Arm]:
-    """The arms that the request needs, by name, with empty caches: always "cond", and "uncond" where a step is
-    guided."""
+def make_arms(
+    model: Lance, request: Request, sequence: Sequence, conditions: Conditions, negative: Sequence | None = None
+) -> dict[str, Arm]:
+    """The arms that the request needs, by name, with empty caches: always "cond", and "uncond" where a step is guided.
+
+    Args:
+        negative: what guidance steers away from, in place of the sequence without the user's text.
+    """
     # Upstream's cached entry norms and rotates queries and keys in float32 in every pass that holds latents.
     qk_float32 = request.entry is Entry.KV_CACHE
     prefix = embed_prefix(model, sequence.prefix, conditions)
     tokens_per_second = model.config.tokens_per_second
     arms = {"cond": Arm("cond", model, sequence, position_ids(sequence, tokens_per_second), prefix, qk_float32)}
     if request.guidance_scale > 1.0:
-        positions = unconditional_position_ids(sequence, tokens_per_second, request.entry)
-        kept = unconditional(sequence)
+        if negative is None:
+            positions = unconditional_position_ids(sequence, tokens_per_second, request.entry)
+            kept = unconditional(sequence)
+        else:
+            positions, kept = position_ids(negative, tokens_per_second), negative
         arms["uncond"] = Arm("uncond", model, kept, positions, embed_prefix(model, kept.prefix, conditions), qk_float32)
     return arms
 
 
-def _read_prefixes(arms: dict[str, Arm]) -> None:
-    for arm in arms.values():
-        for index in range(len(arm.prefix)):
-            arm.prefill(index)
+def _read_prefixes(arms: dict[str, Arm], tell: Tell) -> None:
+    segments = [(arm, index) for arm in arms.values() for index in range(len(arm.prefix))]
+    tell(0, len(segments))
+    for done, (arm, index) in enumerate(segments, start=1):
+        arm.prefill(index)
+        tell(done, len(segments))
 
 
 def unconditional(sequence: Sequence) -> Sequence:
@@ -157,42 +177,67 @@ def advance(x_t: mx.array, velocity: mx.array, interval: float) -> mx.array:
 
 
 def denoise(
-    model: Lance, request: Request, sequence: Sequence, noise: mx.array, conditions: Conditions
+    model: Lance,
+    request: Request,
+    sequence: Sequence,
+    noise: mx.array,
+    conditions: Conditions,
+    negative: Sequence | None = None,
+    tell: Tell = lambda done, total: None,
 ) -> Iterator[Step]:
-    """Yield every step from noise to latents; the caller shows progress and may stop at any time.
+    """Read what comes before the denoised block, then yield every step from noise to latents.
+
+    The caller shows progress and may stop at any time.
 
     Args:
         noise: [n, 48] for the denoised block; cast to the policy's dtype.
+        negative: what guidance steers away from, as for `make_arms`.
+        tell: called with the segments that are read.
 
     Raises:
         LanceError: `noise` has another shape than the request's latents.
     """
     check_noise(request, noise)
-    arms = make_arms(model, request, sequence, conditions)
-    _read_prefixes(arms)
+    arms = make_arms(model, request, sequence, conditions, negative)
+    _read_prefixes(arms, tell)
+    given = conditions.clean[-1] if sequence.target.clean_tokens else None
+    return _steps(model, request, sequence, arms, initial_state(noise.astype(model.numerics.dtype), given))
+
+
+def _steps(model: Lance, request: Request, sequence: Sequence, arms: dict[str, Arm], x_t: mx.array) -> Iterator[Step]:
     block = sequence.target
     given = block.clean_tokens
     brackets = model.language_model.model.embed_tokens(mx.array(block.ids[[0, -1]]))
     positions = model.latent_pos_embed(block.grid)
     times = timesteps(request.num_steps, request.timestep_shift)
-    x_t = initial_state(noise.astype(model.numerics.dtype), conditions.clean[-1] if given else None)
     # Which rows guidance is applied to, and so normed over, is where the two entries differ once more.
     rows = slice(given, None) if request.entry is Entry.FULL_SEQUENCE else slice(None)
+
+    def seen(index: int, x_t: mx.array, t: float, guided: bool) -> tuple[State, mx.array, mx.array | None, mx.array]:
+        """State, velocity of each arm, and velocity after guidance."""
+        timestep = np.full(len(x_t), t, np.float32)
+        timestep[:given] = 0
+        embeds = ExpertRows(brackets, model.embed_latents(x_t, timestep, positions))
+        state = State(index, float(t), timestep, x_t, embeds)
+        names = ("cond", "uncond") if guided else ("cond",)
+        found = [velocity[rows] for velocity in velocities(model, [arms[name] for name in names], state)]
+        return state, found[0], found[1] if guided else None, guided_velocity(*found, request) if guided else found[0]
+
+    def moving(velocity: mx.array) -> mx.array:
+        # In the full-sequence entry the velocity has no rows but these.
+        return velocity[given - len(x_t) :]
+
+    def field(x_t: mx.array, t: float) -> mx.array:
+        return moving(seen(-1, x_t, t, is_guided(t, request))[3])
+
+    solve = make_solver(request.scheduler, field, advance)
     guided = [is_guided(t, request) for t in times[:-1]]
     for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
         if not any(guided[index:]):
             # Guidance is over: nothing looks into that cache any more.
             arms.pop("uncond", None)
-        timestep = np.full(len(x_t), t, np.float32)
-        timestep[:given] = 0
-        embeds = ExpertRows(brackets, model.embed_latents(x_t, timestep, positions))
-        state = State(index, float(t), timestep, x_t, embeds)
-        names = ("cond", "uncond") if guided[index] else ("cond",)
-        seen = velocities(model, [arms[name] for name in names], state)
-        found = {name: velocity[rows] for name, velocity in zip(names, seen, strict=True)}
-        cond, uncond = found["cond"], found.get("uncond")
-        velocity = guided_velocity(cond, uncond, request) if guided[index] else cond
-        # In the full-sequence entry the velocity has no rows but these.
-        x_t = advance(x_t, velocity[given - len(x_t) :], float(t - t_next))
+        state, cond, uncond, velocity = seen(index, x_t, t, guided[index])
+        along = solve(moving(velocity), x_t, float(t), float(t_next))
+        x_t = advance(x_t, along, float(t - t_next))
         mx.eval(x_t)
         yield Step(state, cond, uncond, velocity, x_t)

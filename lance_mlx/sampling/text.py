@@ -1,6 +1,6 @@
 """Answers, token by token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -35,13 +35,15 @@ class AnswerDecoder(GuidanceArm):
         """Begin with what `earlier` has read before its question; both sequences must be the same up to there."""
         self._num_read, self._cache = self._shown = earlier._shown
 
-    def read(self) -> None:
-        """Read the segments of the prefix that are not in the cache yet."""
+    def read(self, tell: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Read the segments of the prefix that are not in the cache yet; `tell` is called with how many are."""
         for index in range(self._num_read, len(self.prefix)):
+            tell(index, len(self.prefix))
             self.prefill(index)
             if index < len(self.sequence.segments) - 1:
                 self._shown = index + 1, self._cache
         self._num_read = len(self.prefix)
+        tell(self._num_read, self._num_read)
 
     def decode(self, step: int, token: mx.array) -> mx.array:
         """Logits [vocabulary] after `token`, an integer [], which is number `step` after the prefix."""

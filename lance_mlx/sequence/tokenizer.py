@@ -1,6 +1,5 @@
 """Qwen2.5-VL's byte-level BPE tokenizer, built from the files of an official checkpoint."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from lance_mlx.config import LanceConfig
 from lance_mlx.errors import LanceError
+from lance_mlx.files import read_json
 from lance_mlx.requests.prompt_data import PROMPT_DATA
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
@@ -27,8 +27,11 @@ class LanceTokenizer:
                 raise LanceError(f"{path} is missing: the tokenizer files belong beside model.safetensors")
         try:
             bpe = models.BPE.from_file(str(vocab), str(merges))
-            added = json.loads(config.read_text(encoding="utf-8"))["added_tokens_decoder"]
-            specials = [(int(index), entry["content"], entry["special"]) for index, entry in added.items()]
+            added = read_json(config)["added_tokens_decoder"]
+            specials = sorted((int(index), entry["content"], entry["special"]) for index, entry in added.items())
+            tokens = [AddedToken(content, special=special, normalized=False) for _, content, special in specials]
+            if not all(isinstance(content, str) for _, content, _ in specials):
+                raise TypeError("the content of an added token is no text")
         except Exception as error:  # the tokenizers library raises bare Exception for malformed files
             raise LanceError(f"tokenizer files in {folder} are not usable ({error})") from None
         self._tokenizer = Tokenizer(bpe)
@@ -40,8 +43,7 @@ class LanceTokenizer:
             ]
         )
         self._tokenizer.decoder = decoders.ByteLevel()
-        for index, content, special in sorted(specials):
-            token = AddedToken(content, special=special, normalized=False)
+        for (index, content, special), token in zip(specials, tokens, strict=True):
             (self._tokenizer.add_special_tokens if special else self._tokenizer.add_tokens)([token])
             if self._tokenizer.token_to_id(content) != index:
                 raise LanceError(f"{config}: '{content}' cannot have id {index}")

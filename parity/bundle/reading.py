@@ -234,11 +234,13 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object from a file; raises ParityError for anything else."""
+    if path.exists() and not path.is_file():
+        raise ParityError(f"{path} is no file: copy it again")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ParityError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ParityError(f"{path} is not JSON ({error}): copy it again") from error
     if not isinstance(document, dict):
         raise ParityError(f"{path} must hold a JSON object: copy it again")
@@ -278,7 +280,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     check_weight_sums(manifest, path.parent.name)
     for entry in manifest["taps"]:
         listed = isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("shape"), list)
-        if not listed or entry.get("dtype") not in DTYPES:
+        if not listed or entry.get("dtype") not in list(DTYPES):
             raise ParityError(f"{what} lists a tap without a name, a shape or a known dtype: {entry!r}"[:300])
     return manifest
 

@@ -3,6 +3,7 @@
 import json
 import os
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +21,24 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Compares lance_mlx and its PyTorch reference with tensors captured from bytedance/Lance.",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lance-parity {version('lance-mlx')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Compares lance_mlx and its PyTorch reference with tensors captured from bytedance/Lance."""
 
 
 class ImplChoice(StrEnum):

@@ -30,7 +30,8 @@ def record(
     task: Annotated[
         str,
         typer.Argument(
-            help="t2i, t2v, i2v, image_edit, video_edit, idip, image_idip, video_idip, x2t_image or x2t_video."
+            help="t2i, t2v, i2v, image_edit, video_edit, idip (or subject), image_idip, video_idip, x2t_image or "
+            "x2t_video."
         ),
     ],
     checkpoint: Annotated[Path, typer.Option(metavar="DIR", help="Folder in the official checkpoint layout.")],

@@ -53,8 +53,9 @@ class Options:
 def build_request(task: str, options: Options) -> dict[str, Any]:
     """Return the request that a task and its options stand for; raises ParityError for what does not go together.
 
-    An option that would change nothing is refused.
+    An option that would change nothing is refused. `subject` is lance_mlx's name of `idip`.
     """
+    task = "idip" if task == "subject" else task
     if task not in SUPPORTED_TASKS:
         raise ParityError(f"task {task!r} is not one of {', '.join(SUPPORTED_TASKS)}")
     refused = options.given(_ANSWERING if task not in ANSWERED else _DRAWING)

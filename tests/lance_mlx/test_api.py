@@ -6,8 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import lance_mlx
 import lance_mlx.api as api
-from lance_mlx import FLOAT32, LanceError, LanceModel, Question, Request, Task, Variant, Visual, VisualKind, load
+from lance_mlx import FLOAT32, Entry, LanceError, LanceModel, Question, Request, Task, Variant, Visual, VisualKind, load
 from lance_mlx.media.write import read_metadata
 from lance_mlx.model.vit import VisionTransformer
 
@@ -135,6 +136,75 @@ def test_a_turn_starts_from_the_latents_of_the_one_before(model, image, monkeypa
     assert encoded == [1]
     assert [request.prompt for request in third.earlier] == ["make it blue", "add a hat"]
     assert third.metadata["earlier"][1]["visuals"] == [{"path": "previous turn", "kind": "image"}]
+
+
+def test_a_callback_that_returns_false_ends_a_generation(model, tmp_path):
+    seen, told = [], []
+    request = Request("t2i", "a bird", 32, 32, num_steps=5)
+    whole = []
+    model.generate(request, whole.append)
+    stopped = model.generate(
+        request, lambda step: seen.append(step) or len(seen) < 2, progress=lambda *t: told.append(t)
+    )
+    assert len(seen) == stopped.stopped_after == stopped.metadata["stopped_after"] == 2
+    assert np.array_equal(np.array(stopped.latents).reshape(-1, 48), np.array(whole[1].x_next))
+    assert told[-3:] == [("denoising", 0, 5), ("denoising", 1, 5), ("denoising", 2, 5)]
+    assert [done for stage, done, _ in told if stage == "reading"] == list(range(told[0][2] + 1))
+    stopped.save(tmp_path / "bird.png")
+    assert read_metadata(tmp_path / "bird.png")["stopped_after"] == 2
+
+
+def test_a_callback_that_returns_false_ends_an_answer(model, image):
+    pieces, told = [], []
+    question = asking(image, "what is it", max_new_tokens=20)
+    stopped = model.answer(question, lambda piece: bool(pieces.append(piece)), lambda *given: told.append(given))
+    assert len(pieces) <= 2 and len(stopped.tokens) < len(model.answer(question).tokens)
+    assert [stage for stage, *_ in told][:2] == ["looking", "looking"] and told[-1][0] == "reading"
+    assert stopped.seconds_reading > 0 and stopped.seconds_a_token > 0
+
+
+def test_enums_may_be_strings(checkpoint):
+    request = Request("i2v", "it moves", num_frames=9, visuals=(Visual("a.png", "image"),), entry="full_sequence")
+    assert request == Request(Task.I2V, "it moves", num_frames=9, visuals=request.visuals, entry=Entry.FULL_SEQUENCE)
+    assert request.visuals[0].kind is VisualKind.IMAGE and request.entry is Entry.FULL_SEQUENCE
+    assert Question("x2t_image", "what", (Visual("a.png", "image"),)).task is Task.X2T_IMAGE
+    for wrong in ({"task": "paint"}, {"task": "t2i", "scheduler": "magic"}, {"task": "t2i", "guidance_renorm": "all"}):
+        with pytest.raises(LanceError, match="is not supported: choose one of"):
+            Request(prompt="a", **wrong)
+    opened = load(checkpoint, "float32", vit_source="vit_file", variant="video")
+    assert opened.numerics is FLOAT32 and opened.variant_for(Request("t2i", "a")) is Variant.VIDEO
+    for wrong in ({"numerics": "int4"}, {"vit_source": "mine"}, {"variant": "both"}):
+        with pytest.raises(LanceError):
+            load(checkpoint, **wrong)
+
+
+def test_reprs_are_short(model):
+    request = Request("t2i", "a bird " * 500, 32, 32, num_steps=1)
+    steps = []
+    generated = model.generate(request, steps.append)
+    for value in (request, generated, steps[0], steps[0].state, model):
+        assert len(repr(value)) < 200, repr(value)
+    assert repr(generated) == "Generated(t2i, 1x32x32, seed 42, float32)"
+    assert "a bird a bird" in repr(request) and "num_steps=1" in repr(request) and "seed" not in repr(request)
+
+
+def test_the_package_lists_what_there_is():
+    assert set(lance_mlx.__all__) <= set(dir(lance_mlx))
+    assert all(getattr(lance_mlx, name) is not None for name in dir(lance_mlx))
+
+
+def test_a_negative_prompt_takes_the_place_of_no_text(model):
+    made = []
+    for negative in (None, "a cat", "a dog"):
+        request = Request("t2i", "a bird", 32, 32, num_steps=2, negative_prompt=negative)
+        made.append(np.array(model.generate(request).latents))
+    assert len({latents.tobytes() for latents in made}) == 3
+    # Guidance away from the prompt itself leads nowhere: the step is the conditional one.
+    steps = []
+    model.generate(Request("t2i", "a bird", 32, 32, num_steps=2, negative_prompt="a bird"), steps.append)
+    assert np.allclose(np.array(steps[0].velocity_uncond), np.array(steps[0].velocity_cond), atol=1e-5)
+    with pytest.raises(LanceError, match="negative_prompt acts through guidance"):
+        Request("t2i", "a", guidance_scale=1, negative_prompt="b")
 
 
 def test_a_video_that_was_drawn_can_be_edited(model):

@@ -15,7 +15,8 @@ from PIL import Image
 from lance_mlx.media.write import read_metadata
 
 COMMAND = Path(sys.executable).parent / "lance-mlx"
-LOOKING = ["--vae-resolution", 64, "--vit-resolution", 56, "--steps", 2]
+ANIMATING = ["--vae-resolution", 64, "--steps", 2]
+LOOKING = [*ANIMATING, "--vit-resolution", 56]
 DRAWING = ["--width", 48, "--height", 32, "--steps", 2]
 ASKING = ["--vit-resolution", 56, "--max-tokens", 6]
 
@@ -55,7 +56,7 @@ def write(name: str, values: dict) -> Path:
     [
         ("t2i", {"000000.png": "a bird", "000003.png": "a “cat”"}, DRAWING, ["000000.png", "000003.png"]),
         ("t2v", {"000000.mp4": "a bird"}, [*DRAWING, "--num-frames", 5], ["000000.mp4"]),
-        ("i2v", {"0001": edit("it flies", "media/phone.jpg", "image")}, [*LOOKING, "--num-frames", 5], ["000001.mp4"]),
+        ("i2v", {"1": edit("it flies", "media/phone.jpg", "image")}, [*ANIMATING, "--num-frames", 5], ["000001.mp4"]),
         ("image_edit", {"00008": edit("blue", "media/logo.png", "image")}, LOOKING, ["000008.png"]),
         (
             "video_edit",
@@ -195,3 +196,56 @@ def test_a_video_of_a_request_file_plays(run, checkpoint, folder):
     with av.open("t2v_example/000007.mp4") as video:
         assert video.streams.video[0].average_rate == 6
         assert sum(1 for _ in video.decode(video=0)) == 9
+
+
+@pytest.mark.parametrize("change", [["--seed", 1], ["--width", 64], ["--steps", 1], ["--numerics", "float32"],
+                                    ["--scheduler", "heun"], ["--variant", "video"]])  # fmt: skip
+def test_what_was_drawn_otherwise_is_not_taken_for_the_same(drawn_once, invoke, refused, change):
+    given = [*drawn_once, *change]
+    before = Path("results/000001.png").read_bytes()
+    assert "000001.png was made from another request: choose another --output, remove it, or give" in refused(*given)
+    assert Path("results/000001.png").read_bytes() == before
+    assert invoke(*given, "--overwrite").returncode == 0
+    assert Path("results/000001.png").read_bytes() != before
+    assert "1 of 1 are there already" in invoke(*given).stdout
+
+
+@pytest.fixture
+def drawn_once(invoke, checkpoint, folder) -> list:
+    """The arguments that have drawn one item."""
+    given = ["generate", "--requests", write("t2i", {"1.png": "a bird"}), "--model", checkpoint, "-o", "results"]
+    assert invoke(*given, *DRAWING).returncode == 0
+    return [*given, *DRAWING]
+
+
+def test_another_source_is_another_request(invoke, refused, checkpoint, folder):
+    given = ["generate", "--model", checkpoint, "-o", "results", *LOOKING, "--requests"]
+    path = write("image_edit", {"1": edit("blue", "media/logo.png", "image")})
+    assert invoke(*given, path).returncode == 0
+    assert "1 of 1 are there already" in invoke(*given, path).stdout
+    write("image_edit", {"1": edit("blue", "media/phone.jpg", "image")})
+    assert "was made from another request" in refused(*given, path)
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [("who is it", []), ("what is it", ["--max-tokens", 5]), ("what is it", ["--numerics", "float32"]),
+     ("what is it", ["--temp", 1]), ("what is it", ["--vit-resolution", 84])],
+)  # fmt: skip
+def test_what_was_asked_otherwise_is_not_taken_for_the_same(invoke, refused, checkpoint, folder, words, options):
+    def asked(question: str, *more: object) -> list:
+        path = write("x2t_image", {"0001": ask("media/logo.png", question, "image")})
+        return ["generate", "--requests", path, "--model", checkpoint, "-o", "results", *ASKING, *more]
+
+    assert invoke(*asked("what is it")).returncode == 0
+    assert "1 of 1 are there already" in invoke(*asked("what is it")).stdout
+    line = refused(*asked(words, *options))
+    assert "logo.png in results was made from another request: choose another --output" in line
+    assert invoke(*asked(words, *options, "--overwrite")).returncode == 0
+    assert "1 of 1 are there already" in invoke(*asked(words, *options)).stdout
+
+
+def test_requests_take_one_seed(refused, checkpoint, folder):
+    path = write("t2i", {"1.png": "a bird"})
+    given = ["generate", "--requests", path, "--model", checkpoint]
+    assert "--requests takes one --seed" in refused(*given, "--seed", 1, 2)

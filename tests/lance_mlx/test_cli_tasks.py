@@ -10,7 +10,8 @@ from PIL import Image
 
 from lance_mlx.media.write import read_metadata
 
-SMALL = ["--vae-resolution", 64, "--vit-resolution", 56, "--steps", 2, "-q"]
+ANIMATED = ["--vae-resolution", 64, "--steps", 2, "-q"]
+SMALL = [*ANIMATED, "--vit-resolution", 56]
 
 
 def frames_of(path) -> np.ndarray:
@@ -55,7 +56,7 @@ def test_an_edited_video_has_the_shape_and_the_seconds_of_its_source(run, tmp_pa
 def test_an_image_is_animated_at_its_own_shape(run, tmp_path, checkpoint, media):
     output = tmp_path / "moving.mp4"
     given = ["--model", checkpoint, "--image", media / "logo.png", "--prompt", "the bird flies", "-o", output]
-    done = run("generate", "i2v", *given, "--num-frames", 6, "--fps", 8, *SMALL)
+    done = run("generate", "i2v", *given, "--num-frames", 6, "--fps", 8, *ANIMATED)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert frames_of(output).shape == (5, 48, 80, 3)
     with av.open(str(output)) as video:
@@ -134,7 +135,7 @@ def test_each_further_prompt_edits_the_result_of_the_one_before(run, tmp_path, c
         (["image_edit", "--image", "logo.png", "--vae-resolution", "1"], "vae_resolution 1 must be at least 16"),
         (["image_edit", "--image", "logo.png", "--prompt", "<|image_pad|>"], "control token <|image_pad|>"),
         (["image_edit", "--image", "logo.png", "--output", "a.mp4"], "one frame is an image"),
-        (["image_edit", "--image", "logo.png", "--rewrite"], "--rewrite is for t2v and i2v"),
+        (["image_edit", "--image", "logo.png", "--rewrite"], "it is for t2v and i2v; leave it out"),
         (["video_edit", "--video", "clip30.mp4", "--num-frames", "9"], "takes its frames from the source"),
         (["i2v", "--image", "logo.png", "--question", "what"], "--question means nothing to task i2v"),
     ],
@@ -156,7 +157,7 @@ def test_bad_input_to_drawing_is_one_line(refused, tmp_path, media, monkeypatch,
         (["x2t_image", "--image", "logo.png", "--prompt", "what"], "--prompt means nothing to task x2t_image"),
         (["x2t_image", "--image", "logo.png", "--steps", "3"], "--steps means nothing to task x2t_image"),
         (["x2t_image", "--image", "logo.png", "--max-tokens", "0"], "max_new_tokens 0 must be at least 1"),
-        (["x2t_image", "--image", "logo.png", "--top-p", "0"], "top_p 0.0 must be above 0"),
+        (["x2t_image", "--image", "logo.png", "--temp", "1", "--top-p", "0"], "top_p 0.0 must be above 0"),
         (["x2t_image", "--image", "logo.png", "--temp", "-1"], "temperature -1.0 must be 0 or more"),
         (["x2t_image", "--image", "logo.png", "--output", "a.png"], "an answer is text"),
         ([], "name a task"),
@@ -175,7 +176,7 @@ def test_noise_for_an_edit_must_fit_its_source(refused, tmp_path, checkpoint, me
     given = ["--model", checkpoint, "--image", media / "logo.png", "--prompt", "a", "--noise", tmp_path / "noise.npy"]
     line = refused("generate", "image_edit", *given, *SMALL, "-o", tmp_path / "a.png")
     assert "the noise has shape [5, 48], but 80x48 and 1 frames need [15, 48]" in line
-    assert "--noise is for one turn" in refused("generate", "image_edit", *given, "--prompt", "b")
+    assert "--noise is for one output of one turn" in refused("generate", "image_edit", *given, "--prompt", "b")
 
 
 def test_a_prompt_that_is_not_unicode_is_refused(refused, tmp_path):

@@ -5,9 +5,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from lance_mlx.checkpoint.hub import is_repository
+from lance_mlx.media.write import read_metadata
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "somebody/Lance"
@@ -86,7 +89,9 @@ def test_only_what_the_variant_needs_is_fetched_and_then_kept(run, refused, hub,
     vit = {"Qwen2.5-VL-ViT/config.json", "Qwen2.5-VL-ViT/vit.safetensors"}
     assert sorted(hub.fetched) == sorted({f"Lance_3B/{name}" for name in names} | vit | {"Wan2.2_VAE.pth"})
     done = run("generate", "t2i", "--model", checkpoint, *SMALL, tmp_path / "folder.png")
-    assert (tmp_path / "hub.png").read_bytes() == (tmp_path / "folder.png").read_bytes()
+    drawn = [np.asarray(Image.open(tmp_path / name)) for name in ("hub.png", "folder.png")]
+    assert np.array_equal(*drawn)
+    assert read_metadata(tmp_path / "hub.png")["model"] == REPOSITORY
 
     offline = here | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     done = run("generate", "t2i", "--model", REPOSITORY, *SMALL, tmp_path / "offline.png", **offline)

@@ -3,6 +3,7 @@
 import gc
 import json
 import runpy
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,9 +18,11 @@ from lance_mlx.checkpoint.convert import prepare
 from lance_mlx.checkpoint.layouts import find_checkpoint
 from lance_mlx.checkpoint.safetensors import read_header
 from lance_mlx.checkpoint.tensors import ViTSource
-from lance_mlx.cli.main import app
+from lance_mlx.cli.app import app
+from lance_mlx.cli.info import _duration as duration
 from lance_mlx.estimate.cost import decoder_convolutions, encoder_convolutions, step_operations
 from lance_mlx.estimate.estimate import OFFICIAL, peak_memory, sizes_of, weights_of, work_of
+from lance_mlx.estimate.machine import _seconds as machine_seconds
 from lance_mlx.estimate.machine import memory
 from lance_mlx.model import vae_encoder, vae_layers
 from lance_mlx.pipeline import load as load_pipeline
@@ -184,3 +187,24 @@ def test_memory_is_near_what_is_measured(checkpoint, numerics, low_ram):
         del model, generated
     assert expected["passes"] / 2 < max(passes) < 1.35 * expected["passes"]
     assert max(expected.values()) / 2 < max(whole) < 1.25 * max(expected.values())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(9.94, "9.9 s"), (599, "10 min"), (95.5, "95.5 s"), (7260, "2 h 1 min"), (886_437, "10 d 6 h")],
+)
+def test_a_long_time_is_told_in_words(seconds, words):
+    assert duration(seconds) == words
+
+
+@ON_CPU
+def test_a_machine_that_is_slow_is_not_watched_for_long(monkeypatch):
+    runs = []
+
+    def slow() -> list:
+        runs.append(1)
+        time.sleep(0.3)
+        return []
+
+    assert machine_seconds(slow) >= 0.3
+    assert len(runs) == 1

@@ -1,5 +1,6 @@
 """Reading images and videos: upright RGB, upstream's choice of frames, one clear line for what cannot be used."""
 
+import sys
 import tracemalloc
 from collections.abc import Sequence
 from fractions import Fraction
@@ -375,3 +376,20 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
         return most
 
     assert peak(1200) < 1.2 * peak(200)
+
+
+def test_heic_without_its_library_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    path = tmp_path / "phone.HEIC"
+    path.write_bytes(b"anything")
+    with pytest.raises(LanceError, match=r"is HEIC, which needs pillow-heif: pip install 'lance-mlx\[heif\]'"):
+        read_visual(path, "image")
+
+
+def test_heic_is_read_and_upright(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    pixels = quadrants()
+    heif.from_pillow(Image.fromarray(pixels)).save(str(tmp_path / "phone.heic"), quality=95)
+    read = read_visual(tmp_path / "phone.heic", "image").pixels
+    assert read.shape == (1, 32, 64, 3)
+    assert np.abs(read[0].astype(int) - pixels).mean() < 5

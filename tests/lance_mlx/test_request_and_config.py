@@ -21,7 +21,7 @@ from lance_mlx.config import LanceConfig
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
         ({"guidance_renorm_min": 1.5}, "guidance_renorm_min 1.5 must be between 0 and 1"),
         ({"fps": 0}, "fps 0 must be at least 1"),
-        ({"seed": -1}, "seed -1 must be between 0"),
+        ({"seed": -1}, "seed -1 must be at least 0"),
         ({"prompt": "a <|vision_start|> b"}, "control token <|vision_start|>"),
         ({"task": "paint"}, "task 'paint' is not supported: choose one of t2i, t2v, i2v"),
         ({"task": "t2i", "num_frames": 9}, "task t2i makes one frame, not 9"),

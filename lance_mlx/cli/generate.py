@@ -1,0 +1,326 @@
+"""`lance-mlx generate`: its options."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import mlx.core as mx
+import typer
+
+from lance_mlx.api import load
+from lance_mlx.backend.numerics import BFLOAT16, POLICIES, policy
+from lance_mlx.checkpoint.tensors import ViTSource
+from lance_mlx.cli.commands import answer, draw_all, prepare_drawings, work_through
+from lance_mlx.cli.console import Console
+from lance_mlx.cli.meaning import EDITING, check_options, refuse
+from lance_mlx.cli.replay import options_of
+from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE, Settings
+from lance_mlx.cli.several import DEFAULT_SEED, TakesSeeds, choose_seeds, name_outputs, read_prompts
+from lance_mlx.errors import LanceError
+from lance_mlx.media.preprocess import RESOLUTIONS
+from lance_mlx.requests.files import read_requests
+from lance_mlx.requests.request import Entry, Renorm, Scheduler, Task, Variant, Visual, VisualKind
+from lance_mlx.requests.rewriting import Rewriter
+
+_IN_THE_FILE = "prompt prompts_file question instruction image video noise reencode config_from auto_seeds".split()
+_IN_THE_FILE += ["stepwise_output_dir"]
+"""Options that do not go with a request file."""
+
+
+def register(app: typer.Typer, epilog: str) -> None:
+    """Add the command to an app."""
+    app.command(epilog=epilog, cls=TakesSeeds)(generate)
+
+
+def _replay(context: typer.Context, file: Path | None) -> Path | None:
+    """Take what a file was made with as defaults, before any other option is looked at."""
+    if file is not None:
+        context.default_map = options_of(file)
+    return file
+
+
+def _task(name: str) -> Task:
+    """A task by its name, upstream's name of the subject-driven one included."""
+    try:
+        return Task(name)
+    except ValueError:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(Task)}.") from None
+
+
+def generate(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Folder of an official checkpoint, or of one of its variants; of a converted one; of one by "
+            "mlx-community; or any of these on the hub, as OWNER/NAME."
+        ),
+    ],
+    task: Annotated[
+        Task | None,
+        typer.Argument(
+            help="t2i, t2v: draw a prompt. i2v: animate an image. image_edit, video_edit: change one. subject (or "
+            "idip): draw what the images show. x2t_image, x2t_video: answer a question. With --requests the file may "
+            "tell.",
+            parser=_task,
+            metavar="TASK",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to draw, or how to change the source; - reads stdin. When editing, every further --prompt edits "
+            "the result of the one before; the last result is written.",
+            metavar="TEXT",
+            show_default=False,
+        ),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(help="File of prompts, one a line, for an output each; - reads stdin.", metavar="FILE"),
+    ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="What to steer away from, in place of upstream's sequence without text: a departure from upstream.",
+            metavar="TEXT",
+            show_default=False,
+        ),
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="Image to start from; all but i2v take several.", metavar="FILE"),
+    ] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Video to start from, or several.", metavar="FILE")] = None,
+    question: Annotated[
+        str | None, typer.Option(help="What to answer. [default: describe what is there]", show_default=False)
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="System prompt of a question. [default: upstream's]", show_default=False)
+    ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of many requests, as upstream's examples; those already in --output are left."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File to write: .png, .jpg, .webp, .mp4, .mov, .gif, or text for an answer, which is printed too. "
+            "{seed} in its name is the seed, {index} the number of the prompt. With --requests, a folder. "
+            "[default: TASK-SEED.png or .mp4; the name of the request file]",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Write over files that are there, and make anew what other --requests have made."
+        ),
+    ] = False,
+    config_from: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_replay,
+            is_eager=True,
+            help="Take every option that is not given from the metadata of this picture or video, but --model.",
+            metavar="FILE",
+        ),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(
+            help=f"Seed of the noise, or several for an output each: --seed 1 2 3. [default: {DEFAULT_SEED}]",
+            show_default=False,
+        ),
+    ] = None,
+    auto_seeds: Annotated[
+        int | None, typer.Option(help="Make so many outputs, with random seeds.", metavar="N", show_default=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 turns guidance off.")] = 4.0,
+    width: Annotated[
+        int | None,
+        typer.Option(help=f"Pixels, a multiple of 16 up to 1024. [default: {DEFAULT_SIDE}]", show_default=False),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(help=f"Pixels, a multiple of 16 up to 1024. [default: {DEFAULT_SIDE}]", show_default=False),
+    ] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(help=f"Frames of a video, up to 121. [default: {DEFAULT_FRAMES}]", show_default=False)
+    ] = None,
+    resolution: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Size of what is looked at, and so of what is made from it: {', '.join(RESOLUTIONS)}. "
+            "[default: image_768res or video_480p]",
+            show_default=False,
+        ),
+    ] = None,
+    vae_resolution: Annotated[
+        int | None, typer.Option(help="About this many pixels squared for the VAE, in place of --resolution's.")
+    ] = None,
+    vit_resolution: Annotated[
+        int | None, typer.Option(help="About this many pixels squared for the ViT, in place of --resolution's.")
+    ] = None,
+    reencode: Annotated[
+        bool, typer.Option("--reencode", help="Between turns, encode the pixels anew instead of keeping the latents.")
+    ] = False,
+    fps: Annotated[int, typer.Option(help="Frames per second of a video.")] = 12,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    temp: Annotated[
+        float,
+        typer.Option("--temp", "--temperature", help="Temperature of an answer; 0 takes the most probable token."),
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the most probable tokens that add up to this.")] = 1.0,
+    rewrite: Annotated[
+        bool,
+        typer.Option(
+            "--rewrite",
+            help="Have a chat model make the prompt of a t2v or i2v detailed: LANCE_REWRITE_API_KEY, "
+            "LANCE_REWRITE_MODEL_NAME and LANCE_REWRITE_BASE_URL name it.",
+        ),
+    ] = False,
+    scheduler: Annotated[
+        Scheduler,
+        typer.Option(
+            help="How to step: euler is upstream's; heun (two passes a step) and dpm++2m are of second order, a "
+            "departure from upstream."
+        ),
+    ] = Scheduler.EULER,
+    timestep_shift: Annotated[float, typer.Option(help="Shift of the timesteps towards noise.")] = 3.5,
+    guidance_interval: Annotated[tuple[float, float], typer.Option(help="Guidance acts while LOW < t <= HIGH.")] = (
+        0.4,
+        1.0,
+    ),
+    guidance_renorm: Annotated[Renorm, typer.Option(help="How a guided velocity is scaled back.")] = Renorm.GLOBAL,
+    guidance_renorm_min: Annotated[float, typer.Option(help="Least factor of the renorm.")] = 0.0,
+    text_template: Annotated[bool, typer.Option(help="Wrap the prompt in the trained template.")] = True,
+    entry: Annotated[
+        Entry, typer.Option(help="Which of upstream's two sampling functions to follow.")
+    ] = Entry.KV_CACHE,
+    variant: Annotated[
+        VisualKind | None,
+        typer.Option(
+            help="Use the model for images, or the one for videos. [default: the one trained for the task]",
+            show_default=False,
+        ),
+    ] = None,
+    vit_source: Annotated[
+        ViTSource, typer.Option(help="Whose ViT is used where the Lance file and the ViT file both hold one.")
+    ] = ViTSource.LANCE,
+    numerics: Annotated[
+        str, typer.Option(help=f"Where to round: {' or '.join(POLICIES)}; bfloat16 is the launcher's.")
+    ] = BFLOAT16.name,
+    noise: Annotated[
+        Path | None,
+        typer.Option(help="Start from this noise, [n, 48] in a .npy or .safetensors file, not from the seed."),
+    ] = None,
+    stepwise_output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a small picture of where the latents are heading after every step, by a linear map to colours "
+            "that is fitted to the VAE when the model is loaded: a moment on a GPU, some 14 s on a CPU.",
+            metavar="DIR",
+        ),
+    ] = None,
+    cache_limit_gb: Annotated[
+        float | None,
+        typer.Option(help="Most gigabytes of freed memory that MLX keeps. [default: MLX's]", show_default=False),
+    ] = None,
+    vision_type: Annotated[str | None, typer.Option(hidden=True)] = None,
+    low_ram: Annotated[
+        bool,
+        typer.Option(
+            "--low-ram",
+            help="Hold one layer in memory at a time and read the layers anew in every pass: slower, for machines "
+            "that the model does not fit into. The result is the same.",
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show errors only, and an answer that no --output takes.")
+    ] = False,
+) -> None:
+    """Make or edit an image or a video, or answer a question about one, with the defaults of upstream's launcher."""
+    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+    if resolution is not None and resolution not in RESOLUTIONS:
+        raise LanceError(f"unknown resolution '{resolution}': choose one of {', '.join(RESOLUTIONS)}")
+    if cache_limit_gb is not None:
+        if not 0 <= cache_limit_gb < 2**20:
+            raise LanceError(f"--cache-limit-gb {cache_limit_gb} must be 0 or more gigabytes")
+        mx.set_cache_limit(round(cache_limit_gb * 1e9))
+    seeds = choose_seeds(seed, auto_seeds)
+    settings = Settings(
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        resolution=resolution,
+        vae_resolution=vae_resolution,
+        vit_resolution=vit_resolution,
+        num_steps=steps,
+        timestep_shift=timestep_shift,
+        guidance_scale=guidance,
+        guidance_interval=guidance_interval,
+        guidance_renorm=guidance_renorm,
+        guidance_renorm_min=guidance_renorm_min,
+        text_template=text_template,
+        max_new_tokens=max_tokens,
+        temperature=temp,
+        top_p=top_p,
+        entry=entry,
+        seed=seeds[0],
+        fps=fps,
+        negative_prompt=negative_prompt,
+        scheduler=scheduler,
+    )
+    console = Console(quiet)
+    track = partial(console.bar, desc="loading", unit="tensor")
+    used = None if variant is None else Variant.of(variant)
+    # Nothing looks again after the one request.
+    again = requests is not None or prompts_file is not None or len(prompt or ()) > 1 or len(seeds) > 1
+    opened = partial(load, model, policy(numerics), vit_source, track, used, quiet, low_ram, keep_encoders=again)
+    if requests is not None:
+        refuse(given, _IN_THE_FILE, "goes with a single request, not with --requests")
+        if len(seeds) > 1:
+            raise LanceError("--requests takes one --seed: outputs are named by the entries alone")
+        read = read_requests(requests, task)
+        check_options(given, context.params, read.task)
+        rewriter = Rewriter.from_environment() if rewrite else None
+        work_through(opened(), read, settings, output or Path(requests.stem), overwrite, rewriter, console)
+        return
+    if task is None:
+        raise LanceError(f"name a task ({', '.join(Task)}), or give a file with --requests")
+    check_options(given, context.params, task)
+    visuals = (
+        *(Visual(str(path), VisualKind.IMAGE) for path in image or ()),
+        *(Visual(str(path), VisualKind.VIDEO) for path in video or ()),
+    )
+    if task.answers:
+        asked = settings.question(task, question or "", visuals, instruction)
+        outputs = [None] * len(seeds) if output is None else name_outputs(output, "", 1, seeds)
+        answer(opened(), [replace(asked, seed=each) for each in seeds], outputs, overwrite, console)
+        return
+    prompts = read_prompts(prompt or (), prompts_file)
+    if not prompts:
+        raise LanceError(f"task {task} needs a --prompt")
+    firsts, turns = (prompts, []) if prompts_file is not None else (prompts[:1], prompts[1:])
+    if turns and task not in EDITING:
+        raise LanceError(f"task {task} takes one --prompt: only editing goes on from turn to turn")
+    if noise is not None and (turns or len(firsts) * len(seeds) > 1):
+        raise LanceError("--noise is for one output of one turn: give one --prompt and one seed")
+    firsts = [settings.request(task, text, visuals, vision_type) for text in firsts]
+    drawings = prepare_drawings(
+        [replace(first, seed=each) for first in firsts for each in seeds],
+        lambda frames: name_outputs(output, f"{task}{'.mp4' if frames > 1 else '.png'}", len(firsts), seeds),
+        overwrite,
+        turns,
+        reencode,
+        noise,
+        stepwise_output_dir,
+    )
+    rewriter = Rewriter.from_environment() if rewrite else None
+    draw_all(opened(), drawings, rewriter, console)

@@ -1,0 +1,42 @@
+"""What the metadata of a picture or video say of the options that made it."""
+
+from pathlib import Path
+from typing import Any
+
+from lance_mlx.cli.meaning import means
+from lance_mlx.errors import LanceError
+from lance_mlx.media.write import read_metadata
+from lance_mlx.requests.request import Request, Variant, VisualKind
+
+_OPTIONS = {"num_steps": "steps", "guidance_scale": "guidance"}
+"""Options that are not called as the request's fields."""
+
+
+def options_of(path: Path) -> dict[str, Any]:
+    """Values of the parameters of `generate`, by name, that make the same again but for the model.
+
+    The numerics and the variant are among them, and of a rewritten prompt the new one.
+
+    Raises:
+        LanceError: the file holds no request that this version can read.
+    """
+    metadata = read_metadata(path)
+    try:
+        requests = [Request.from_dict(values) for values in (*metadata.get("earlier", ()), metadata["request"])]
+        variant = Variant(metadata["variant"]) if "variant" in metadata else requests[0].variant
+    except (LanceError, KeyError, TypeError, ValueError) as error:
+        raise LanceError(f"{path} holds no request that can be replayed ({error})") from None
+    first = requests[0]
+    values = {_OPTIONS.get(name, name): value for name, value in first.to_dict().items()}
+    values |= {
+        "prompt": [request.prompt for request in requests],
+        "seed": [first.seed],
+        "image": [visual.path for visual in first.visuals if visual.kind is VisualKind.IMAGE],
+        "video": [visual.path for visual in first.visuals if visual.kind is VisualKind.VIDEO],
+        "variant": str(variant.kind),
+        "numerics": metadata.get("numerics"),
+        "noise": metadata.get("noise"),
+        "reencode": metadata.get("reencode"),
+    }
+    del values["visuals"]
+    return {name: value for name, value in values.items() if value is not None and means(name, first.task)}

@@ -1,0 +1,112 @@
+"""Files that are read, none of them a pipe or a device, and files that appear under their names when they are whole."""
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lance_mlx.errors import LanceError
+
+_PART = ".lance-mlx-*.part"
+_SECONDS_TO_LOCK = 60
+"""A file that young may not have been locked yet by the process that made it."""
+
+
+def opened(path: Path) -> BinaryIO:
+    """A file to read; raises OSError for what is none, such as a pipe, which might never end."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    return file
+
+
+def read_json(path: Path, **options: Any) -> Any:
+    """What a JSON file holds, `options` as for json.loads; raises OSError or ValueError where it cannot be read."""
+    with opened(path) as file:
+        text = file.read().decode("utf-8-sig")
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def check_place(path: Path, overwrite: bool = True) -> Path:
+    """Return `path` if a file can be written there; its folder is made when it is.
+
+    Args:
+        overwrite: let it take the place of a file.
+
+    Raises:
+        LanceError: something is there, a name is too long, or the folder cannot be written to.
+    """
+    try:
+        there = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        there = None
+    except OSError as error:
+        raise _unusable(path, error.errno) from None
+    if there is not None and stat.S_ISDIR(there.st_mode):
+        raise LanceError(f"output {path} is a folder; name a file in it")
+    if there is not None and not stat.S_ISREG(there.st_mode):
+        raise LanceError(f"output {path} is a pipe or a device, whose place a file would take; choose another name")
+    if there is not None and not overwrite:
+        raise LanceError(f"output {path} is there already; choose another name, or give --overwrite")
+    folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not folder.is_dir():
+        raise LanceError(f"output {path}: {folder} is not a folder; choose another one")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise LanceError(f"output {path}: the folder {folder} cannot be written to; choose another one")
+    # Below a folder that is missing, names have not been looked at yet.
+    if max(len(os.fsencode(name)) for name in path.parts) > os.pathconf(folder, "PC_NAME_MAX"):
+        raise _unusable(path, errno.ENAMETOOLONG)
+    return path
+
+
+def _unusable(path: Path, number: int) -> LanceError:
+    return LanceError(f"output {path} cannot be written ({os.strerror(number)}); choose another name")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A hidden file in the folder of `path` to write to, which takes that name at the end, or goes after an exception.
+
+    The folder is made where it is missing. What processes that were killed have left there goes as well: only a live
+    one holds a lock on its file.
+
+    Raises:
+        OSError: the folder or the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path.parent)
+    # In the same folder, so that the final rename cannot cross file systems; short, whatever the length of the name.
+    part = path.with_name(_PART.replace("*", secrets.token_hex(4)))
+    with part.open("xb") as held:
+        with suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX)
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as UTF-8, whole or not at all; raises OSError when that fails."""
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for part in folder.glob(_PART):
+        with suppress(OSError), part.open("rb") as file:
+            if time.time() - part.stat().st_mtime > _SECONDS_TO_LOCK:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()

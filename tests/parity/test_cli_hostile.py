@@ -1,0 +1,93 @@
+"""What lance-parity does with files that are not what they should be: status 2, never the one of a divergence."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from parity.cli.main import app
+from parity.errors import ParityError
+from parity.lance.record_options import Options, build_request
+
+DEEP = "[" * 100_000
+
+
+@pytest.fixture
+def copied(oracles, tmp_path):
+    """A bundle that may be damaged."""
+    shutil.copytree(oracles / "checkpoint-a", tmp_path / "checkpoint-a")
+    return shutil.copytree(oracles / "t2i-fp32-nokv", tmp_path / "t2i-fp32-nokv")
+
+
+def refused(*arguments) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize("key", ["name", "dtype", "shape"])
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, None, 3])
+def test_a_tap_of_another_type_is_one_line(copied, key, value):
+    if key == "shape" and value == ["a"]:
+        value = "a"
+    path = copied / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["taps"][0][key] = value
+    path.write_text(json.dumps(manifest))
+    assert "lists a tap without a name, a shape or a known dtype" in refused("check", copied, "--impl", "reference")
+
+
+@pytest.mark.parametrize("key", ["source", "request", "taps", "format", "checkpoint", "variant", "level", "sketches"])
+@pytest.mark.parametrize("value", [["a"], {"a": ["b"]}, 3])
+def test_a_manifest_with_another_type_is_one_line(copied, key, value):
+    path = copied / "manifest.json"
+    manifest = json.loads(path.read_text())
+    if key in manifest or key == "level":
+        path.write_text(json.dumps(manifest | {key: value}))
+        assert "t2i-fp32-nokv" in refused("check", copied, "--impl", "reference")
+
+
+def test_deep_json_and_pipes_are_one_line(copied):
+    path = copied / "manifest.json"
+    path.write_text(DEEP)
+    assert "manifest.json is not JSON" in refused("check", copied, "--impl", "reference")
+    path.unlink()
+    os.mkfifo(path)
+    assert "has no manifest.json" in refused("check", copied, "--impl", "reference")
+
+
+def test_an_error_of_its_own_is_no_divergence(copied, monkeypatch):
+    def broken(path):
+        raise TypeError("unhashable")
+
+    monkeypatch.setattr("parity.bundle.reading.read_bundle", broken)
+    monkeypatch.setattr("parity.comparison.check.read_bundle", broken)
+    result = CliRunner().invoke(app, ["check", str(copied), "--impl", "reference"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == "lance-parity: this should not happen: TypeError, as told above"
+
+
+def test_help_and_version_import_nothing_large():
+    script = "import sys, parity.cli.main as c\ntry: c.main()\nexcept SystemExit: pass\n"
+    script += "assert not {'torch', 'mlx', 'numpy'} & set(sys.modules)"
+    for option in ("-h", "--version"):
+        done = subprocess.run([sys.executable, "-c", script, option], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_mlx_is_imported_after_lance_mlx_and_that_after_torch():
+    script = "import sys, parity, mlx.core; print(*[n for n in sys.modules if n in ('torch', 'lance_mlx', 'mlx')])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["torch", "lance_mlx", "mlx"], done.stderr
+
+
+def test_the_subject_driven_task_has_both_names(tmp_path):
+    options = Options(prompt="a", images=(tmp_path / "a.png",), width=64, height=64)
+    assert build_request("subject", options) == build_request("idip", options)
+    with pytest.raises(ParityError, match="needs an --image"):
+        build_request("subject", Options(prompt="a"))
