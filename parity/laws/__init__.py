@@ -2,12 +2,15 @@
 
 import numpy as np
 
-from parity.laws import linear
+from parity.laws import linear, weight
 from parity.laws.base import Component, Curves, Figure, Fitter, Law, Matrices
 
 __all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "LAWS", "fitted"]
 
-LAWS: dict[str, tuple[Fitter, ...]] = {"linear": (linear.scale,)}
+LAWS: dict[str, tuple[Fitter, ...]] = {
+    "linear": (linear.read,),
+    "weight": (weight.changed,),
+}
 """The fitters of each kind of component."""
 
 
