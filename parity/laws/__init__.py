@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from parity.laws import linear, weight
+from parity.laws import activation, linear, norm, sums, weight
 from parity.laws.base import Component, Curves, Figure, Fitter, Law, Matrices
 
 __all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "LAWS", "fitted"]
@@ -10,6 +10,9 @@ __all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "LAWS",
 LAWS: dict[str, tuple[Fitter, ...]] = {
     "linear": (linear.read,),
     "weight": (weight.changed,),
+    "norm": (norm.read,),
+    "gated": (activation.read,),
+    "sum": (sums.read,),
 }
 """The fitters of each kind of component."""
 

@@ -74,7 +74,7 @@ def _of_values(part: Fit) -> Iterator[Change]:
     yield Change(" is without its sign", 1, np.abs)
     for name, size, rounded in formats():
         yield Change(f" {name}", size, rounded)
-    yield Change(" is rounded to whole numbers", 1, np.round)
+    yield Change(" is rounded to whole numbers", 1.3, np.round)
 
 
 def _bounds(part: Fit) -> Iterator[Change]:
@@ -156,7 +156,13 @@ def _orders(own: np.ndarray, got: np.ndarray, axis: int, name: str, is_open: boo
     found = orders.sources(own, got, axis)
     if found is None:
         return
-    for order in orders.told(found, name, is_open):
+    told_orders = list(orders.told(found, name, is_open))
+    if own.ndim == 1:
+        # What is near to a value says little of where it was.
+        known = orders.known(len(own))
+        best = min(known, key=lambda order: float(np.linalg.norm(own[order.of(len(own))] - got)))
+        told_orders.append(replace(best, words=f"{name}s {best.words}"))
+    for order in told_orders:
 
         def apply(x: np.ndarray, order: orders.Order = order, length: int = own.shape[axis]) -> np.ndarray | None:
             if not is_open and x.shape[axis] != length:

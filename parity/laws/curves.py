@@ -8,13 +8,15 @@ import numpy as np
 
 from parity.laws.base import Curves
 from parity.laws.fit import LEAVES
-from parity.laws.numbers import snapped, told
+from parity.laws.numbers import least, snapped, told
 from parity.laws.rounding import formats, grids
 
 Function = Callable[[np.ndarray], np.ndarray]
 
 # Rows and outputs that a function is read from, and the places between which it is drawn straight.
-ROWS, OUTPUTS, KNOTS = 192, 24, 24
+ROWS, OUTPUTS, KNOTS = 192, 32, 28
+# How much more than a law may what is drawn straight may leave for a function of one number to be sought.
+WORTH = 4.0
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -108,40 +110,46 @@ class Reading:
 def read(reading: Reading, base: Function, expected: str, of: str) -> Iterator[Named]:
     """Functions under which it comes out as it did, with a drawing; any function only where none has a name."""
     x = np.linspace(float(reading.pre.min()), float(reading.pre.max()), 100)
-    found = False
-    for function in named(reading, base):
-        found = True
+    found = list(plain(reading, base))
+    drawing = None if found else drawn(reading, base, expected, of)
+    if not found and (drawing is None or drawing[0] <= WORTH):
+        found = list(numbered(reading, base))
+    for function in found:
         with np.errstate(all="ignore"):
             lines = {f"expected: {expected}": base(x), "found": function.of(x)}
         yield replace(function, figure=Curves(f"The function of {of}", of, "value", x, lines))
-    if not found and (function := drawn(reading, base, expected, of)):
-        yield function
+    if not found and drawing is not None and drawing[0] <= 1:
+        yield drawing[1]
 
 
-def narrowed(reading: Reading, base: Function) -> Iterator[Named]:
-    """Ways to round what a function is of."""
-    for words, size, rounded in (*formats(), *grids(reading.pre.shape[1])):
+def narrowed(reading: Reading, base: Function, widths: Sequence[int] = ()) -> Iterator[Named]:
+    """Ways to round what a function is of: to formats, and to the grids of rows of a width."""
+    for words, size, rounded in (*formats(), *(grid for width in widths for grid in grids(width))):
         if reading.left(lambda x, rounded=rounded: base(rounded(x))) <= reading.allowed:
             yield Named(f" {words}", size + 0.1, lambda x, rounded=rounded: base(rounded(x)))
 
 
-def named(reading: Reading, base: Function) -> Iterator[Named]:
-    """Functions that have a name, and those that do something to `base`."""
+def plain(reading: Reading, base: Function) -> Iterator[Named]:
+    """Functions that have a name, by themselves or times a factor."""
     for name, function in FUNCTIONS.items():
         result = reading.result(function)
         square = float(np.vdot(result, result))
+        if function is base or not square or not np.isfinite(square):
+            continue
         if reading.left(function) <= reading.allowed:
-            yield Named(f" passes {name}", 1, function)
-        elif square and np.isfinite(square):
-            factor = float(np.vdot(result, reading.target)) / square
-            scaled = _with(lambda x, p, f=function: p * f(x), factor, reading)
-            if scaled:
-                yield Named(f" passes {told(scaled[0])} times {name}", 2, scaled[1])
-    spread = float(np.abs(reading.pre).max()) or 1.0
-    for words, function, grid in _families(base, spread):
+            yield Named(f" passes {name}" if name != "nothing" else " is not activated", 1, function)
+        elif scaled := _with(
+            lambda x, p, f=function: p * f(x), float(np.vdot(result, reading.target)) / square, reading
+        ):
+            yield Named(f" passes {told(scaled[0])} times {name}", 2, scaled[1])
+
+
+def numbered(reading: Reading, base: Function) -> Iterator[Named]:
+    """Functions with one number, and what one number does to `base`."""
+    for words, function, grid in _families(base, float(np.abs(reading.pre).max()) or 1.0):
         best = _searched(reading, function, grid)
         found = None if best is None else _with(function, best, reading)
-        if found:
+        if found and (found[0] or grid[0] < 0):
             yield Named(words(found[0]), 1.5, found[1])
 
 
@@ -180,22 +188,9 @@ def _searched(reading: Reading, function: Callable, grid: np.ndarray) -> float |
     small = Reading(*(array[::3] for array in (reading.pre, reading.times)), reading.weight, reading.target[::3], 0, 0)
     lefts = [small.left(lambda x, p=p: function(x, p)) for p in grid]
     best = int(np.argmin(lefts))
-    if lefts[best] > 0.7 * small.left(lambda x: function(x, grid[0])) and lefts[best] > 0.7 * reading.before:
+    if lefts[best] > 0.6 * max(lefts):
         return None
-    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    golden = (math.sqrt(5) - 1) / 2
-    a, b = high - golden * (high - low), low + golden * (high - low)
-    at_a, at_b = (reading.left(lambda x, p=p: function(x, p)) for p in (a, b))
-    for _ in range(36):
-        if at_a < at_b:
-            high, b, at_b = b, a, at_a
-            a = high - golden * (high - low)
-            at_a = reading.left(lambda x: function(x, a))
-        else:
-            low, a, at_a = a, b, at_b
-            b = low + golden * (high - low)
-            at_b = reading.left(lambda x: function(x, b))
-    return (low + high) / 2
+    return least(lambda p: reading.left(lambda x: function(x, p)), grid[max(best - 1, 0) : best + 2])
 
 
 def _with(
@@ -210,34 +205,35 @@ def _with(
     return number, lambda x: function(x, number)
 
 
-def drawn(reading: Reading, base: Function, expected: str, of: str) -> Named | None:
-    """Any function: straight between some places, read from one half of the rows and right in the other."""
-    values = np.sort(reading.pre.ravel())
-    places = np.unique(np.quantile(values, np.linspace(0, 1, KNOTS)))
-    places = np.unique(np.concatenate([places, np.linspace(values[0], values[-1], KNOTS // 2)]))
+def drawn(reading: Reading, base: Function, expected: str, of: str) -> tuple[float, Named] | None:
+    """Any function, read from one half of the rows: `base` and what is straight between some places.
+
+    Also by how much more than a law may it leaves in the other half; None where there is too little to read it from.
+    """
     equations = len(reading.pre) // 2 * len(reading.weight)
-    if len(places) < 4 or equations < 3 * len(places):
+    count = min(KNOTS, equations // 6)
+    if count < 6:
         return None
-    hats = [np.interp(reading.pre, places, np.eye(len(places))[k]) * reading.times for k in range(len(places))]
+    values = np.sort(reading.pre.ravel())
+    places = np.quantile(values, np.linspace(0, 1, count))
+    places = np.unique(np.concatenate([places, np.linspace(values[0], values[-1], count // 2)]))
+    if len(places) < 4:
+        return None
+    hats = [np.interp(reading.pre, places, hat) * reading.times for hat in np.eye(len(places))]
     design = np.stack([hat @ reading.weight.T for hat in hats], -1)
-    scale = np.sqrt(np.mean(design**2)) or 1.0
-    # What is hardly seen stays near what it should be.
-    held = 1e-4 * scale * np.eye(len(places))
-    mine = base(places)
+    off = reading.target - reading.result(base)
+    # What is hardly seen stays as it should be.
+    held = 1e-4 * float(np.sqrt(np.mean(design**2))) * np.eye(len(places))
 
     def solved(rows: slice) -> np.ndarray:
-        a, b = design[rows].reshape(-1, len(places)), reading.target[rows].reshape(-1)
-        return (
-            mine + np.linalg.lstsq(np.concatenate([a, held]), np.append(b - a @ mine, np.zeros(len(places))), None)[0]
-        )
+        equations = np.concatenate([design[rows].reshape(-1, len(places)), held])
+        return np.linalg.lstsq(equations, np.append(off[rows].ravel(), np.zeros(len(places))), rcond=None)[0]
 
-    first = solved(slice(0, None, 2))
-    tested = np.linalg.norm(design[1::2] @ first - reading.target[1::2])
-    before = np.linalg.norm(design[1::2] @ mine - reading.target[1::2])
-    if tested > max(reading.slack, 2 * LEAVES * before):
-        return None
-    found = solved(slice(None))
-    # Beyond the straight pieces, what they leave of the function that should be is kept.
-    off = found - mine
-    figure = Curves(f"The function of {of}", of, "value", places, {f"expected: {expected}": mine, "found": found})
-    return Named(" passes another function", float(len(places)), lambda x: base(x) + np.interp(x, places, off), figure)
+    tested = float(np.linalg.norm(design[1::2] @ solved(slice(0, None, 2)) - off[1::2]))
+    allowed = max(reading.slack, 2 * LEAVES * float(np.linalg.norm(off[1::2])))
+    by = solved(slice(None))
+    lines = {f"expected: {expected}": base(places), "found": base(places) + by}
+    figure = Curves(f"The function of {of}", of, "value", places, lines)
+    size = float(len(places))
+    function = Named(" passes another function", size, lambda x: base(x) + np.interp(x, places, by), figure)
+    return tested / (allowed or 1.0), function

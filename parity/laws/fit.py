@@ -11,10 +11,15 @@ from parity.laws.numbers import snapped
 
 # The part of the residual that a law may leave; one that leaves more, but less than HALF, may be one of two faults.
 LEAVES, HALF = 0.05, 0.5
-# Float32 holds a value to half of this part of it.
-RESOLUTION = 1.2e-7
-# How many parts of the residual are yielded, and of how many numbers at most, where nothing is the whole of it.
-PARTS, PART_SIZE = 4, 8
+# Float32 holds a value to half of this part of it; what a run leaves may be a little more than what was measured.
+RESOLUTION, MEASURED = 1.2e-7, 1.25
+# A law has to remove so much of the residual, whatever rounding there is; one of two together less.
+REMOVES, HELPS = 0.3, 0.1
+# How many laws are yielded, of how many numbers one is at most that is held to be a part, and on how many of these
+# another is looked for.
+YIELDED, FEW, BASES = 6, 8.0, 2
+Propose = Callable[[Component, "Fit"], Iterable[Law]]
+"""Given a component and its fit, laws that may be true."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Fit:
     @cached_property
     def slack(self) -> float:
         """What may be left by rounding."""
-        return max(self.rounding, RESOLUTION * float(np.linalg.norm(self.got)))
+        return max(MEASURED * self.rounding, RESOLUTION * float(np.linalg.norm(self.got)))
 
     @cached_property
     def residual(self) -> float:
@@ -42,9 +47,14 @@ class Fit:
         left = float(np.linalg.norm(self.got - predicted))
         return left if np.isfinite(left) else np.inf
 
+    @property
+    def allowed(self) -> float:
+        """What a law that is true leaves: rounding, or next to nothing of the residual."""
+        return min(max(self.slack, LEAVES * self.residual), (1 - REMOVES) * self.residual)
+
     def holds(self, predicted: np.ndarray) -> bool:
-        """Whether a prediction leaves rounding, or next to nothing of the residual."""
-        return self.left(predicted) <= max(self.slack, LEAVES * self.residual)
+        """Whether a prediction leaves no more."""
+        return self.left(predicted) <= self.allowed
 
     def snapped(self, value: float, predict: Callable[[float], np.ndarray]) -> float:
         """The simplest number near one that predicts as well as that, but for rounding."""
@@ -64,22 +74,77 @@ def fit_of(component: Component, got: np.ndarray) -> Fit | None:
     return fit
 
 
-def checked(component: Component, fit: Fit, laws: Iterable[Law]) -> Iterator[Law]:
-    """Of laws that may be true those that are: else, those that remove the larger part of the residual."""
-    told, whole, parts = set(), [], []
-    for law in laws:
-        if law.sentence in told:
-            continue
-        told.add(law.sentence)
-        law = replace(law, apply=partial(_in_float32, law.apply))
-        result = law.apply(component)
-        left = np.inf if result is None else fit.left(result.astype(np.float64))
-        if left <= max(fit.slack, LEAVES * fit.residual):
-            whole.append((left > fit.slack, law.size, left, law))
-        elif left <= HALF * fit.residual and law.size <= PART_SIZE:
-            parts.append((left, law.size, left, law))
-    found = sorted(whole, key=lambda item: item[:3]) or sorted(parts, key=lambda item: item[:3])[:PARTS]
-    yield from (item[3] for item in found[: 2 * PARTS])
+def checked(component: Component, got: np.ndarray, propose: Propose) -> Iterator[Law]:
+    """Of laws that may be true those that are: else two of them together, or what removes the larger part."""
+    fit = fit_of(component, got)
+    if fit is None:
+        return
+    judged = _judged(component, fit, propose)
+    whole = [item for item in judged if item[0] <= fit.allowed]
+    if not any(law.size <= FEW for _, law in whole):
+        bases = [item for item in judged if item[0] <= (1 - HELPS) * fit.residual and item[1].size <= FEW]
+        for _, base in sorted(bases, key=lambda item: item[0])[:BASES]:
+            whole += _together(component, fit, propose, base)
+    if whole:
+        yield from _shortest(whole, fit)
+    else:
+        parts = [item for item in judged if item[0] <= HALF * fit.residual and item[1].size <= FEW]
+        yield from (law for _, law in sorted(parts, key=lambda item: item[0])[:YIELDED])
+
+
+def _judged(component: Component, fit: Fit, propose: Propose) -> list[tuple[float, Law]]:
+    """Proposed laws with what they leave."""
+    judged, seen = [], set()
+    with np.errstate(all="ignore"):
+        for law in propose(component, fit):
+            if law.sentence not in seen:
+                seen.add(law.sentence)
+                law = replace(law, apply=partial(_in_float32, law.apply))
+                result = law.apply(component)
+                judged.append((np.inf if result is None else fit.left(result.astype(np.float64)), law))
+                if judged[-1][0] <= fit.slack and law.size <= 1:
+                    # Nothing says it shorter.
+                    break
+    return judged
+
+
+def _together(component: Component, fit: Fit, propose: Propose, base: Law) -> list[tuple[float, Law]]:
+    """What leaves no more than rounding on top of a law."""
+    own = base.apply(component)
+    on_top = replace(component, own=own)
+    rest = Fit(own.astype(np.float64), fit.got, fit.rounding)
+    if not rest.residual > rest.slack:
+        return []
+    found = _judged(on_top, rest, propose)
+    pairs = [(left, law) for left, law in found if left <= min(fit.allowed, rest.allowed) and law.size <= FEW]
+
+    def both(second: Law) -> Law:
+        def apply(other: Component) -> np.ndarray | None:
+            first = base.apply(other)
+            return None if first is None else second.apply(replace(other, own=first))
+
+        figure = second.figure or base.figure
+        return Law(f"{base.sentence}, and {second.sentence}", base.size + second.size + 1, apply, figure)
+
+    return [(left, both(law)) for left, law in pairs]
+
+
+def _shortest(whole: list[tuple[float, Law]], fit: Fit) -> list[Law]:
+    """Laws from the shortest on: a longer one only where it leaves much less, of what is more than rounding."""
+    kept: list[Law] = []
+    best, size = np.inf, np.inf
+    # What another says as shortly and much better is no law.
+    whole = [
+        (left, law)
+        for left, law in whole
+        if left <= fit.slack or not any(o < left / 5 and other.size <= law.size + 2 for o, other in whole)
+    ]
+    for left, law in sorted(whole, key=lambda item: (item[1].size, item[0])):
+        if law.size <= size + 1 or (best > fit.slack and left < HALF * best):
+            kept.append(law)
+            size = min(size, law.size) if left > HALF * best else law.size
+            best = min(best, left)
+    return kept[:YIELDED]
 
 
 def _in_float32(apply: Callable[[Component], np.ndarray | None], component: Component) -> np.ndarray | None:

@@ -6,10 +6,10 @@ from functools import cached_property
 
 import numpy as np
 
-from parity.laws import curves
+from parity.laws import curves, orders
 from parity.laws.base import Component, Curves, Law
 from parity.laws.change import Change, changes
-from parity.laws.fit import Fit, checked, fit_of
+from parity.laws.fit import Fit, checked
 from parity.laws.numbers import told
 from parity.laws.regions import Region, regions_of
 from parity.laws.rounding import formats, grids
@@ -42,20 +42,22 @@ class Part:
 
 def read(component: Component, got: np.ndarray) -> Iterator[Law]:
     """What a product is instead."""
-    fit = fit_of(component, got)
-    if fit is None:
-        return
-    laws: list[Law] = []
+    yield from checked(component, got, proposed)
+
+
+def proposed(component: Component, fit: Fit) -> Iterator[Law]:
+    """Laws of a product that may be true."""
     for change in changes(fit.own, fit.got, fit.slack, ("row", "channel", "axis 2")[: fit.own.ndim]):
-        laws.append(Law(f"the result{change.sentence}", change.size, _on_own(change), change.figure))
-    if (whole := part_of(component, fit)) is not None:
-        for region in regions_of(fit.own, fit.got, fit.slack, AXES):
-            rows, columns = region.indexes(fit.own.shape)
-            bias = None if whole.bias is None else whole.bias[columns]
-            own, there = (array[np.ix_(rows, columns)] for array in (fit.own, fit.got))
-            part = Part(whole.x[rows], whole.weight[columns], bias, Fit(own, there, fit.slack))
-            laws += [_within(region, law) for law in _of_part(part)]
-    yield from checked(component, fit, laws)
+        yield Law(f"the result{change.sentence}", change.size, _on_own(change), change.figure)
+    whole = part_of(component, fit)
+    if whole is None:
+        return
+    for region in regions_of(fit.own, fit.got, fit.slack, AXES):
+        rows, columns = region.indexes(fit.own.shape)
+        bias = None if whole.bias is None else whole.bias[columns]
+        own, there = (array[np.ix_(rows, columns)] for array in (fit.own, fit.got))
+        part = Part(whole.x[rows], whole.weight[columns], bias, Fit(own, there, fit.rounding))
+        yield from (_within(region, law) for law in _of_part(part))
 
 
 def part_of(component: Component, fit: Fit) -> Part | None:
@@ -165,7 +167,7 @@ def _weights(part: Part) -> Iterator[Law]:
     """Ways to change the weight that need nothing read."""
     weight = part.weight
     some = np.unique(np.linspace(0, len(weight) - 1, TRIED).astype(int))
-    fit = Fit(part.fit.own[:, some], part.fit.got[:, some], part.fit.slack)
+    fit = Fit(part.fit.own[:, some], part.fit.got[:, some], part.fit.rounding)
     turned = [Change(" is transposed", 1, np.transpose)] if weight.shape[0] == weight.shape[1] else []
     turned.append(Change(" is transposed in memory", 1.5, lambda w: w.T.reshape(w.shape)))
     rounded = [Change(f" {words}", size, how) for words, size, how in (*formats(), *grids(weight.shape[1]))]
@@ -180,20 +182,15 @@ def _orders(part: Part, fit: Fit, some: np.ndarray) -> Iterator[Law]:
     width = part.weight.shape[1]
     mixed = np.random.default_rng(0).standard_normal((len(some), 4)) / 2
     weight, target = part.weight[some].T @ mixed, part.off[:, some] @ mixed
-    index = np.arange(width)
-    tried: list[tuple[str, float, np.ndarray]] = [("are reversed", 1, index[::-1])]
-    tried += [(f"are rolled by {(k + width // 2) % width - width // 2}", 2, np.roll(index, k)) for k in range(1, width)]
-    for block in (size for size in range(2, width) if width % size == 0):
-        blocks = index.reshape(-1, block)
-        tried.append((f"are read as {len(blocks)} x {block} transposed", 2, blocks.T.ravel()))
-        tried.append((f"of every {block} are reversed", 2, blocks[:, ::-1].ravel()))
-        tried.append((f"of every {block} are exchanged by halves", 2, np.roll(blocks, block // 2, 1).ravel()))
-        tried.append((f"in blocks of {block} are reversed", 2, blocks[::-1].ravel()))
     room = max(2 * fit.slack, 0.1 * float(np.linalg.norm(target)))
-    for words, size, order in tried:
-        if np.linalg.norm((part.x[:, order] - part.x) @ weight - target) <= room:
-            change = Change(words, size, lambda w, o=order: w[:, np.argsort(o)] if w.shape[1] == len(o) else None)
-            yield Law(f"the input's channels {words}", size, reweighted(change))
+    for order in orders.known(width):
+        taken = order.of(width)
+        if np.linalg.norm((part.x[:, taken] - part.x) @ weight - target) <= room:
+            yield Law(f"the input's channels {order.words}", order.size, reweighted(_taken(np.argsort(taken))))
+
+
+def _taken(columns: np.ndarray) -> Change:
+    return Change("", 0, lambda weight: weight[:, columns] if weight.shape[1] == len(columns) else None)
 
 
 def _inputs(part: Part) -> Iterator[Law]:
@@ -202,7 +199,10 @@ def _inputs(part: Part) -> Iterator[Law]:
     ones = np.ones_like(part.x)
     identity = curves.FUNCTIONS["nothing"]
     reading = curves.Reading.of(part.x, ones, part.weight, part.fit.got - bias, part.fit.slack, identity)
-    for function in (*curves.read(reading, identity, "x", "the input"), *curves.narrowed(reading, identity)):
+    for function in (
+        *curves.read(reading, identity, "x", "the input"),
+        *curves.narrowed(reading, identity, (part.x.shape[1],)),
+    ):
 
         def apply(other: Component, of: curves.Function = function.of) -> np.ndarray:
             x = other.inputs["x"].astype(np.float64)
@@ -256,7 +256,7 @@ def _gains(gains: np.ndarray, noise: float) -> Iterator[Law]:
     for region in regions_of(np.ones(width), gains, noise, ("channel",), ()):
         (place,) = region.indexes(gains.shape)
         fit = Fit(np.ones(len(place)), gains[place], noise)
-        factor = fit.snapped(float(gains[place].mean()), lambda a: np.full(len(place), a))
+        factor = fit.snapped(float(gains[place].mean()), lambda a, unit=fit.own: a * unit)
         vector = np.ones(width)
         vector[place] = factor
         words = "is left out" if not factor else f"is {told(factor)} times as large"
@@ -287,7 +287,7 @@ def _matrices(part: Part) -> Iterator[Law]:
     if width > INPUTS or len(x) < 2 * width + 2:
         return
     half = np.linalg.lstsq(x[::2], part.off[::2], rcond=None)[0]
-    tested = Fit(part.fit.own[1::2], part.fit.got[1::2], part.fit.slack)
+    tested = Fit(part.fit.own[1::2], part.fit.got[1::2], part.fit.rounding)
     if not tested.holds(tested.own + x[1::2] @ half):
         return
     added = np.linalg.lstsq(x, part.off, rcond=None)[0].T

@@ -1,7 +1,7 @@
 """Numbers read from data, as people write them."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 # What formulas are made of, with the words for it.
 CONSTANTS = {
@@ -10,6 +10,7 @@ CONSTANTS = {
     "127/128": 127 / 128, "255/256": 255 / 256, "1.702": 1.702,
 }  # fmt: skip
 DIGITS = 4
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def snapped(value: float, fits: Callable[[float], bool]) -> float:
@@ -33,6 +34,24 @@ def told(value: float) -> str:
     return "0" if text == "-0" else text
 
 
+def least(left: Callable[[float], float], grid: Sequence[float], steps: int = 30) -> float:
+    """The number for which `left` is least: the best of a grid in order, closed in on by golden sections."""
+    best = min(range(len(grid)), key=lambda i: left(grid[i]))
+    low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, len(grid) - 1)])
+    a, b = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+    at_a, at_b = left(a), left(b)
+    for _ in range(steps):
+        if at_a < at_b:
+            high, b, at_b = b, a, at_a
+            a = high - GOLDEN * (high - low)
+            at_a = left(a)
+        else:
+            low, a, at_a = a, b, at_b
+            b = low + GOLDEN * (high - low)
+            at_b = left(b)
+    return (low + high) / 2
+
+
 def _written(value: float) -> Iterator[float]:
     """Numbers near one, the simplest first."""
     if not math.isfinite(value):
@@ -40,9 +59,8 @@ def _written(value: float) -> Iterator[float]:
     if abs(value - round(value)) < 0.2:
         yield float(round(value))
     if value:
-        power = round(math.log2(abs(value)))
-        yield math.copysign(2.0**power, value)
         yield _rounded(value, 1)
+        yield math.copysign(2.0 ** round(math.log2(abs(value))), value)
     for constant in CONSTANTS.values():
         if 0.9 < abs(value) / constant < 1.1:
             yield math.copysign(constant, value)

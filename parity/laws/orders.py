@@ -36,6 +36,24 @@ def sources(own: np.ndarray, got: np.ndarray, axis: int) -> np.ndarray | None:
     return result
 
 
+def known(n: int) -> Iterator[Order]:
+    """Orders that can be said without being read: reversed, rolled, and blocks turned, of an axis of n."""
+
+    def alike(order: np.ndarray) -> Callable[[int], np.ndarray | None]:
+        return lambda m: order if m == n else None
+
+    index = np.arange(n)
+    yield Order("are reversed", 1, alike(index[::-1]))
+    for shift in range(1, n):
+        yield Order(f"are rolled by {(shift + n // 2) % n - n // 2}", 2, alike(np.roll(index, shift)))
+    for block in (size for size in range(2, n) if n % size == 0):
+        blocks = index.reshape(-1, block)
+        yield Order(f"are read as {len(blocks)} x {block} transposed", 2, alike(blocks.T.ravel()))
+        yield Order(f"of every {block} are reversed", 2, alike(blocks[:, ::-1].ravel()))
+        yield Order(f"of every {block} are exchanged by halves", 2, alike(np.roll(blocks, block // 2, 1).ravel()))
+        yield Order(f"in blocks of {block} are reversed", 2, alike(blocks[::-1].ravel()))
+
+
 def told(order: np.ndarray, name: str, is_open: bool) -> Iterator[Order]:
     """What an order of indexes may be called, the shortest first; an open axis may be longer elsewhere."""
     n = len(order)
@@ -84,6 +102,7 @@ def told(order: np.ndarray, name: str, is_open: bool) -> Iterator[Order]:
 def _one(order: np.ndarray, moved: np.ndarray, name: str, is_open: bool) -> Order:
     """Some indexes that are all taken from one."""
     source, part = int(order[moved[0]]), part_of(moved, len(order), name, is_open)
+    words = "everywhere" if len(moved) == len(order) - 1 else part.words
 
     def of(m: int) -> np.ndarray | None:
         if source >= m or (not is_open and m != len(order)):
@@ -92,7 +111,7 @@ def _one(order: np.ndarray, moved: np.ndarray, name: str, is_open: bool) -> Orde
         result[part.of(m)] = source
         return result
 
-    return Order(f"{name} {source} stands {part.words}", 1 + part.size, of)
+    return Order(f"{name} {source} stands {words}", 1 + part.size, of)
 
 
 def _of_blocks(order: np.ndarray, block: int, name: str, of: Callable[[int], np.ndarray | None]) -> Order:

@@ -74,18 +74,26 @@ def regions_of(
 ) -> list[Region]:
     """All of an array, and the smallest part outside of which there is nothing but rounding, where that is smaller."""
     lengths = tuple(None if i in open_axes else n for i, n in enumerate(own.shape))
-    everything = Region((None,) * own.ndim, lengths)
+    found = [Region((None,) * own.ndim, lengths)]
     off, square = np.square(got - own), np.square(own)
     total = square.sum() or 1.0
-    parts: list[Part | None] = []
-    for axis, (name, length) in enumerate(zip(axes, own.shape, strict=True)):
+    touched = []
+    for axis, length in enumerate(own.shape):
         others = tuple(i for i in range(own.ndim) if i != axis)
         allowed = rounding**2 * (square.sum(others) / total + 1 / length) / 2
-        touched = np.flatnonzero(off.sum(others) > BEYOND**2 * allowed)
-        part = part_of(touched, length, name, axis in open_axes) if 0 < len(touched) < length else None
-        # Indexes without an order that are many say nothing.
-        parts.append(part if part and part.size <= max(length / 4, LISTED) else None)
-    return [everything, Region(tuple(parts), lengths)] if any(parts) else [everything]
+        touched.append(np.flatnonzero(off.sum(others) > BEYOND**2 * allowed))
+    if all(map(len, touched)):
+        # What lies between is touched too, however little it shows.
+        for indexes in (touched, [np.arange(part[0], part[-1] + 1) for part in touched]):
+            parts = []
+            for axis, (part, length) in enumerate(zip(indexes, own.shape, strict=True)):
+                some = part_of(part, length, axes[axis], axis in open_axes) if len(part) < length else None
+                # Indexes without an order that are many say nothing.
+                parts.append(some if some and some.size <= max(length / 4, LISTED) else None)
+            region = Region(tuple(parts), lengths)
+            if region.words not in [other.words for other in found]:
+                found.append(region)
+    return found
 
 
 def part_of(touched: np.ndarray, length: int, name: str, is_open: bool) -> Part:

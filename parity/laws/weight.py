@@ -6,7 +6,7 @@ import numpy as np
 
 from parity.laws.base import Component, Law
 from parity.laws.change import Change, changes
-from parity.laws.fit import Fit, checked, fit_of
+from parity.laws.fit import Fit, checked
 from parity.laws.rounding import grids, to_format
 
 AXES = ("channel",), ("output", "input"), ("output", "input", "place"), ("output", "input", "row", "column")
@@ -18,12 +18,14 @@ LOW = 1 / 3
 
 def changed(component: Component, got: np.ndarray) -> Iterator[Law]:
     """A parameter is another than it should be."""
-    fit = fit_of(component, got)
-    if fit is None:
-        return
-    name = component.facts.get("name", "weight")
-    found = (*changes(fit.own, fit.got, 0.0, axes_of(fit.own), ()), *_flips(fit.own), *quantized(fit), *low_rank(fit))
-    yield from checked(component, fit, (law_of(f"the {name}", change, fit.own, fit.got) for change in found))
+    yield from checked(component, got, proposed)
+
+
+def proposed(component: Component, fit: Fit) -> Iterator[Law]:
+    """Changes of a parameter that may be."""
+    subject = f"the {component.facts.get('name', 'weight')}"
+    for found in (changes(fit.own, fit.got, 0.0, axes_of(fit.own), ()), _flips(fit.own), quantized(fit), low_rank(fit)):
+        yield from (law_of(subject, change, fit.own, fit.got) for change in found)
 
 
 def law_of(subject: str, change: Change, own: np.ndarray, got: np.ndarray) -> Law:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
 
 _READ: WeakKeyDictionary["TapProbe", Component | None] = WeakKeyDictionary()
-KNOWN: Sequence[Known] = (*rows.KNOWN,)
+KNOWN: Sequence[Known] = (*rows.KNOWN, *rows.ANYTHING)
 
 
 def component_of(site: "TapProbe", own: np.ndarray) -> Component | None:
