@@ -15,8 +15,8 @@ Function = Callable[[np.ndarray], np.ndarray]
 
 # Rows and outputs that a function is read from, and the places between which it is drawn straight.
 ROWS, OUTPUTS, KNOTS = 192, 32, 28
-# How much more than a law may what is drawn straight may leave for a function of one number to be sought.
-WORTH = 4.0
+# The part that the best drawing may leave for a function of one number to be sought.
+WORTH = 0.4
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -112,14 +112,14 @@ def read(reading: Reading, base: Function, expected: str, of: str) -> Iterator[N
     x = np.linspace(float(reading.pre.min()), float(reading.pre.max()), 100)
     found = list(plain(reading, base))
     drawing = None if found else drawn(reading, base, expected, of)
-    if not found and (drawing is None or drawing[0] <= WORTH):
+    if not found and (drawing is None or drawing[1] <= WORTH):
         found = list(numbered(reading, base))
     for function in found:
         with np.errstate(all="ignore"):
             lines = {f"expected: {expected}": base(x), "found": function.of(x)}
         yield replace(function, figure=Curves(f"The function of {of}", of, "value", x, lines))
     if not found and drawing is not None and drawing[0] <= 1:
-        yield drawing[1]
+        yield drawing[2]
 
 
 def narrowed(reading: Reading, base: Function, widths: Sequence[int] = ()) -> Iterator[Named]:
@@ -205,10 +205,11 @@ def _with(
     return number, lambda x: function(x, number)
 
 
-def drawn(reading: Reading, base: Function, expected: str, of: str) -> tuple[float, Named] | None:
+def drawn(reading: Reading, base: Function, expected: str, of: str) -> tuple[float, float, Named] | None:
     """Any function, read from one half of the rows: `base` and what is straight between some places.
 
-    Also by how much more than a law may it leaves in the other half; None where there is too little to read it from.
+    Before it, by how much more than a law may it leaves in the other half, and the part that the best of all leaves. None
+    where there is too little to read it from.
     """
     equations = len(reading.pre) // 2 * len(reading.weight)
     count = min(KNOTS, equations // 6)
@@ -230,10 +231,11 @@ def drawn(reading: Reading, base: Function, expected: str, of: str) -> tuple[flo
         return np.linalg.lstsq(equations, np.append(off[rows].ravel(), np.zeros(len(places))), rcond=None)[0]
 
     tested = float(np.linalg.norm(design[1::2] @ solved(slice(0, None, 2)) - off[1::2]))
-    allowed = max(reading.slack, 2 * LEAVES * float(np.linalg.norm(off[1::2])))
+    allowed = max(reading.slack, 2 * LEAVES * float(np.linalg.norm(off[1::2]))) or 1.0
     by = solved(slice(None))
+    left = max(float(np.linalg.norm(design @ by - off)) - reading.slack, 0.0) / (reading.before or 1.0)
     lines = {f"expected: {expected}": base(places), "found": base(places) + by}
     figure = Curves(f"The function of {of}", of, "value", places, lines)
     size = float(len(places))
     function = Named(" passes another function", size, lambda x: base(x) + np.interp(x, places, by), figure)
-    return tested / (allowed or 1.0), function
+    return tested / allowed, left, function

@@ -216,7 +216,7 @@ def _columns(part: Part) -> Iterator[Law]:
     x, weight, width = part.x, part.weight, part.weight.shape[1]
     rows = np.unique(np.linspace(0, len(x) - 1, 96).astype(int))
     outputs = np.unique(np.linspace(0, len(weight) - 1, 32).astype(int))
-    if width <= INPUTS and len(rows) * len(outputs) >= 2 * width:
+    if width <= INPUTS and len(rows) * len(outputs) >= 2 * width and x[rows].any() and weight[outputs].any():
         design = (x[rows][:, None] * weight[outputs][None]).reshape(-1, width)
         target = part.off[np.ix_(rows, outputs)].ravel()
         gram = design.T @ design
