@@ -87,7 +87,7 @@ def _law(words: str, size: float, inner: Inner, figure: Curves | None = None) ->
 
 
 def _of_part(gated: Gated, weight: np.ndarray, fit: Fit, component: Component) -> Iterator[Law]:
-    if not fit.residual > fit.slack:
+    if not fit.residual > fit.slack or fit.own.size == 1:
         return
     f, name = gated.f, component.facts["activation"]
     both = component.inputs.get("up") is not None

@@ -24,11 +24,22 @@ class Change:
 
 
 def changes(
-    own: np.ndarray, got: np.ndarray, rounding: float, axes: Sequence[str], open_axes: Sequence[int] = (0,)
+    own: np.ndarray,
+    got: np.ndarray,
+    rounding: float,
+    axes: Sequence[str],
+    open_axes: Sequence[int] = (0,),
+    single: bool = False,
 ) -> Iterator[Change]:
-    """Changes that may have made `got` of `own`, both float64 of one shape [axes]: likely ones, to be checked."""
+    """Changes that may have made `got` of `own`, both float64 of one shape [axes]: likely ones, to be checked.
+
+    `open_axes` may have other lengths elsewhere. `single`: an element by itself is told too, as of a parameter; of a
+    result that would only say what came out.
+    """
     for region in regions_of(own, got, rounding, axes, open_axes):
         place = np.ix_(*region.indexes(own.shape))
+        if own[place].size == 1 and not single:
+            continue
         share = np.linalg.norm(own[place]) / (np.linalg.norm(own) or 1.0)
         part = Fit(own[place], got[place], rounding * share)
         for change in (*_of_values(part), *_vectors(part, axes, open_axes)):

@@ -208,8 +208,8 @@ def _with(
 def drawn(reading: Reading, base: Function, expected: str, of: str) -> tuple[float, float, Named] | None:
     """Any function, read from one half of the rows: `base` and what is straight between some places.
 
-    Before it, by how much more than a law may it leaves in the other half, and the part that the best of all leaves. None
-    where there is too little to read it from.
+    Before it, by how much more than a law may it leaves in the other half, and the part that the best of all leaves.
+    None where there is too little to read it from.
     """
     equations = len(reading.pre) // 2 * len(reading.weight)
     count = min(KNOTS, equations // 6)

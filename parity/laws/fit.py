@@ -75,13 +75,14 @@ def fit_of(component: Component, got: np.ndarray) -> Fit | None:
 
 
 def checked(component: Component, got: np.ndarray, propose: Propose) -> Iterator[Law]:
-    """Of laws that may be true those that are: else two of them together, or what removes the larger part."""
+    """Of laws that may be true those that are, or two of them together; else what removes the larger part."""
     fit = fit_of(component, got)
     if fit is None:
         return
     judged = _judged(component, fit, propose)
     whole = [item for item in judged if item[0] <= fit.allowed]
-    if not any(law.size <= FEW for _, law in whole):
+    if whole and not any(law.size <= FEW for _, law in whole):
+        # Two faults that are few numbers each may be one of many.
         bases = [item for item in judged if item[0] <= (1 - HELPS) * fit.residual and item[1].size <= FEW]
         for _, base in sorted(bases, key=lambda item: item[0])[:BASES]:
             whole += _together(component, fit, propose, base)

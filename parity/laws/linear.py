@@ -97,7 +97,7 @@ def _within(region: Region, law: Law) -> Law:
 
 
 def _of_part(part: Part) -> Iterator[Law]:
-    if not part.fit.residual > part.fit.slack:
+    if not part.fit.residual > part.fit.slack or part.off.size == 1:
         return
     yield from _biases(part)
     yield from _weights(part)
@@ -117,7 +117,7 @@ def _biases(part: Part) -> Iterator[Law]:
         factor = part.fit.snapped(factor, lambda a: a * part.product + bias)
         yield Law(f"the product is {told(factor)} times as large, but not the bias", 1.2, _scaled(factor))
         rounding = part.fit.slack / len(part.off) ** 0.5
-        for change in changes(bias, bias + vector, rounding, ("channel",), ()):
+        for change in changes(bias, bias + vector, rounding, ("channel",), (), True):
             words = "the bias" + {" is zero": " is missing"}.get(change.sentence, change.sentence)
             yield Law(words, change.size, _rebiased(change), change.figure)
     if steady and len(vector) > 1:
@@ -233,7 +233,7 @@ def _columns(part: Part) -> Iterator[Law]:
     if len(x) > 2 and square:
         vector = part.off.T @ x[:, j] / square
         noise = part.fit.slack / square**0.5
-        for change in changes(weight[:, j], weight[:, j] + vector, noise, ("output",), ()):
+        for change in changes(weight[:, j], weight[:, j] + vector, noise, ("output",), (), True):
             change = replace(change, apply=_in_column(change, j))
             yield Law(f"the weight of input {j}{change.sentence}", change.size + 1, reweighted(change), change.figure)
 
@@ -279,11 +279,14 @@ def _matrices(part: Part) -> Iterator[Law]:
         inner = np.linalg.lstsq(x, left, rcond=1e-9)[0]
         size = float(inner.size + right.size)
 
-        def add(other: np.ndarray) -> np.ndarray | None:
-            return other + (inner @ right).T if other.shape == (right.shape[1], width) else None
+        def apply(other: Component) -> np.ndarray | None:
+            given = other.inputs["x"]
+            # With fewer rows than inputs the matrix is known for these rows alone.
+            if given.shape[1:] != x.shape[1:] or (len(x) < width and not np.array_equal(given, x)):
+                return None
+            return other.own + given @ inner @ right if other.own.shape[1] == right.shape[1] else None
 
-        change = Change(f" differs by a matrix of rank {len(right)}", size, add)
-        yield Law(f"the weight{change.sentence}", size, reweighted(change))
+        yield Law(f"the weight differs by a matrix of rank {len(right)}", size, apply)
     if width > INPUTS or len(x) < 2 * width + 2:
         return
     half = np.linalg.lstsq(x[::2], part.off[::2], rcond=None)[0]
@@ -292,7 +295,7 @@ def _matrices(part: Part) -> Iterator[Law]:
         return
     added = np.linalg.lstsq(x, part.off, rcond=None)[0].T
     noise = part.fit.slack * float(np.sqrt(np.square(np.linalg.pinv(x)).sum() / len(x)))
-    for change in changes(part.weight, part.weight + added, noise, ("output", "input"), ()):
+    for change in changes(part.weight, part.weight + added, noise, ("output", "input"), (), True):
         yield Law(f"the weight{change.sentence}", change.size, reweighted(change), change.figure)
     change = Change(" is another matrix", float(added.size), lambda w: w + added if w.shape == added.shape else None)
     yield Law(f"the weight{change.sentence}", change.size, reweighted(change))

@@ -140,7 +140,7 @@ def _law(words: str, size: float, compute: Compute, figure: Curves | None = None
 
 
 def _of_part(norm: Norm, fit: Fit, names: Sequence[str]) -> Iterator[Law]:
-    if not fit.residual > fit.slack or not norm.weight.any():
+    if not fit.residual > fit.slack or not norm.weight.any() or len(norm.x) == 0:
         return
     # A change of `own`, which may be changed already.
     fit = Fit(norm.result, fit.got - (fit.own - norm.result), fit.rounding)
@@ -160,7 +160,7 @@ def _weights(norm: Norm, fit: Fit) -> Iterator[Law]:
     found = (normed * got).sum(0) / square
     figure = Curves("The norm's weight", "channel", "weight", np.arange(len(found)),
                     {"expected": norm.weight, "found": found})  # fmt: skip
-    for change in changes(norm.weight, found, fit.slack / len(normed) ** 0.5, ("channel",), ()):
+    for change in changes(norm.weight, found, fit.slack / len(normed) ** 0.5, ("channel",), (), True):
         if change.sentence.endswith("times as large"):
             # Said of the result, whose factor may have a name.
             continue

@@ -65,7 +65,7 @@ def _within(region: Region, law: Law) -> Law:
 
 def _of_part(parts: Mapping[str, np.ndarray], terms: Sequence[str], fit: Fit) -> Iterator[Law]:
     """One, two or all of the parts are added another number of times."""
-    if not fit.residual > fit.slack:
+    if not fit.residual > fit.slack or fit.own.size == 1:
         return
     off = (fit.got - fit.own).ravel()
     names = list(parts)

@@ -24,7 +24,12 @@ def changed(component: Component, got: np.ndarray) -> Iterator[Law]:
 def proposed(component: Component, fit: Fit) -> Iterator[Law]:
     """Changes of a parameter that may be."""
     subject = f"the {component.facts.get('name', 'weight')}"
-    for found in (changes(fit.own, fit.got, 0.0, axes_of(fit.own), ()), _flips(fit.own), quantized(fit), low_rank(fit)):
+    for found in (
+        changes(fit.own, fit.got, 0.0, axes_of(fit.own), (), True),
+        _flips(fit.own),
+        quantized(fit),
+        low_rank(fit),
+    ):
         yield from (law_of(subject, change, fit.own, fit.got) for change in found)
 
 

@@ -255,7 +255,8 @@ def _holds(site: TapProbe, second: TapProbe, hypothesis: Hypothesis, here: float
     """Whether what was read from one input is true of another that the same component is wrong with."""
     if not hypothesis.size or second.component != site.component or here < EXPLAINS:
         return True
-    return there is not None and there >= EXPLAINS
+    # A law may say nothing of the other input.
+    return there is None or there >= EXPLAINS
 
 
 def _stacked(
