@@ -12,12 +12,14 @@ from parity.laws.change import Change, changes
 from parity.laws.fit import Fit, checked
 from parity.laws.numbers import told
 from parity.laws.regions import Region, regions_of
-from parity.laws.rounding import formats, grids
-from parity.laws.weight import factors
+from parity.laws.rounding import by_rows, formats, grids
+from parity.laws.weight import WHOLE, factors
 
 AXES = ("row", "channel")
 # Outputs that ways to change the weight are first tried on, and the most inputs whose gains are read.
 TRIED, INPUTS = 48, 512
+# Rows that ways to change the weight, and orders of the inputs, are tried on.
+ROWS, SOME = 512, 48
 
 
 @dataclass(frozen=True)
@@ -168,11 +170,19 @@ def _weights(part: Part) -> Iterator[Law]:
     weight = part.weight
     some = np.unique(np.linspace(0, len(weight) - 1, TRIED).astype(int))
     fit = Fit(part.fit.own[:, some], part.fit.got[:, some], part.fit.rounding)
-    turned = [Change(" is transposed", 1, np.transpose)] if weight.shape[0] == weight.shape[1] else []
-    turned.append(Change(" is transposed in memory", 1.5, lambda w: w.T.reshape(w.shape)))
-    rounded = [Change(f" {words}", size, how) for words, size, how in (*formats(), *grids(weight.shape[1]))]
-    for change in (*turned, *rounded):
-        if fit.holds(fit.own + part.x @ (change.apply(weight) - weight)[some].T):
+    rows = slice(None) if len(part.x) <= ROWS else slice(None, None, -(-len(part.x) // ROWS))
+    x, fit = part.x[rows], Fit(fit.own[rows], fit.got[rows], part.fit.rounding)
+    ways = [Change(" is transposed in memory", 1.5, lambda w: w.T.reshape(w.shape))]
+    if weight.shape[0] == weight.shape[1]:
+        ways.append(Change(" is transposed", 1, np.transpose))
+    for words, size, how in (*formats(), *grids(weight.shape[1])):
+        if by_rows(words):
+            if fit.holds(fit.own + x @ (how(weight[some]) - weight[some]).T):
+                yield Law(f"the weight {words}", size, reweighted(Change("", size, how)))
+        elif weight.size <= WHOLE:
+            ways.append(Change(f" {words}", size, how))
+    for change in ways:
+        if fit.holds(fit.own + x @ (change.apply(weight)[some] - weight[some]).T):
             yield Law(f"the weight{change.sentence}", change.size, reweighted(change))
     yield from _orders(part, fit, some)
 
@@ -181,11 +191,12 @@ def _orders(part: Part, fit: Fit, some: np.ndarray) -> Iterator[Law]:
     """The inputs in another order that can be said; first tried on a mixture of outputs."""
     width = part.weight.shape[1]
     mixed = np.random.default_rng(0).standard_normal((len(some), 4)) / 2
-    weight, target = part.weight[some].T @ mixed, part.off[:, some] @ mixed
+    rows = slice(None, None, max(len(part.x) // SOME, 1))
+    x, weight, target = part.x[rows], part.weight[some].T @ mixed, part.off[rows][:, some] @ mixed
     room = max(2 * fit.slack, 0.1 * float(np.linalg.norm(target)))
     for order in orders.known(width):
         taken = order.of(width)
-        if np.linalg.norm((part.x[:, taken] - part.x) @ weight - target) <= room:
+        if np.linalg.norm((x[:, taken] - x) @ weight - target) <= room:
             yield Law(f"the input's channels {order.words}", order.size, reweighted(_taken(np.argsort(taken))))
 
 

@@ -52,6 +52,13 @@ def grids(width: int) -> Iterator[tuple[str, float, Rounded]]:
         yield "is quantized to nvfp4", 2, _grouped(_scaled_format, "float4_e2m1", 16)
 
 
+def by_rows(words: str) -> bool:
+    """Whether a way to quantize, by its words, does with each row what it does without the others."""
+    return any(part in words for part in (" row by row", " in groups of ", "fp4", "mxfp8", "is rounded to")) and (
+        "scaled" not in words or " row by row" in words or " in groups of " in words
+    )
+
+
 def _grouped(kind: Callable, how: int | str, group: int | None) -> Rounded:
     def rounded(x: np.ndarray) -> np.ndarray:
         shape = (1, -1) if group is None else (-1, group)

@@ -7,11 +7,13 @@ import numpy as np
 from parity.laws.base import Component, Law
 from parity.laws.change import Change, changes
 from parity.laws.fit import Fit, checked
-from parity.laws.rounding import grids, to_format
+from parity.laws.rounding import by_rows, grids, to_format
 
 AXES = ("channel",), ("output", "input"), ("output", "input", "place"), ("output", "input", "row", "column")
 # Elements up to which all ways of quantizing are tried; of a larger matrix the first rows.
 TRIED = 1 << 16
+# Elements up to which ways are tried that need all of them, and rows and columns up to which a rank is read of all.
+WHOLE, RANKED = 1 << 20, 256
 # A matrix is of low rank where its rank is less than this part of what it could be.
 LOW = 1 / 3
 
@@ -70,7 +72,19 @@ def factors(off: np.ndarray, slack: float) -> tuple[np.ndarray, np.ndarray] | No
     """Two factors [m, k] and [k, n] of a matrix whose rank k is low; None where it is not."""
     if not np.isfinite(off).all():
         return None
-    most = int(min(off.shape) * LOW)
+    if min(off.shape) > RANKED:
+        # The range of a matrix is that of a few mixtures of its columns.
+        mixed = off @ np.random.default_rng(0).standard_normal((off.shape[1], RANKED // 2))
+        basis = np.linalg.qr(mixed)[0]
+        inner = basis.T @ off
+        if np.linalg.norm(off) ** 2 - np.linalg.norm(inner) ** 2 > max(slack, 1e-3 * np.linalg.norm(off)) ** 2:
+            return None
+        found = factors(inner, slack)
+        return None if found is None else (basis @ found[0], found[1])
+    # A few rows or columns are of low rank whatever is in them.
+    square, allowed = np.square(off), max(slack, 1e-3 * float(np.linalg.norm(off))) ** 2
+    touched = [int(np.sum(square.sum(axis) * off.shape[1 - axis] > allowed)) for axis in (0, 1)]
+    most = int(min(touched) * LOW)
     u, s, v = np.linalg.svd(off, full_matrices=False)
     beyond = np.sqrt(np.cumsum((s**2)[::-1])[::-1])
     allowed = max(slack, 1e-3 * float(beyond[0]))
@@ -86,8 +100,9 @@ def quantized(fit: Fit) -> Iterator[Change]:
     touched = np.flatnonzero((own != got).any(1))
     rows = touched[: max(TRIED // own.shape[1], 1)]
     for words, size, rounded in grids(own.shape[1]):
-        whole = "row" not in words and "groups" not in words and "scaled" not in words and "fp4" not in words
-        tried = rounded(own)[rows] if whole else rounded(own[rows])
+        if not by_rows(words) and own.size > WHOLE:
+            continue
+        tried = rounded(own[rows]) if by_rows(words) else rounded(own)[rows]
         if Fit(own[rows], got[rows], fit.rounding).holds(tried):
             yield Change(f" {words}", size, rounded)
 

@@ -246,8 +246,8 @@ def _ranked(
     finalists = [(h, r, removed(second, [h], failed) if second is not None else None) for h, r in tried[:FINALISTS]]
     if second is not None:
         finalists = [item for item in finalists if _holds(site, second, *item)]
-        # Where it does not apply it does not hold.
-        finalists.sort(key=lambda item: -(item[1] + (item[2] if item[2] is not None else -1.0)))
+        # Where it does not apply it does not hold; but what was read may say nothing of another input.
+        finalists.sort(key=lambda item: -(item[1] + (item[2] if item[2] is not None else -1.0 * (not item[0].size))))
     return [*finalists, *((h, r, None) for h, r in tried[FINALISTS:] if not h.size or second is None)]
 
 
