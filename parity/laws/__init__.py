@@ -3,12 +3,14 @@
 import numpy as np
 
 from parity.laws import (
+    activation,
     attention,
     convolution,
     edits,
     guidance,
     kernel,
     linear,
+    norm,
     pixel_curve,
     place,
     pointwise,
@@ -19,15 +21,17 @@ from parity.laws import (
     schedule,
     sequence,
     statistics,
+    sums,
     table,
     waves,
+    weight,
 )
 from parity.laws.base import Component, Curves, Figure, Fitter, Law, Matrices
 
 __all__ = ["Component", "Curves", "Figure", "Fitter", "Law", "Matrices", "ANY", "ANY_KIND", "LAWS", "fitted"]
 
 LAWS: dict[str, tuple[Fitter, ...]] = {
-    "linear": (linear.scale, attention.attention),
+    "linear": (linear.read, attention.attention),
     "attention": (attention.attention,),
     "rotary": (rotary.rotary,),
     "convolution": (convolution.variants, *kernel.FITTERS),
@@ -45,6 +49,10 @@ LAWS: dict[str, tuple[Fitter, ...]] = {
     "time": (waves.waves_through_layers, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
     "array": (sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
     "normalised": (statistics.normalised, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
+    "weight": (weight.changed,),
+    "norm": (norm.read,),
+    "gated": (activation.read,),
+    "sum": (sums.read,),
 }
 """The fitters of each kind of component."""
 ANY: tuple[Fitter, ...] = (place.place,)

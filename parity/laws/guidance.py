@@ -7,7 +7,7 @@ import numpy as np
 
 from parity.laws.base import Component, Law
 from parity.laws.mixture import Where, comparable, enough, grain, put, seen
-from parity.laws.numbers import told
+from parity.laws.plain import told
 from parity.laws.sampling import sum_of_parts
 from parity.laws.support import spans
 

@@ -7,9 +7,9 @@ import numpy as np
 
 from parity.laws.base import Component, Law, Matrices
 from parity.laws.convolution import Reading, chosen_places, reading_of
-from parity.laws.numbers import told
 from parity.laws.patches import all_places, convolved, laid_out, patches, taken
 from parity.laws.place import place
+from parity.laws.plain import told
 from parity.laws.support import plural, spans
 
 LEFT, LEFT_BESIDE = 0.05, 0.5

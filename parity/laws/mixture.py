@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 
 from parity.laws.base import Component
-from parity.laws.numbers import told
+from parity.laws.plain import told
 from parity.laws.support import Span, beyond, mask, spans
 
 # A law may leave this part of the residual, beyond rounding.

@@ -1,42 +1,72 @@
-"""Numbers as people write them: the plainest one that fits as well as what was fitted."""
+"""Numbers read from data, as people write them."""
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 
-# What is written otherwise than in decimals, and how.
-_NAMED = {
-    math.pi: "pi",
-    2 * math.pi: "2 pi",
-    math.sqrt(2): "sqrt(2)",
-    1 / math.sqrt(2): "1/sqrt(2)",
-    **{1 / n: f"1/{n}" for n in (3, 6, 7, 9, 12)},
-    2 / 3: "2/3",
-    1 / 255: "1/255",
-    1 / 127.5: "1/127.5",
-}
+# What formulas are made of, with the words for it.
+CONSTANTS = {
+    "1/3": 1 / 3, "2/3": 2 / 3, "1/sqrt(2)": 0.5**0.5, "sqrt(2)": 2**0.5, "sqrt(3)": 3**0.5, "1/sqrt(3)": 3**-0.5,
+    "pi": math.pi, "2 pi": 2 * math.pi, "pi/2": math.pi / 2, "1/pi": 1 / math.pi, "e": math.e, "ln 2": math.log(2),
+    "127/128": 127 / 128, "255/256": 255 / 256, "1.702": 1.702,
+}  # fmt: skip
+DIGITS = 4
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def told(value: float, within: float) -> tuple[float, str]:
-    """The plainest number that is no further than `within` from a value, and how it is said.
-
-    Where none of four digits is as near the value is kept and said with four.
-    """
-    if abs(value) <= within:
-        return 0.0, "0"
-    for digits in (1, 2):
-        if abs((plain := float(f"{value:.{digits - 1}e}")) - value) <= within:
-            return plain, said(plain)
-    for plain, name in _NAMED.items():
-        for sign in (1, -1):
-            if abs(sign * plain - value) <= within:
-                return sign * plain, name if sign > 0 else f"-{name}"
-    if value and abs((power := math.copysign(2.0 ** round(math.log2(abs(value))), value)) - value) <= within:
-        return power, said(power)
-    for digits in (3, 4):
-        if abs((plain := float(f"{value:.{digits - 1}e}")) - value) <= within:
-            return plain, said(plain)
-    return value, f"{value:.4g}"
+def snapped(value: float, fits: Callable[[float], bool]) -> float:
+    """The simplest number near one for which `fits` holds; the number itself where none is."""
+    return next((written for written in _written(value) if fits(written)), value)
 
 
-def said(value: float) -> str:
-    """A number without an exponent where it is read without one."""
-    return f"{value:.12g}" if 1e-4 <= abs(value) < 1e9 or not value else f"{value:.4g}"
+def told(value: float) -> str:
+    """A number in words: a constant's name, or at most four significant digits."""
+    for sign, prefix in ((1, ""), (-1, "-")):
+        for name, constant in CONSTANTS.items():
+            if math.isclose(value, sign * constant, rel_tol=1e-12):
+                return prefix + name
+    for root in range(2, 65):
+        if root**0.5 % 1 and math.isclose(value, root**0.5, rel_tol=1e-9):
+            return f"sqrt({root})"
+    text = f"{value:.{DIGITS}g}"
+    if "e" in text:
+        digits, _, power = text.partition("e")
+        return f"{digits}e{int(power)}"
+    return "0" if text == "-0" else text
+
+
+def least(left: Callable[[float], float], grid: Sequence[float], steps: int = 30) -> float:
+    """The number for which `left` is least: the best of a grid in order, closed in on by golden sections."""
+    best = min(range(len(grid)), key=lambda i: left(grid[i]))
+    low, high = float(grid[max(best - 1, 0)]), float(grid[min(best + 1, len(grid) - 1)])
+    a, b = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+    at_a, at_b = left(a), left(b)
+    for _ in range(steps):
+        if at_a < at_b:
+            high, b, at_b = b, a, at_a
+            a = high - GOLDEN * (high - low)
+            at_a = left(a)
+        else:
+            low, a, at_a = a, b, at_b
+            b = low + GOLDEN * (high - low)
+            at_b = left(b)
+    return (low + high) / 2
+
+
+def _written(value: float) -> Iterator[float]:
+    """Numbers near one, the simplest first."""
+    if not math.isfinite(value):
+        return
+    if abs(value - round(value)) < 0.2:
+        yield float(round(value))
+    if value:
+        yield _rounded(value, 1)
+        yield math.copysign(2.0 ** round(math.log2(abs(value))), value)
+    for constant in CONSTANTS.values():
+        if 0.9 < abs(value) / constant < 1.1:
+            yield math.copysign(constant, value)
+    if value:
+        yield from (_rounded(value, digits) for digits in range(2, DIGITS + 1))
+
+
+def _rounded(value: float, digits: int) -> float:
+    return float(f"{value:.{digits - 1}e}")

@@ -7,9 +7,9 @@ from itertools import permutations
 import numpy as np
 
 from parity.laws.base import Component, Curves, Law
-from parity.laws.numbers import told
 from parity.laws.order import Order, orders
 from parity.laws.place import as_own
+from parity.laws.plain import told
 from parity.laws.support import Span, beyond, mask, spans
 
 # Values that a curve is read from, its knots where nothing plainer is found, and the part of values that may lie apart.

@@ -6,8 +6,8 @@ from itertools import islice, product
 import numpy as np
 
 from parity.laws.base import Component, Curves, Law
-from parity.laws.numbers import told
 from parity.laws.order import orders
+from parity.laws.plain import told
 from parity.laws.rounded import DTYPES
 from parity.laws.support import Span, beyond, energies, mask, sentence, spans
 

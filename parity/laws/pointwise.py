@@ -6,7 +6,7 @@ import numpy as np
 
 from parity.laws.base import Component, Law
 from parity.laws.mixture import bfloat16, comparable, enough
-from parity.laws.numbers import told
+from parity.laws.plain import told
 
 Change = Callable[[np.ndarray], np.ndarray]
 

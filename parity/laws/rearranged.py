@@ -8,7 +8,7 @@ import numpy as np
 
 from parity.laws.base import Component, Law
 from parity.laws.mixture import comparable, enough, seen
-from parity.laws.numbers import told
+from parity.laws.plain import told
 from parity.laws.support import plural, spans
 
 # Slices along an axis that are matched with each other, and values that are looked at of each.

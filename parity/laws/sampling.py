@@ -7,7 +7,7 @@ import numpy as np
 
 from parity.laws.base import Component, Law
 from parity.laws.mixture import Where, comparable, enough, mixed, put, rounded_as, spelled, summed, where
-from parity.laws.numbers import told
+from parity.laws.plain import told
 
 Interval = Callable[[np.ndarray, int], float]
 """The length of a step, of t at every boundary and the step's number."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from parity.laws.base import Component, Law
 from parity.laws.mixture import bfloat16, where
-from parity.laws.numbers import told
+from parity.laws.plain import told
 from parity.laws.rearranged import orders
 from parity.laws.support import spans
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from parity.laws.base import Component, Law
 from parity.laws.mixture import comparable, enough
-from parity.laws.numbers import told
+from parity.laws.plain import told
 
 Known = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Means and deviations by whose they are."""

@@ -9,7 +9,7 @@ import numpy as np
 from parity.laws.base import Component, Law
 from parity.laws.integers import Change, View, changes
 from parity.laws.mixture import comparable, enough
-from parity.laws.numbers import told
+from parity.laws.plain import told
 from parity.laws.segments import TEXT, Segment
 
 

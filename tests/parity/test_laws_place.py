@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from parity.laws import Component, fitted
-from parity.laws.numbers import told
+from parity.laws.plain import told
 from parity.laws.rounded import DTYPES
 from parity.laws.support import spans
 

@@ -1,0 +1,193 @@
+"""Changes of an array that can be said: a factor, an offset, another order, bounds, fewer bits, somewhere or not."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from parity.laws import orders
+from parity.laws.base import Curves, Figure
+from parity.laws.fit import LEAVES, Fit
+from parity.laws.numbers import told
+from parity.laws.regions import Region, regions_of
+from parity.laws.rounding import formats
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of an array: `sentence` continues the name of the array, `apply` changes any that is alike."""
+
+    sentence: str
+    size: float
+    apply: Callable[[np.ndarray], np.ndarray | None]
+    figure: Figure | None = None
+
+
+def changes(
+    own: np.ndarray,
+    got: np.ndarray,
+    rounding: float,
+    axes: Sequence[str],
+    open_axes: Sequence[int] = (0,),
+    single: bool = False,
+) -> Iterator[Change]:
+    """Changes that may have made `got` of `own`, both float64 of one shape [axes]: likely ones, to be checked.
+
+    `open_axes` may have other lengths elsewhere. `single`: an element by itself is told too, as of a parameter; of a
+    result that would only say what came out.
+    """
+    for region in regions_of(own, got, rounding, axes, open_axes):
+        place = np.ix_(*region.indexes(own.shape))
+        if own[place].size == 1 and not single:
+            continue
+        share = np.linalg.norm(own[place]) / (np.linalg.norm(own) or 1.0)
+        part = Fit(own[place], got[place], rounding * share)
+        for change in (*_of_values(part), *_vectors(part, axes, open_axes)):
+            yield _within(region, change)
+    for axis, name in enumerate(axes):
+        yield from _orders(own, got, axis, name, axis in open_axes)
+    if own.ndim == 2:
+        yield from _turned(own)
+
+
+def _within(region: Region, change: Change) -> Change:
+    return replace(
+        change,
+        sentence=change.sentence + region.words,
+        size=change.size + region.size,
+        apply=lambda array: region.within(array, change.apply),
+    )
+
+
+def _of_values(part: Fit) -> Iterator[Change]:
+    own, got = part.own, part.got
+    if own.size == 1:
+        value = part.snapped(float(got.flat[0]), lambda v: np.full(got.shape, v))
+        yield Change(f" is {told(value)} instead of {told(float(own.flat[0]))}", 1, lambda x: np.full(x.shape, value))
+        return
+    if square := float(np.vdot(own, own)):
+        factor = part.snapped(float(np.vdot(own, got)) / square, lambda a: a * own)
+        words = {0.0: " is zero", -1.0: " is negated", 2.0: " is twice as large"}
+        said = words.get(factor, f" is {told(factor)} times as large")
+        yield Change(said, 1, lambda x: x * factor)
+    by = part.snapped(float(np.mean(got - own)), lambda c: own + c)
+    yield Change(f" is {told(abs(by))} {'larger' if by > 0 else 'smaller'}", 1.1, lambda x: x + by)
+    if own.size > 2 and np.ptp(own):
+        slope, level = np.polyfit(own.ravel(), got.ravel(), 1)
+        slope = part.snapped(float(slope), lambda a: a * own + level)
+        level = part.snapped(float(np.mean(got - slope * own)), lambda c: slope * own + c)
+        if slope != 1 and level:
+            yield Change(f" is {told(slope)} times as large plus {told(level)}", 2, lambda x: slope * x + level)
+        value = part.snapped(float(np.mean(got)), lambda v: np.full(got.shape, v))
+        if value:
+            yield Change(f" is {told(value)} throughout", 1, lambda x: np.full(x.shape, value))
+    yield from _bounds(part)
+    yield Change(" is without its sign", 1, np.abs)
+    for name, size, rounded in formats():
+        yield Change(f" {name}", size, rounded)
+    yield Change(" is rounded to whole numbers", 1.3, np.round)
+
+
+def _bounds(part: Fit) -> Iterator[Change]:
+    """Values held within bounds, of one side or both; a bound is met by several."""
+    own, got = part.own, part.got
+    low, high = float(got.min()), float(got.max())
+    room = part.slack / max(got.size, 1) ** 0.5
+    if own.max() > high + room:
+        most = part.snapped(high, lambda v: np.minimum(own, v))
+        yield Change(f" is at most {told(most)}", 1, lambda x: np.minimum(x, most))
+    if own.min() < low - room:
+        least = part.snapped(low, lambda v: np.maximum(own, v))
+        yield Change(f" is at least {told(least)}", 1, lambda x: np.maximum(x, least))
+    if own.max() > high + room and own.min() < low - room and high - low > room:
+        bound = part.snapped(max(-low, high), lambda v: np.clip(own, -v, v))
+        yield Change(f" is clamped to [{told(-bound)}, {told(bound)}]", 1, lambda x: np.clip(x, -bound, bound))
+        least = part.snapped(low, lambda v: np.clip(own, v, high))
+        most = part.snapped(high, lambda v: np.clip(own, least, v))
+        yield Change(f" is clamped to [{told(least)}, {told(most)}]", 2, lambda x: np.clip(x, least, most))
+        yield from _saturating(part)
+
+
+def _saturating(part: Fit) -> Iterator[Change]:
+    """c tanh(x / c), as logits are capped."""
+    largest = float(np.abs(part.own).max())
+    if not largest:
+        return
+    caps = largest * np.geomspace(0.2, 20, 60)
+    for _ in range(3):
+        best = min(caps, key=lambda c: part.left(c * np.tanh(part.own / c)))
+        ratio = caps[1] / caps[0]
+        caps = best * np.geomspace(1 / ratio, ratio, 60)
+    cap = part.snapped(float(best), lambda c: c * np.tanh(part.own / c))
+    yield Change(f" is capped by {told(cap)} tanh(x / {told(cap)})", 1, lambda x: cap * np.tanh(x / cap))
+
+
+def _vectors(part: Fit, axes: Sequence[str], open_axes: Sequence[int]) -> Iterator[Change]:
+    """A factor or an offset for each index of an axis, read from one half of the rest and right in the other."""
+    own, got = part.own, part.got
+    for axis, name in enumerate(axes):
+        n = own.shape[axis]
+        a, b = (np.moveaxis(array, axis, -1).reshape(-1, n) for array in (own, got))
+        if axis in open_axes or n < 2 or len(a) < 4:
+            continue
+        halves = [(a[::2], b[::2]), (a[1::2], b[1::2])]
+        ways = ("times another factor", _factors, np.multiply), ("plus another number", _offsets, np.add)
+        for words, read, write in ways:
+            first, second = (read(*half) for half in halves)
+            left = np.linalg.norm(write(halves[1][0], first) - halves[1][1])
+            allowed = max(part.slack, 2 * LEAVES * np.linalg.norm(halves[1][1] - halves[1][0]))
+            if left > allowed or np.ptp(first) <= 1e-6:
+                continue
+            vector = read(a, b)
+            shape = [n if i == axis else 1 for i in range(own.ndim)]
+            span = f"from {told(float(vector.min()))} to {told(float(vector.max()))}"
+            figure = Curves(f"Every {name} {words}", name, words.split()[-1], np.arange(n), {"found": vector})
+            yield Change(
+                f" is in each {name} {words}, {span}",
+                float(n),
+                lambda x, write=write, vector=vector, shape=shape, axis=axis, n=n: (
+                    write(x, vector.reshape(shape)) if x.shape[axis] == n else None
+                ),
+                figure,
+            )
+
+
+def _factors(own: np.ndarray, got: np.ndarray) -> np.ndarray:
+    square = np.square(own).sum(0)
+    return np.where(square > 0, (own * got).sum(0) / np.where(square > 0, square, 1), 1.0)
+
+
+def _offsets(own: np.ndarray, got: np.ndarray) -> np.ndarray:
+    return (got - own).mean(0)
+
+
+def _orders(own: np.ndarray, got: np.ndarray, axis: int, name: str, is_open: bool) -> Iterator[Change]:
+    if own.shape[axis] < 2 or own.size == own.shape[axis] and own.size < 4:
+        return
+    found = orders.sources(own, got, axis)
+    if found is None:
+        return
+    told_orders = list(orders.told(found, name, is_open))
+    if own.ndim == 1:
+        # What is near to a value says little of where it was.
+        known = orders.known(len(own))
+        best = min(known, key=lambda order: float(np.linalg.norm(own[order.of(len(own))] - got)))
+        told_orders.append(replace(best, words=f"{name}s {best.words}"))
+    for order in told_orders:
+
+        def apply(x: np.ndarray, order: orders.Order = order, length: int = own.shape[axis]) -> np.ndarray | None:
+            if not is_open and x.shape[axis] != length:
+                return None
+            taken = order.of(x.shape[axis])
+            return None if taken is None else np.take(x, taken, axis)
+
+        yield Change(f"'s {order.words}", order.size, apply)
+
+
+def _turned(own: np.ndarray) -> Iterator[Change]:
+    """Rows and columns of a matrix exchanged."""
+    if own.shape[0] == own.shape[1]:
+        yield Change(" is transposed", 1, lambda x: x.T if x.ndim == 2 and x.shape[0] == x.shape[1] else None)
+    else:
+        yield Change(" is transposed in memory", 1, lambda x: x.T.reshape(x.shape) if x.ndim == 2 else None)
+        yield Change(" is read in the other order in memory", 1, lambda x: x.reshape(x.shape[::-1]).T)

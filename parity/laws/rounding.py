@@ -1,0 +1,115 @@
+"""Values rounded to fewer bits: to floating point formats, and to the grids of quantization."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+Rounded = Callable[[np.ndarray], np.ndarray]
+
+# Bits of mantissa, least and largest exponent, largest value.
+FORMATS = {
+    "bfloat16": (7, -126, 3.39e38),
+    "float16": (10, -14, 65504.0),
+    "TF32": (10, -126, 3.4e38),
+    "float8_e4m3": (3, -6, 448.0),
+    "float8_e5m2": (2, -14, 57344.0),
+    "float4_e2m1": (1, 0, 6.0),
+}
+GROUPS = (16, 32, 64, 128)
+
+
+def to_format(x: np.ndarray, name: str) -> np.ndarray:
+    """Values rounded to nearest even in a floating point format."""
+    bits, least, most = FORMATS[name]
+    exponent = np.maximum(np.floor(np.log2(np.maximum(np.abs(x), 1e-300))), least)
+    step = 2.0 ** (exponent - bits)
+    return np.clip(np.round(x / step) * step, -most, most)
+
+
+def formats() -> Iterator[tuple[str, float, Rounded]]:
+    """Every format by itself: words, size, what rounds."""
+    for name in FORMATS:
+        if name != "float4_e2m1":
+            yield f"is rounded to {name}", 1, lambda x, name=name: to_format(x, name)
+
+
+def grids(width: int) -> Iterator[tuple[str, float, Rounded]]:
+    """The usual ways to quantize a matrix [..., width]: words, size, what quantizes and goes back."""
+    spans: list[tuple[str, int | None]] = [("", None), (" row by row", width)]
+    spans += [(f" in groups of {group}", group) for group in GROUPS if width % group == 0 and group < width]
+    for words, group in spans:
+        for bits in (8, 6, 5, 4, 3, 2):
+            for kind in (_symmetric, _wide, _affine, _towards_zero):
+                if bits > 2 or kind is not _symmetric:
+                    name = f"is quantized to {bits} bits{words}{_WORDS[kind]}"
+                    yield name, 2 + 0.1 * (kind is not _affine), _grouped(kind, bits, group)
+        for name in ("float8_e4m3", "float8_e5m2"):
+            yield f"is rounded to {name}{words}, scaled", 2, _grouped(_scaled_format, name, group)
+    if width % 32 == 0:
+        yield "is quantized to mxfp4", 2, _grouped(_micro, "float4_e2m1", 32)
+        yield "is quantized to mxfp8", 2, _grouped(_micro, "float8_e4m3", 32)
+    if width % 16 == 0:
+        yield "is quantized to nvfp4", 2, _grouped(_scaled_format, "float4_e2m1", 16)
+
+
+def by_rows(words: str) -> bool:
+    """Whether a way to quantize, by its words, does with each row what it does without the others."""
+    return any(part in words for part in (" row by row", " in groups of ", "fp4", "mxfp8", "is rounded to")) and (
+        "scaled" not in words or " row by row" in words or " in groups of " in words
+    )
+
+
+def _grouped(kind: Callable, how: int | str, group: int | None) -> Rounded:
+    def rounded(x: np.ndarray) -> np.ndarray:
+        shape = (1, -1) if group is None else (-1, group)
+        return kind(x.reshape(shape), how).reshape(x.shape)
+
+    return rounded
+
+
+def _ends(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+
+
+def _symmetric(x: np.ndarray, bits: int) -> np.ndarray:
+    step = np.maximum(np.abs(x).max(-1, keepdims=True), 1e-30) / (2 ** (bits - 1) - 1)
+    return np.round(x / step) * step
+
+
+def _wide(x: np.ndarray, bits: int) -> np.ndarray:
+    """The most negative code is used too."""
+    step = np.maximum(np.abs(x).max(-1, keepdims=True), 1e-30) / 2 ** (bits - 1)
+    return np.clip(np.round(x / step), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * step
+
+
+def _affine(x: np.ndarray, bits: int) -> np.ndarray:
+    low, high = _ends(x)
+    step = np.maximum(high - low, 1e-30) / (2**bits - 1)
+    return np.round((x - low) / step) * step + low
+
+
+def _towards_zero(x: np.ndarray, bits: int) -> np.ndarray:
+    """The end that is farther from 0 is met exactly, and so is 0."""
+    low, high = _ends(x)
+    step = np.maximum((high - low) / (2**bits - 1), 1e-7)
+    from_low = np.abs(low) > np.abs(high)
+    outer, step = np.where(from_low, low, high), np.where(from_low, step, -step)
+    turns = np.round(outer / step)
+    step = np.where(turns != 0, outer / np.where(turns != 0, turns, 1), step)
+    offset = np.where(turns != 0, outer, 0)
+    return np.clip(np.round((x - offset) / step), 0, 2**bits - 1) * step + offset
+
+
+def _scaled_format(x: np.ndarray, name: str) -> np.ndarray:
+    scale = np.maximum(np.abs(x).max(-1, keepdims=True), 1e-30) / FORMATS[name][2]
+    return to_format(x / scale, name) * scale
+
+
+def _micro(x: np.ndarray, name: str) -> np.ndarray:
+    """A power of two scales each group."""
+    largest = np.floor(np.log2(np.maximum(np.abs(x).max(-1, keepdims=True), 1e-30)))
+    scale = 2.0 ** (largest - np.floor(np.log2(FORMATS[name][2])))
+    return to_format(x / scale, name) * scale
+
+
+_WORDS = {_symmetric: ", symmetric", _wide: ", with the lowest code", _affine: "", _towards_zero: ", zero kept"}

@@ -1,0 +1,123 @@
+"""Laws of parameters: an array `own` in PyTorch's layout, [out, in, ...] or [channels]."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from parity.laws.base import Component, Law
+from parity.laws.change import Change, changes
+from parity.laws.fit import Fit, checked
+from parity.laws.rounding import by_rows, grids, to_format
+
+AXES = ("channel",), ("output", "input"), ("output", "input", "place"), ("output", "input", "row", "column")
+# Elements up to which all ways of quantizing are tried; of a larger matrix the first rows.
+TRIED = 1 << 16
+# Elements up to which ways are tried that need all of them, and rows and columns up to which a rank is read of all.
+WHOLE, RANKED = 1 << 20, 256
+# A matrix is of low rank where its rank is less than this part of what it could be.
+LOW = 1 / 3
+
+
+def changed(component: Component, got: np.ndarray) -> Iterator[Law]:
+    """A parameter is another than it should be."""
+    yield from checked(component, got, proposed)
+
+
+def proposed(component: Component, fit: Fit) -> Iterator[Law]:
+    """Changes of a parameter that may be."""
+    subject = f"the {component.facts.get('name', 'weight')}"
+    for found in (
+        changes(fit.own, fit.got, 0.0, axes_of(fit.own), (), True),
+        _flips(fit.own),
+        quantized(fit),
+        low_rank(fit),
+    ):
+        yield from (law_of(subject, change, fit.own, fit.got) for change in found)
+
+
+def law_of(subject: str, change: Change, own: np.ndarray, got: np.ndarray) -> Law:
+    """A change of a parameter as a law; what is held in bfloat16 is rounded to it again."""
+    narrow = all(np.array_equal(array, to_format(array, "bfloat16")) for array in (own, got))
+
+    def apply(other: Component) -> np.ndarray | None:
+        # Float32 times a float32: what was multiplied so comes out to the bit.
+        result = change.apply(other.own.astype(np.float32))
+        return to_format(result, "bfloat16") if narrow and result is not None else result
+
+    return Law(f"{subject}{change.sentence}", change.size, apply, change.figure)
+
+
+def axes_of(array: np.ndarray) -> tuple[str, ...]:
+    """What the axes of a parameter are called."""
+    if array.ndim == 5:
+        return ("output", "input", "frame", "row", "column")
+    return next((axes for axes in AXES if len(axes) == array.ndim), tuple(f"axis {i}" for i in range(array.ndim)))
+
+
+def low_rank(fit: Fit) -> Iterator[Change]:
+    """A matrix of low rank is added."""
+    if fit.own.ndim < 2 or min(fit.own.shape) < 4:
+        return
+    off = (fit.got - fit.own).reshape(len(fit.own), -1)
+    found = factors(off, fit.slack)
+    if found is None:
+        return
+    left, right = found
+    added = (left @ right).reshape(fit.own.shape)
+    words = f" differs by a matrix of rank {len(right)}"
+    yield Change(words, float(left.size + right.size), lambda x: x + added if x.shape == added.shape else None)
+
+
+def factors(off: np.ndarray, slack: float) -> tuple[np.ndarray, np.ndarray] | None:
+    """Two factors [m, k] and [k, n] of a matrix whose rank k is low; None where it is not."""
+    if not np.isfinite(off).all():
+        return None
+    if min(off.shape) > RANKED:
+        # The range of a matrix is that of a few mixtures of its columns.
+        mixed = off @ np.random.default_rng(0).standard_normal((off.shape[1], RANKED // 2))
+        basis = np.linalg.qr(mixed)[0]
+        inner = basis.T @ off
+        if np.linalg.norm(off) ** 2 - np.linalg.norm(inner) ** 2 > max(slack, 1e-3 * np.linalg.norm(off)) ** 2:
+            return None
+        found = factors(inner, slack)
+        return None if found is None else (basis @ found[0], found[1])
+    # A few rows or columns are of low rank whatever is in them.
+    square, allowed = np.square(off), max(slack, 1e-3 * float(np.linalg.norm(off))) ** 2
+    touched = [int(np.sum(square.sum(axis) * off.shape[1 - axis] > allowed)) for axis in (0, 1)]
+    most = int(min(touched) * LOW)
+    u, s, v = np.linalg.svd(off, full_matrices=False)
+    beyond = np.sqrt(np.cumsum((s**2)[::-1])[::-1])
+    allowed = max(slack, 1e-3 * float(beyond[0]))
+    rank = int(np.sum(beyond > allowed))
+    return (u[:, :rank] * s[:rank], v[:rank]) if 0 < rank <= most else None
+
+
+def quantized(fit: Fit) -> Iterator[Change]:
+    """Ways to quantize a matrix under which it comes out as it did, as far as its first rows tell."""
+    if fit.own.ndim != 2:
+        return
+    own, got = fit.own, fit.got
+    touched = np.flatnonzero((own != got).any(1))
+    rows = touched[: max(TRIED // own.shape[1], 1)]
+    for words, size, rounded in grids(own.shape[1]):
+        if not by_rows(words) and own.size > WHOLE:
+            continue
+        tried = rounded(own[rows]) if by_rows(words) else rounded(own)[rows]
+        if Fit(own[rows], got[rows], fit.rounding).holds(tried):
+            yield Change(f" {words}", size, rounded)
+
+
+def _flips(own: np.ndarray) -> Iterator[Change]:
+    """A kernel [out, in, ...] read in another order."""
+    if own.ndim < 3:
+        return
+    for axes, words in (((-1, -2), "rows and columns"), ((-3,), "frames"), ((-1, -2, -3), "frames, rows and columns")):
+        if own.ndim >= 2 - min(axes):
+            yield Change(f"'s {words} are reversed", 1, lambda x, axes=axes: np.flip(x, axes))
+    for (a, b), words in (((-1, -2), "rows and columns"), ((0, 1), "inputs and outputs")):
+        if own.shape[a] == own.shape[b]:
+            yield Change(f"'s {words} are exchanged", 1, lambda x, a=a, b=b: np.swapaxes(x, a, b))
+    yield Change(
+        " is read channels last", 1, lambda x: np.moveaxis(x.reshape(x.shape[0], *x.shape[2:], x.shape[1]), -1, 1)
+    )
+    yield Change(" is read channels first", 1, lambda x: np.moveaxis(x, 1, -1).reshape(x.shape))
