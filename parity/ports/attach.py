@@ -18,6 +18,7 @@ class Attached:
 
     def __init__(self) -> None:
         self._stack, self.path = ExitStack(), ""
+        self._called: Any = None
 
     def __enter__(self) -> "Attached":
         return self
@@ -53,15 +54,15 @@ class Attached:
         paths = {id(module): path for path, module in modules}
 
         def called(original: Callable[..., Any], module: Any, *args: Any, **values: Any) -> Any:
-            path, before = paths.get(id(module)), self.path
+            path, before = paths.get(id(module)), (self.path, self._called)
             # Also one whose class calls that which it is derived from is seen once.
-            if path is None or path == before:
+            if path is None or module is self._called:
                 return original(module, *args, **values)
-            self.path = path
+            self.path, self._called = path, module
             try:
                 output = original(module, *args, **values)
             finally:
-                self.path = before
+                self.path, self._called = before
             return then(path, output)
 
         for kind in {type(module): None for _, module in modules}:
