@@ -50,13 +50,13 @@ class Probe:
         """Say which calls of the oracle's what follows belongs to.
 
         Args:
-            rows: for each call, such as cond.step0, the port's rows that are the oracle's, in the oracle's order; -1
+            rows: for each call the port's rows that are the oracle's, in the oracle's order; -1
                 for a row that the port has not. Rows of the port's that are in no call are its own affair.
 
         Raises ValueError for rows that are no integers of at least -1.
         """
         if not isinstance(rows, Mapping):
-            raise ValueError(f"probe.call is given {type(rows).__name__}: give {{call: rows}}, such as cond.step0: ...")
+            raise ValueError(f"probe.call is given {type(rows).__name__}: give {{call: rows}}")
         found = {name: np.asarray(places) for name, places in rows.items()}
         for name, places in found.items():
             if places.ndim != 1 or (places.size and (places.dtype.kind not in "iu" or places.min() < -1)):
