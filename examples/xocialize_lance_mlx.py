@@ -4,16 +4,18 @@ LANCE_PEER names the clone; --python its interpreter, with PyTorch beside for it
 modules, functions and inline variables are attached to from outside while a run lasts. Written against d39a981.
 """
 
-import importlib.util
-import json
+import importlib
+import inspect
 import os
+import re
+import runpy
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,14 +24,11 @@ import numpy as np
 CLONE = Path(os.environ.get("LANCE_PEER", ""))
 if not (CLONE / "src/lance_mlx").is_dir():
     raise SystemExit("LANCE_PEER names no clone of xocialize/lance-mlx")
-# Its package is called lance_mlx too.
-sys.path.insert(0, str(CLONE / "src"))
+sys.path.insert(0, str(CLONE / "src"))  # its package is called lance_mlx too
 
-from lance_mlx.model._loader import build_text_config  # noqa: E402
 from mlx_video.models.wan_2 import vae22  # noqa: E402
 from mlx_vlm.models.qwen2_5_vl import vision  # noqa: E402
-from mlx_vlm.models.qwen2_5_vl.config import VisionConfig  # noqa: E402
-from transformers import Qwen2TokenizerFast  # noqa: E402
+from transformers import AutoProcessor, Qwen2TokenizerFast  # noqa: E402
 
 from lance_mlx.model import LanceModel, lance_llm  # noqa: E402
 
@@ -37,250 +36,177 @@ TEXT, VIT, CLEAN, NOISE = 0, 4, 2, 3
 """A text split's role, a ViT split's, and the attention of a source's latents and of the target's, as in bundles."""
 PIPELINES = {"t2i": "TextToImagePipeline", "t2v": "TextToVideoPipeline", "image_edit": "ImageEditPipeline",
              "x2t_image": "UnderstandingPipeline"}  # fmt: skip
-OPTIONS = {"num_steps": "num_steps", "timestep_shift": "timestep_shift", "cfg_text_scale": "cfg_scale",
-           "cfg_renorm_min": "cfg_renorm_min", "height": "height", "width": "width"}  # fmt: skip
-FRAMES, SIDE = 31, 64
+OPTIONS = {"cfg_text_scale": "cfg_scale"} | {name: name for name in (
+    "num_steps", "timestep_shift", "cfg_renorm_min", "height", "width", "num_frames", "max_new_tokens")}  # fmt: skip
+TABLE, SIDE, FRAMES = "latent_pos_embed.pos_embed", 64, 31
 LAYERS = "language_model.model."
 RENAMED = {"vae_in_proj.vae2llm": "vae2llm", "time_embedder.proj_in": "time_embedder.mlp.0", "llm2vae": "llm2vae",
            "time_embedder.proj_out": "time_embedder.mlp.2", "time_embedder": "time_embedder",
            "latent_pos_embed": "latent_pos_embed", "lm_head": "language_model.lm_head"}  # fmt: skip
+# Of all else both experts compute every token, and each tap holds those of one.
+OF_BOTH = re.compile(rf"{re.escape(LAYERS)}layers\.\d+(\.self_attn)?")
+TOLD_OF_VISION = re.compile(r"vit_model0(\.patch_embed|\.(blocks|merger)\..*|\.merger)?")
 
 
-def script(name: str) -> ModuleType:
-    """One of the clone's scripts, which are no package."""
-    spec = importlib.util.spec_from_file_location(f"_peer_{name[:2]}", CLONE / "scripts" / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def position_table(hidden: int) -> np.ndarray:
-    """The checkpoint's fixed table, float32 [frames * side * side, hidden]: sines and cosines of t, h and w."""
-    width, parts = hidden // 3 // 2 * 2, []
-    cells, widths = np.indices((FRAMES, SIDE, SIDE)).reshape(3, -1), (width, width, hidden - 2 * width)
-    for places, channels in zip(cells, widths, strict=True):
-        angles = places[:, None] / 10000 ** (np.arange(channels // 2) / (channels / 2))
-        parts += [np.sin(angles), np.cos(angles)]
-    return np.concatenate(parts, 1, dtype=np.float32, casting="same_kind")
-
-
-def begin(state: dict[str, mx.array], *starts: str) -> list[tuple[str, mx.array]]:
-    return [(name, value) for name, value in state.items() if name.startswith(starts)]
+def whole_table(table: mx.array) -> mx.array:
+    """The fixed table of places for all frames, as checkpoints made for tests hold one: t is told as h is."""
+    part = table.shape[1] // 3 // 2 * 2
+    cells = mx.tile(table[: SIDE * SIDE].reshape(SIDE, SIDE, -1), (FRAMES, 1, 1, 1))
+    cells[..., :part] = cells[0, :FRAMES, :1, None, part : 2 * part]
+    return cells.reshape(-1, table.shape[1])
 
 
 class Port:
-    """xocialize/lance-mlx, loaded for a bundle by its own converters."""
+    """xocialize/lance-mlx, loaded for a bundle by its own converters and loaders; itself their processor."""
 
     name = "xocialize/lance-mlx"
 
     def __init__(self, bundle: Any) -> None:
-        self.bundle, self.task, self.now = bundle, bundle.task, None
+        self.bundle, self.task = bundle, bundle.task
         if self.task not in PIPELINES:
             raise ValueError(f"the adapter is for {', '.join(PIPELINES)}, not {self.task}")
         self.module = importlib.import_module(f"lance_mlx.pipeline.{self.task.replace('x2t_image', 'understanding')}")
-        self.dtype = {"float32": "fp32", "bfloat16": "bf16"}[bundle.dtype]
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder)
-            script("02_convert.py").convert(bundle.checkpoint / bundle.variant, out, self.dtype, "lance_3b_video")
-            self.config = json.loads((out / "config.json").read_text())
-            self.saved = mx.load(str(out / "model.safetensors"))
-            # Checkpoints made for tests hold one frame of the table.
-            table = self.saved["latent_pos_embed.pos_embed"]
-            self.saved["latent_pos_embed.pos_embed"] = mx.array(position_table(table.shape[1])).astype(table.dtype)
-            text = build_text_config(self.config)
-            self.model = LanceModel(text, num_latent_positions=FRAMES * SIDE**2)
-            self.model.load_weights(list(self.saved.items()))
-            self.tokenizer = Qwen2TokenizerFast.from_pretrained(bundle.checkpoint / bundle.variant)
-            given = self.looking(out) if self.task == "x2t_image" else self.drawing(out)
-            mx.eval(self.model.parameters())
-        self.pads = {kind: self.tokenizer.convert_tokens_to_ids(f"<|{kind}|>")
-                     for kind in ("image_pad", "video_pad", "vision_start", "vision_end")}  # fmt: skip
-        ids = {f"{kind}_token_id": value for kind, value in self.pads.items()}
-        if self.task == "x2t_image":
-            ends = [self.tokenizer.convert_tokens_to_ids(f"<|{kind}|>") for kind in ("im_end", "endoftext")]
-            ids = {"image_token_id": self.pads["image_pad"], "video_token_id": self.pads["video_pad"],
-                   "vision_start_token_id": self.pads["vision_start"], "eos_token_ids": ends,
-                   "endoftext_token_id": ends[1]}  # fmt: skip
-        kind = getattr(self.module, PIPELINES[self.task])
-        self.pipeline = kind(lance_model=self.model, text_config=text, **given, **ids)
+        source, dtype = bundle.checkpoint / bundle.variant, {"float32": "fp32", "bfloat16": "bf16"}[bundle.dtype]
+        self.tokenizer = Qwen2TokenizerFast.from_pretrained(source)
+        with tempfile.TemporaryDirectory() as name:
+            folder, halves, scripts = Path(name), {}, CLONE / "scripts"
+            runpy.run_path(str(scripts / "02_convert.py"))["convert"](source, folder, dtype, "lance_3b_video")
+            self.saved = mx.load(f"{folder}/model.safetensors")
+            self.saved[TABLE] = whole_table(self.saved[TABLE])
+            mx.eval(self.saved)
+            mx.save_safetensors(f"{folder}/model.safetensors", self.saved)
+            part = folder / ("vit.safetensors" if self.task == "x2t_image" else "vae.safetensors")
+            if self.task != "x2t_image":
+                convert = runpy.run_path(str(scripts / "06_convert_wan_vae.py"))["convert"]
+                convert(bundle.checkpoint / "Wan2.2_VAE.pth", folder, dtype)
+                width = {name: len(value) for name, value in mx.load(str(part)).items()}
+                # Its loaders ask for one width, which checkpoints made for tests have not.
+                encoder, decoder = width["encoder.conv1.weight"], width["decoder.conv1.weight"] // 4
+                halves["Wan22VAEEncoder"] = lambda z_dim, dim: vae22.Wan22VAEEncoder(z_dim, encoder)
+                halves["Wan22VAEDecoder"] = lambda z_dim, dim, dec_dim: vae22.Wan22VAEDecoder(z_dim, dim, decoder)
+            elif not part.exists():
+                part = bundle.checkpoint / "Qwen2.5-VL-ViT/vit.safetensors"
+            with patch.dict(vars(self.module), halves), patch.object(AutoProcessor, "from_pretrained", lambda _: self):
+                self.pipeline = getattr(self.module, PIPELINES[self.task]).from_pretrained(folder, part)
+        self.model = self.pipeline.lance_model
+        self.pads = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+        # Under the checkpoint's names what it loaded of the transformer; what draws never reads the head.
+        self.names = {f"{RENAMED.get(path, LAYERS + path)}.{parameter}": name for name in self.saved
+                      for path, _, parameter in [name.rpartition(".")]
+                      if path != "lm_head" or self.task == "x2t_image"}  # fmt: skip
 
-    def drawing(self, out: Path) -> dict[str, Any]:
-        """The VAE, and a processor whose tokenizer tells the run under way."""
-        script("06_convert_wan_vae.py").convert(self.bundle.checkpoint / "Wan2.2_VAE.pth", out, self.dtype)
-        vae = mx.load(str(out / "vae.safetensors"))
-        mx.eval(vae)
-        decoder = vae22.Wan22VAEDecoder(48, dec_dim=vae["decoder.conv1.weight"].shape[0] // 4)
-        decoder.load_weights(begin(vae, "decoder.", "conv2."))
-
-        def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-            return {"input_ids": self.now.ids(self.tokenizer(text, add_special_tokens=False)["input_ids"])}
-
-        given = {"vae_decoder": decoder, "processor": SimpleNamespace(tokenizer=tokenizer)}
-        if self.task == "image_edit":
-            given["vae_encoder"] = vae22.Wan22VAEEncoder(48, dim=vae["encoder.conv1.weight"].shape[0])
-            given["vae_encoder"].load_weights(begin(vae, "encoder.", "conv1."))
-        return given
-
-    def looking(self, out: Path) -> dict[str, Any]:
-        """The ViT, and a processor that gives the bundle's patches."""
-        fields = {
-            "in_channels" if key == "in_chans" else key: value for key, value in self.config["vision_config"].items()
-        }
-        known = VisionConfig.__dataclass_fields__.keys()
-        config = VisionConfig(**{key: value for key, value in fields.items() if key in known})
-        model = vision.VisionModel(config)
-        own = out / "vit.safetensors"
-        state = mx.load(str(own if own.exists() else self.bundle.checkpoint / "Qwen2.5-VL-ViT/vit.safetensors"))
-        model.load_weights(list(model.sanitize(state).items()))
-
-        class Processor:
-            tokenizer = self.tokenizer
-
-            def __call__(processor, images: Any, text: str, return_tensors: str) -> dict[str, mx.array]:  # noqa: N805
-                grid = self.bundle.inputs["vit_video_grid_thw"].array
-                text = text.replace("<|image_pad|>", "<|image_pad|>" * (int(grid[0].prod()) // 4))
-                ids = self.now.ids(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-                patches = mx.array(self.bundle.inputs["vit_patches0"].array)
-                return {"input_ids": mx.array([ids]), "pixel_values": patches, "image_grid_thw": mx.array(grid)}
-
-        return {"vision_model": model, "vision_config": config, "processor": Processor()}
+    def __call__(self, images: Any, text: str, return_tensors: str) -> dict[str, mx.array]:
+        """Give the bundle's patches for any image."""
+        grid, patches = (mx.array(self.bundle.inputs[name].array) for name in ("vit_video_grid_thw", "vit_patches0"))
+        text = text.replace("<|image_pad|>", "<|image_pad|>" * (grid[0].prod().item() // 4))
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return {"input_ids": mx.array([ids]), "pixel_values": patches, "image_grid_thw": grid}
 
     def run(self, probe: Any) -> None:
         """Run the request as the port's command does, from the bundle's noise and visuals."""
-        asked = self.bundle.request
-        options = {ours: asked[theirs] for theirs, ours in OPTIONS.items() if theirs in asked}
-        self.now = (Answering if self.task == "x2t_image" else Drawing)(self, probe)
-        with self.now.attached():
-            if self.task == "x2t_image":
-                instruction, question, _ = asked["spec"]["interleave_array"][1]
-                self.pipeline.generate(None, question, instruction=instruction, max_new_tokens=asked["max_new_tokens"])
-                return
-            if self.task == "t2v":
-                options["num_frames"] = asked["num_frames"]
-            given = [asked["spec"]]
-            if self.task == "image_edit":
-                given = [np.zeros(0), next(t for t in asked["spec"]["interleave_array"] if not t.startswith("media/"))]
-                # Upstream's output is as large as its source; here one says so.
-                options["height"], options["width"] = self.bundle.inputs["vae_pixels0"].array.shape[2:]
-            self.pipeline.generate(*given, **options)
-        probe.integers("guided", np.array(self.now.guided, np.int32))
+        asked, generate = self.bundle.request, self.pipeline.generate
+        known = inspect.signature(generate).parameters
+        options = {ours: asked[theirs] for theirs, ours in OPTIONS.items() if theirs in asked and ours in known}
+        given = [asked["spec"]]
+        if self.task == "x2t_image":
+            options["instruction"], question, _ = asked["spec"]["interleave_array"][1]
+            given = [None, question]
+        elif self.task == "image_edit":
+            given = [None, next(text for text in asked["spec"]["interleave_array"] if not text.startswith("media/"))]
+            # Upstream's output is as large as its source; here one says so.
+            options["height"], options["width"] = self.bundle.inputs["vae_pixels0"].array.shape[2:]
+        with probe.attached() as code:
+            (Answering if self.task == "x2t_image" else Drawing)(self, probe, code)
+            generate(*given, **options)
 
     def paths(self) -> Iterator[tuple[str, nn.Module]]:
-        """Its modules by their paths in the checkpoint."""
+        """Its modules by their paths in the checkpoint, and its encoders and decoders by what they return."""
         for path, module in self.model.named_modules():
-            yield RENAMED.get(path, f"{LAYERS}{path}"), module
-        for start, name in (("vae.", "vae_decoder"), ("vae.", "vae_encoder"), ("vit_model0.", "vision_model")):
+            if path in RENAMED or path.startswith(("layers.", "norm", "embed_tokens")):
+                yield RENAMED.get(path, LAYERS + path), module
+        for name, tap, start in (("vae_encoder", "vae.encode0.mean", "vae."), ("vae_decoder", "pixels", "vae."),
+                                 ("vision_model", "vit_model0", "vit_model0.")):  # fmt: skip
             for path, module in getattr(self.pipeline, name, nn.Module()).named_modules():
-                yield f"{start}{path}".replace("layer_", "").rstrip("."), module
+                yield f"{start}{path}".replace("layer_", "") if path else tap, module
 
     def weights(self) -> Iterator[tuple[str, np.ndarray]]:
-        """What it loaded of the transformer, under the checkpoint's names; what draws never reads the head."""
-        for name, value in self.saved.items():
-            path, _, parameter = name.rpartition(".")
-            if path != "lm_head" or self.task == "x2t_image":
-                yield f"{RENAMED.get(path, LAYERS + path)}.{parameter}", np.array(value.astype(mx.float32))
+        yield from ((name, np.array(self.saved[own].astype(mx.float32))) for name, own in self.names.items())
 
-    @contextmanager
-    def with_weights(self, given: dict[str, np.ndarray]) -> Iterator[None]:
-        """Hold given values of the transformer for a while, in the dtypes that it has them in."""
-        before, named = dict(self.saved), {}
-        for name in before:
-            path, _, parameter = name.rpartition(".")
-            named[f"{RENAMED.get(path, LAYERS + path)}.{parameter}"] = name
-        held = {named[name]: mx.array(value).astype(before[named[name]].dtype) for name, value in given.items()}
-        self.model.load_weights(list(held.items()), strict=False)
-        try:
-            yield
-        finally:
-            self.model.load_weights([(name, before[name]) for name in held], strict=False)
+    def load_weights(self, given: dict[str, np.ndarray]) -> None:
+        """Take values of the transformer in the dtypes that it has them in."""
+        own = {self.names[name]: mx.array(value) for name, value in given.items()}
+        self.model.load_weights([(name, own[name].astype(self.saved[name].dtype)) for name in own], strict=False)
 
 
 class Run:
     """One run under a probe: which of its rows are whose, and the modules of the language model."""
 
-    def __init__(self, port: Port, probe: Any) -> None:
-        self.port, self.probe, self.bundle = port, probe, port.bundle
-        self.paths = {id(module): path for path, module in port.paths()}
-        self.arm, self.layer, self.gen = "cond", "", None
-        inputs = self.bundle.inputs
+    def __init__(self, port: Port, probe: Any, code: Any) -> None:
+        self.port, self.probe, self.code, self.bundle = port, probe, code, port.bundle
+        self.arm, self.gen, inputs = "cond", None, port.bundle.inputs
         self.lengths, self.modes = inputs["split_lens"].array, inputs["attn_modes"].array
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.roles = [int(inputs["modality"].array[start]) for start in self.starts[:-1]]
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        with self.probe.attached() as attached:
-            wrap = attached.wrap
-            wrap(lance_llm, "apply_multimodal_rotary_pos_emb", self.rotated)
-            wrap(lance_llm, "scaled_dot_product_attention", self.attended)
-            wrap(LanceModel, "__call__", self.whole)
-            wrap(lance_llm.LanceMoTAttention, "__call__", self.attention)
-            own = {LanceModel, lance_llm.LanceMoTAttention, vae22.Wan22VAEDecoder, vae22.Wan22VAEEncoder}
-            for kind in {type(module) for _, module in self.port.paths()} - own:
-                wrap(kind, "__call__", self.module)
-            self.attach(attached)
-            yield
+        self.roles = inputs["modality"].array[self.starts[:-1]]
+        code.returned(type(port.tokenizer), "__call__", lambda found: {"input_ids": self.ids(found["input_ids"])})
+        code.returned(lance_llm, "apply_multimodal_rotary_pos_emb", self.rotated)
+        code.returned(lance_llm, "scaled_dot_product_attention", lambda out: self.rows(f"{code.path}.sdpa", out))
+        code.wrap(LanceModel, "__call__", self.whole)
+        code.modules(port.paths(), self.module)
 
     def recorded(self, name: str, ids: list[int], seen: np.ndarray) -> list[int]:
         """Token ids; of the oracle's, where the run is steered, those that the port has a place for."""
         used = self.probe.integers(name, np.array(ids, np.int32))
         ids = used[seen].tolist() if len(used) == len(seen) else ids
-        self.gen = np.array(ids) == self.port.pads["video_pad"]
+        self.gen = np.array(ids) == self.port.pads[1]
         return ids
 
     def rows(self, path: str, value: mx.array, of: np.ndarray | None = None) -> mx.array:
-        """A [1, rows, channels] value, or a [1, heads, rows, channels] one."""
-        if value.ndim == 3:
-            return self.probe.rows(path, value[0], of)[None]
-        return self.probe.rows(path, value[0].transpose(1, 0, 2), of).transpose(1, 0, 2)[None]
+        """A [rows, channels] value, a [1, rows, channels] one, or a [1, heads, rows, channels] one."""
+        return self.probe.rows(path, value, of, axes={2: (0, 1), 3: (1, 2), 4: (2, 1, 3)}[value.ndim])
 
     def whole(self, original: Callable, model: Any, **values: Any) -> mx.array:
         self.gen = np.array(values["position_group"]) >= 2
-        self.begin_pass()
-        places = self.probe.rows("position_ids", np.array(values["position_ids"])[:, 0], axis=1)
-        values |= {"inputs_embeds": self.rows("hidden_in", values["inputs_embeds"])}
-        out = self.rows("hidden_out", original(model, **values | {"position_ids": mx.array(places)[:, None]}))
-        self.end_pass()
-        return out
+        self.calls()
+        values["position_ids"] = self.probe.rows("position_ids", values["position_ids"], axis=1, axes=(0, 2))
+        values["inputs_embeds"] = self.rows("hidden_in", values["inputs_embeds"])
+        return self.rows("hidden_out", original(model, **values))
 
-    def end_pass(self) -> None:
-        pass
+    def rotated(self, found: tuple[mx.array, mx.array]) -> tuple[mx.array, ...]:
+        return tuple(self.rows(f"{self.code.path}.{name}_rope", value) for name, value in zip("qk", found, strict=True))
 
-    def rotated(self, original: Callable, *args: Any, **values: Any) -> tuple[mx.array, ...]:
-        found = original(*args, **values)
-        return tuple(self.rows(f"{self.layer}.{name}_rope", value) for name, value in zip("qk", found, strict=True))
-
-    def attended(self, original: Callable, *args: Any, **values: Any) -> mx.array:
-        return self.rows(f"{self.layer}.sdpa", original(*args, **values))
-
-    def attention(self, original: Callable, module: nn.Module, *args: Any, **values: Any) -> mx.array:
-        self.layer = self.paths[id(module)]
-        return self.rows(self.layer, original(module, *args, **values))
-
-    def module(self, original: Callable, module: nn.Module, *args: Any, **values: Any) -> mx.array:
-        path, out = self.paths.get(id(module), ""), original(module, *args, **values)
-        if not path.startswith(LAYERS) or self.gen is None or out.ndim < 3:
+    def module(self, path: str, out: mx.array) -> mx.array:
+        if not path.startswith(LAYERS):
             return self.other(path, out)
-        of = None
         if path == f"{LAYERS}embed_tokens":
-            self.embedding(out.shape[1])
-            of = ~self.gen
-        elif "." in path.removeprefix(f"{LAYERS}layers.") or "norm" in path:
-            # Both experts compute all tokens; each tap holds those of one.
-            of = self.gen if "_moe_gen" in path else ~self.gen
-        return self.rows(path, out, of)
+            self.gen = self.gen if len(self.gen) == out.shape[1] else np.zeros(out.shape[1], bool)
+            self.calls(embedding=True)
+        return self.rows(path, out, None if OF_BOTH.fullmatch(path) else self.gen ^ ("_moe_gen" not in path))
 
 
 class Drawing(Run):
     """t2i, t2v and image_edit: two arms, a denoising loop whose guidance and Euler steps are inline, and the VAE."""
 
-    def __init__(self, port: Port, probe: Any) -> None:
-        super().__init__(port, probe)
-        self.target = int(np.flatnonzero(self.modes == NOISE)[-1])
-        self.plans = {arm: self.plan(arm) for arm in ("cond", "uncond")}
-        self.states, self.guided, self.blocks = [], [], []
+    def __init__(self, port: Port, probe: Any, code: Any) -> None:
+        super().__init__(port, probe, code)
+        self.target, self.steps = int(np.flatnonzero(self.modes == NOISE)[-1]), port.bundle.request["num_steps"]
+        self.plans = {arm: self.plan_of(arm) for arm in ("cond", "uncond")}
+        self.step, self.states, self.guided, self.blocks = 0, [], [], []
+        pipeline = type(port.pipeline)
+        code.wrap(pipeline, "_step_velocity", self.velocity)
+        code.returned(pipeline, "_build_position_ids", self.positions)
+        code.returned(port.module, "timestep_schedule", lambda t: mx.array(probe.integers("timesteps", np.array(t))))
+        noise = mx.array(self.bundle.taps["sampler.noise"].array)
+        probe.value("sampler.noise", noise.astype(port.model.embed_tokens.weight.dtype))
+        code.returned(mx.random, "normal", lambda drawn: noise[-(drawn.size // 48) :].reshape(drawn.shape))
+        if port.task == "image_edit":
+            pixels = mx.array(self.bundle.inputs["vae_pixels0"].array.transpose(1, 2, 3, 0))[None]
+            code.wrap(pipeline, "_load_image_tensor", lambda original, *args, **values: pixels)
+        code.watch(pipeline.generate, {
+            "cond_state": lambda state, around: self.states.append(state), "velocity": self.combined,
+            "z_clean": lambda value, around: probe.value("vae.latent0", value[0]), "latents": self.state,
+            "z_t": self.state, "img_u8": self.frames, "frames_u8": self.frames})  # fmt: skip
 
-    def plan(self, arm: str) -> SimpleNamespace:
+    def plan_of(self, arm: str) -> SimpleNamespace:
         """Which of the oracle's tokens an arm of the port has, and which of its own rows each call's are."""
         kept = [i for i, role in enumerate(self.roles) if not (arm == "uncond" and role == TEXT)]
         # Edits have no ViT tokens, and nothing closes the target.
@@ -288,146 +214,68 @@ class Drawing(Run):
         parts = np.split(np.where(seen, np.cumsum(seen) - 1, -1), np.cumsum(self.lengths[kept])[:-1])
         names = ["step" if i == self.target else f"prefix{n}" for n, i in enumerate(kept) if i <= self.target]
         clean = [names[n] for n, i in enumerate(kept) if self.modes[i] == CLEAN]
-        return SimpleNamespace(seen=seen, calls=dict(zip(names, parts, strict=False)), rows=seen.sum(), clean=clean)
+        return SimpleNamespace(seen=seen, calls=dict(zip(names, parts, strict=False)), clean=clean)
 
-    def attach(self, attached: Any) -> None:
-        pipeline = type(self.port.pipeline)
-        attached.wrap(pipeline, "_prepare_state", self.prepare)
-        attached.wrap(pipeline, "_build_position_ids", self.positions)
-        attached.wrap(pipeline, "_step_velocity", self.velocity)
-        attached.wrap(self.port.module, "timestep_schedule", self.schedule)
-        attached.wrap(mx.random, "normal", self.noise)
-        if self.port.task == "image_edit":
-            attached.wrap(pipeline, "_load_image_tensor", self.source)
-            attached.wrap(vae22.Wan22VAEEncoder, "__call__", self.encoded)
-        frames = dict.fromkeys(("img_u8", "frames_u8"), self.frames)
-        attached.watch(pipeline.generate, {"velocity": self.combined, "latents": self.state, "z_t": self.state,
-                                           "z_clean": self.sampled, "decoded": self.pixels, **frames})  # fmt: skip
+    def calls(self, rows: dict[str, Any] | None = None, embedding: bool = False) -> None:
+        """Name the calls that what follows is about, or all; none where the run has other tokens than the oracle."""
+        # An arm's tokens are embedded once, for its prefix and all steps.
+        plan, steps = self.plans[self.arm], range(self.steps) if embedding else [self.step]
+        fits = self.gen is not None and len(self.gen) == plan.seen.sum()
+        self.probe.call({f"{self.arm}.{name.replace('step', f'step{step}')}": places
+                         for name, places in (rows or plan.calls).items() for step in steps if fits})  # fmt: skip
 
-    @property
-    def step(self) -> int:
-        return max(len(self.guided) - 1, 0)
-
-    def calls(self, names: dict[str, Any]) -> None:
-        """Name the calls that what follows is about; none where the run has other tokens than the oracle."""
-        fits = self.gen is not None and len(self.gen) == self.plans[self.arm].rows
-        self.probe.call({f"{self.arm}.{name}": rows for name, rows in names.items()} if fits else {})
-
-    def begin_pass(self, steps: Any = None) -> None:
-        calls = dict(self.plans[self.arm].calls)
-        target = calls.pop("step")
-        self.calls(calls | {f"step{step}": target for step in steps or [self.step]})
-
-    def embedding(self, count: int) -> None:
-        """An arm's tokens are embedded once, for its prefix and all steps."""
-        self.begin_pass(range(self.bundle.request["num_steps"]))
-
-    # The sequence.
-
-    def prepare(self, original: Callable, pipeline: Any, **values: Any) -> dict:
-        self.arm, self.gen = ("cond", "uncond")[min(len(self.states), 1)], None
-        self.states.append(original(pipeline, **values))
-        return self.states[-1]
+    def cells(self, blocks: list[str]) -> None:
+        """Name blocks of latents, without their brackets."""
+        self.calls({block: np.arange(len(self.plans[self.arm].calls[block]) - 2) for block in blocks})
 
     def ids(self, ids: list[int]) -> list[int]:
+        self.arm = "uncond" if self.states else "cond"
         return self.recorded("text_ids" if self.arm == "cond" else "text_ids.uncond", ids, self.plans[self.arm].seen)
 
-    def positions(self, original: Callable, pipeline: Any, **values: Any) -> mx.array:
-        found = original(pipeline, **values)
+    def positions(self, found: mx.array) -> mx.array:
         seen = self.plans[self.arm].seen
         if found.shape[2] != seen.sum():
             return found
         return mx.array(self.probe.integers(f"position_ids.{self.arm}", np.array(found)[:, 0], seen))[:, None]
 
-    def schedule(self, original: Callable, *args: Any, **values: Any) -> mx.array:
-        return mx.array(self.probe.integers("timesteps", np.array(original(*args, **values))))
-
-    def noise(self, original: Callable, shape: tuple[int, ...]) -> mx.array:
-        noise = self.bundle.taps["sampler.noise"].array
-        self.probe.value("sampler.noise", mx.array(noise).astype(self.port.model.embed_tokens.weight.dtype))
-        return mx.array(noise[-len(self.bundle.inputs["mse_loss_indexes"].array) :]).reshape(shape)
-
-    # A step.
-
     def velocity(self, original: Callable, pipeline: Any, *, state: dict, **values: Any) -> mx.array:
         self.arm = "cond" if state is self.states[0] else "uncond"
-        if self.arm == "cond":
-            self.guided.append(0)
-        self.guided[-1] = int(self.arm == "uncond")
+        self.guided += [0] * (self.arm == "cond")
+        self.guided[-1], self.step = int(self.arm == "uncond"), len(self.guided) - 1
         self.gen = np.array(state["position_group"]) >= 2
         # The table's rows serve the source and the target; then each has its time and its latents, the source first.
-        self.blocks = [*self.plans[self.arm].clean, f"step{self.step}"]
-        self.latents(self.blocks)
+        self.blocks = [*self.plans[self.arm].clean, "step"]
+        self.cells(self.blocks)
         velocity = original(pipeline, state=state, **values)
-        if self.bundle.entry != "full_sequence" or not all(self.guided[:-1]):
-            return velocity
-        name = f"velocity_call{2 * self.step + (self.arm == 'uncond')}"
-        return self.probe.value(name, velocity.reshape(-1, 48)).reshape(velocity.shape)
-
-    def latents(self, blocks: list[str]) -> None:
-        calls = self.plans[self.arm].calls
-        self.calls({block: np.arange(len(calls[block.rstrip("0123456789") if "step" in block else block]) - 2)
-                    for block in blocks})  # fmt: skip
+        if self.bundle.entry == "full_sequence" and all(self.guided[:-1]):
+            name = f"velocity_call{2 * self.step + (self.arm == 'uncond')}"
+            velocity = self.probe.value(name, velocity.reshape(-1, 48)).reshape(velocity.shape)
+        return velocity
 
     def other(self, path: str, out: mx.array) -> mx.array:
         """Modules outside the language model."""
-        if path.startswith("vae."):
-            return self.code(path.removeprefix("vae."), out)
         if path == "time_embedder":
             block = self.blocks.pop(0)
             if self.step == 0 and self.arm == "cond" and not self.blocks:
                 self.probe.value(path, out[-1])
             self.calls({block: [0]})
-            out = self.probe.rows(path, out)
-            self.latents([block])
-        elif path == "latent_pos_embed":
-            out = self.probe.rows(path, out)
-        elif path == "vae2llm":
             out = self.rows(path, out)
+            self.cells([block])
         elif path == "llm2vae":
             # Of the brackets, which nothing needs, it computes no velocity.
-            self.calls({f"step{self.step}": [-1, *range(out.shape[1]), -1]})
-            out = self.rows(path, out)
-        return out
+            self.calls({"step": [-1, *range(out.shape[1]), -1]})
+        elif path == "pixels":
+            # Of one image it decodes more frames and takes the first.
+            count = out.shape[1] if self.port.task == "t2v" else 1
+            return mx.concatenate([self.probe.value(path, out[:, :count], axes=(4, 1, 2, 3)), out[:, count:]], axis=1)
+        elif path == "vae.encode0.mean":
+            return self.probe.value(path, out, axes=(0, 4, 1, 2, 3))
+        elif path.startswith("vae.") and path != "vae.conv1" and out.ndim == 5:
+            return self.chunks(path.removeprefix("vae."), out)
+        return self.rows(path, out) if path in ("latent_pos_embed", "vae2llm", "llm2vae") else out
 
-    def combined(self, value: mx.array, around: dict[str, Any]) -> None:
-        guided = self.probe.contract.get("inputs/guided")
-        if guided is not None and not guided[self.step]:
-            value[...] = around["v_cond"]
-        self.change(f"sampler.velocity{self.step}", value)
-
-    def change(self, name: str, value: mx.array, before: mx.array | None = None) -> None:
-        """Record rows of latents, those of the source before, and change them in place where they are to be others."""
-        own = value.reshape(-1, 48)
-        rows = own if before is None else mx.concatenate([before.reshape(-1, 48).astype(own.dtype), own])
-        used = self.probe.value(name, rows)
-        value[...] = used[len(rows) - len(own) :].reshape(value.shape)
-
-    def state(self, value: mx.array, around: dict[str, Any]) -> None:
-        """The latents before the first step, after one, or after the last."""
-        if len(self.guided) == self.bundle.request["num_steps"]:
-            value[...] = self.probe.value("latent", value[0])[None]
-            return
-        if not self.guided:
-            self.change("sampler.x_init", value, around.get("z_clean"))
-        self.change(f"sampler.x_t{len(self.guided)}", value, around.get("z_clean"))
-
-    # Pixels.
-
-    def source(self, original: Callable, *args: Any, **values: Any) -> mx.array:
-        return mx.array(self.bundle.inputs["vae_pixels0"].array.transpose(1, 2, 3, 0))[None]
-
-    def encoded(self, original: Callable, module: nn.Module, *args: Any) -> mx.array:
-        mean = original(module, *args).transpose(0, 4, 1, 2, 3)
-        return self.probe.value("vae.encode0.mean", mean).transpose(0, 2, 3, 4, 1)
-
-    def sampled(self, value: mx.array, around: dict[str, Any]) -> None:
-        value[...] = self.probe.value("vae.latent0", value[0])[None]
-
-    def code(self, path: str, out: mx.array) -> mx.array:
-        """A [1, frames, h, w, channels] value; what one latent frame becomes is a chunk's."""
-        if out.ndim != 5 or path == "conv1":
-            return out
+    def chunks(self, path: str, out: mx.array) -> mx.array:
+        """A [1, frames, h, w, channels] value of the VAE; what one latent frame becomes is a chunk's."""
         latents = self.bundle.taps["latent"].array.shape[0]
         spans, first = {"vae.encode0.chunk0": np.array([0])}, int(path.endswith("time_conv"))
         if not path.startswith("encoder"):
@@ -435,84 +283,68 @@ class Drawing(Run):
             chunks = [np.array([0])] + [1 + each * k + np.arange(each) for k in range(latents - 1)]
             spans = {f"vae.decode.chunk{k}": span - first for k, span in enumerate(chunks) if k >= first}
         self.probe.call(spans)
-        return self.probe.rows(path, out.transpose(0, 4, 1, 2, 3), axis=2).transpose(0, 2, 3, 4, 1)
+        return self.probe.rows(path, out, axis=2, axes=(0, 4, 1, 2, 3))
 
-    def pixels(self, value: mx.array, around: dict[str, Any]) -> None:
-        # Of one image it decodes more frames and takes the first.
-        count = value.shape[1] if self.port.task == "t2v" else 1
-        used = self.probe.value("pixels", value[0, :count].transpose(3, 0, 1, 2))
-        value[0, :count] = used.transpose(1, 2, 3, 0)
+    def combined(self, value: mx.array, around: dict[str, Any]) -> mx.array:
+        guided = self.probe.contract.get("inputs/guided")
+        value = value if guided is None or guided[self.step] else around["v_cond"]
+        return self.probe.value(f"sampler.velocity{self.step}", value.reshape(-1, 48))
+
+    def state(self, value: mx.array, around: dict[str, Any]) -> mx.array:
+        """The latents before the first step, after one, or after the last; those of the source stand before them."""
+        if len(self.guided) == self.steps:
+            self.probe.integers("guided", np.array(self.guided, np.int32))
+            return self.probe.value("latent", value[0])
+        source = [around["z_clean"].reshape(-1, 48).astype(value.dtype)] if "z_clean" in around else []
+        rows = mx.concatenate([*source, value.reshape(-1, 48)])
+        if not self.guided:
+            rows = self.probe.value("sampler.x_init", rows)
+        return self.probe.value(f"sampler.x_t{len(self.guided)}", rows)[-(value.size // 48) :]
 
     def frames(self, value: np.ndarray, around: dict[str, Any]) -> None:
-        frames = np.array(value).reshape(-1, *value.shape[-3:])
-        self.probe.value("frames", frames.transpose(3, 0, 1, 2).astype(np.int32))
+        self.probe.value("frames", value.reshape(-1, *value.shape[-3:]), axes=(3, 0, 1, 2))
 
 
 class Answering(Run):
     """x2t_image: the ViT, one pass over the question, then a token at a time."""
 
-    def __init__(self, port: Port, probe: Any) -> None:
-        super().__init__(port, probe)
-        self.question = self.passes = 0
-        self.block, self.turns, self.answered = "", 0, []
+    def __init__(self, port: Port, probe: Any, code: Any) -> None:
+        super().__init__(port, probe, code)
+        self.question = self.passes = self.turns = 0
+        code.returned(port.module, "_compute_position_ids", self.positions)
+        code.returned(vision, "apply_rotary_pos_emb_vision", self.turned)
+        code.returned(mx, "argmax", lambda token: mx.array([probe.next("tokens", token.item())]))
 
-    def attach(self, attached: Any) -> None:
-        attached.wrap(self.port.module, "_compute_position_ids", self.positions)
-        attached.wrap(vision, "apply_rotary_pos_emb_vision", self.turned)
-        attached.wrap(vision.Attention, "__call__", self.seeing)
-        attached.wrap(mx, "argmax", self.chosen)
-
-    def begin_pass(self) -> None:
+    def calls(self, embedding: bool = False) -> None:
         """In the first pass the question's last token is the oracle's first single one."""
-        calls = {f"cond.decode{self.passes}": [0]}
+        calls, last = {f"cond.decode{self.passes}": [0]}, self.question - 1
         if not self.passes:
-            last = self.question - 1
-            calls = {f"cond.prefill{i}": np.arange(start, min(stop, last))
-                     for i, (start, stop) in enumerate(zip(self.starts, self.starts[1:], strict=False))}  # fmt: skip
+            spans = enumerate(zip(self.starts, self.starts[1:], strict=False))
+            calls = {f"cond.prefill{i}": np.arange(start, min(stop, last)) for i, (start, stop) in spans}
             calls["cond.decode0"] = [last]
         self.probe.call(calls)
 
-    def embedding(self, count: int) -> None:
-        self.gen = np.zeros(1, bool) if count == 1 else self.gen
-        self.begin_pass()
-
-    def end_pass(self) -> None:
-        self.passes += 1
-
     def ids(self, ids: list[int]) -> list[int]:
-        pads = self.port.pads
-        ids = [pads["video_pad"] if token == pads["image_pad"] else token for token in ids]  # as the port does next
+        image, video = self.port.pads
+        ids = [video if token == image else token for token in ids]  # as the port does next
         self.question = int(self.probe.integers("answer", [len(ids)])[0])
         seen = np.arange(self.starts[-1]) < self.question
         ids = self.recorded("text_ids", ids + self.bundle.inputs["text_ids"].array[len(ids) :].tolist(), seen)
         self.gen = self.gen[: self.question]
         return ids[: self.question]
 
-    def positions(self, original: Callable, *args: Any, **values: Any) -> tuple[mx.array, Any]:
-        found, deltas = original(*args, **values)
-        return mx.array(self.probe.integers("position_ids.cond", np.array(found)[:, 0]))[:, None], deltas
+    def positions(self, found: tuple[mx.array, Any]) -> tuple[mx.array, Any]:
+        return mx.array(self.probe.integers("position_ids.cond", np.array(found[0])[:, 0]))[:, None], found[1]
 
     def other(self, path: str, out: mx.array) -> mx.array:
         if path == "language_model.lm_head":
-            self.probe.call({f"cond.decode{self.passes - 1}": [0]})
+            self.probe.call({f"cond.decode{self.passes}": [0]})
+            self.passes += 1
             return self.rows(path, out)
-        return self.probe.value(path, out) if path.startswith("vit_model0") else out
+        return self.probe.value(path, out) if TOLD_OF_VISION.fullmatch(path) else out
 
-    def seeing(self, original: Callable, module: nn.Module, *args: Any, **values: Any) -> mx.array:
-        self.block, self.turns = self.paths[id(module)], 0
-        return self.probe.value(self.block, original(module, *args, **values))
-
-    def turned(self, original: Callable, *args: Any) -> mx.array:
-        out = original(*args)
-        name = f"{self.block}.{'qk'[self.turns]}_rope"
+    def turned(self, out: mx.array) -> mx.array:
+        """Queries, then keys, each with axes of length 1 before its rows, heads and channels."""
         self.turns += 1
-        return self.probe.value(name, out.reshape(out.shape[-3:])).reshape(out.shape)
-
-    def chosen(self, original: Callable, *args: Any, **values: Any) -> mx.array:
-        token = original(*args, **values)
-        self.answered.append(token.item())
-        given = self.probe.force.get("tokens")
-        if given is not None and len(self.answered) <= len(given[0]):
-            token = mx.array(given[0][len(self.answered) - 1 :][:1])
-        self.probe.taps["tokens"] = np.array(self.answered, np.int32), "int32"
-        return token
+        name = f"{self.code.path}.{'kq'[self.turns % 2]}_rope"
+        return self.probe.value(name, out, axes=tuple(range(out.ndim))[-3:])

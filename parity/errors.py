@@ -1,7 +1,9 @@
-"""What the parity engine raises for anything it cannot use."""
+"""What the parity engine raises for anything it cannot use; needs nothing but Python."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class ParityError(Exception):
@@ -15,15 +17,23 @@ def interrupted(error: BaseException | None) -> bool:
     )
 
 
+def said(error: BaseException, file: Path | None = None) -> str:
+    """An error in one line: its kind, its text, and which line of `file` it came through last."""
+    # The implementations' own errors are a sentence already; of any other the kind says as much as the text.
+    known = type(error).__module__.partition(".")[0] in ("lance_mlx", "reference", "parity")
+    text = " ".join(str(error).split())
+    whole = text if known else f"{type(error).__name__}: {text}".removesuffix(": ")
+    frames = traceback.extract_tb(error.__traceback__) if file else []
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]
+    return f"{whole} ({file.name}:{lines[-1]})" if lines else whole
+
+
 @contextmanager
-def one_line(what: str) -> Iterator[None]:
-    """Turn whatever an implementation raises into a ParityError of one line; the cause stays attached."""
+def one_line(what: str, file: Path | None = None) -> Iterator[None]:
+    """Turn whatever an implementation raises into a ParityError of one line; the cause stays attached; see said."""
     try:
         yield
     except (Exception, SystemExit) as error:
         if interrupted(error):
             raise KeyboardInterrupt from error
-        # The implementations' own errors are a sentence already; of any other the kind says as much as the text.
-        known = type(error).__module__.partition(".")[0] in ("lance_mlx", "reference", "parity")
-        text = " ".join(str(error).split())
-        raise ParityError(f"{what}: {text if known else f'{type(error).__name__}: {text}'}") from error
+        raise ParityError(f"{what}: {said(error, file)}") from error

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from parity.errors import ParityError, interrupted
+from parity.errors import ParityError, interrupted, said
 
 
 def import_file(path: Path, holds: str) -> ModuleType:
@@ -20,13 +20,12 @@ def import_file(path: Path, holds: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise failure(f"{path} cannot be imported", error) from error
+        raise failure(f"{path} cannot be imported", error, path) from error
     return module
 
 
-def failure(what: str, error: BaseException) -> ParityError:
+def failure(what: str, error: BaseException, file: Path | None = None) -> ParityError:
     """A ParityError of one line about anything that a file of the user's raises; an interrupt stays one."""
     if interrupted(error):
         raise KeyboardInterrupt from error
-    text = " ".join(str(error).split())
-    return ParityError(f"{what}: {type(error).__name__}: {text}" if text else f"{what}: {type(error).__name__}")
+    return ParityError(f"{what}: {said(error, file)}")

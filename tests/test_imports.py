@@ -186,3 +186,21 @@ def test_the_engine_knows_no_model():
         if path in engine and name in ("reference", "lance_mlx") and path not in OF_THE_MACHINE
     ]
     assert len(engine) > 50 and found == []
+
+
+OF_LANCE = re.compile(r"\bViT\b|\bVAE\b|\bLance\b|\bvae\b|\bvit_|moe_gen|self_attn|\b(un)?cond\b")
+# Their arrays and calls are named after the model's parts still.
+NAMED_AFTER_IT = {
+    "parity/bundle/reading.py", "parity/comparison/exact.py", "parity/comparison/trajectory.py",
+    "parity/hypotheses/tap_probe.py", "parity/oracle/judgement.py", "parity/tensors/recording.py",
+}  # fmt: skip
+
+
+def test_the_engine_names_no_part_of_the_model():
+    named = {
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "parity").rglob("*.py"))
+        if path.relative_to(ROOT).parts[1] not in ("lance", "cli", "__init__.py")
+        and OF_LANCE.search(path.read_text(encoding="utf-8"))
+    }
+    assert named == NAMED_AFTER_IT

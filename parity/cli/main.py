@@ -62,6 +62,9 @@ def run(
         typer.Option(metavar="NAME", help=f"{IMPL_HELP} May be given several times.", show_default="mlx, reference"),
     ] = None,
     python: PythonOption = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON.", show_default=False)
+    ] = None,
     form: FormatOption = None,
     output: OutputOption = None,
 ) -> None:
@@ -73,7 +76,8 @@ def run(
     with one_line_errors():
         from parity.bundle.reading import find_bundles
         from parity.ports.loading import known_ports, port_loader
-        from parity.report.output import require_own
+        from parity.report.formats import render
+        from parity.report.output import Format, emit, require_own
         from parity.report.run_page import write_report
         from parity.report.runner import compare_all, exit_status
         from parity.report.terminal import print_rows, progress_bar
@@ -86,6 +90,8 @@ def run(
         with progress_bar(len(paths) * len(loaders), "comparison") as start:
             rows = compare_all(paths, loaders, start)
         index = write_report(report, rows, [str(folder) for folder in folders])
+        if json_file:
+            emit(render(rows, Format.JSON), json_file)
         if not deliver(rows, form, output):
             print_rows(rows)
             print(index)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from parity.cli.errors import one_line_errors
-from parity.cli.results import FormatOption, OutputOption, deliver
+from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, PythonOption, deliver
 
 PROMPT = "a small red bird flies over the river"
 
@@ -63,6 +63,8 @@ def stream(
             show_default=False,
         ),
     ] = None,
+    impl: Annotated[str, typer.Option(metavar="NAME", help=IMPL_HELP)] = "mlx",
+    python: PythonOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.", show_default=False)
     ] = None,
@@ -76,6 +78,9 @@ def stream(
     answer. lance_mlx runs on its own rows, and once more with every tap given what is expected before it, so that an
     error shows in the layer that makes it. What rounding alone does is measured in the same pass, by variants of the
     reference. A question's picture is seen by the reference's ViT, which is read whole, for both sides.
+
+    A port of yours, with --against, holds its own weights, all of them, and runs the request from the streamed
+    reference's taps in one go; what it does not tell is listed.
     """
     with one_line_errors(), ExitStack() as stack:
         import json
@@ -87,10 +92,15 @@ def stream(
         from parity.lance.faults.layered import load_layered
         from parity.lance.record_options import Options
         from parity.lance.stream.comparison import stream as run
+        from parity.lance.stream.given import stream_given
         from parity.lance.stream.plan import plan_against, plan_live, size_of_latents
         from parity.lance.stream.terminal import print_streamed
+        from parity.ports.loading import port_loader
         from parity.tensors.recording import write_atomically
 
+        load = None if impl == "mlx" and python is None else port_loader(impl, python)
+        if load and fault:
+            raise ParityError(f"faults break lance_mlx, not {impl}: leave --impl out")
         faults = [load_layered(spec) for spec in fault or []]
         if against is not None:
             chosen = {"--live": live or None, "--prompt": prompt, "--question": question, "--image": image,
@@ -128,7 +138,7 @@ def stream(
             bar.update(number - bar.n)
             bar.set_description(part)
 
-        found = run(plan, faults, tell)
+        found = stream_given(plan, load, tell) if load else run(plan, faults, tell)
         bar.close()
         if json_file:
             write_atomically(json_file, json.dumps(found.to_json(), indent=1, allow_nan=False).encode())

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from parity import memory
 from parity.bundle.reading import Bundle, read_bundle
-from parity.comparison.exact import check_preprocessed
+from parity.comparison.exact import ExactMismatch, check_preprocessed, check_weights
 from parity.comparison.trajectory import margins
 from parity.comparison.verdict import (
     AGREE,
@@ -91,7 +92,8 @@ class TapResult:
 class Result:
     """The comparison of one implementation with one bundle; `taps` are in order of execution.
 
-    `inputs` are the integer inputs, compared before any float; `compared` counts the oracle's taps only.
+    `inputs` are the integer inputs, compared before any float, and before those the weights of a port of the user's
+    that are not the oracle's; `compared` counts the oracle's taps only.
     `upstream_median` is the median of error over upstream's own rounding error for bfloat16, None for float32;
     `floor_median` that of error over the floor. `reason` says why a comparison is inconclusive, `remark` what else has
     to be known of one that is not.
@@ -163,7 +165,8 @@ class Run:
     """A bundle replayed by an implementation: what it computed, in how many seconds, with what peak memory in bytes.
 
     `unstable` names the first tap in which a second replay differs, None where all are equal. `preprocessed` are the
-    visuals as the implementation resizes them itself.
+    visuals as the implementation resizes them itself, `weights` the parameters that it uses and that are not the
+    oracle's.
     """
 
     bundle: Bundle
@@ -171,6 +174,7 @@ class Run:
     port: Port
     unstable: str | None = None
     preprocessed: dict[str, np.ndarray] | None = None
+    weights: Sequence[ExactMismatch] = ()
     seconds: float | None = None
     peak_bytes: int | None = None
 
@@ -197,10 +201,23 @@ def record_bundle(path: Path, impl: str | Loader, progress: Progress | None = No
     memory.reset_peak()
     start = time.perf_counter()
     port = load(bundle)
+    weights = _wrong_weights(port, bundle, progress)
     recording = replayed(port, bundle, progress)
     seconds, peak = time.perf_counter() - start, memory.peak()
     unstable = first_unequal(recording, replayed(port, bundle, progress))
-    return Run(bundle, recording, port, unstable, port.preprocessed(bundle.path.parent), seconds, peak)
+    return Run(bundle, recording, port, unstable, port.preprocessed(bundle.path.parent), weights, seconds, peak)
+
+
+def _wrong_weights(port: Port, bundle: Bundle, progress: Progress | None) -> Sequence[ExactMismatch]:
+    """The weights of a port of the user's that are not the oracle's, as far as it tells them."""
+    if not port.partial:
+        return ()
+    try:
+        oracle = trusted_of(bundle, progress).oracle
+    except ParityError:
+        # Without the reference there is nothing to compare with.
+        return ()
+    return check_weights(port, oracle).mismatches
 
 
 def replayed(port: Port, bundle: Bundle, progress: Progress | None = None) -> Recording:
@@ -247,7 +264,10 @@ def check_recording(run: Run, progress: Progress | None = None) -> Result:
     integers = dict(sorted(integers.items(), key=lambda item: parse(item[0]).place))
     computed = {f"inputs/{name}": tap for name, tap in recording.items()}
     missing = [name for name in integers if name not in computed] + [name for name in names if name not in recording]
-    inputs = [_compare(parse(n), oracle, computed[n], Limit(0.0)) for n, oracle in integers.items() if n in computed]
+    inputs = [
+        _compare(parse(m.tap), Tap(m.expected, "float32"), Tap(m.got, "float32"), Limit(0.0)) for m in run.weights
+    ]
+    inputs += [_compare(parse(n), oracle, computed[n], Limit(0.0)) for n, oracle in integers.items() if n in computed]
     inputs += _preprocessed(run)
     taps = [_compare(bundle.locate(n), expected[n], recording[n], limits[n]) for n in names if n in recording]
     differences = {result.tap.name: result.difference for result in taps}
@@ -398,18 +418,23 @@ def _first_divergence(
     bundle: Bundle, recording: Recording, results: list[TapResult], far: bool
 ) -> dict[str, Any] | None:
     diverging = [result for result in results if result.diverges]
-    # Integers decide what everything after them means, so they come first whatever their place in time.
-    first = next((r for r in diverging if r.tap.integer), next(iter(diverging), None))
+    # Weights and integers decide what everything after them means: they come first whatever their place in time.
+    first = next((r for r in diverging if r.tap.integer or _is_weight(r)), next(iter(diverging), None))
     if first is None and far:
         # No single tap is too far, but most are: the first of those.
         first = next(r for r in results if (r.difference.rel_l2 or 0.0) > r.limit.floor)
     if first is None:
         return None
-    component = definition().name_component(
-        bundle, recording, first.tap.name, {result.tap.name for result in diverging}
-    )
+    names = {result.tap.name for result in diverging}
+    component = first.tap.component
+    if not _is_weight(first):
+        component = definition().name_component(bundle, recording, first.tap.name, names)
     rel_l2 = finite(first.difference.rel_l2)
     return {"tap": first.tap.name, "call": first.tap.call, "component": component, "rel_l2": rel_l2}
+
+
+def _is_weight(result: TapResult) -> bool:
+    return result.tap.name.startswith("weights/")
 
 
 def _compare(name: TapName, oracle: Tap | Sketch, ours: Tap, limit: Limit) -> TapResult:

@@ -1,6 +1,6 @@
 """The ports of Lance that are known by name: lance_mlx, and the reference itself."""
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from parity.lance.faults import Fault, Target, combined
 from parity.lance.given import replay_of
 from parity.lance.trusted import cut, load_run, unconditional_ids
 from parity.oracle.oracle import Oracle
-from parity.ports.port import Loader, Progress, Weights, versions
-from parity.tensors.recording import Contract, Observed, Tap
+from parity.ports.port import Asked, Loader, Port, Weights, versions
+from parity.tensors.recording import Observed, Tap
 from reference.numerics import Numerics
 
 
-class MlxPort:
+class MlxPort(Port):
     """lance_mlx, loaded for a bundle.
 
     Attributes:
@@ -26,35 +26,27 @@ class MlxPort:
     """
 
     name = "mlx"
-    partial = whole_passes = False
 
     def __init__(self, bundle: Bundle) -> None:
         from parity.lance.replay_mlx import load_for, request_from_bundle
 
-        self._bundle, self._replay = bundle, replay_of(bundle)
+        self.bundle, self._replay = bundle, replay_of(bundle)
         with one_line(f"mlx cannot run bundle {bundle.name}"):
             self._asked = request_from_bundle(bundle.request, bundle.entry)
             self.pipeline = load_for(self._asked, bundle.checkpoint / bundle.variant, bundle.dtype)
 
-    def run(
-        self,
-        names: Container[str],
-        force: Mapping[str, Tap] | None = None,
-        contract: Contract | None = None,
-        progress: Progress | None = None,
-    ) -> Observed:
-        """See Port.run."""
+    def _run(self, asked: Asked) -> Observed:
         from parity.lance.replay_mlx import replay_pipeline
 
-        with one_line(f"mlx cannot run bundle {self._bundle.name}"):
-            return replay_pipeline(self.pipeline, self._asked, self._replay, names, progress, force, contract)
+        how = asked.names, asked.progress, asked.force, asked.contract
+        return replay_pipeline(self.pipeline, self._asked, self._replay, *how)
 
     def broken_by(self, faults: Sequence[Fault]) -> AbstractContextManager[object]:
         """A context in which faults break it."""
         return combined(faults)(Target(self.pipeline))
 
-    def weights(self) -> Weights:
-        """See Port.weights; the output head of a task that draws is never read."""
+    def _weights(self) -> Weights:
+        """The output head of a task that draws is never read."""
         from parity.lance.weights_mlx import named_weights
 
         yield from named_weights(self.pipeline, with_head=self._asked.task.answers)
@@ -67,66 +59,49 @@ class MlxPort:
         with replaced_weights(self.pipeline, given):
             yield
 
-    def preprocessed(self, media: Path) -> dict[str, np.ndarray] | None:
-        """See Port.preprocessed."""
+    def _preprocessed(self, media: Path) -> dict[str, np.ndarray] | None:
         from parity.lance.replay_mlx import preprocess_mlx
 
-        with one_line(f"mlx cannot prepare the visuals of bundle {self._bundle.name}"):
-            return preprocess_mlx(self._bundle.request, self._bundle.entry, media)
+        return preprocess_mlx(self.bundle.request, self.bundle.entry, media)
 
     def versions(self) -> dict[str, str]:
         """See Port.versions."""
         return versions("mlx")
 
 
-class ReferencePort:
-    """The PyTorch reference, loaded for a bundle."""
+class ReferencePort(Port):
+    """The PyTorch reference, loaded for a bundle; its weights are the ones compared with."""
 
     name = "reference"
-    partial, whole_passes = False, True
+    whole_passes = True
 
     def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle.name
+        self.bundle = bundle
         with one_line(f"reference cannot run bundle {bundle.name}"):
-            self._run = load_run(bundle, Numerics(bundle.dtype))
+            self._reference = load_run(bundle, Numerics(bundle.dtype))
 
-    def run(
-        self,
-        names: Container[str],
-        force: Mapping[str, Tap] | None = None,
-        contract: Contract | None = None,
-        progress: Progress | None = None,
-    ) -> Observed:
-        """See Port.run; `force` must hold the taps of the reference's own passes."""
-        with one_line(f"reference cannot run bundle {self._bundle}"):
-            # Of whole passes it is not known yet which of their parts are wanted.
-            kept = names if self._run.entry == "kv_cache" else None
-            recording = cut(self._run, self._run.record(kept, progress, force))
-        layout = self._run.layout
+    def _run(self, asked: Asked) -> Observed:
+        """`force` must hold the taps of the reference's own passes."""
+        run, names = self._reference, asked.names
+        # Of whole passes it is not known yet which of their parts are wanted.
+        kept = names if run.entry == "kv_cache" else None
+        recording = cut(run, run.record(kept, asked.progress, asked.force))
+        layout = run.layout
         exact = {f"inputs/{name}": Tap(array, "int32") for name, array in layout.arrays().items()}
         if layout.answer is None:
-            exact["inputs/position_ids.uncond"] = Tap(unconditional_ids(layout, self._run.entry), "int32")
+            exact["inputs/position_ids.uncond"] = Tap(unconditional_ids(layout, run.entry), "int32")
         else:
             exact["inputs/position_ids.cond"] = Tap(layout.position_ids[:, : layout.answer], "int32")
         return Observed({name: tap for name, tap in recording.items() if name in names}, exact, {})
 
-    def weights(self) -> Weights:
-        """See Port.weights."""
-        request = self._run.request
-        yield from reference_weights(self._run.pipeline, request.understanding, bool(request.visuals))
+    def _weights(self) -> Weights:
+        request = self._reference.request
+        yield from reference_weights(self._reference.pipeline, request.understanding, bool(request.visuals))
 
-    @contextmanager
-    def with_weights(self, given: Mapping[str, np.ndarray]) -> Iterator[None]:
-        """See Port.with_weights: the reference's are the ones compared with."""
-        del given
-        yield
-
-    def preprocessed(self, media: Path) -> dict[str, np.ndarray] | None:
-        """See Port.preprocessed."""
+    def _preprocessed(self, media: Path) -> dict[str, np.ndarray] | None:
         from parity.lance.replay_torch import preprocess_reference
 
-        with one_line("reference cannot prepare the visuals of the bundle"):
-            return preprocess_reference(self._run.request, media)
+        return preprocess_reference(self._reference.request, media)
 
     def versions(self) -> dict[str, str]:
         """See Port.versions."""

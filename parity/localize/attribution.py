@@ -9,6 +9,7 @@ in which they may be mended.
 import itertools
 import math
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from parity.tensors.names import component_kind
 from parity.tensors.recording import Contract, Observed, Recording, Tap
 
 # So many causes are tried in every subset, which is 2 ** EVERY runs; of more, this many orders are drawn and reversed.
-EVERY, ORDERS = 5, 3
+EVERY, ORDERS = 8, 3
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,6 @@ class Attributing:
         forced: Observed,
         tell: Callable[[str], None],
     ) -> None:
-        if oracle.bundle.entry != "kv_cache":
-            raise ParityError(f"--attribute needs a bundle of the kv_cache entry, {oracle.bundle.name} is not")
         self.port, self.oracle, self.tell = port, oracle, tell
         self.findings = findings
         self.forced, self.known = forced, {hypothesis.name: hypothesis for hypothesis in hypotheses}
@@ -161,19 +160,23 @@ class Attributing:
         if not set(self.results) & forced.recording.keys():
             wanted = ", ".join(self.results or definition().RESULTS)
             raise ParityError(f"--attribute needs a run that ends in one of {wanted}: there is nothing to be owed here")
+        # In passes over all tokens a call's own rows are no input that the trusted side could go on from.
+        self._cached = oracle.bundle.entry == "kv_cache"
         self.unmended: list[str] = []
         self.causes = self._causes(findings)
         self._tried: dict[frozenset[int], dict[str, float]] = {}
         self._last: dict[frozenset[int], Tap | None] = {}
         self._sequence: dict[str, np.ndarray] = {}
+        self._seconds = 0.0
+        self._orders = [] if len(self.causes) <= EVERY else list(_orders(len(self.causes)))
+        self._planned = len(set(self._subsets()))
         self._own = self._give_sequence()
 
     def run(self, allowed: Mapping[str, float]) -> Attribution:
         """Mend the causes in every way, or in some orders; `allowed` is what rounding may do to the results."""
         every = frozenset(range(len(self.causes)))
         before, left = self.errors(frozenset()), self.errors(every)
-        orders = [] if len(every) <= EVERY else list(self._orders(len(every)))
-        shares = [self._shapley(number, orders) for number in every]
+        shares = [self._shapley(number) for number in every]
         worths = [
             Worth(
                 cause.name,
@@ -188,7 +191,7 @@ class Attributing:
         bounds = {name: allowed.get(name, 0.0) for name in left}
         last = list(left)[-1] if left else ""
         expected = self.oracle.taps.get(last)
-        return Attribution(before, left, bounds, worths, self.unmended, len(orders), last, expected, self._own)
+        return Attribution(before, left, bounds, worths, self.unmended, len(self._orders), last, expected, self._own)
 
     def _give_sequence(self) -> dict[str, float]:
         """Give the tokens that findings which cannot be mended are about, where a run by itself tells less without;
@@ -196,7 +199,7 @@ class Attributing:
 
         Raises ParityError where it still tells less than one that is steered: what it does not tell cannot be mended.
         """
-        recording = self._run(frozenset())
+        recording = self._record(frozenset())
         if recording.keys() >= self.forced.recording.keys():
             return {}
         own = self._errors(recording)
@@ -205,7 +208,7 @@ class Attributing:
         taps = {tap for finding in first for tap in (finding.tap, *finding.also)}
         exact = self.oracle.contract.exact
         self._sequence = {tap: exact[tap] for tap in taps if tap in exact and tap in self.forced.exact}
-        lacking = self.forced.recording.keys() - self._run(frozenset()).keys()
+        lacking = self.forced.recording.keys() - self._record(frozenset()).keys()
         if lacking:
             name = next(name for name in self.oracle.taps if name in lacking)
             raise ParityError(f"{self.port.name} by itself does not tell {name}: nothing before it can be told apart")
@@ -214,27 +217,41 @@ class Attributing:
     def errors(self, mended: frozenset[int]) -> dict[str, float]:
         """The relative L2 error of each result with some causes mended."""
         if mended not in self._tried:
-            self.tell(f"attribution {len(self._tried) + 1}: {len(mended)} of {len(self.causes)} mended")
-            recording = self._run(mended)
-            self._tried[mended] = found = self._errors(recording)
-            self._last[mended] = recording[list(found)[-1]] if found else None
+            self._record(mended)
         return self._tried[mended]
+
+    def _record(self, mended: frozenset[int]) -> Recording:
+        """Run with some causes mended, and keep the errors; the first run tells how long all of them will take."""
+        number, started = len(self._tried) + 1, time.perf_counter()
+        left = max(self._planned - len(self._tried), 1) * self._seconds / 60
+        rest = f", about {max(round(left), 1)} min left" if self._seconds else ""
+        what = f"{len(mended)} of {len(self.causes)} mended{rest}"
+        self.tell(f"attribution, run {number} of {self._planned}: {what}")
+        recording = self._run(mended)
+        self._tried[mended] = found = self._errors(recording)
+        self._last[mended] = recording[list(found)[-1]] if found else None
+        self._seconds = max(self._seconds, time.perf_counter() - started)
+        return recording
+
+    def _subsets(self) -> Iterator[frozenset[int]]:
+        """What is mended in each run."""
+        count = len(self.causes)
+        every = frozenset(range(count))
+        if not self._orders:
+            yield from (frozenset(part) for size in range(count + 1) for part in itertools.combinations(every, size))
+            return
+        yield from (frozenset(order[:size]) for order in self._orders for size in range(count + 1))
+        for number in every:
+            yield from (frozenset({number}), every - {number})
 
     def _errors(self, recording: Recording) -> dict[str, float]:
         found = {n: compare(self.oracle.taps[n], recording[n]).rel_l2 for n in self.results if n in recording}
         return {name: math.inf if error is None else error for name, error in found.items()}
 
-    def _orders(self, count: int) -> Iterator[list[int]]:
-        """Orders and their reverses: together they are nearer to the mean than as many drawn apart."""
-        draw = random.Random(count)
-        for _ in range(ORDERS):
-            order = draw.sample(range(count), count)
-            yield from (order, order[::-1])
-
-    def _shapley(self, number: int, orders: Sequence[Sequence[int]]) -> dict[str, float]:
+    def _shapley(self, number: int) -> dict[str, float]:
         others = [other for other in range(len(self.causes)) if other != number]
-        if orders:
-            weighed = [(frozenset(order[: order.index(number)]), 1 / len(orders)) for order in orders]
+        if self._orders:
+            weighed = [(frozenset(order[: order.index(number)]), 1 / len(self._orders)) for order in self._orders]
         else:
             count = len(self.causes)
             weighed = [
@@ -260,7 +277,7 @@ class Attributing:
             if finding.tap.startswith("weights/"):
                 weights = tuple(tap.removeprefix("weights/") for tap in (finding.tap, *finding.also))
                 causes[finding.tap] = Cause(name, (number,), weights=weights)
-            elif finding.kind == LOCAL:
+            elif finding.kind == LOCAL and (self._cached or "/" not in finding.tap):
                 # Several causes of one tap are mended together: their taps are the same.
                 told = causes.get(finding.tap)
                 names = {kind for tap in (finding.tap, *finding.also) for kind in kinds[component_kind(tap)]}
@@ -333,12 +350,21 @@ class Attributing:
         """What the trusted side computes at a tap from a run's own values before it."""
         # Of what a run does not tell, states and times are the oracle's; what lies within calls is computed on the way.
         given = {other: tap for other, tap in self.oracle.taps.items() if "/" not in other}
-        given |= before.filled(self.oracle.taps).recording
+        own = before.filled(self.oracle.taps).recording
+        given |= {other: tap for other, tap in own.items() if self._cached or "/" not in other}
         array = self.oracle.run.recompute(name, {other: tap for other, tap in given.items() if other != name})
         expected = self.oracle.taps[name]
         if array is None:
             raise ParityError(f"the reference never comes to {name}: it cannot be mended")
         return Tap(np.ascontiguousarray(array, expected.array.dtype), expected.dtype)
+
+
+def _orders(count: int) -> Iterator[list[int]]:
+    """Orders and their reverses: together they are nearer to the mean than as many drawn apart."""
+    draw = random.Random(count)
+    for _ in range(ORDERS):
+        order = draw.sample(range(count), count)
+        yield from (order, order[::-1])
 
 
 def component_of(tap: str) -> str:

@@ -1,7 +1,7 @@
 """Localizing: which component is wrong by itself first, by how much more than rounding, and what explains it."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -156,7 +156,7 @@ class Investigation:
             held, bounds, forced = self.bundle.expected, along, led_by_upstream
             blind, remark = "", f"{blind}; {self.port.name} agrees with the oracle there"
         blind = blind or unsteered or ""
-        if self.port.partial and (lacks := _lacking(self.oracle, forced)):
+        if self.port.partial and (lacks := lacking(self.oracle.taps, forced)):
             remark = "; ".join(filter(None, [remark, f"judged on what {self.port.name} shares with upstream: {lacks}"]))
         self.held = held
         taps = tap_errors(self.oracle, held, forced.recording, free.recording, bounds, along)
@@ -481,9 +481,9 @@ class Investigation:
         return AGREE, ""
 
 
-def _lacking(oracle: Oracle, forced: Observed) -> str:
+def lacking(taps: Iterable[str], forced: Observed) -> str:
     """What a run lacks of the oracle's, in a sentence: kinds of taps, and rows of others."""
-    kinds = dict.fromkeys(component_kind(name) for name in oracle.taps if name not in forced.recording)
+    kinds = dict.fromkeys(component_kind(name) for name in taps if name not in forced.recording)
     rows = sorted({component_kind(name) for name in forced.absent})
     said = [f"it does not tell {_listed(list(kinds))}"] if kinds else []
     said += [f"it has not all rows of {_listed(rows)}"] if rows else []

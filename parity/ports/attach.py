@@ -4,16 +4,21 @@ Needs nothing but Python: it serves ports in processes of their own too.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 
 class Attached:
-    """Context manager that undoes at its end whatever was attached in it."""
+    """Context manager that undoes at its end whatever was attached in it.
+
+    Attributes:
+        path: of the module that is being called, of those that `modules` was given; empty where none is.
+    """
 
     def __init__(self) -> None:
-        self._stack = ExitStack()
+        self._stack, self.path = ExitStack(), ""
+        self._called: Any = None
 
     def __enter__(self) -> "Attached":
         return self
@@ -35,22 +40,54 @@ class Attached:
         else:
             self._stack.callback(delattr, owner, name)
 
-    def watch(self, function: Callable[..., Any], bound: Mapping[str, Callable[[Any, dict[str, Any]], None]]) -> None:
-        """Look at local variables of a function each time that one holds another object.
+    def returned(self, owner: Any, name: str, then: Callable[[Any], Any]) -> None:
+        """Go on with `then(output)` in the place of what a method of a class or a function of a module returns."""
+        self.wrap(owner, name, lambda original, *args, **values: then(original(*args, **values)))
 
-        What is computed inline has no call to wrap; its arrays can still be recorded, and changed in place.
+    def modules(self, named: Iterable[tuple[str, Any]], then: Callable[[str, Any], Any]) -> None:
+        """Go on with `then(path, output)` in the place of what modules of MLX or PyTorch return.
 
         Args:
-            bound: for each variable what is called then, with its value and all the function's variables.
+            named: a path and a module each, such as those of `named_modules()`.
+        """
+        modules = [(path, module) for path, module in named]
+        paths = {id(module): path for path, module in modules}
+
+        def called(original: Callable[..., Any], module: Any, *args: Any, **values: Any) -> Any:
+            path, before = paths.get(id(module)), (self.path, self._called)
+            # Also one whose class calls that which it is derived from is seen once.
+            if path is None or module is self._called:
+                return original(module, *args, **values)
+            self.path, self._called = path, module
+            try:
+                output = original(module, *args, **values)
+            finally:
+                self.path, self._called = before
+            return then(path, output)
+
+        for kind in {type(module): None for _, module in modules}:
+            self.wrap(kind, "__call__", called)
+
+    def watch(self, function: Callable[..., Any], bound: Mapping[str, Callable[[Any, dict[str, Any]], Any]]) -> None:
+        """Look at local variables of a function each time that one holds another object.
+
+        What is computed inline has no call to wrap; its arrays can still be recorded, and others put in their place.
+
+        Args:
+            bound: for each variable what is called then, with its value and all the function's variables. What it
+                returns, unless that is None, is copied into the value, an array of as many elements.
         """
         code, last, before = function.__code__, {}, sys.gettrace()
 
         def line(frame: Any, event: str, argument: Any) -> Callable:
             around = frame.f_locals
             for name in bound.keys() & around.keys():
-                if last.get(name) is not around[name]:
-                    last[name] = around[name]
-                    bound[name](around[name], around)
+                value = around[name]
+                if last.get(name) is not value:
+                    last[name] = value
+                    instead = bound[name](value, around)
+                    if instead is not None:
+                        value[...] = instead.reshape(value.shape)
             return line
 
         sys.settrace(lambda frame, event, argument: line if frame.f_code is code else None)

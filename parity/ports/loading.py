@@ -1,8 +1,8 @@
 """Ports by name, or from a file of the user's."""
 
 import sys
-from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from parity.errors import ParityError, one_line
 from parity.model import definition
 from parity.ports.attach import Attached
 from parity.ports.mending import Mending
-from parity.ports.observed import REQUIRED, HeldTaps, observed_of, told_weights
-from parity.ports.port import Loader, Port, Progress, Weights, versions
-from parity.ports.probe import Probe
+from parity.ports.observed import REQUIRED, HeldTaps, observed_of
+from parity.ports.port import Asked, Loader, Port, Weights, versions
+from parity.ports.probe import Probe, replaced_weights, told_weights
 from parity.ports.process import ProcessPort
 from parity.python_file import import_file
-from parity.tensors.recording import Contract, Observed, Tap
+from parity.tensors.recording import Observed
 
 
 def known_ports() -> dict[str, Loader]:
@@ -52,58 +52,46 @@ def _from_file(path: Path, name: str, spec: str, python: Path | None) -> Loader:
         raise ParityError(f"{path} defines no class or function {name!r}: name one that is given the bundle")
 
     def load(bundle: Bundle) -> Port:
-        with one_line(f"{spec} cannot be loaded for bundle {bundle.name}"), redirect_stdout(sys.stderr):
+        with one_line(f"{spec} cannot be loaded for bundle {bundle.name}", path), redirect_stdout(sys.stderr):
             port = make(bundle)
         if lacks := [method for method in REQUIRED if not callable(getattr(port, method, None))]:
             raise ParityError(f"{spec} has no method {' and '.join(lacks)}: examples/README.md says what a port needs")
-        return GivenPort(port, f"{path.stem}:{name}", bundle.name)
+        return GivenPort(port, f"{path.stem}:{name}", bundle, path)
 
     return load
 
 
-class GivenPort:
-    """A port of the user's: what it leaves out has a default, and what it raises is one line."""
+class GivenPort(Port):
+    """A port of the user's: what it leaves out has a default."""
 
     partial = True
 
-    def __init__(self, port: Any, name: str, bundle: str) -> None:
-        self._port, self._bundle = port, bundle
-        self.name: str = getattr(port, "name", name)
-        self.whole_passes: bool = getattr(port, "whole_passes", False)
+    def __init__(self, port: Any, name: str, bundle: Bundle, file: Path) -> None:
+        self._port, self.bundle, self.file = port, bundle, file
+        self.name = getattr(port, "name", name)
+        self.whole_passes = getattr(port, "whole_passes", False)
 
-    def run(
-        self,
-        names: Container[str],
-        force: Mapping[str, Tap] | None = None,
-        contract: Contract | None = None,
-        progress: Progress | None = None,
-    ) -> Observed:
-        """See Port.run."""
-        given = HeldTaps(force or {})
-        exact = ({}, (), None) if contract is None else (contract.exact, contract.splits, contract.answer)
-        probe = Probe(names, given, *exact, progress or (lambda call: None), Attached)
-        if isinstance(force, Mending):
-            force.recorded = lambda: observed_of(probe.taps, {}, probe.absent, (), names, "what it records")
-        with one_line(f"{self.name} cannot run bundle {self._bundle}"):
-            with redirect_stdout(sys.stderr):
-                self._port.run(probe)
-            return observed_of(probe.taps, probe.exact, probe.absent, probe.unknown, names, "what it records")
+    def _run(self, asked: Asked) -> Observed:
+        probe = Probe(asked.names, HeldTaps(asked.force), *asked.sequence, asked.progress, Attached)
+        if isinstance(asked.force, Mending):
+            asked.force.recorded = lambda: observed_of(probe.taps, {}, probe.absent, (), asked.names)
+        with redirect_stdout(sys.stderr):
+            self._port.run(probe)
+        return observed_of(probe.taps, probe.exact, probe.absent, probe.unknown, asked.names)
 
-    def weights(self) -> Weights:
-        """See Port.weights."""
-        with one_line(f"{self.name} does not tell its weights"):
-            yield from told_weights(getattr(self._port, "weights", tuple)())
+    def _weights(self) -> Weights:
+        yield from told_weights(self._port)
 
     @contextmanager
     def with_weights(self, given: Mapping[str, np.ndarray]) -> Iterator[None]:
-        """See Port.with_weights; without it wrong weights stay as they are."""
-        with getattr(self._port, "with_weights", lambda given: nullcontext())(given):
+        """See Port.with_weights; a port that loads none leaves wrong weights as they are."""
+        with ExitStack() as stack:
+            with one_line(f"{self.name} cannot be given weights", self.file):
+                stack.enter_context(replaced_weights(self._port, given))
             yield
 
-    def preprocessed(self, media: Path) -> dict[str, np.ndarray] | None:
-        """See Port.preprocessed."""
-        with one_line(f"{self.name} cannot prepare the visuals of bundle {self._bundle}"):
-            return getattr(self._port, "preprocessed", lambda media: None)(media)
+    def _preprocessed(self, media: Path) -> dict[str, np.ndarray] | None:
+        return getattr(self._port, "preprocessed", lambda media: None)(media)
 
     def versions(self) -> dict[str, str]:
         """See Port.versions."""

@@ -3,7 +3,8 @@
 NumPy is all that is needed here: a port that brings its own packages runs in a process that has no more of ours.
 """
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,13 +50,13 @@ class Probe:
         """Say which calls of the oracle's what follows belongs to.
 
         Args:
-            rows: for each call, such as cond.step0, the port's rows that are the oracle's, in the oracle's order; -1
+            rows: for each call the port's rows that are the oracle's, in the oracle's order; -1
                 for a row that the port has not. Rows of the port's that are in no call are its own affair.
 
         Raises ValueError for rows that are no integers of at least -1.
         """
         if not isinstance(rows, Mapping):
-            raise ValueError(f"probe.call is given {type(rows).__name__}: give {{call: rows}}, such as cond.step0: ...")
+            raise ValueError(f"probe.call is given {type(rows).__name__}: give {{call: rows}}")
         found = {name: np.asarray(places) for name, places in rows.items()}
         for name, places in found.items():
             if places.ndim != 1 or (places.size and (places.dtype.kind not in "iu" or places.min() < -1)):
@@ -64,16 +65,20 @@ class Probe:
             self.progress(name)
         self._calls = {name: places.astype(np.intp) for name, places in found.items()}
 
-    def rows(self, path: str, array: Any, of: Any = None, axis: int = 0) -> Any:
+    def rows(self, path: str, array: Any, of: Any = None, axis: int = 0, axes: tuple[int, ...] = ()) -> Any:
         """Record a module's output in all current calls and return what to go on with, as the same kind of array.
 
         Args:
             path: the module's path in the checkpoint, or what the table of taps calls a value.
-            array: an array of NumPy, MLX or PyTorch without a batch axis, or with one of length 1 in front.
+            array: an array of NumPy, MLX or PyTorch.
             of: which of the port's rows this tap is about, as booleans, such as those of one expert; None for all.
-            axis: the axis of the rows.
+            axis: the axis of the rows, in the tap.
+            axes: the array's axes in the order in which the tap has them, where that is another; those that the tap
+                has not, such as a batch axis, have length 1 and are left out.
         """
         taken, dtype = _taken(array, path)
+        layout = _Layout(taken.shape, axes, path)
+        taken = layout.of_tap(taken)
         count = taken.shape[axis] if -taken.ndim <= axis < taken.ndim else 0
         mask = None if of is None else np.asarray(of)
         if mask is not None and (mask.dtype != bool or mask.shape != (count,)):
@@ -101,15 +106,24 @@ class Probe:
                 given = np.compress(there, self.force[name][0], axis)
                 index = (slice(None),) * axis
                 taken[(*index, places[there])] = given.reshape(taken[(*index, places[there])].shape)
-        return _like(array, taken) if steered else array
+        return _like(array, layout.of_port(taken)) if steered else array
 
-    def value(self, name: str, array: Any) -> Any:
-        """Record a whole tap, such as sampler.x_t1 or latent, and return what to go on with."""
+    def value(self, name: str, array: Any, axes: tuple[int, ...] = ()) -> Any:
+        """Record a whole tap, such as sampler.x_t1 or latent, and return what to go on with; `axes` as for rows."""
         self._note(name)
+        layout = _Layout(np.shape(array), axes, name)
         if name in self.names and name not in self.taps:
             taken, dtype = _taken(array, name)
-            self.taps[name] = np.array(taken), dtype
-        return _like(array, self.force[name][0].reshape(np.shape(array))) if name in self.force else array
+            self.taps[name] = np.array(layout.of_tap(taken)), dtype
+        return _like(array, layout.of_port(self.force[name][0])) if name in self.force else array
+
+    def next(self, name: str, number: int) -> int:
+        """Record one more integer of a tap that grows, such as tokens, and return what to go on with."""
+        self._note(name)
+        before = self.taps.get(name, (np.zeros(0, np.int32), ""))[0]
+        self.taps[name] = np.append(before, np.int32(number)), "int32"
+        given = self.force[name][0] if name in self.force else ()
+        return int(given[len(before)]) if len(before) < len(given) else number
 
     def integers(self, name: str, array: Any, shared: Any = None) -> np.ndarray:
         """Record what must be equal, integers or times, under its name in `inputs/`, and return what to go on with.
@@ -131,6 +145,56 @@ class Probe:
         """Remember a name that nobody asked for: it may be misspelt."""
         if name not in self.names and len(self.unknown) < MOST:
             self.unknown[name] = None
+
+
+def told_weights(port: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """A port's weights one by one, float32; raises ValueError for what is no name with an array, or is told twice."""
+    seen = set()
+    for item in getattr(port, "weights", tuple)():
+        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+            raise ValueError(f"weights() yields {type(item).__name__}: yield (name, array)")
+        name, array = item
+        if np.asarray(array).dtype.kind not in "iubf":
+            raise ValueError(f"weight {name} is {type(array).__name__}: yield a NumPy array")
+        if name in seen:
+            raise ValueError(f"weight {name} is told twice")
+        seen.add(name)
+        yield name, np.asarray(array, np.float32)
+
+
+@contextmanager
+def replaced_weights(port: Any, given: Mapping[str, np.ndarray]) -> Iterator[None]:
+    """A context in which a port that can load weights holds the given ones, and then those that it told before."""
+    load = getattr(port, "load_weights", None)
+    if load is None:
+        yield
+        return
+    before = {name: np.array(array) for name, array in told_weights(port) if name in given}
+    try:
+        load({name: given[name] for name in before})
+        yield
+    finally:
+        load(before)
+
+
+class _Layout:
+    """How a port's array lies in memory, and how its tap does."""
+
+    def __init__(self, shape: tuple[int, ...], axes: tuple[int, ...], name: str) -> None:
+        rest = [axis for axis in range(len(shape)) if axes and axis not in axes]
+        if len({*axes}) != len(axes) or not {*axes} <= {*range(len(shape))} or any(shape[axis] != 1 for axis in rest):
+            raise ValueError(f"{name}: axes {list(axes)} are no order of the axes of {list(shape)}")
+        self._order = [*rest, *(axes or range(len(shape)))]
+        self._whole = tuple(shape[axis] for axis in self._order)
+        self._tap = self._whole[len(rest) :]
+
+    def of_tap(self, array: np.ndarray) -> np.ndarray:
+        """The port's array as the tap has it."""
+        return array.transpose(self._order).reshape(self._tap)
+
+    def of_port(self, array: np.ndarray) -> np.ndarray:
+        """The tap's array as the port has it."""
+        return array.reshape(self._whole).transpose(np.argsort(self._order))
 
 
 def _taken(array: Any, name: str) -> Held:

@@ -3,7 +3,7 @@
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ from parity.bundle.reading import Bundle
 from parity.errors import ParityError, one_line
 from parity.ports.channel import Channel
 from parity.ports.mending import Mending
-from parity.ports.observed import REQUIRED, observed_of, told_weights
-from parity.ports.port import Progress, Weights
+from parity.ports.observed import REQUIRED, observed_of
+from parity.ports.port import Asked, Port, Progress, Weights
 from parity.ports.probe import Held
-from parity.tensors.recording import Contract, Observed, Tap
+from parity.tensors.recording import Observed
 
 WORKER = Path(__file__).with_name("worker.py")
 
 
-class ProcessPort:
+class ProcessPort(Port):
     """A port of FILE.py:NAME behind another interpreter; see Port.
 
     Raises ParityError for an interpreter that is none, and for whatever the port raises.
@@ -31,7 +31,7 @@ class ProcessPort:
     partial = True
 
     def __init__(self, python: Path, file: Path, name: str, spec: str, bundle: Bundle) -> None:
-        self._python, self._bundle, self._ready = python, bundle, False
+        self._python, self.bundle, self._ready = python, bundle, False
         self._errors = tempfile.TemporaryFile()
         try:
             self._process = subprocess.Popen(
@@ -48,50 +48,36 @@ class ProcessPort:
         told |= {"path": str(bundle.path), "checkpoint": str(bundle.checkpoint.resolve())}
         told |= {"inputs": list(bundle.inputs), "taps": list(bundle.taps)}
         asked = {"bundle": told, "file": str(file.resolve()), "name": name, "required": REQUIRED}
-        self._ask_ready(f"{spec} cannot be loaded for bundle {bundle.name}")
-        found, _ = self._ask(f"{spec} cannot be loaded for bundle {bundle.name}", "load", asked)
+        with one_line(f"{spec} cannot be loaded for bundle {bundle.name}"):
+            self._ask("ready")
+            self._ready = True
+            found, _ = self._ask("load", asked)
         if found["lacks"]:
             lacks = " and ".join(found["lacks"])
             raise ParityError(f"{spec} has no method {lacks}: examples/README.md says what a port needs")
-        self.name: str = found["name"] or f"{file.stem}:{name}"
-        self.whole_passes: bool = found["whole_passes"]
+        self.name = found["name"] or f"{file.stem}:{name}"
+        self.whole_passes = found["whole_passes"]
 
-    def _ask_ready(self, what: str) -> None:
-        """See that the worker is there."""
-        self._ask(what, "ready", {})
-        self._ready = True
-
-    def run(
-        self,
-        names: Container[str],
-        force: Mapping[str, Tap] | None = None,
-        contract: Contract | None = None,
-        progress: Progress | None = None,
-    ) -> Observed:
-        """See Port.run."""
-        mending = force if isinstance(force, Mending) else None
-        force = {} if mending is not None else force or {}
+    def _run(self, asked: Asked) -> Observed:
+        mending = asked.force if isinstance(asked.force, Mending) else None
+        force = {} if mending is not None else asked.force
+        exact, splits, answer = asked.sequence
         arrays = {f"force/{name}": tap.array for name, tap in force.items()}
-        splits, exact = [], {}
-        if contract is not None:
-            exact = contract.exact
-            arrays |= {f"contract/{name}": array for name, array in exact.items()}
-            for index, split in enumerate(contract.splits):
-                arrays[f"ids/{index}"] = split.ids
-                splits.append({"role": split.role, "mode": split.mode, "grid": split.grid,
-                               "clean_frames": split.clean_frames})  # fmt: skip
-        asked = {
-            "names": sorted(names),
+        arrays |= {f"contract/{name}": array for name, array in exact.items()}
+        arrays |= {f"ids/{index}": split.ids for index, split in enumerate(splits)}
+        message = {
+            "names": sorted(asked.names),
             "force": {name: tap.dtype for name, tap in force.items()},
             "mend": sorted(mending or ()),
             "contract": list(exact),
-            "splits": splits,
-            "answer": contract and contract.answer,
+            "splits": [
+                {key: getattr(split, key) for key in ("role", "mode", "grid", "clean_frames")} for split in splits
+            ],
+            "answer": answer,
         }
-        what = f"{self.name} cannot run bundle {self._bundle.name}"
         if mending is not None:
             taps, absent = {}, {}
-            mending.recorded = lambda: observed_of(taps, {}, absent, (), names, what)
+            mending.recorded = lambda: observed_of(taps, {}, absent, (), asked.names)
 
             def mend(message: dict[str, Any], held: dict[str, np.ndarray]) -> None:
                 new, _, lacking = _parted(message, held)
@@ -101,66 +87,58 @@ class ProcessPort:
                 self._channel.send({"dtype": tap.dtype}, {"array": tap.array})
 
             self._mend = mend
-        told, held = self._ask(what, "run", asked, arrays, progress)
-        return observed_of(*_parted(told, held), told["unknown"], names, what)
+        told, held = self._ask("run", message, arrays, asked.progress)
+        return observed_of(*_parted(told, held), told["unknown"], asked.names)
 
-    def weights(self) -> Weights:
-        """See Port.weights."""
-        what = f"{self.name} does not tell its weights"
-        with one_line(what):
-            yield from told_weights(self._weights(what))
-
-    def _weights(self, what: str) -> Weights:
-        message, arrays = self._ask(what, "weights", {})
+    def _weights(self) -> Weights:
+        message, arrays = self._ask("weights")
         while "end" not in message:
             yield message["weight"], arrays["array"]
-            message, arrays = self._answer(what)
+            message, arrays = self._answer()
 
     @contextmanager
     def with_weights(self, given: Mapping[str, np.ndarray]) -> Iterator[None]:
-        """See Port.with_weights; a port without it leaves wrong weights as they are."""
-        what = f"{self.name} cannot be given weights"
-        self._ask(what, "with_weights", {}, given)
+        """See Port.with_weights; a port that loads none leaves wrong weights as they are."""
+        with one_line(f"{self.name} cannot be given weights"):
+            self._ask("with_weights", arrays=given)
         try:
             yield
         finally:
-            self._ask(what, "with_weights", {})
+            self._ask("with_weights")
 
-    def preprocessed(self, media: Path) -> dict[str, np.ndarray] | None:
-        """See Port.preprocessed."""
-        what = f"{self.name} cannot prepare the visuals of bundle {self._bundle.name}"
-        told, arrays = self._ask(what, "preprocessed", {"media": str(media)})
+    def _preprocessed(self, media: Path) -> dict[str, np.ndarray] | None:
+        told, arrays = self._ask("preprocessed", {"media": str(media)})
         return None if told["none"] else arrays
 
     def versions(self) -> dict[str, str]:
         """See Port.versions."""
-        return self._ask(f"{self.name} does not tell its versions", "versions", {})[0]["versions"]
+        with one_line(f"{self.name} does not tell its versions"):
+            return self._ask("versions")[0]["versions"]
 
     def _ask(
         self,
-        what: str,
         do: str,
-        message: Mapping[str, Any],
+        message: Mapping[str, Any] | None = None,
         arrays: Mapping[str, np.ndarray] | None = None,
         progress: Progress | None = None,
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         try:
-            self._channel.send({"do": do, **message}, arrays)
+            self._channel.send({"do": do, **(message or {})}, arrays)
         except OSError as error:
-            raise self._gone(what) from error
-        return self._answer(what, progress)
+            raise self._gone() from error
+        return self._answer(progress)
 
-    def _answer(self, what: str, progress: Progress | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def _answer(self, progress: Progress | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         while True:
             try:
                 message, arrays = self._channel.receive()
                 if "need" in message:
                     group, name = message["need"]
-                    tap = getattr(self._bundle, group)[name]
+                    tap = getattr(self.bundle, group)[name]
                     self._channel.send({"dtype": tap.dtype}, {"array": tap.array})
                     continue
             except (EOFError, OSError, ValueError) as error:
-                raise self._gone(what) from error
+                raise self._gone() from error
             if "mend" in message:
                 self._mend(message, arrays)
                 continue
@@ -169,10 +147,10 @@ class ProcessPort:
                     progress(message["progress"])
                 continue
             if "error" in message:
-                raise ParityError(f"{what}: {message['error']}")
+                raise ParityError(message["error"])
             return message, arrays
 
-    def _gone(self, what: str) -> ParityError:
+    def _gone(self) -> ParityError:
         self._end()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").split("\n")
@@ -180,7 +158,7 @@ class ProcessPort:
         status = self._process.returncode
         how = f"was ended by signal {-status}" if status < 0 else f"ended with {status}"
         needs = "" if self._ready else "; --python has to be a Python with NumPy and the port's packages"
-        return ParityError(f"{what}: its process, {self._python}, {how}: {said}{needs}")
+        return ParityError(f"its process, {self._python}, {how}: {said}{needs}")
 
 
 def _parted(

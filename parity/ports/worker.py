@@ -1,6 +1,6 @@
 """The process of a port that brings its own packages; run as a script by the interpreter that has them.
 
-It takes nothing of ours but the three files beside it, which need no more than NumPy.
+It takes nothing of ours but three files beside it and errors.py above, which need no more than NumPy.
 """
 
 import importlib.util
@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -83,9 +83,10 @@ def told(probe: Any, names: list[str]) -> tuple[dict, dict[str, np.ndarray]]:
 class Worker:
     """Answers one question after the other about one port."""
 
-    def __init__(self, channel: Any, probe: type, attached: type) -> None:
+    def __init__(self, channel: Any, probe: ModuleType, attached: type) -> None:
         self._channel, self._probe, self._attached = channel, probe, attached
         self._port: Any = None
+        self.file: Path | None = None
         self._replaced = ExitStack()
 
     def ready(self, message: dict, arrays: dict) -> None:
@@ -99,7 +100,8 @@ class Worker:
             setattr(bundle, place, Path(getattr(bundle, place)))
         for group in ("inputs", "taps"):
             setattr(bundle, group, Asked(group, getattr(bundle, group), self._channel))
-        file, name = Path(message["file"]), message["name"]
+        self.file = file = Path(message["file"])
+        name = message["name"]
         make = vars(_module(f"_given_{file.stem}", file)).get(name)
         if not callable(make):
             raise LookupError(f"{file} defines no class or function {name!r}: name one that is given the bundle")
@@ -115,7 +117,7 @@ class Worker:
             force = Mended(message["mend"], self._channel)
         contract = {name: arrays[f"contract/{name}"] for name in message["contract"]}
         splits = tuple(SimpleNamespace(**split, ids=arrays[f"ids/{i}"]) for i, split in enumerate(message["splits"]))
-        probe = self._probe(
+        probe = self._probe.Probe(
             set(message["names"]),
             force,
             contract,
@@ -134,18 +136,15 @@ class Worker:
 
     def weights(self, message: dict, arrays: dict) -> None:
         """Its weights, one message each."""
-        for name, array in getattr(self._port, "weights", tuple)():
-            if np.asarray(array).dtype.kind not in "iubf":
-                raise TypeError(f"weight {name} is {type(array).__name__}: yield a NumPy array")
-            self._channel.send({"weight": name}, {"array": np.asarray(array, np.float32)})
+        for name, array in self._probe.told_weights(self._port):
+            self._channel.send({"weight": name}, {"array": array})
         self._channel.send({"end": True})
 
     def with_weights(self, message: dict, arrays: dict) -> None:
         """Replace weights until none are given."""
         self._replaced.close()
         if arrays:
-            replace = getattr(self._port, "with_weights", lambda given: nullcontext())
-            self._replaced.enter_context(replace(arrays))
+            self._replaced.enter_context(self._probe.replaced_weights(self._port, arrays))
         self._channel.send({"done": True})
 
     def preprocessed(self, message: dict, arrays: dict) -> None:
@@ -177,7 +176,8 @@ def main() -> None:
     os.dup2(2, 1)
     channel = _module("_lance_parity_channel", here / "channel.py").Channel(sys.stdin.buffer, outgoing)
     attached = _module("_lance_parity_attach", here / "attach.py").Attached
-    worker = Worker(channel, _module("_lance_parity_probe", here / "probe.py").Probe, attached)
+    said = _module("_lance_parity_errors", here.parent / "errors.py").said
+    worker = Worker(channel, _module("_lance_parity_probe", here / "probe.py"), attached)
     while True:
         try:
             message, arrays = channel.receive()
@@ -187,8 +187,7 @@ def main() -> None:
         try:
             answer(message, arrays)
         except (Exception, SystemExit) as error:
-            text = " ".join(str(error).split())
-            channel.send({"error": f"{type(error).__name__}: {text}"})
+            channel.send({"error": said(error, worker.file)})
 
 
 if __name__ == "__main__":

@@ -2,45 +2,40 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
 from parity.errors import ParityError
 from parity.localize.findings import Localization
+from parity.model import definition
 from parity.tensors.names import parse
 
-# Kinds of taps within a decoder layer in order of execution, and what heads their column.
-LAYER_KINDS = {
-    "input_layernorm": "input norm",
-    "self_attn.q_proj": "q",
-    "self_attn.k_proj": "k",
-    "self_attn.v_proj": "v",
-    "self_attn.q_norm": "q norm",
-    "self_attn.k_norm": "k norm",
-    "self_attn.q_rope": "q rope",
-    "self_attn.k_rope": "k rope",
-    "self_attn.sdpa": "attention",
-    "self_attn.o_proj": "o",
-    "self_attn": "attn out",
-    "post_attention_layernorm": "post norm",
-    "mlp.gate_proj": "gate",
-    "mlp.up_proj": "up",
-    "mlp.down_proj": "down",
-    "mlp": "mlp",
-}
-# Upstream calls the expert of generated latents moe_gen; its taps stand right of the other expert's.
-EXPERT = "_moe_gen"
 WHOLE = "whole"
 
-LAYERS, VISION, ENCODER, DECODER = "Language model", "Vision encoder", "VAE encoder", "VAE decoder"
-_BLOCK = r"(?:conv1|head|(?:downsamples|upsamples|middle)\.\d+)(?:\.(?:downsamples|upsamples)\.\d+)?"
-PLACES = (
-    (LAYERS, re.compile(r"layers\.(\d+)(?:\.(.+))?")),
-    (VISION, re.compile(r"vit_model\.blocks\.(\d+)(?:\.(.+))?")),
-    (ENCODER, re.compile(rf"vae\.encoder\.({_BLOCK})(?:\.(.+))?")),
-    (DECODER, re.compile(rf"vae\.decoder\.({_BLOCK})(?:\.(.+))?")),
-)
+
+def _plain(kind: str) -> tuple[str, str]:
+    return kind, kind
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model that has a panel of its own.
+
+    Attributes:
+        pattern: matches its components, with a group for the row and one for the kind of tap within it.
+        row: by what rows are sorted.
+        short: what a row is called.
+        kind: by what kinds are sorted, those alike as they come.
+        heading: of a kind's column, and what it means.
+    """
+
+    name: str
+    pattern: re.Pattern[str]
+    row: Callable[[str], tuple]
+    short: Callable[[str], str] = str
+    kind: Callable[[str], tuple] = lambda kind: (1,)
+    heading: Callable[[str], tuple[str, str]] = _plain
 
 
 @dataclass
@@ -71,16 +66,17 @@ def lay_out(localization: Localization) -> Map:
     components = dict.fromkeys([*(c for c in exact if c), *(t.tap.component for t in localization.taps), *found])
     split = {component: place for component in components if (place := _split(component))}
     panels, places = [], {}
-    for name, _ in PLACES:
-        inside = {component: place[1:] for component, place in split.items() if place[0] == name}
+    for part in definition().PARTS:
+        inside = {component: place[1:] for component, place in split.items() if place[0] == part.name}
         if not inside:
             continue
-        rows = list(dict.fromkeys(row for row, _ in inside.values()))
-        rows = sorted(rows, key=int) if name in (LAYERS, VISION) else _whole_last(rows)
-        kinds = _ordered(name, dict.fromkeys(kind for _, kind in inside.values()))
+        rows = sorted(dict.fromkeys(row for row, _ in inside.values()), key=part.row)
+        # The whole of a row is its last kind.
+        kinds = sorted(dict.fromkeys(kind for _, kind in inside.values()), key=lambda k: part.kind(k) if k else (2,))
         for component, (row, kind) in inside.items():
             places[component] = (len(panels), rows.index(row), kinds.index(kind))
-        panels.append(Panel(name, [_short(row) for row in rows], [_heading(name, kind) for kind in kinds]))
+        headings = [part.heading(kind) if kind else (WHOLE, "the output of the whole layer") for kind in kinds]
+        panels.append(Panel(part.name, [part.short(row) for row in rows], headings))
     around = [component for component in components if component not in split]
     places |= {component: (-1, index, 0) for index, component in enumerate(around)}
     return Map(panels, around, places)
@@ -107,48 +103,8 @@ def shade(ratio: float | None, wrong: bool) -> str:
 
 
 def _split(component: str) -> tuple[str, str, str] | None:
-    for name, pattern in PLACES:
-        match = pattern.fullmatch(component)
+    for part in definition().PARTS:
+        match = part.pattern.fullmatch(component)
         if match:
-            return name, match[1], match[2] or ""
+            return part.name, match[1], match[2] or ""
     return None
-
-
-def _ordered(panel: str, kinds: Iterable[str]) -> list[str]:
-    known, seen = list(LAYER_KINDS), list(kinds)
-
-    def place(kind: str) -> tuple[int, int, int, int]:
-        if kind == "":
-            return (2, 0, 0, 0)
-        plain = kind.replace(EXPERT, "", 1)
-        if panel == LAYERS and plain in known:
-            return (0, known.index(plain), int(plain != kind), 0)
-        return (1, 0, 0, seen.index(kind))
-
-    return sorted(seen, key=place)
-
-
-def _heading(panel: str, kind: str) -> tuple[str, str]:
-    if kind == "":
-        return WHOLE, "the output of the whole layer"
-    plain = kind.replace(EXPERT, "", 1)
-    # The VAE's heads number their parts.
-    heading = LAYER_KINDS.get(plain, plain) if panel == LAYERS else f"part {plain}" if plain.isdigit() else plain
-    return (heading, kind) if plain == kind else (f"{heading} · gen", f"{kind}, the expert of generated latents")
-
-
-def _whole_last(rows: Sequence[str]) -> list[str]:
-    """Return blocks in order of execution, a block that holds others after them."""
-    order = {"conv1": 0, "downsamples": 1, "middle": 2, "upsamples": 3, "head": 4}
-
-    def place(row: str) -> tuple[int, int, float]:
-        parts = row.split(".")
-        # The encoder's middle follows its blocks, the decoder's precedes them: both fall out of one order.
-        return order[parts[0]], int(parts[1]) if len(parts) > 1 else 0, float(parts[3]) if len(parts) > 3 else math.inf
-
-    return sorted(rows, key=place)
-
-
-def _short(row: str) -> str:
-    row = re.sub(r"(downsamples|upsamples)\.(\d+)\.(?:downsamples|upsamples)\.", r"\1.\2.", row)
-    return row.replace("downsamples.", "down ").replace("upsamples.", "up ").replace("middle.", "middle ")

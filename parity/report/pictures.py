@@ -12,6 +12,7 @@ from matplotlib.ticker import NullFormatter
 from PIL import Image
 
 from parity.localize.findings import Picture
+from parity.model import definition
 from parity.report.drawing import POWERS, Plot, Theme, plot
 
 FRAMES = 4
@@ -68,9 +69,8 @@ def axis_names(picture: Picture) -> list[str]:
     """Return the names of a picture's axes, numbered ones where the registry gives none of as many."""
     names = [name.strip() for name in picture.tap.axes.split(",")]
     dimensions = picture.expected.ndim
-    if not picture.tap.axes and picture.tap.component.startswith("vae."):
-        # Within the VAE's coders all have one of two layouts.
-        names = {5: "1 channel t h w".split(), 4: "t channel h w".split()}.get(dimensions, [])
+    if not picture.tap.axes:
+        names = definition().axes_within(picture.tap.component, dimensions)
     return names if len(names) == dimensions and all(names) else [f"axis {index}" for index in range(dimensions)]
 
 

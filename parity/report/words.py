@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from parity.comparison import verdict
 from parity.comparison.trajectory import first_departure
 from parity.localize.findings import EXACT, LOCAL, Explanation, Finding, Localization, TapError
+from parity.model import definition
 
 VERDICTS = {
     verdict.AGREE: "✓ AGREES",
@@ -17,7 +18,6 @@ VERDICTS = {
 }
 # Findings after the first that the sentence names, and hypotheses that failed.
 FURTHER, FAILED = 12, 3
-ARMS = {"cond": "conditional", "uncond": "unconditional"}
 
 
 def sentence(localization: Localization) -> str:
@@ -129,7 +129,7 @@ def departs(localization: Localization) -> str:
     if first is None:
         return f"No state is {beyond}."
     velocity = next(step.velocity for step in steps if step.step == first)
-    arms = ", ".join(f"{ARMS.get(arm, arm)} {number(off)}" for arm, off in velocity.items())
+    arms = ", ".join(f"{definition().ARMS.get(arm, arm)} {number(off)}" for arm, off in velocity.items())
     return f"The state departs first after step {first}: it is {beyond}. From the oracle's state there: {arms}."
 
 
@@ -177,8 +177,8 @@ def _beginning(finding: Finding) -> str:
         what = finding.component
         if finding.tap.startswith("weights/"):
             what, verb = f"the weight {finding.tap.removeprefix('weights/')}", "is"
-        elif arm := next((words for arm, words in ARMS.items() if re.search(rf"(^|[./]){arm}\b", finding.tap)), None):
-            what += f" of the {arm} arm"
+        elif arm := next((arm for arm in definition().ARMS if re.search(rf"(^|[./]){arm}\b", finding.tap)), None):
+            what += f" of the {definition().ARMS[arm]} arm"
         # An explanation says more than the first numbers that differ.
         detail = "" if finding.explained or not finding.detail else f"{finding.detail.rstrip('.')}; "
         return f"{what} {verb} wrong first: {detail}"

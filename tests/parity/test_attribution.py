@@ -3,7 +3,7 @@
 import pytest
 
 from parity.errors import ParityError
-from parity.localize.attribution import EVERY, ORDERS, Attributing, Attribution, Cause
+from parity.localize.attribution import EVERY, ORDERS, Attributing, Attribution, Cause, _orders
 from parity.localize.investigation import localize
 from parity.model import definition
 
@@ -58,9 +58,13 @@ def test_what_is_not_among_the_findings_is_left(oracles, monkeypatch):
     assert "of the error is left: something is not among the findings" in attribution.sentence()
 
 
-def test_another_entry_is_one_line(oracles):
-    with pytest.raises(ParityError, match="needs a bundle of the kv_cache entry, t2i-fp32-nokv is not"):
-        localize(oracles / "t2i-fp32-nokv", faults=[definition().CATALOGUE["renorm-channel"]], attribute=True)
+def test_in_whole_passes_what_lies_within_calls_is_not_mended(oracles):
+    faults = [definition().CATALOGUE[name] for name in (*FAULTS, "noise-block-causal")]
+    attribution = localize(oracles / "t2i-fp32-nokv", faults=faults, attribute=True).attribution
+    mended = [worth.cause for worth in attribution.worths]
+    assert [cause.partition(":")[0] for cause in mended] == ["positions", "guidance"]
+    assert len(attribution.unmended) == 1 and "layers.0.self_attn.sdpa" in attribution.unmended[0]
+    assert 0 < attribution.left["latent"] < attribution.before["latent"]
 
 
 def test_a_run_without_a_result_is_one_line(oracles):
@@ -69,17 +73,34 @@ def test_a_run_without_a_result_is_one_line(oracles):
         localize(oracles / "x2t_image-bf16-kv", faults=[fault], attribute=True)
 
 
-def test_many_causes_are_mended_in_some_orders(monkeypatch):
+@pytest.mark.parametrize("count", [EVERY, EVERY + 2])
+def test_causes_are_mended_in_every_way_or_in_some_orders(monkeypatch, count):
     attributing = Attributing.__new__(Attributing)
-    attributing.causes = [Cause(str(number), (number,)) for number in range(EVERY + 2)]
-    worth = [2.0**number for number in range(EVERY + 2)]
-    monkeypatch.setattr(attributing, "errors", lambda mended: {"x": sum(worth) - sum(worth[n] for n in mended)}, False)
-    orders = list(attributing._orders(len(worth)))
-    assert len(orders) == 2 * ORDERS and all(sorted(order) == list(range(len(worth))) for order in orders)
+    attributing.causes = [Cause(str(number), (number,)) for number in range(count)]
+    attributing._orders = list(_orders(count)) if count > EVERY else []
+    worth, tried = [2.0**number for number in range(count)], set()
+
+    def errors(mended):
+        tried.add(mended)
+        return {"x": sum(worth) - sum(worth[n] for n in mended)}
+
+    monkeypatch.setattr(attributing, "errors", errors, False)
+    assert all(sorted(order) == list(range(count)) for order in attributing._orders)
     # What adds up is told exactly by any order.
     for number, amount in enumerate(worth):
-        assert attributing._shapley(number, orders)["x"] == pytest.approx(amount)
-        assert attributing._shapley(number, [])["x"] == pytest.approx(amount)
+        assert attributing._shapley(number)["x"] == pytest.approx(amount)
+    planned = set(attributing._subsets())
+    assert tried <= planned and len(planned) == (2**count if count == EVERY else len(planned))
+    assert len(attributing._orders) == (0 if count == EVERY else 2 * ORDERS) and len(planned) <= 2**EVERY
+
+
+def test_each_run_is_told_of_how_many_and_how_long(oracles):
+    told = []
+    faults = [definition().CATALOGUE[name] for name in FAULTS]
+    localize(oracles / "t2i-fp32-kv", faults=faults, attribute=True, progress=told.append)
+    told = [line for line in told if line.startswith("attribution")]
+    assert len(told) == 4 and told[0] == "attribution, run 1 of 4: 0 of 2 mended"
+    assert all(line.endswith(" mended, about 1 min left") for line in told[1:])
 
 
 def test_where_nothing_has_a_bound_nothing_is_complete():

@@ -65,6 +65,12 @@ class Broken(Given):
 def unloadable(bundle):
     raise KeyError("weights")
 """,
+    "Shifted": """
+class Shifted(Given):
+    def weights(self):
+        for name, value in self.inner.weights():
+            yield name, value + ("layers.0.input_layernorm.weight" in name)
+""",
     "Empty": """
 class Empty:
     def __init__(self, bundle): pass
@@ -175,10 +181,28 @@ def test_a_port_that_is_not_there_is_one_line(given, message):
 
 def test_a_run_compares_a_given_port(oracles, spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = ["run", str(oracles / SMALL), "--impl", spec("Right"), "--format", "json"]
+    command = ["run", str(oracles / SMALL), "--impl", spec("Right"), "--format", "json", "--json", "run.json"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0
     assert [row["impl"] for row in json.loads(done.stdout)["results"]] == ["right_port:Right"]
+    assert json.loads((tmp_path / "run.json").read_text()) == json.loads(done.stdout)
+
+
+def test_a_check_compares_the_weights_that_a_given_port_uses_first(oracles, spec):
+    found = check_bundle(oracles / SMALL, spec("Shifted"))
+    name = "weights/language_model.model.layers.0.input_layernorm.weight"
+    assert found.verdict == "diverge" and found.first_divergence["tap"] == found.inputs[0].tap.name == name
+    assert not any(result.diverges for result in found.taps)
+
+
+@pytest.mark.parametrize("python", [None, Path(sys.executable)], ids=["here", "apart"])
+def test_an_error_names_the_line_of_the_ports_file(misused, python):
+    with pytest.raises(ParityError, match=r"ZeroDivisionError: division by zero \(port_300\.py:5\)$"):
+        misused(300, "1 / 0", python=python).run(set())
+    with pytest.raises(ParityError, match=r"ValueError: latent is NoneType: [^\n]* \(port_301\.py:5\)$"):
+        misused(301, "probe.value('latent', None)", python=python).run({"latent"})
+    with pytest.raises(ParityError, match=r"NameError: name 'nothing' is not defined \(port_302\.py:7\)$"):
+        list(misused(302, weights="nothing", python=python).weights())
 
 
 def test_weights_that_cannot_be_replaced_stay(oracles, spec):

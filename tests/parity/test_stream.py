@@ -238,3 +238,26 @@ def test_the_command_writes_json_and_tells_by_its_status(tmp_path):
     ):
         done = CliRunner().invoke(app, wrong)
         assert done.exit_code == 2 and told in done.stderr and done.stderr.count("\n") == 1
+
+
+MADE_UP = Path(__file__).with_name("made_up_port.py")
+
+
+def test_a_given_port_is_judged_on_what_it_tells(tmp_path):
+    command = ["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--json", str(tmp_path / "found.json"), "--impl"]
+    done = CliRunner().invoke(app, [*command, f"{MADE_UP}:Right"])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert done.exit_code == 1 and found["impl"] == "made up"
+    assert {finding["component"] for finding in found["findings"]} == {"sequence"}
+    assert [part["part"] for part in found["parts"]] == ALL_PARTS
+    assert "all weights of made up; judged on what made up shares with upstream: it does not tell" in found["remark"]
+    done = CliRunner().invoke(app, [*command, f"{MADE_UP}:Wrong"])
+    found = json.loads((tmp_path / "found.json").read_text())
+    named = {finding["component"] for finding in found["findings"]}
+    assert {"positions", "guidance"} <= named and any(name.startswith("layers.0.mlp") for name in named)
+
+
+def test_a_given_port_needs_a_bundle():
+    command = ["stream", "--checkpoint", str(CHECKPOINT), "--task", "t2i", "--impl", f"{MADE_UP}:Right"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and "is loaded for a bundle: name one with --against" in done.stderr

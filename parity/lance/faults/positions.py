@@ -101,6 +101,19 @@ def anchored(
     return ids
 
 
+def _cells_anchored(anchor: int, ids: np.ndarray, before: np.ndarray, sequence: Sequence) -> np.ndarray:
+    """Move the denoised latents in time so that the first is at `anchor`; their brackets stay."""
+    latents = np.flatnonzero(sequence.roles == Role.NOISE)[1:-1]
+    ids[0, latents] += anchor - ids[0, latents[0]]
+    return ids
+
+
+def _closing_restarts(ids: np.ndarray, before: np.ndarray, sequence: Sequence) -> np.ndarray:
+    _, *latents, closing = np.flatnonzero(sequence.roles == Role.NOISE)
+    ids[:, closing] = (ids[:, latents] - ids[:, latents[:1]]).max() + 1
+    return ids
+
+
 def own_ids(*roles: Role) -> Callable[[np.ndarray, np.ndarray, Sequence], np.ndarray]:
     """Let the tokens of those roles keep the ids that they have before the shift by role."""
 
@@ -231,6 +244,20 @@ FAULTS = [
         shifted(partial(anchored, 1000, (Role.NOISE,))),
         DRAWS,
         "The denoised block is moved in time so that it begins at 1000.",
+    ),
+    _fault(
+        "target-cells-anchored-1000",
+        "the target's first cell is anchored at 1000",
+        shifted(partial(_cells_anchored, 1000)),
+        DRAWS,
+        "The denoised latents are moved in time so that the first is at 1000; their brackets stay.",
+    ),
+    _fault(
+        "closing-bracket-restarts",
+        "the target's closing bracket restarts behind its grid",
+        shifted(_closing_restarts),
+        DRAWS,
+        "The denoised block's closing bracket is where it would be if the block's grid began at 0.",
     ),
     _fault(
         "target-anchored-2000",

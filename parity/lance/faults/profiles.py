@@ -41,10 +41,10 @@ def _in(tasks: frozenset[str], *names: str) -> tuple[Fault, ...]:
 
 
 _SINCE = {
-    1: _in(frozenset({"t2i", "image_edit"}), "vae-first-frame-through-time-conv"),
+    1: _in(frozenset({"t2i", "image_edit"}), "vae-first-frame-through-time-conv-first-kept"),
     2: _in(frozenset({"t2v"}), "temporal-stride-1"),
-    3: _in(frozenset({"t2v"}), "grid-origin-0"),
-    4: _in(frozenset({"t2i"}), "target-anchored-1000"),
+    3: _in(frozenset({"t2v"}), "grid-origin-0", "closing-bracket-restarts"),
+    4: _in(frozenset({"t2i"}), "target-cells-anchored-1000"),
     5: _in(EDITS, "temporal-stride-1", "source-and-target-anchored-1000"),
     6: _in(EDITS, "vit-block-missing"),
     7: _in(_DRAWS, "brackets-hidden-from-latents"),
@@ -60,11 +60,12 @@ _SINCE = {
     17: _in(_DRAWS, "pixels-truncated"),
     18: _in(LOOKS, "visuals-stretched"),
     19: _in(frozenset({"i2v"}), "i2v-missing"),
+    20: _in(_DRAWS, "closing-im-end-missing"),
 }
 _BEFORE = {
     # The causal block hides all that hidden brackets do.
     7: _in(_DRAWS - {"t2v"}, "brackets-hidden-from-latents"),
-    20: (
+    21: (
         *_in(frozenset({"t2v"}), "target-anchored-2000", "empty-prompt-guidance", "noise-block-causal"),
         *_in(ASKS, "head-tied"),
     ),
@@ -75,7 +76,7 @@ PROFILES = {
     for profile in (
         Profile(
             "xocialize-lance-mlx",
-            "xocialize/lance-mlx at d39a981 (2026-05-29): 19 departures, as far as lance_mlx can be made to have "
+            "xocialize/lance-mlx at d39a981 (2026-05-29): 20 departures, as far as lance_mlx can be made to have "
             "them; examples/xocialize_lance_mlx.py looks at the port itself.",
             _SINCE,
         ),

@@ -106,6 +106,11 @@ def _text_first(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
     return (first, *sorted(others, key=lambda segment: segment.role is not Role.TEXT))
 
 
+def _open_ended(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    """Without what closes the template behind the target."""
+    return segments[:-1] if segments[-1].grid is None else segments
+
+
 def _source_first(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
     ordered = list(segments)
     for index, segment in enumerate(segments[:-1]):
@@ -228,6 +233,13 @@ FAULTS = [
         _blocks(_no_closing),
         ALL,
         "Visual blocks do not end in <|vision_end|>.",
+    ),
+    _fault(
+        "closing-im-end-missing",
+        "the closing <|im_end|> is missing",
+        _segments(_open_ended),
+        DRAWS,
+        "The sequence ends with the denoised block: nothing closes the template.",
     ),
     _fault(
         "vit-block-missing",

@@ -33,10 +33,12 @@ from parity.lance.faults.base import (
 _UPSAMPLES = "vae.decoder.upsamples.*"
 
 
-def _first_through_time_conv(original: Callable, module: Resample, x: mx.array, state: StreamState) -> mx.array:
+def _first_through_time_conv(
+    kept: int, original: Callable, module: Resample, x: mx.array, state: StreamState
+) -> mx.array:
     if "time_conv" in module and state.first_chunk:
         t, h, w, c = x.shape
-        x = module.time_conv(x, state).reshape(t, h, w, 2, c)[..., 1, :]
+        x = module.time_conv(x, state).reshape(t, h, w, 2, c)[..., kept, :]
         # What the second chunk sees is right, so that nothing else is wrong.
         del state.past[id(module.time_conv)]
     return original(module, x, state)
@@ -154,8 +156,15 @@ FAULTS = [
         "vae-first-frame-through-time-conv",
         _UPSAMPLES,
         "the first frame goes through the temporal convolution",
-        method(Resample, "__call__", _first_through_time_conv),
+        method(Resample, "__call__", partial(_first_through_time_conv, 1)),
         "The first latent frame goes through the temporal convolutions, and the last frame that comes out is kept.",
+    ),
+    _fault(
+        "vae-first-frame-through-time-conv-first-kept",
+        _UPSAMPLES,
+        "the first frame goes through the temporal convolution and the first of two is kept",
+        method(Resample, "__call__", partial(_first_through_time_conv, 0)),
+        "The first latent frame goes through the temporal convolutions, and the first frame that comes out is kept.",
     ),
     _fault(
         "vae-second-chunk-sees-the-first",

@@ -132,27 +132,143 @@ def stream(plan: StreamPlan, faults: Sequence[LayerFault] = (), tell: Tell | Non
         if layer is not None and layer >= theirs.layers:
             raise ParityError(f"fault {fault.name}@{layer}: the checkpoint has layers 0 to {theirs.layers - 1}")
     with one_line("the request cannot be streamed"):
-        return _Run(plan, theirs, ours, faults, tell or (lambda part, number, parts: None)).run(started)
+        return _MlxRun(plan, theirs, tell or (lambda part, number, parts: None), ours, faults).run(started)
 
 
-class _Run:
-    """One streamed comparison under way."""
+class StreamRun:
+    """One streamed comparison under way.
 
-    def __init__(
-        self,
-        plan: StreamPlan,
-        theirs: ReferenceStream,
-        ours: MlxStream,
-        faults: Sequence[LayerFault],
-        tell: Tell,
-    ) -> None:
-        self.plan, self.theirs, self.ours, self.faults = plan, theirs, ours, faults
-        self.tell = tell
+    Attributes:
+        impl: what is compared; `versions` of it.
+        remark: what has to be known of the result.
+    """
+
+    impl, faults = "mlx", ()
+    remark = ""
+
+    def __init__(self, plan: StreamPlan, theirs: ReferenceStream, tell: Tell) -> None:
+        self.plan, self.theirs, self.tell = plan, theirs, tell
         self.contract = contract_of(theirs.run)
         self.measured: dict[str, _Measured] = {}
         self.failure = ""
 
     def run(self, started: float) -> Streamed:
+        observed = self._compare()
+        bounds = self._bounds()
+        taps = [self._tap_error(name, bounds) for name in self.measured]
+        mismatches = list(check_exact(self.contract, observed))
+        blind = self._disagreement()
+        findings = [] if blind else [*map(_exact_finding, mismatches), *self._local_findings(taps)]
+        verdict = DIVERGE if findings else INCONCLUSIVE if blind or self.failure else AGREE
+        return Streamed(
+            bundle=self.plan.name,
+            impl=self.impl,
+            task=self.plan.request["task"],
+            entry="kv_cache",
+            dtype=self.plan.numerics,
+            verdict=verdict,
+            reason=blind or self.failure,
+            remark=self.remark,
+            findings=findings,
+            taps=taps,
+            exact=[name for name in self.contract.exact if name in observed.exact],
+            alarm=bounds.alarm,
+            faults=[fault.name if layer is None else f"{fault.name}@{layer}" for fault, layer in self.faults],
+            request=self.plan.request,
+            provenance=self._versions() | versions("torch"),
+            seconds=time.perf_counter() - started,
+            peak_bytes=memory.peak(),
+        )
+
+    def _compare(self) -> Observed:
+        """Run both sides and note every tap; returns what the steered run observed."""
+        raise NotImplementedError
+
+    def _versions(self) -> dict[str, str]:
+        return versions("mlx")
+
+    def _note(self, computed: Computed, steered: Recording, own: Recording) -> None:
+        for name, expected in computed.taps.items():
+            if name not in steered:
+                continue
+            mine, total = own.get(name), None
+            if mine is not None and mine.array.shape == expected.array.shape:
+                total = compare(expected, mine).rel_l2
+            self.measured[name] = _Measured(
+                shape=expected.array.shape,
+                dtype=expected.dtype,
+                scale=scale_of(expected),
+                own=compare(expected, computed.own[name]),
+                local=compare(computed.own[name], steered[name]),
+                total=total,
+                propagated=propagated_error(expected, steered[name], mine),
+            )
+
+    def _bounds(self, segment: bool = False) -> Bounds:
+        names = [name for name, found in self.measured.items() if found.dtype != "int32"]
+        floors = self.theirs.floors(names, segment)
+        scales = {name: self.measured[name].scale for name in floors.levels}
+        return bounds_by_scale(floors, scales, self.plan.numerics)
+
+    def _disagreement(self) -> str:
+        """Where the reference does not compute what is given, by more than rounding; empty where it does."""
+        bounds = self._bounds(segment=True)
+        for name in self.measured:
+            if name not in self.plan.given or name not in bounds.taps:
+                continue
+            departure = Departure(parse(name), self.measured[name].own, bounds.allowed(name))
+            if departure.difference.beyond(departure.allowed):
+                return f"{departure.said}: it is not about {self.impl}"
+        return ""
+
+    def _tap_error(self, name: str, bounds: Bounds) -> TapError:
+        found = self.measured[name]
+        exact = found.dtype == "int32"
+        return TapError(
+            tap=parse(name),
+            source=UPSTREAM if name in self.plan.given else REFERENCE,
+            shape=found.shape,
+            dtype=found.dtype,
+            local=found.local.rel_l2,
+            propagated=found.propagated,
+            total=found.total,
+            gain=None,
+            floor=0.0 if exact else bounds.floor(name),
+            allowed=0.0 if exact else bounds.allowed(name),
+            mismatch=found.local.mismatch,
+        )
+
+    def _local_findings(self, taps: Sequence[TapError]) -> list[Finding]:
+        """A finding for every component of every layer that is wrong by itself, in the order in which they ran."""
+        grouped: dict[str, list[TapError]] = {}
+        for tap in taps:
+            if tap.wrong:
+                grouped.setdefault(tap.tap.component, []).append(tap)
+        return [self._local_finding(*group) for group in grouped.values()]
+
+    def _local_finding(self, first: TapError, *also: TapError) -> Finding:
+        d = self.measured[first.tap.name].local
+        detail = d.mismatch or f"{first.tap.name} is {d.got:.7g} at {list(d.at)} where {d.expected:.7g} is expected"
+        name, call = first.tap.name, first.tap.call
+        others = [tap.tap.name for tap in also]
+        return Finding(first.tap.component, name, call, LOCAL, first.local, first.floor, also=others, detail=detail)
+
+
+class _MlxRun(StreamRun):
+    """lance_mlx, of whose weights one part is in memory at a time."""
+
+    def __init__(
+        self,
+        plan: StreamPlan,
+        theirs: ReferenceStream,
+        tell: Tell,
+        ours: MlxStream,
+        faults: Sequence[LayerFault],
+    ) -> None:
+        super().__init__(plan, theirs, tell)
+        self.ours, self.faults = ours, faults
+
+    def _compare(self) -> Observed:
         parts = self.theirs.layers + 2
         with self._broken(None):
             self.tell(EMBEDDED, 0, parts)
@@ -163,30 +279,7 @@ class _Run:
                 memory.give_back()
             self.tell(HEAD, parts - 1, parts)
             self._finish(forced, free)
-        bounds = self._bounds()
-        taps = [self._tap_error(name, bounds) for name in self.measured]
-        mismatches = list(check_exact(self.contract, observed))
-        blind = self._disagreement()
-        findings = [] if blind else [*map(_exact_finding, mismatches), *self._local_findings(taps)]
-        verdict = DIVERGE if findings else INCONCLUSIVE if blind or self.failure else AGREE
-        return Streamed(
-            bundle=self.plan.name,
-            impl="mlx",
-            task=self.plan.request["task"],
-            entry="kv_cache",
-            dtype=self.plan.numerics,
-            verdict=verdict,
-            reason=blind or self.failure,
-            findings=findings,
-            taps=taps,
-            exact=[name for name in self.contract.exact if name in observed.exact],
-            alarm=bounds.alarm,
-            faults=[fault.name if layer is None else f"{fault.name}@{layer}" for fault, layer in self.faults],
-            request=self.plan.request,
-            provenance=versions("mlx", "torch"),
-            seconds=time.perf_counter() - started,
-            peak_bytes=memory.peak(),
-        )
+        return observed
 
     @contextmanager
     def _broken(self, layer: int | None) -> Iterator[None]:
@@ -229,72 +322,6 @@ class _Run:
         with self.ours.loaded(*head_parts(self.theirs.run.layout.answer is None)):
             steered, own = self.ours.finish(forced, computed.taps), self.ours.finish(free)
         self._note(computed, steered, own)
-
-    def _note(self, computed: Computed, steered: Recording, own: Recording) -> None:
-        for name, expected in computed.taps.items():
-            if name not in steered:
-                continue
-            mine, total = own.get(name), None
-            if mine is not None and mine.array.shape == expected.array.shape:
-                total = compare(expected, mine).rel_l2
-            self.measured[name] = _Measured(
-                shape=expected.array.shape,
-                dtype=expected.dtype,
-                scale=scale_of(expected),
-                own=compare(expected, computed.own[name]),
-                local=compare(computed.own[name], steered[name]),
-                total=total,
-                propagated=propagated_error(expected, steered[name], mine),
-            )
-
-    def _bounds(self, segment: bool = False) -> Bounds:
-        names = [name for name, found in self.measured.items() if found.dtype != "int32"]
-        floors = self.theirs.floors(names, segment)
-        scales = {name: self.measured[name].scale for name in floors.levels}
-        return bounds_by_scale(floors, scales, self.plan.numerics)
-
-    def _disagreement(self) -> str:
-        """Where the reference does not compute what is given, by more than rounding; empty where it does."""
-        bounds = self._bounds(segment=True)
-        for name in self.measured:
-            if name not in self.plan.given or name not in bounds.taps:
-                continue
-            departure = Departure(parse(name), self.measured[name].own, bounds.allowed(name))
-            if departure.difference.beyond(departure.allowed):
-                return f"{departure.said}: it is not about lance_mlx"
-        return ""
-
-    def _tap_error(self, name: str, bounds: Bounds) -> TapError:
-        found = self.measured[name]
-        exact = found.dtype == "int32"
-        return TapError(
-            tap=parse(name),
-            source=UPSTREAM if name in self.plan.given else REFERENCE,
-            shape=found.shape,
-            dtype=found.dtype,
-            local=found.local.rel_l2,
-            propagated=found.propagated,
-            total=found.total,
-            gain=None,
-            floor=0.0 if exact else bounds.floor(name),
-            allowed=0.0 if exact else bounds.allowed(name),
-            mismatch=found.local.mismatch,
-        )
-
-    def _local_findings(self, taps: Sequence[TapError]) -> list[Finding]:
-        """A finding for every component of every layer that is wrong by itself, in the order in which they ran."""
-        grouped: dict[str, list[TapError]] = {}
-        for tap in taps:
-            if tap.wrong:
-                grouped.setdefault(tap.tap.component, []).append(tap)
-        return [self._local_finding(*group) for group in grouped.values()]
-
-    def _local_finding(self, first: TapError, *also: TapError) -> Finding:
-        d = self.measured[first.tap.name].local
-        detail = d.mismatch or f"{first.tap.name} is {d.got:.7g} at {list(d.at)} where {d.expected:.7g} is expected"
-        name, call = first.tap.name, first.tap.call
-        others = [tap.tap.name for tap in also]
-        return Finding(first.tap.component, name, call, LOCAL, first.local, first.floor, also=others, detail=detail)
 
 
 def _alike(each: Any, other: Any) -> bool:

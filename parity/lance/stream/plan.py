@@ -33,6 +33,7 @@ class StreamPlan:
         name: what to call the run.
         replay: what both sides are given.
         given: taps that are expected, by name; what is missing the reference computes from them.
+        bundle: that they are of, for a port that is loaded for one; None for a request of its own.
     """
 
     name: str
@@ -42,6 +43,7 @@ class StreamPlan:
     numerics: str
     replay: Replay
     given: Mapping[str, Tap] = field(default_factory=Recording)
+    bundle: Bundle | None = None
 
 
 def plan_live(checkpoint: Path, task: str, options: Options, numerics: str) -> StreamPlan:
@@ -78,8 +80,9 @@ def plan_against(path: Path, checkpoint: Path | None = None) -> Iterator[StreamP
     place = checkpoint or path.resolve().parent / manifest["checkpoint"]
     inputs = read_tensors(path / "inputs.safetensors")
     with open_tensors(path / "taps.safetensors") as taps:
-        replay = replay_of(Bundle(path, manifest, inputs, taps, place))
-        yield StreamPlan(path.name, place, manifest["variant"], request, source["dtype"], replay, taps)
+        bundle = Bundle(path, manifest, inputs, taps, place)
+        how = request, source["dtype"], replay_of(bundle)
+        yield StreamPlan(path.name, place, manifest["variant"], *how, taps, bundle)
 
 
 def size_of_latents(count: int, num_frames: int) -> tuple[int, int]:

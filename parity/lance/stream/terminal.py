@@ -41,6 +41,8 @@ def print_streamed(found: Streamed) -> None:
             console.print(f"wrong by itself too: {', '.join(dict.fromkeys(rest))}", markup=False)
     if found.reason:
         console.print(found.reason, markup=False)
+    if found.remark:
+        console.print(found.remark, markup=False)
     console.print(counted(found), markup=False)
     console.print(false_alarms(found), markup=False)
     if found.faults:
