@@ -12,6 +12,7 @@ from lance_mlx.backend.numerics import BFLOAT16, POLICIES, policy
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.cli import convert as cli_convert
 from lance_mlx.cli import info as cli_info
+from lance_mlx.cli import serve as cli_serve
 from lance_mlx.cli.commands import (
     DEFAULT_FRAMES,
     DEFAULT_SIDE,
@@ -261,6 +262,7 @@ def _refuse(given: list[str], options: list[str], why: str) -> None:
 
 cli_convert.register(app, _EXIT)
 cli_info.register(app, _EXIT)
+cli_serve.register(app, _EXIT)
 
 
 def main() -> None:
