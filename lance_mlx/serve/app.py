@@ -1,6 +1,7 @@
 """The server: API and page in one app, before one worker."""
 
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterable
@@ -108,8 +109,12 @@ def serve(worker: Worker, variants: Iterable[Variant], host: str, port: int, tok
             pass
         finally:
             worker.stop()
-            worker.join(_JOIN_SECONDS)
+            ended = worker.join(_JOIN_SECONDS)
     LOG.info("ended")
+    if not ended:
+        # A step takes longer than anybody waits for it, and its thread would abort the interpreter's own ending.
+        logging.shutdown()
+        os._exit(0)
 
 
 class _Server(uvicorn.Server):

@@ -29,7 +29,7 @@ TASKS = {
 }
 _KEPT_SECONDS = 3600
 _CSS = """
-.gradio-container { max-width: 1200px !important; }
+.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
 #status progress { width: 100%; height: 0.8rem; accent-color: var(--color-accent); }
 #status p { margin: 0 0 0.25rem; overflow-wrap: anywhere; }
 """
@@ -49,8 +49,22 @@ def mount_page(app: FastAPI, service: Service, uploads: Path) -> None:
         ssr_mode=False,
         mcp_server=False,
         pwa=False,
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        theme=_theme(),
         css=_CSS,
+    )
+
+
+def _theme() -> gr.themes.Base:
+    """Gradio's own, with fonts of the machine and with enough contrast."""
+    theme = gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    return theme.set(
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        slider_color="*primary_600",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_700",
     )
 
 
@@ -61,17 +75,14 @@ def build_page(jobs: PageJobs) -> gr.Blocks:
         past = gr.State([], time_to_live=_KEPT_SECONDS, delete_callback=jobs.forget)
         with gr.Row():
             with gr.Column(min_width=300):
-                fields = _fields()
+                fields = _given()
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id="go", min_width=120)
-                    stop = gr.Button("Cancel", variant="stop", elem_id="cancel", min_width=120)
+                    stop = gr.Button("Cancel", elem_id="cancel", min_width=120)
+                status = gr.HTML("<p role='status'>Ready.</p>", elem_id="status")
+                fields |= _settings()
             with gr.Column(min_width=300):
-                outputs = {
-                    "status": gr.HTML("<p role='status'>Ready.</p>", elem_id="status"),
-                    "image": gr.Image(label="Image", interactive=False, format="png", visible=False, elem_id="image"),
-                    "video": gr.Video(label="Video", interactive=False, visible=False, elem_id="video"),
-                    "answer": gr.Textbox(label="Answer", lines=6, interactive=False, visible=False, elem_id="answer"),
-                }
+                outputs = {"status": status} | _outputs()
                 history = gr.Dropdown([], label="History", info="What was made on this page", elem_id="history")
                 with gr.Row():
                     show = gr.Button("Show again", min_width=120, elem_id="show")
@@ -110,28 +121,62 @@ def build_page(jobs: PageJobs) -> gr.Blocks:
     return page.queue(max_size=BOUNDS.waiting * 4, default_concurrency_limit=None)
 
 
-def _fields() -> dict[str, Any]:
-    """The settings, by name, as the first task has them."""
+def _given() -> dict[str, Any]:
+    """What a task is given, by the name of the setting, as the first task has it."""
     first = _shown(Task.T2I, None)
     return {
-        "task": gr.Dropdown([(name, str(task)) for task, name in TASKS.items()], value="t2i", label="Task"),
+        "task": gr.Dropdown([(name, str(task)) for task, name in TASKS.items()], label="Task", elem_id="task"),
         "images": gr.Gallery(
-            label="Images", type="filepath", file_types=["image"], columns=3, height=220, **first["images"]
+            label="Images",
+            type="filepath",
+            file_types=["image"],
+            columns=3,
+            height=220,
+            buttons=[],
+            elem_id="images",
+            interactive=True,
+            **first["images"],
         ),
-        "video": gr.Video(label="Video", sources=["upload"], height=220, **first["video"]),
+        "video": gr.Video(
+            label="Video",
+            sources=["upload"],
+            height=220,
+            buttons=[],
+            elem_id="source",
+            interactive=True,
+            **first["video"],
+        ),
         "prompt": gr.Textbox(lines=3, max_length=BOUNDS.prompt, elem_id="prompt", **first["prompt"]),
+    }
+
+
+def _settings() -> dict[str, Any]:
+    """The other settings."""
+    first = _shown(Task.T2I, None)
+    return {
         "instruction": gr.Textbox(
             label="Instruction", info="Empty: the one that the model was trained with", **first["instruction"]
         ),
-        "resolution": gr.Dropdown(label="Resolution", **first["resolution"]),
-        "aspect": gr.Dropdown(label="Aspect ratio and size", **first["aspect"]),
-        "seconds": gr.Slider(1, 10, 4, step=1, label="Duration in seconds", **first["seconds"]),
-        "seed": gr.Number(-1, label="Seed", info="-1: a new one every time", precision=0, minimum=-1),
+        "resolution": gr.Dropdown(label="Resolution", elem_id="resolution", **first["resolution"]),
+        "aspect": gr.Dropdown(label="Aspect ratio and size", elem_id="aspect", **first["aspect"]),
+        "seconds": gr.Slider(1, 10, 4, step=1, label="Duration in seconds", elem_id="seconds", **first["seconds"]),
+        "seed": gr.Number(-1, label="Seed", info="-1: a new one every time", precision=0, minimum=-1, elem_id="seed"),
         "num_steps": gr.Slider(1, 100, 30, step=1, label="Steps", elem_id="steps", **first["num_steps"]),
         "guidance_scale": gr.Slider(1, 12, 4, step=0.1, label="Guidance", **first["guidance_scale"]),
         "timestep_shift": gr.Slider(0.5, 12, 3.5, step=0.1, label="Timestep shift", **first["timestep_shift"]),
-        "max_tokens": gr.Slider(1, 1024, 256, step=1, label="Most tokens of the answer", **first["max_tokens"]),
+        "max_tokens": gr.Slider(
+            1, 1024, 256, step=1, label="Most tokens of the answer", elem_id="tokens", **first["max_tokens"]
+        ),
         "temperature": gr.Slider(0, 2, 0, step=0.05, label="Temperature", **first["temperature"]),
+    }
+
+
+def _outputs() -> dict[str, Any]:
+    hidden = {"interactive": False, "visible": False}
+    return {
+        "image": gr.Image(label="Image", format="png", buttons=["download", "fullscreen"], elem_id="image", **hidden),
+        "video": gr.Video(label="Video", buttons=["download"], elem_id="video", **hidden),
+        "answer": gr.Textbox(label="Answer", lines=6, buttons=["copy"], elem_id="answer", **hidden),
     }
 
 
@@ -139,7 +184,7 @@ def _shown(task: str, resolution: str | None) -> dict[str, dict[str, Any]]:
     """Which settings a task has, and what they can be."""
     task = Task(task)
     kind = "video" if task.is_for_video else "image"
-    names = [(name.replace("_", " "), name) for name in RESOLUTIONS if name.startswith(kind)]
+    names = [(_called(name), name) for name in RESOLUTIONS if name.startswith(kind)]
     resolution = resolution or names[-1][1]
     draws, sized = not task.answers, not task.answers and not task.size_from_source
     return {
@@ -156,6 +201,11 @@ def _shown(task: str, resolution: str | None) -> dict[str, dict[str, Any]]:
         "max_tokens": {"visible": task.answers},
         "temperature": {"visible": task.answers},
     }
+
+
+def _called(resolution: str) -> str:
+    """Upstream's name for a resolution, without what goes without saying."""
+    return resolution.partition("_")[2].replace("res", " px")
 
 
 def _choices(resolution: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Service:
     def status(self, job: Job) -> str:
         """Where a job stands, in words."""
         if job.state is State.QUEUED:
-            return f"queued, {self.worker.before(job)} before it"
+            return f"in the queue, {self.worker.before(job)} before this one"
         return str(job.progress) if job.state is State.IN_PROGRESS else str(job.state)
 
     async def reply(self, request: HttpRequest, job: Job, result: Result) -> Response:

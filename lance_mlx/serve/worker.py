@@ -58,10 +58,11 @@ class Worker:
         for job in jobs:
             self.cancel(job)
 
-    def join(self, timeout: float) -> None:
-        """Wait for the thread to end after `stop`."""
+    def join(self, timeout: float) -> bool:
+        """Wait for the thread to end after `stop`; whether it did."""
         if self._thread.is_alive():
             self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     @property
     def load(self) -> tuple[int, bool]:
