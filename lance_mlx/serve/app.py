@@ -19,7 +19,6 @@ from starlette.types import ASGIApp
 
 from lance_mlx.requests.request import Variant
 from lance_mlx.serve.bodies import MODEL
-from lance_mlx.serve.bounds import BOUNDS
 from lance_mlx.serve.chat import chat_routes
 from lance_mlx.serve.errors import ApiError
 from lance_mlx.serve.guard import LOG, Guard, is_loopback
@@ -50,7 +49,7 @@ def make_app(worker: Worker, root: Path, variants: Iterable[Variant], token: str
         yield
         worker.stop()
 
-    app = FastAPI(lifespan=lifespan, max_body_size=BOUNDS.body_bytes, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
     service = Service(worker, root, variants)
     app.add_exception_handler(ApiError, lambda request, error: error.response)
     app.add_exception_handler(HTTPException, _as_openai)
@@ -81,7 +80,7 @@ def make_app(worker: Worker, root: Path, variants: Iterable[Variant], token: str
     uploads = root / "page"
     uploads.mkdir()
     mount_page(app, service, uploads)
-    return Guard(app, token, local, uploads, BOUNDS.page_bytes)
+    return Guard(app, token, local, uploads)
 
 
 def serve(worker: Worker, variants: Iterable[Variant], host: str, port: int, token: str | None) -> None:
@@ -136,6 +135,5 @@ def _model() -> dict[str, Any]:
 
 async def _as_openai(request: HttpRequest, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        message = "the request is too large" if error.status_code == 413 else str(error.detail)
-        return ApiError(error.status_code, message).response
+        return ApiError(error.status_code, str(error.detail)).response
     return ApiError(400, "a parameter of the address is of the wrong kind", "invalid_value").response

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lance_mlx.serve.bounds import BOUNDS
 from lance_mlx.serve.errors import ApiError
 
 LOG = logging.getLogger("lance_mlx.serve")
@@ -46,15 +47,13 @@ class Guard:
         local: whether the server listens on the loopback interface alone. Then requests under other names are refused,
             so that no web site can reach it by pointing a name of its own there.
         uploads: the one folder that files of the page are read from.
-        most: bytes that folder may hold.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, local: bool, uploads: Path, most: int) -> None:
+    def __init__(self, app: ASGIApp, token: str | None, local: bool, uploads: Path) -> None:
         self._app = app
         self._token = token
         self._local = local
         self._uploads = uploads.resolve()
-        self._most = most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -97,13 +96,18 @@ class Guard:
             raise ApiError(403, "requests from other web sites are refused", "wrong_origin")
         if self._token is not None and path != "/health" and not self._is_known(headers):
             raise ApiError(401, "a token is needed: Authorization: Bearer TOKEN", "invalid_api_key")
+        length = headers.get("content-length", "0")
+        if "transfer-encoding" in headers or not length.isdecimal():
+            raise ApiError(411, "say how long the body is: a Content-Length is needed")
+        if int(length) > BOUNDS.body_bytes:
+            raise ApiError(413, f"a request may have at most {BOUNDS.body_bytes >> 20} MiB: send less", "too_large")
         if _API.fullmatch(path):
             return
         if not _PAGE.fullmatch(path):
             raise ApiError(404, "there is nothing here")
         if path.startswith(_FILE):
             self._check_file(path.removeprefix(_FILE))
-        if path.rstrip("/") == "/gradio_api/upload" and _size(self._uploads) > self._most:
+        if path.rstrip("/") == "/gradio_api/upload" and _size(self._uploads) > BOUNDS.page_bytes:
             raise ApiError(507, "the server holds too many uploaded files: try again later", "no_space")
 
     def _is_known(self, headers: Headers) -> bool:
