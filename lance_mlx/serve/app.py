@@ -25,7 +25,6 @@ from lance_mlx.serve.chat import chat_routes
 from lance_mlx.serve.errors import ApiError
 from lance_mlx.serve.guard import LOG, Guard, is_loopback
 from lance_mlx.serve.images import image_routes
-from lance_mlx.serve.page import mount_page
 from lance_mlx.serve.service import Service
 from lance_mlx.serve.videos import video_routes
 from lance_mlx.serve.worker import Worker
@@ -81,6 +80,10 @@ def make_app(worker: Worker, root: Path, variants: Iterable[Variant], token: str
 
     uploads = root / "page"
     uploads.mkdir()
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    # Only now, since Gradio looks there while it is imported.
+    from lance_mlx.serve.page import mount_page
+
     mount_page(app, service, uploads)
     return Guard(app, token, local, uploads)
 
@@ -132,6 +135,8 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Note a signal."""
         self._worker.stop()
+        # What it would say is that open pages, which never end by themselves, are cut off.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         super().handle_exit(sig, frame)
 
 

@@ -36,8 +36,7 @@ _CSS = """
 
 
 def mount_page(app: FastAPI, service: Service, uploads: Path) -> None:
-    """Put the page at / of an app; `uploads` is where its files are kept."""
-    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
+    """Put the page at / of an app; `uploads` is where its files are kept, as GRADIO_TEMP_DIR says."""
     gr.mount_gradio_app(
         app,
         build_page(PageJobs(service, uploads)),
