@@ -23,7 +23,7 @@ from lance_mlx.requests.request import Variant
 from lance_mlx.serve.bodies import MODEL
 from lance_mlx.serve.chat import chat_routes
 from lance_mlx.serve.errors import ApiError
-from lance_mlx.serve.guard import LOG, Guard, is_loopback
+from lance_mlx.serve.guard import LOG, Guard
 from lance_mlx.serve.images import image_routes
 from lance_mlx.serve.service import Service
 from lance_mlx.serve.videos import video_routes
@@ -33,7 +33,7 @@ _END_SECONDS = 2
 _JOIN_SECONDS = 10
 
 
-def make_app(worker: Worker, root: Path, variants: Iterable[Variant], token: str | None, local: bool) -> ASGIApp:
+def make_app(worker: Worker, root: Path, variants: Iterable[Variant], token: str | None) -> ASGIApp:
     """The app: the API under /v1, /health, and the page at /.
 
     Args:
@@ -41,7 +41,6 @@ def make_app(worker: Worker, root: Path, variants: Iterable[Variant], token: str
         root: a folder for temporary files.
         variants: the models that the checkpoint holds.
         token: what clients must bring, if anything.
-        local: whether the server can be reached from this machine alone.
     """
 
     @asynccontextmanager
@@ -85,7 +84,7 @@ def make_app(worker: Worker, root: Path, variants: Iterable[Variant], token: str
     from lance_mlx.serve.page import mount_page
 
     mount_page(app, service, uploads)
-    return Guard(app, token, local, uploads)
+    return Guard(app, token, uploads)
 
 
 def serve(worker: Worker, variants: Iterable[Variant], host: str, port: int, token: str | None) -> None:
@@ -98,7 +97,7 @@ def serve(worker: Worker, variants: Iterable[Variant], host: str, port: int, tok
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
     LOG.setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="lance-serve-", ignore_cleanup_errors=True) as root:
-        app = make_app(worker, Path(root), variants, token, is_loopback(host))
+        app = make_app(worker, Path(root), variants, token)
         config = uvicorn.Config(
             app,
             host,

@@ -44,15 +44,14 @@ class Guard:
 
     Args:
         token: what every request but /health must bring, as a bearer token or as the password of HTTP's basic scheme.
-        local: whether the server listens on the loopback interface alone. Then requests under other names are refused,
-            so that no web site can reach it by pointing a name of its own there.
+            Without one, requests under other names than this machine's are refused, so that no web site can reach the
+            server by pointing a name of its own there.
         uploads: the one folder that files of the page are read from.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, local: bool, uploads: Path) -> None:
+    def __init__(self, app: ASGIApp, token: str | None, uploads: Path) -> None:
         self._app = app
         self._token = token
-        self._local = local
         self._uploads = uploads.resolve()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,7 +88,7 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         headers, path = Headers(scope=scope), scope["path"]
         host = headers.get("host", "")
-        if self._local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if self._token is None and not is_loopback(urlsplit(f"//{host}").hostname or ""):
             raise ApiError(403, "this server answers under the names of this machine alone", "wrong_host")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != host:

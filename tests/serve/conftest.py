@@ -61,7 +61,7 @@ def running(opened: Callable, root: Path, token: str | None = None, waiting: int
     from lance_mlx.serve.worker import Worker
 
     worker = Worker(opened, waiting, idle)
-    app = make_app(worker, root, tuple(Variant), token, local=True)
+    app = make_app(worker, root, tuple(Variant), token)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]

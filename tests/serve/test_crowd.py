@@ -347,6 +347,8 @@ def test_with_a_token_nothing_is_open_but_health(serving, tmp_path):
         # The password s3cret of nobody in particular.
         assert raw(server, "GET", "/config", Authorization="Basic OnMzY3JldA==")[0] == 200
         assert [model.id for model in server.client().models.list()] == ["lance"]
+        # As behind a proxy that has a name.
+        assert raw(server, "GET", "/v1/models", Authorization="Bearer s3cret", Host="lance.example.com")[0] == 200
         with pytest.raises(openai.AuthenticationError, match="a token is needed"):
             server.client(api_key="wrong").models.list()
 
