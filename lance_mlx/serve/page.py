@@ -30,8 +30,20 @@ TASKS = {
 _KEPT_SECONDS = 3600
 _CSS = """
 .gradio-container { width: 100%; max-width: 1200px !important; margin: 0 auto !important; }
-#status progress { width: 100%; height: 0.8rem; accent-color: var(--color-accent); }
+#status progress { width: 100%; height: 0.8rem; appearance: none; border: 0; background: var(--neutral-300); }
+#status ::-webkit-progress-bar { background: var(--neutral-300); }
+#status ::-webkit-progress-value { background: var(--color-accent); }
+#status ::-moz-progress-bar { background: var(--color-accent); }
 #status p { margin: 0 0 0.25rem; overflow-wrap: anywhere; }
+/* It would fetch what it cuts with from elsewhere. */
+#source button[aria-label^="Trim"] { display: none; }
+/* On a phone what is made comes before the settings. */
+@media (max-width: 700px) {
+  #left { display: contents; }
+  #left > *, #right { flex: 1 1 100%; }
+  #right { order: 1; }
+  #settings { order: 2; }
+}
 """
 
 
@@ -73,14 +85,15 @@ def build_page(jobs: PageJobs) -> gr.Blocks:
         gr.Markdown("# Lance")
         past = gr.State([], time_to_live=_KEPT_SECONDS, delete_callback=jobs.forget)
         with gr.Row():
-            with gr.Column(min_width=300):
+            with gr.Column(min_width=300, elem_id="left"):
                 fields = _given()
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id="go", min_width=120)
                     stop = gr.Button("Cancel", elem_id="cancel", min_width=120)
                 status = gr.HTML("<p role='status'>Ready.</p>", elem_id="status")
-                fields |= _settings()
-            with gr.Column(min_width=300):
+                with gr.Column(elem_id="settings"):
+                    fields |= _settings()
+            with gr.Column(min_width=300, elem_id="right"):
                 outputs = {"status": status} | _outputs()
                 history = gr.Dropdown([], label="History", info="What was made on this page", elem_id="history")
                 with gr.Row():
