@@ -151,6 +151,8 @@ def test_a_job_is_cancelled_by_the_button_and_by_leaving(page, server, until):
     until(lambda: server.worker.load[1])
     browser.get("about:blank")
     server.settle(30)
+    # The page that was left complained of its connection.
+    browser.get_log("browser")
 
 
 def test_what_cannot_be_done_is_said(page, until):
