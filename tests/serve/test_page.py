@@ -1,0 +1,235 @@
+"""The page in a browser: Debian's Chromium, without a window and without a network."""
+
+import shutil
+
+import pytest
+
+pytest.importorskip("gradio", reason="the server needs its extra: pip install '.[serve,test]'")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+if CHROMIUM is None or DRIVER is None:
+    reason = "there is no Chromium with its driver to open the page in; on Debian: apt install chromium chromium-driver"
+    pytest.skip(reason, allow_module_level=True)
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser: pip install '.[test]'")
+from selenium.webdriver.common.keys import Keys  # noqa: E402 - only where there is selenium
+
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage --hide-scrollbars
+    --disable-background-networking --disable-component-update --disable-sync""".split()
+WIDE, NARROW = (1280, 1000), (400, 900)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """One browser for all tests, with a profile of its own."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture
+def page(browser, server, until):
+    """Opens the page anew; afterwards the browser has nothing to complain of, and the server nothing left to do."""
+
+    def opened(size=WIDE, scheme="light"):
+        width, height = size
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        media = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+        browser.get(server.address)
+        until(lambda: browser.find_elements("css selector", "#go"), 60)
+        until(lambda: said(browser) == "Ready.")
+        return browser
+
+    yield opened
+    browser.get("about:blank")
+    server.settle(30)
+    # Gradio writes down the requests that it ends itself.
+    told = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert [message for message in told if "AbortError" not in message] == []
+
+
+def one(browser, selector):
+    return browser.find_element("css selector", selector)
+
+
+def said(browser) -> str:
+    return browser.execute_script("return document.querySelector('#status')?.innerText.trim()")
+
+
+def choose(browser, until, selector: str, name: str) -> None:
+    """Choose from a list by the keyboard alone, as it filters what is typed."""
+    field = one(browser, f"{selector} input")
+    field.click()
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys(name, Keys.ENTER)
+    until(lambda: name in field.get_attribute("value"))
+
+
+def fill(browser, selector: str, value: object) -> None:
+    field = one(browser, selector)
+    field.send_keys(Keys.CONTROL, "a")
+    field.send_keys(str(value), Keys.TAB)
+
+
+def visible(browser, selector: str) -> bool:
+    script = "return !!document.querySelector(arguments[0])?.checkVisibility()"
+    return browser.execute_script(script, selector)
+
+
+def shown(browser, selector: str) -> bool:
+    """Whether an element is there, to be seen, with what it shows loaded."""
+    script = """
+        const found = document.querySelector(arguments[0]);
+        return !!found && found.checkVisibility() && (found.naturalWidth || found.readyState || 0) > 0;"""
+    return browser.execute_script(script, selector)
+
+
+def prepare(browser, until, prompt: str) -> None:
+    choose(browser, until, "#resolution", "256 px")
+    fill(browser, "#steps input[type=number]", 2)
+    one(browser, "#prompt textarea").send_keys(prompt)
+
+
+def sideways(browser) -> int:
+    return browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
+
+
+def test_an_image_is_drawn_kept_and_drawn_again(page, server, until, tmp_path):
+    browser = page()
+    prepare(browser, until, "a red bird")
+    fill(browser, "#seed input", 7)
+    one(browser, "#prompt textarea").send_keys(Keys.SHIFT, Keys.ENTER)
+    until(lambda: said(browser).startswith("Done"), 60)
+    until(lambda: shown(browser, "#image img"))
+    first = one(browser, "#image img").get_attribute("src")
+    assert first.startswith(f"{server.address}/gradio_api/file=") and first.endswith("lance-7.png")
+    assert one(browser, "#history input").get_attribute("value") == "t2i: a red bird, seed 7"
+    fill(browser, "#seed input", 8)
+    one(browser, "#go").click()
+    until(lambda: "seed 8" in one(browser, "#history input").get_attribute("value"), 60)
+    choose(browser, until, "#history", "t2i: a red bird, seed 7")
+    one(browser, "#replay").click()
+    until(lambda: one(browser, "#seed input").get_attribute("value") == "7")
+    one(browser, "#show").click()
+    until(lambda: one(browser, "#image img").get_attribute("src") == first)
+    browser.save_screenshot(str(tmp_path / "drawn.png"))
+    # Nothing is asked of anybody but the server.
+    assert {host for host in requested(browser)} <= {server.address}
+
+
+def requested(browser) -> set[str]:
+    import json
+    from urllib.parse import urlsplit
+
+    urls = []
+    for entry in browser.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            urls.append(urlsplit(message["params"]["request"]["url"]))
+    return {f"{url.scheme}://{url.netloc}" for url in urls if url.scheme.startswith("http")}
+
+
+def test_a_job_is_cancelled_by_the_button_and_by_leaving(page, server, until):
+    browser = page()
+    prepare(browser, until, "a red bird")
+    fill(browser, "#steps input[type=number]", 100)
+    one(browser, "#go").click()
+    until(lambda: "enoising" in said(browser), 60)
+    assert one(browser, "#status progress").get_attribute("max") == "100"
+    one(browser, "#cancel").click()
+    until(lambda: said(browser) == "Cancelled.")
+    server.settle()
+    one(browser, "#go").click()
+    until(lambda: server.worker.load[1])
+    browser.get("about:blank")
+    server.settle(30)
+    # The page that was left complained of its connection.
+    browser.get_log("browser")
+
+
+def test_what_cannot_be_done_is_said(page, until):
+    browser = page()
+    one(browser, "#go").click()
+    until(lambda: said(browser) == "Write a prompt first.")
+    choose(browser, until, "#task", "Animate an image")
+    until(lambda: visible(browser, "#images") and visible(browser, "#seconds") and not visible(browser, "#aspect"))
+    one(browser, "#go").click()
+    until(lambda: said(browser) == "Add an image first.")
+
+
+def test_an_image_is_edited_and_asked_about(page, until, picture, tmp_path):
+    browser = page()
+    (tmp_path / "cat.png").write_bytes(picture)
+    choose(browser, until, "#task", "Edit an image")
+    until(lambda: browser.find_elements("css selector", "#images input[type=file]"))
+    one(browser, "#images input[type=file]").send_keys(str(tmp_path / "cat.png"))
+    until(lambda: browser.find_elements("css selector", "#images img"))
+    prepare(browser, until, "make it blue")
+    one(browser, "#go").click()
+    until(lambda: said(browser).startswith("Done"), 60)
+    until(lambda: shown(browser, "#image img"))
+    choose(browser, until, "#task", "Ask about images")
+    until(lambda: browser.find_elements("css selector", "#tokens input[type=number]"))
+    fill(browser, "#tokens input[type=number]", 8)
+    choose(browser, until, "#resolution", "256 px")
+    one(browser, "#go").click()
+    until(lambda: "x2t_image" in one(browser, "#history input").get_attribute("value"), 60)
+    assert one(browser, "#answer textarea").get_attribute("value")
+    browser.save_screenshot(str(tmp_path / "answered.png"))
+
+
+def test_a_video_is_drawn_and_asked_about(page, until, clip, tmp_path):
+    browser = page()
+    choose(browser, until, "#task", "Text to video")
+    until(lambda: browser.find_elements("css selector", "#seconds input[type=number]"))
+    choose(browser, until, "#resolution", "192p")
+    fill(browser, "#seconds input[type=number]", 1)
+    fill(browser, "#steps input[type=number]", 1)
+    one(browser, "#prompt textarea").send_keys("a red bird flies")
+    one(browser, "#go").click()
+    until(lambda: said(browser).startswith("Done"), 120)
+    until(lambda: shown(browser, "#video video"))
+    choose(browser, until, "#task", "Ask about a video")
+    until(lambda: browser.find_elements("css selector", "#source input[type=file]"))
+    one(browser, "#source input[type=file]").send_keys(str(clip))
+    until(lambda: browser.find_elements("css selector", "#source video"))
+    fill(browser, "#tokens input[type=number]", 4)
+    choose(browser, until, "#resolution", "192p")
+    one(browser, "#go").click()
+    until(lambda: "x2t_video" in one(browser, "#history input").get_attribute("value"), 120)
+    browser.save_screenshot(str(tmp_path / "video.png"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [WIDE, NARROW])
+def test_it_fits_wide_and_narrow_in_light_and_dark(page, until, size, scheme, tmp_path):
+    browser = page(size, scheme)
+    for task in ("Text to image", "Animate an image", "Ask about a video"):
+        choose(browser, until, "#task", task)
+        assert sideways(browser) <= 0
+    paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
+    browser.save_screenshot(str(tmp_path / f"{size[0]}-{scheme}.png"))
+
+
+def test_every_field_has_a_name_and_is_reached_by_the_keyboard(page):
+    browser = page()
+    nameless = browser.execute_script("""
+        return [...document.querySelectorAll("input, textarea, button")].filter(e => e.checkVisibility()
+            && !(e.labels && e.labels.length) && !e.getAttribute("aria-label") && !e.innerText.trim() && !e.title)
+            .map(e => e.outerHTML.slice(0, 200))""")
+    assert nameless == []
+    seen = []
+    for _ in range(40):
+        browser.switch_to.active_element.send_keys(Keys.TAB)
+        seen.append(browser.execute_script("return document.activeElement.closest('[id]')?.id ?? ''"))
+    for name in ("prompt", "go", "cancel", "show", "replay"):
+        assert any(name in identity for identity in seen), name

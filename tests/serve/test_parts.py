@@ -1,0 +1,82 @@
+"""Parts of the server that need no server."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("gradio", reason="the server needs its extra: pip install '.[serve,test]'")
+
+from pathlib import Path  # noqa: E402 - only where there is a server
+
+from lance_mlx import FLOAT32, Request, Task, load  # noqa: E402
+from lance_mlx.media.preprocess import RESOLUTIONS  # noqa: E402
+from lance_mlx.serve.sizes import ASPECTS, size_of  # noqa: E402
+from lance_mlx.serve.uploads import check, from_data_url, from_file  # noqa: E402
+from lance_mlx.serve.worker import predicted, previewed_steps  # noqa: E402
+
+CHECKPOINT = Path(__file__).parents[2] / "oracles" / "checkpoint-a"
+
+
+def test_sizes_are_those_of_upstreams_demo():
+    sizes = {aspect: size_of(aspect, 640) for aspect in ASPECTS}
+    assert sizes == {
+        "21:9": (976, 416),
+        "16:9": (848, 480),
+        "3:2": (784, 528),
+        "4:3": (736, 560),
+        "1:1": (640, 640),
+        "3:4": (560, 736),
+        "2:3": (528, 784),
+        "9:16": (480, 848),
+    }
+    # Where upstream's would be wider than the position table.
+    assert size_of("21:9", 768) == (1024, 432)
+
+
+@pytest.mark.parametrize("aspect", ASPECTS)
+@pytest.mark.parametrize("resolution", sorted({vae for vae, _ in RESOLUTIONS.values()}))
+def test_every_size_that_is_offered_can_be_drawn(aspect, resolution):
+    width, height = size_of(aspect, resolution)
+    assert Request(Task.T2I, "a bird", height, width)
+
+
+@given(st.integers(1, 200), st.integers(0, 4))
+def test_previews_come_at_steps_between_the_first_and_the_last(num_steps, previews):
+    steps = previewed_steps(num_steps, previews)
+    assert len(steps) <= previews and all(0 < step < num_steps for step in steps)
+    assert len(steps) == previews or num_steps <= previews
+
+
+def test_a_preview_shows_where_the_velocity_leads():
+    steps = []
+    load(CHECKPOINT, FLOAT32).generate(Request(Task.T2I, "a bird", 32, 32, num_steps=4), steps.append)
+    # At the last step that is where the sampler goes.
+    assert mx.allclose(predicted(steps[-1]), steps[-1].x_next, atol=1e-5)
+    assert not mx.allclose(predicted(steps[0]), steps[0].x_next, atol=1e-2)
+
+
+@given(content=st.binary(max_size=300), name=st.text(max_size=80))
+def test_whatever_is_uploaded_stays_in_its_folder(tmp_path_factory, content, name):
+    import io
+
+    from lance_mlx.serve.errors import ApiError
+
+    folder = tmp_path_factory.mktemp("uploads", numbered=True)
+    with pytest.raises(ApiError) as refused:
+        from_file(io.BytesIO(content), name, folder)
+    assert "\n" not in str(refused.value) and str(folder) not in str(refused.value)
+    (kept,) = folder.iterdir()
+    assert kept.is_file()
+
+
+def test_a_file_is_read_whole_and_named_after_what_it_holds(tmp_path, picture, clip, data_url):
+    image = from_data_url(data_url(picture), tmp_path)
+    assert Path(image.path).read_bytes() == picture and image.path.endswith("0-upload.png")
+    with clip.open("rb") as file:
+        video = from_file(file, "../a clip.m3u8", tmp_path)
+    assert Path(video.path).name == "1-a-clip.mp4" and video.kind == "video"
+    assert np.array_equal(np.frombuffer(Path(video.path).read_bytes(), np.uint8), np.fromfile(clip, np.uint8))
+    (tmp_path / "x").write_bytes(picture)
+    assert check(tmp_path / "x", "x").kind == "image"
