@@ -191,9 +191,10 @@ def test_the_engine_knows_no_model():
 
 
 OF_LANCE = re.compile(r"\bViT\b|\bVAE\b|\bLance\b|\bvae\b|\bvit_|moe_gen|self_attn|\b(un)?cond\b")
-# Their arrays and calls are named after the model's parts still.
+# Their arrays and calls are named after the model's parts still; guidance is between a cond and an uncond anywhere.
 NAMED_AFTER_IT = {
     "parity/bundle/reading.py", "parity/comparison/exact.py", "parity/comparison/trajectory.py",
+    "parity/laws/attending.py", "parity/laws/guidance.py", "parity/laws/mixture.py",
     "parity/hypotheses/tap_probe.py", "parity/oracle/judgement.py", "parity/tensors/recording.py",
 }  # fmt: skip
 

@@ -66,17 +66,29 @@ def explain(
     if known:
         return _beyond(site, [h for h in about if h not in known], known, failed)
     tried = _by_merit(site, about, failed)
-    if not tried or not _whole(site, tried[0][1]):
-        tried = _ordered(site, [*tried, *_by_merit(site, _read(site, [], failed), failed)])
-    if not tried:
-        return Causes((), 0.0, (), failed)
+    if tried and (site.exact or _whole(site, tried[0][1])):
+        # What was said beforehand says more than what is read, also where several of it meet.
+        causes = _caused(site, second, tried, failed, reads=False)
+        if causes.together and (causes.agrees or sum(causes.parts) >= 1 - 1e-9):
+            return causes
+    return _caused(site, second, _ordered(site, [*tried, *_by_merit(site, _read(site, [], failed), failed)]), failed)
+
+
+def _caused(
+    site: TapProbe,
+    second: TapProbe | None,
+    tried: Sequence[tuple[Hypothesis, float]],
+    failed: Failed,
+    reads: bool = True,
+) -> Causes:
+    """What of all that was tried explains a site, alone or together; `reads`: also with laws read on top of it."""
     ranked = _ranked(site, tried, second, failed)
     if not ranked:
         return Causes((), 0.0, (), failed)
     best, first = ranked[0][0], ranked[0][1]
     together, amount = (best,), first
     if not _agrees(site, first):
-        stack, reached = _stacked(site, [(h, r) for h, r, _ in ranked], failed)
+        stack, reached = _stacked(site, [(h, r) for h, r, _ in ranked], failed, reads)
         # Integers have to be equal.
         if reached >= (1 - 1e-9 if site.exact else EXPLAINS):
             together, amount = stack, reached
@@ -269,7 +281,7 @@ def _holds(site: TapProbe, second: TapProbe, hypothesis: Hypothesis, here: float
 
 
 def _stacked(
-    site: TapProbe, ranked: Sequence[tuple[Hypothesis, float]], failed: Failed
+    site: TapProbe, ranked: Sequence[tuple[Hypothesis, float]], failed: Failed, reads: bool
 ) -> tuple[tuple[Hypothesis, ...], float]:
     """The best combination of up to DEPTH hypotheses, tried on top of the best of the combinations before."""
     # Of two errors that have nothing to do with each other, what removes one removes something alone.
@@ -279,10 +291,10 @@ def _stacked(
     bases = bases if site.exact else bases[:BASES]
     for _ in range(DEPTH - 1):
         grown = []
-        for place, (base, _) in enumerate(bases):
-            # What a law leaves is read again: another may be on top of it.
-            more = _read(site, base, failed) if place < BASES else []
-            for hypothesis in (*by_merit, *more):
+        # What a law leaves is read again: another may be on top of it.
+        more = [(base, _read(site, base, failed)) for base, _ in bases[:BASES]] if reads else []
+        for base, others in (*((base, by_merit) for base, _ in bases), *more):
+            for hypothesis in others:
                 if hypothesis in base:
                     continue
                 amount = removed(site, [*base, hypothesis], failed)
