@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from parity.hypotheses.base import DoesNotApply
-from parity.lance.components.base import Known, array_of
+from parity.lance.components.base import Known, array_of, parameter
 from parity.lance.hypotheses.schedule import times_of
 from parity.lance.hypotheses.tokens import arm_splits, calls_of
 from parity.laws.waves import Perceptron, Waves
@@ -108,7 +109,23 @@ def time_embedder(site: "TapProbe") -> Read:
         "axes": ("time", "channel")[-site.expected.ndim :],
         "what": "the embedding of t",
     }
-    return {"numbers": numbers}, facts
+    inputs, product = _activated(embedder, numbers)
+    return {**inputs, "numbers": numbers}, {**product, **facts}
+
+
+def _activated(embedder: nn.Module, numbers: np.ndarray) -> Read:
+    """What goes into the embedder's activation and comes out of it, [n, hidden]; the product behind it."""
+    first, function, last = embedder.mlp
+    seen: list[torch.Tensor] = []
+    handles = [part.register_forward_hook(lambda part, args, out: seen.append(out)) for part in (first, function)]
+    try:
+        with torch.inference_mode():
+            embedder(torch.from_numpy(numbers).to(last.weight.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    facts = {"weight": parameter(last, "weight"), "bias": parameter(last, "bias"), "activation": "SiLU"}
+    return {"gate": array_of(seen[0]), "x": array_of(seen[1])}, facts
 
 
 def hidden_in(site: "TapProbe") -> Read:

@@ -9,9 +9,8 @@ import reference.mot
 import reference.vae_layers
 import reference.vit
 from parity.hypotheses.base import DoesNotApply
-from parity.lance.components.base import Known, array_of, called_with, parameter
+from parity.lance.components.base import Known, called_with, parameter
 from parity.lance.hypotheses.tools import module_of, parent_of
-from reference.embeddings import TimestepEmbedder
 
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
@@ -63,24 +62,6 @@ def activated(site: "TapProbe") -> Read:
     return {**inputs, "gate": gate}, {**facts, "activation": "GELU"}
 
 
-def timestep(site: "TapProbe") -> Read:
-    """The embedder's last product, and the activation before it, as `activated`."""
-    module, seen = module_of(site), []
-    if not isinstance(module, TimestepEmbedder):
-        raise DoesNotApply
-    handles = [part.register_forward_hook(lambda part, args, out: seen.append(out)) for part in module.mlp[:2]]
-    try:
-        called_with(site)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(seen) < 2:
-        raise DoesNotApply
-    (gate, x), last = (array_of(value) for value in seen[-2:]), module.mlp[2]
-    facts = {"weight": parameter(last, "weight"), "bias": parameter(last, "bias"), "activation": "SiLU"}
-    return {"gate": gate, "x": x}, facts
-
-
 def layer(site: "TapProbe") -> Read:
     """The stream [n, hidden] before a layer, and what its two branches add."""
     number = site.tap.layer
@@ -128,10 +109,8 @@ KNOWN = (
     Known("weight", ("*",), weight, weights=True),
     Known("gated", ("*.down_proj",), gated),
     Known("gated", ("vit_model.merger.mlp.2",), activated),
-    Known("gated", ("time_embedder",), timestep),
     Known("sum", ("layers.*", "vit_model.blocks.*"), layer),
     Known("sum", ("vit_model.blocks.*",), block),
     Known("linear", ("*",), linear),
     Known("norm", ("*",), norm),
 )
-# Comes behind all others.
