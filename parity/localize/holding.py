@@ -6,10 +6,10 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 
 from parity.laws.support import spans
+from parity.model import definition
 from parity.tensors.names import TapName
 
 LISTED = 4
-ARMS = {"cond": "conditional", "uncond": "unconditional"}
 _NUMBERED = ("step", "index", "chunk", "number")
 
 
@@ -68,7 +68,7 @@ def _components(all_of: Sequence[str], hit: set[str]) -> str:
 
 
 def _arms(all_of: Sequence[str], hit: set[str]) -> str:
-    named = sorted(ARMS.get(arm, arm) for arm in hit if arm)
+    named = sorted(definition().ARMS.get(arm, arm) for arm in hit if arm)
     return f"in the {' and '.join(named)} arm only" if named else ""
 
 
