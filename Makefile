@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope
 
 .DELETE_ON_ERROR:
-.PHONY: help parity test lint clean
+.PHONY: help parity test test-all lint clean
 
 help:
 	@echo "make parity   compare both implementations with every oracle bundle; report in reports/latest/"
 	@echo "make test     run the tests"
+	@echo "make test-all  run more of what they show in part: every fault, every bundle"
 	@echo "make lint     run ruff"
 	@echo "make clean    remove .venv, the reports and caches"
 
@@ -17,7 +19,10 @@ parity: $(INSTALLED)
 	$(BIN)/lance-parity run
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE OPENBLAS_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope
+	$(PYTEST)
+
+test-all: $(INSTALLED)
+	$(PYTEST) --all
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -23,6 +23,20 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--all`: also what is marked exhaustive."""
+    parser.addoption("--all", action="store_true", help="run what is marked exhaustive too (make test-all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked exhaustive, visibly, unless all is asked for."""
+    if not config.getoption("--all"):
+        left_out = pytest.mark.skip(reason="exhaustive: make test-all runs it")
+        for item in items:
+            if item.get_closest_marker("exhaustive"):
+                item.add_marker(left_out)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def give_back() -> Iterator[None]:
     """Return to the system what a file of tests has freed: a process that runs many of them would keep it all."""
