@@ -177,12 +177,18 @@ def told_of(fault: BlindFault, found: Localization) -> Row:
                 "explanation": first and first.name,
                 "removed": first and finite(first.residual_removed),
                 "second": first and finite(first.second),
-                "explained": finding.explained,
+                "certain": finding.certain,
+                "support": finding.support,
             }
         )
-    told = "; ".join(f"{each['component']}: {each['explanation']}" for each in findings if each["explained"])
+    told = "; ".join(_said(each) for each in findings if each["certain"])
     named = found.first is not None and fnmatchcase(found.first.component, fault.component)
     return {"verdict": found.verdict, "reason": found.reason, "named": named, "findings": findings, "told": told}
+
+
+def _said(finding: Row) -> str:
+    where = f", {finding['support']}" if finding["support"] else ""
+    return f"{finding['component']}{where}: {finding['explanation']}"
 
 
 def read_rows(path: Path) -> list[Row]:
