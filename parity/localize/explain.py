@@ -72,7 +72,8 @@ def explain(
     if tried and (site.exact or _whole(site, tried[0][1])):
         # What was said beforehand says more than what is read, also where several of it meet.
         causes = _caused(site, second, tried, failed, reads=False)
-        if causes.together and (causes.agrees or sum(causes.parts) >= 1 - 1e-9):
+        there = causes.ranked[0].second if causes.ranked else None
+        if causes.together and (causes.agrees or sum(causes.parts) >= 1 - 1e-9) and (there is None or there >= NEARLY):
             return causes
     return _caused(site, second, _ordered(site, [*tried, *_by_merit(site, _read(site, [], failed), failed)]), failed)
 
