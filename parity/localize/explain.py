@@ -96,7 +96,7 @@ def _caused(
     if not _agrees(site, first):
         stack, reached = _stacked(site, [(h, r) for h, r, _ in ranked], failed, reads)
         if reached >= enough:
-            together, amount = stack, reached
+            together, amount = _needed(site, stack, reached, failed)
     listed = tuple(_told(site, h, r, s) for h, r, s in ranked[:LISTED] if r > UNFIT)
     if _integral(site) and amount < 1 - 1e-9 and (found := _in_part(site, [h for h, _ in tried], failed)):
         together, parts = zip(*found, strict=True)
@@ -255,8 +255,7 @@ def _removed_of_activation(site: TapProbe, array: np.ndarray) -> float | None:
 
 
 def _told(site: TapProbe, hypothesis: Hypothesis, share: float, second: float | None = None) -> Explanation:
-    rounding = _rounding(site)
-    left = None if not rounding else max(1 - share, 0.0) * _residual(site, site.expected) / rounding
+    left = max(_floors(site, share), 0.0) if _rounding(site) else None
     return Explanation(hypothesis.name, share, second, left, _agrees(site, share), hypothesis.figure)
 
 
@@ -313,6 +312,26 @@ def _stacked(
             best = grown[0]
         bases = grown[: 4 * BASES if site.exact else 1]
     return best
+
+
+def _needed(
+    site: TapProbe, stack: tuple[Hypothesis, ...], reached: float, failed: Failed
+) -> tuple[tuple[Hypothesis, ...], float]:
+    """Those of a combination that it cannot do without."""
+    for one in stack if len(stack) > 1 else ():
+        fewer = tuple(other for other in stack if other is not one)
+        alone = removed(site, fewer, failed)
+        if alone is None:
+            continue
+        if alone >= reached or (not site.exact and _whole(site, alone, max(ALIKE, ALIKE * _floors(site, reached)))):
+            return _needed(site, fewer, alone, failed)
+    return stack, reached
+
+
+def _floors(site: TapProbe, share: float) -> float:
+    """What is left beside a removed part, in floors."""
+    rounding = _rounding(site)
+    return (1 - share) * _residual(site, site.expected) / rounding if rounding else 0.0
 
 
 def _worth(site: TapProbe, before: float, after: float) -> bool:
