@@ -47,7 +47,11 @@ LAWS: dict[str, tuple[Fitter, ...]] = {
     "embedding": (table.embedding, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
     "sinusoids": (waves.sinusoids, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
     "time": (
-        waves.waves_through_layers, activation.read, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise,
+        waves.waves_through_layers,
+        activation.read,
+        sampling.sum_of_parts,
+        rearranged.rearranged,
+        pointwise.pointwise,
     ),  # fmt: skip
     "array": (sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
     "normalised": (statistics.normalised, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),

@@ -12,8 +12,10 @@ import numpy as np
 
 from parity.laws.attending import Change, Scene, applied, heads_of, scene_of
 from parity.laws.base import Component, Law, Matrices
+from parity.laws.numbers import listed, snapped, told
+from parity.laws.rounding import rounded_to
 from parity.laws.seen import seen
-from parity.laws.words import affected, chosen_like, listed, places, rounded_to, snapped, told
+from parity.laws.words import affected, chosen_like, places
 
 # What a law may leave of the residual, beneath another; how many are told.
 LEFT_BENEATH, TOLD = 0.5, 3

@@ -7,9 +7,9 @@ import numpy as np
 
 from parity.laws.base import Component, Law, Matrices
 from parity.laws.convolution import Reading, chosen_places, reading_of
+from parity.laws.numbers import plainest
 from parity.laws.patches import all_places, convolved, laid_out, patches, taken
 from parity.laws.place import place
-from parity.laws.plain import told
 from parity.laws.support import plural, spans
 
 LEFT, LEFT_BESIDE = 0.05, 0.5
@@ -191,11 +191,11 @@ def _constants(looked: Looked) -> Iterator[Law]:
             continue
         factor, within = fit
         if what:
-            total, said = told(1 + factor, within)
+            total, said = plainest(1 + factor, within)
             factor = total - 1
             says = f"{what} is missing" if abs(total) <= within else f"{what} counts {said} times"
         else:
-            factor, said = told(factor, within)
+            factor, said = plainest(factor, within)
             says = f"the convolution pads with {said}"
             if term is _of_ones:
                 says = f"the input is {said.removeprefix('-')} {'less' if factor < 0 else 'more'}"
@@ -245,7 +245,7 @@ def _counted(name: str, factors: np.ndarray, moved: np.ndarray, within: float, s
     """A law of the parts of a kernel that count otherwise than once."""
     alike = float(factors[moved].mean())
     same = np.ptp(factors[moved]) <= max(4 * within, 0.02 * abs(alike))
-    total, said = told(1 + alike, max(within, 1e-6))
+    total, said = plainest(1 + alike, max(within, 1e-6))
     counts = np.where(moved, total if same else 1 + factors, 1.0)
     if same:
         says = "left out" if abs(total) <= max(within, 1e-6) else f"counted {said} times"

@@ -6,9 +6,9 @@ from itertools import islice, product
 import numpy as np
 
 from parity.laws.base import Component, Curves, Law
+from parity.laws.numbers import plainest
 from parity.laws.order import orders
-from parity.laws.plain import told
-from parity.laws.rounded import DTYPES
+from parity.laws.rounding import DTYPES
 from parity.laws.support import Span, beyond, energies, mask, sentence, spans
 
 # What a law may leave of the residual, alone and where another fault may sit on top of it.
@@ -128,23 +128,23 @@ def _changes(component: Component, own: np.ndarray, got: np.ndarray) -> Iterator
     if own.size < FEWEST:
         return
     if (square := float((own * own).sum())) and (factor := float((own * got).sum()) / square):
-        factor, said = told(factor, _within(own, got, factor * own, rounding))
+        factor, said = plainest(factor, _within(own, got, factor * own, rounding))
         if factor not in (0, 1):
             yield _times(factor, said), 1, lambda x: factor * x
     each = rounding / np.sqrt(own.size)
-    step, said = told(float((got - own).mean()), each)
+    step, said = plainest(float((got - own).mean()), each)
     if abs(step) > 4 * each:
         yield f"is {said.removeprefix('-')} {'less' if step < 0 else 'more'}", 1, lambda x: x + step
     if spread := float(own.var()):
         slope = float(((own - own.mean()) * got).mean()) / spread
-        slope, said = told(slope, rounding / np.sqrt(square or 1.0))
-        shift, shifted = told(float(got.mean() - slope * own.mean()), each)
+        slope, said = plainest(slope, rounding / np.sqrt(square or 1.0))
+        shift, shifted = plainest(float(got.mean() - slope * own.mean()), each)
         if slope not in (0, 1) and abs(shift) > 4 * each:
             sign = "less" if shift < 0 else "more"
             words = f"is {said} times as large and then {shifted.removeprefix('-')} {sign}"
             yield words, 2, lambda x: slope * x + shift
         if not np.ptp(got):
-            value, said = told(float(got.flat[0]), each)
+            value, said = plainest(float(got.flat[0]), each)
             yield f"is {said} everywhere", 1, lambda x: np.full_like(x, value)
     yield "has no sign", 1, np.abs
     yield "is 0 where it would be negative", 1, lambda x: np.maximum(x, 0)
@@ -163,8 +163,8 @@ def _times(factor: float, said: str) -> str:
 
 
 def _clamps(own: np.ndarray, got: np.ndarray, within: float) -> Iterator[tuple[str, float, Change]]:
-    low, least = told(float(got.min()), 4 * within)
-    high, most = told(float(got.max()), 4 * within)
+    low, least = plainest(float(got.min()), 4 * within)
+    high, most = plainest(float(got.max()), 4 * within)
     if low == high:
         return
     below, above = bool((own < low - 4 * within).any()), bool((own > high + 4 * within).any())
@@ -239,7 +239,7 @@ def _groups(
         worst = int(np.argmax(np.where(rest, errors, -1)))
         alike = rest & (np.abs(factors - factors[worst]) <= np.maximum(8 * noise, 0.02 * abs(factors[worst] - 1)))
         mean = float(np.average(factors[alike], weights=squares[alike]))
-        factor, said = told(mean, max(4 * noise / np.sqrt(alike.sum()), 1e-9))
+        factor, said = plainest(mean, max(4 * noise / np.sqrt(alike.sum()), 1e-9))
         if abs(mean) <= 4 * noise:
             factor, said = 0.0, "0"
         if factor != 1:
@@ -252,7 +252,7 @@ def _each_its_own(
 ) -> Iterator[Law]:
     """A factor for each index along an axis."""
     name = component.axes[axis]
-    low, high = (told(float(f(factors[factors != 1])), 1e-6)[1] for f in (np.min, np.max))
+    low, high = (plainest(float(f(factors[factors != 1])), 1e-6)[1] for f in (np.min, np.max))
 
     def apply(other: Component) -> np.ndarray | None:
         if name not in other.axes or other.own.shape[place := other.axes.index(name)] != len(factors):

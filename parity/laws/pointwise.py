@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from parity.laws.base import Component, Law
-from parity.laws.mixture import bfloat16, comparable, enough
-from parity.laws.plain import told
+from parity.laws.mixture import comparable, enough
+from parity.laws.numbers import plainest
+from parity.laws.rounding import bfloat16
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -14,8 +15,8 @@ Change = Callable[[np.ndarray], np.ndarray]
 def changes(own: np.ndarray, got: np.ndarray, near: float) -> Iterator[tuple[str, float, Change]]:
     """What may have been done to each value: "is clamped to [-1, 1]", how many numbers that takes, and the change."""
     low, high = float(got.min()), float(got.max())
-    bounds = [told(low, near)] if own.min() < low else [(-np.inf, "")]
-    bounds += [told(high, near)] if own.max() > high else [(np.inf, "")]
+    bounds = [plainest(low, near)] if own.min() < low else [(-np.inf, "")]
+    bounds += [plainest(high, near)] if own.max() > high else [(np.inf, "")]
     if bounds[0][1] or bounds[1][1]:
         words = {
             (True, True): f"is clamped to [{bounds[0][1]}, {bounds[1][1]}]",
@@ -30,7 +31,7 @@ def changes(own: np.ndarray, got: np.ndarray, near: float) -> Iterator[tuple[str
     if 1 < len(values) < min(got.size, 4096) // 2:
         step = float(np.diff(values)[np.diff(values) > 1e-9].min(initial=np.inf))
         if np.isfinite(step) and step > 0:
-            count, said = told(1 / step, 1e-3 / step)
+            count, said = plainest(1 / step, 1e-3 / step)
             yield f"is rounded to 1/{said}", 1, lambda x: np.round(x * count) / count
             yield f"is rounded down to 1/{said}", 1.5, lambda x: np.floor(x * count + 1e-6) / count
             yield f"is cut to 1/{said}", 1.5, lambda x: np.trunc(x * count) / count

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from parity.laws.words import chosen_like, places, rounded_to, snapped, told
+from parity.laws.numbers import snapped, told
+from parity.laws.rounding import rounded_to
+from parity.laws.words import chosen_like, places
 
 Map = Callable[[np.ndarray], np.ndarray]
 # The part of the positions that have to come out as they were found; the law itself is held against the result.

@@ -8,7 +8,7 @@ import numpy as np
 
 from parity.laws.base import Component, Law
 from parity.laws.mixture import comparable, enough, seen
-from parity.laws.plain import told
+from parity.laws.numbers import plainest
 from parity.laws.support import plural, spans
 
 # Slices along an axis that are matched with each other, and values that are looked at of each.
@@ -143,7 +143,7 @@ def rearranged(component: Component, got: np.ndarray) -> Iterator[Law]:
             pair = matched(new, own)
             if pair is None:
                 continue
-            factor = told(pair[1], 1e-3)
+            factor = plainest(pair[1], 1e-3)
             for moved in orders(pair[0]):
                 law = _along(number, axis, name, what, moved, factor)
                 if enough(component, got, law.apply(component)):

@@ -10,8 +10,10 @@ import numpy as np
 
 from parity.laws.angles import Read, read_positions, read_speeds
 from parity.laws.base import Component, Curves, Law
+from parity.laws.numbers import listed, snapped, told
 from parity.laws.positions import told_positions
-from parity.laws.words import affected, chosen_like, listed, places, rounded_to, snapped, told
+from parity.laws.rounding import rounded_to
+from parity.laws.words import affected, chosen_like, places
 
 # What a law may leave of the residual, beneath another; how many are told.
 LEFT_BENEATH, TOLD = 0.5, 3

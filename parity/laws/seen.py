@@ -12,7 +12,8 @@ import numpy as np
 
 from parity.laws.attending import Change, Scene
 from parity.laws.base import Matrices
-from parity.laws.words import listed, places, told
+from parity.laws.numbers import listed, told
+from parity.laws.words import places
 
 if TYPE_CHECKING:
     from parity.laws.attention import Fit

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from parity.laws.numbers import listed, ordinal
+
 # Of more indices than this only the number is said.
 LISTED = 6
 
@@ -68,20 +70,14 @@ def spans(axis: str, chosen: np.ndarray) -> list[Span]:
     if len(others) == 1:
         missing = int(others[0])
         return [Span(axis, f"all {many} but {missing}", False, 1, _where(lambda i, n: i != missing))]
-    listed = [str(int(i)) for i in places]
-    words = f"{many} {', '.join(listed[:-1])} and {listed[-1]}"
-    if len(listed) > LISTED:
-        words = f"{len(listed)} of {count} {many}"
+    words = f"{many} {listed([str(i) for i in places])}"
+    if len(places) > LISTED:
+        words = f"{len(places)} of {count} {many}"
     return [Span(axis, words, False, len(places), lambda n: np.isin(np.arange(n), places))]
 
 
 def _where(test: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[int], np.ndarray]:
     return lambda n: np.asarray(test(np.arange(n), n), bool)
-
-
-def ordinal(number: int) -> str:
-    """3rd, 4th."""
-    return f"{number}{'rd' if number % 10 == 3 and number % 100 != 13 else 'th'}"
 
 
 def plural(axis: str) -> str:

@@ -12,8 +12,8 @@ from parity.laws import attention as laws
 from parity.laws import rotary as turns
 from parity.laws.attending import result_of, scene_of
 from parity.laws.base import Component
+from parity.laws.rounding import rounded_to
 from parity.laws.seen import counted
-from parity.laws.words import rounded_to
 
 HALF, THETA = 8, 1e6
 
@@ -156,7 +156,7 @@ CHANGES = {
     ),
     "scores are capped at 2 by tanh": laws._capped(np.float64(2)),
     "scores are 0.9 times as large": laws._scaled(np.float64(0.9)),
-    "scores are 0.7071 times as large, head 2 alone": in_head(laws._scaled(np.float64(0.5**0.5)), 2),
+    "scores are 1/sqrt(2) times as large, head 2 alone": in_head(laws._scaled(np.float64(0.5**0.5)), 2),
     "what is attended is 1.01 times as large, head 2 alone": in_head(laws._larger(np.float64(1.01)), 2),
     "the softmax has one more score of 1": laws._sink(1.0),
     "scores fall by 0.05 for every token between query and key": laws._biased(np.float64(0.05)),

@@ -5,7 +5,7 @@ import pytest
 
 from parity.laws import LAWS, Component, fitted
 from parity.laws.guidance import Renorm
-from parity.laws.mixture import bfloat16
+from parity.laws.rounding import bfloat16
 from parity.laws.schedule import shifted
 
 SEEDS = (0, 1, 2)
