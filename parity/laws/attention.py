@@ -15,7 +15,7 @@ from parity.laws.base import Component, Law, Matrices
 from parity.laws.numbers import listed, snapped, told
 from parity.laws.rounding import rounded_to
 from parity.laws.seen import seen
-from parity.laws.words import affected, chosen_like, places
+from parity.laws.support import Span, affected, span_of
 
 # What a law may leave of the residual, beneath another; how many are told.
 LEFT_BENEATH, TOLD = 0.5, 3
@@ -76,40 +76,33 @@ class Fit:
         if new is None or not np.isfinite(new).all():
             return None
         best: tuple[float, Law] | None = None
-        heads, rows = (
-            places(self.heads, "head", ordered=False),
-            places(self.all_rows, "query").replace("querys", "queries"),
-        )
-        for of_heads, of_rows in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            # Where a place cannot be told in words it is none that a person meant.
-            if (of_heads and (not heads or " of " in heads)) or (of_rows and (not rows or " of " in rows)):
-                continue
-            words = [word for word, held in ((heads, of_heads), (rows, of_rows)) if held]
+        heads, rows = span_of("head", self.heads), span_of("query", self.all_rows)
+        for of_heads, of_rows in dict.fromkeys(((None, None), (heads, None), (None, rows), (heads, rows))):
             where = np.ones(new.shape[:2], bool)
             where &= self.heads[:, None] | (not of_heads)
             where &= self.rows | (not of_rows)
             left = float(np.linalg.norm(np.where(where[:, :, None], new, plain) - self.target))
             if best is None or left < 0.5 * best[0]:
-                says = ", ".join([sentence, *words])
-                limited = _limited(change, self.heads if of_heads else None, self.all_rows if of_rows else None)
-                best = left, Law(says, size + len(words), applied(limited), figure)
+                words = [span.told for span in (of_heads, of_rows) if span]
+                limited = _limited(change, len(self.heads), of_heads, of_rows)
+                best = left, Law(", ".join([sentence, *words]), size + len(words), applied(limited), figure)
             if left <= self.enough:
                 break
         return best
 
 
-def _limited(change: Change, heads: np.ndarray | None, rows: np.ndarray | None) -> Change:
+def _limited(change: Change, count: int, heads: Span | None, rows: Span | None) -> Change:
     def limited(scene: Scene) -> np.ndarray | None:
         new = change(scene)
         if new is None or (heads is None and rows is None):
             return new
         where = np.ones(new.shape[:2], bool)
         if heads is not None:
-            if len(heads) != len(new):
+            if count != len(new):
                 return None
-            where &= heads[:, None]
+            where &= heads.of(count)[:, None]
         if rows is not None:
-            where &= chosen_like(rows, int(scene.rows.max()) + 1)[scene.rows]
+            where &= rows.of(int(scene.rows.max()) + 1)[scene.rows]
         return np.where(where[:, :, None], new, scene.attended())
 
     return limited

@@ -5,12 +5,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parity.laws import orders
+from parity.laws import order as order_of
 from parity.laws.base import Curves, Figure
 from parity.laws.fit import LEAVES, Fit
 from parity.laws.numbers import told
-from parity.laws.regions import Region, regions_of
 from parity.laws.rounding import formats
+from parity.laws.support import Region, regions_of
+
+# Numbers that each index along an axis is known by.
+KNOWN_BY = 64
 
 
 @dataclass(frozen=True)
@@ -162,26 +165,21 @@ def _offsets(own: np.ndarray, got: np.ndarray) -> np.ndarray:
 
 
 def _orders(own: np.ndarray, got: np.ndarray, axis: int, name: str, is_open: bool) -> Iterator[Change]:
-    if own.shape[axis] < 2 or own.size == own.shape[axis] and own.size < 4:
+    length = own.shape[axis]
+    if length < 2 or own.size == length and own.size < 4:
         return
-    found = orders.sources(own, got, axis)
-    if found is None:
-        return
-    told_orders = list(orders.told(found, name, is_open))
-    if own.ndim == 1:
-        # What is near to a value says little of where it was.
-        known = orders.known(len(own))
-        best = min(known, key=lambda order: float(np.linalg.norm(own[order.of(len(own))] - got)))
-        told_orders.append(replace(best, words=f"{name}s {best.words}"))
-    for order in told_orders:
+    one, two = (np.moveaxis(array, axis, 0).reshape(length, -1) for array in (own, got))
+    if one.shape[1] > KNOWN_BY:
+        places = np.random.default_rng(0).choice(one.shape[1], KNOWN_BY, replace=False)
+        one, two = one[:, places], two[:, places]
+    off = np.square(two - one).sum(1)
+    for order in order_of.fitting(one, two, off > 1e-6 * off.max(initial=0)):
 
-        def apply(x: np.ndarray, order: orders.Order = order, length: int = own.shape[axis]) -> np.ndarray | None:
-            if not is_open and x.shape[axis] != length:
-                return None
-            taken = order.of(x.shape[axis])
-            return None if taken is None else np.take(x, taken, axis)
+        def apply(x: np.ndarray, order: order_of.Order = order) -> np.ndarray | None:
+            return order.taken(x, axis) if is_open or x.shape[axis] == length else None
 
-        yield Change(f"'s {order.words}", order.size, apply)
+        said = order.of_axis(name)
+        yield Change(f"'s {said}" if order.says.startswith("{") else f": {said}", order.size, apply)
 
 
 def _turned(own: np.ndarray) -> Iterator[Change]:

@@ -10,7 +10,7 @@ from parity.laws.convolution import Reading, chosen_places, reading_of
 from parity.laws.numbers import plainest
 from parity.laws.patches import all_places, convolved, laid_out, patches, taken
 from parity.laws.place import place
-from parity.laws.support import plural, spans
+from parity.laws.support import spans
 
 LEFT, LEFT_BESIDE = 0.05, 0.5
 # Outputs and channels of them that are looked at, and how many pairs of input channels are tried.
@@ -253,9 +253,7 @@ def _counted(name: str, factors: np.ndarray, moved: np.ndarray, within: float, s
     else:
         says = f"counted {counts[moved].min():.4g} to {counts[moved].max():.4g} times"
     where = spans(name, moved)[0]
-    words = where.words
-    if not words.startswith((name, plural(name))):
-        words = f"{plural(name)} {words.replace(f'{name} ', '')}"
+    words = where.those
     if name == "kernel tap" and moved.sum() == 1:
         at = ", ".join(map(str, np.unravel_index(int(np.argmax(moved)), shape[2:])))
         words = f"the kernel's tap ({at})"

@@ -44,8 +44,7 @@ class Where:
         if not self.spans:
             return clause
         ordered = sorted(self.spans, key=lambda span: not span.alone)
-        places = [f"{span.within} alone" if span.alone else span.within for span in ordered]
-        return f"{' '.join(places)} {clause}"
+        return f"{' '.join(span.held for span in ordered)} {clause}"
 
     def mask(self, component: Component) -> np.ndarray | None:
         """The part of another component's result as booleans in its shape; None where it has no such axes."""

@@ -8,8 +8,9 @@ import numpy as np
 
 from parity.laws.base import Component, Curves, Law
 from parity.laws.numbers import plainest
-from parity.laws.order import Order, orders
+from parity.laws.order import Order
 from parity.laws.place import as_own
+from parity.laws.reordered import orders
 from parity.laws.support import Span, beyond, mask, spans
 
 # Values that a curve is read from, its knots where nothing plainer is found, and the part of values that may lie apart.

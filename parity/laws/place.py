@@ -7,7 +7,7 @@ import numpy as np
 
 from parity.laws.base import Component, Curves, Law
 from parity.laws.numbers import plainest
-from parity.laws.order import orders
+from parity.laws.reordered import orders
 from parity.laws.rounding import DTYPES
 from parity.laws.support import Span, beyond, energies, mask, sentence, spans
 

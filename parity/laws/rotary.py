@@ -13,7 +13,7 @@ from parity.laws.base import Component, Curves, Law
 from parity.laws.numbers import listed, snapped, told
 from parity.laws.positions import told_positions
 from parity.laws.rounding import rounded_to
-from parity.laws.words import affected, chosen_like, places
+from parity.laws.support import Span, affected, span_of, spans
 
 # What a law may leave of the residual, beneath another; how many are told.
 LEFT_BENEATH, TOLD = 0.5, 3
@@ -106,7 +106,7 @@ class _Fit:
         """A change as a law where it holds: everywhere, or only where something differs; and what it leaves."""
         best: tuple[float, Law] | None = None
         for held, words in self._supports():
-            limited = _restricted(change, held)
+            limited = _restricted(change, held, self.target.shape)
             new = limited(self.turn)
             if new is None:
                 return None
@@ -118,19 +118,14 @@ class _Fit:
                 break
         return best
 
-    def _supports(self) -> Iterator[tuple[dict[int, np.ndarray], str]]:
+    def _supports(self) -> Iterator[tuple[dict[int, Span], str]]:
         yield {}, ""
-        words = {
-            0: places(self.rows, "row"),
-            1: places(self.heads, "head", ordered=False),
-            2: "" if self.pairs.all() else _of(self.pairs),
-        }
-        chosen = {0: self.rows, 1: self.heads, 2: self.pairs}
-        limited = [axis for axis in (1, 2, 0) if words[axis] and " of " not in words[axis]]
-        for axis in limited:
-            yield {axis: chosen[axis]}, words[axis]
+        sides = {1: ("head", self.heads), 2: ("frequency", self.pairs), 0: ("token", self.rows)}
+        limited = {axis: span for axis, side in sides.items() if (span := span_of(*side))}
+        for axis, span in limited.items():
+            yield {axis: span}, span.told
         if len(limited) > 1:
-            yield {axis: chosen[axis] for axis in limited}, ", ".join(words[axis] for axis in limited)
+            yield limited, ", ".join(span.told for span in limited.values())
 
     def angles(self) -> Read:
         """The table that the target was turned by, over the heads that differ, and how much it weighs [n, f]."""
@@ -139,17 +134,16 @@ class _Fit:
         return Read((target * z.conj()).sum(1) / np.maximum(weight, 1e-30), weight)
 
 
-def _restricted(change: Change, held: dict[int, np.ndarray]) -> Change:
+def _restricted(change: Change, held: dict[int, Span], shape: tuple[int, ...]) -> Change:
     def restricted(turn: Turn) -> np.ndarray | None:
         new = change(turn)
         if new is None or not held:
             return new
         where = np.ones(new.shape, bool)
-        for axis, chosen in held.items():
-            if axis and len(chosen) != new.shape[axis]:
+        for axis, span in held.items():
+            if axis and shape[axis] != new.shape[axis]:
                 return None
-            shape = [-1 if i == axis else 1 for i in range(3)]
-            where &= chosen_like(chosen, new.shape[axis]).reshape(shape)
+            where &= span.of(new.shape[axis]).reshape([-1 if i == axis else 1 for i in range(3)])
         return np.where(where, new, turn.turned)
 
     return restricted
@@ -356,8 +350,7 @@ def _some(fit: _Fit, read: Read, speeds: np.ndarray, figure: Curves) -> Iterator
 
 
 def _of(chosen: np.ndarray) -> str:
-    words = places(chosen, "frequency").replace("frequencys", "frequencies").removesuffix(" alone")
-    return words if words or not chosen.all() else "all frequencies"
+    return "all frequencies" if chosen.all() else spans("frequency", chosen)[0].those
 
 
 def _verb(chosen: np.ndarray, verb: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from parity.laws.attending import Change, Scene
 from parity.laws.base import Matrices
 from parity.laws.numbers import listed, told
-from parity.laws.words import places
+from parity.laws.support import spans
 
 if TYPE_CHECKING:
     from parity.laws.attention import Fit
@@ -216,7 +216,7 @@ def _key(where: np.ndarray, scene: Scene) -> str:
             return f"the first {len(chosen)} keys"
         if chosen[-1] == m - 1:
             return f"the last {len(chosen)} keys"
-    return places(where, "key").removesuffix(" alone") or "all keys"
+    return spans("key", where)[0].those if len(chosen) < m else "all keys"
 
 
 def _times(value: float, many: bool) -> str:

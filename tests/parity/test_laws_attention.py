@@ -180,7 +180,7 @@ def test_keys_ahead_and_queries_from_one_on_are_told():
     component = attention(3)
     window = masked(lambda seen, q, k: seen & (q - k < 8))
     late = lambda s: np.where((s.rows >= 5)[:, None], window(s), s.attended())  # noqa: E731
-    words = "keys more than 7 tokens back are not seen, queries from 5 on"
+    words = "keys more than 7 tokens back are not seen, from query 5 on"
     assert best(laws.attention, component, attended(component, late)).sentence == words
 
 

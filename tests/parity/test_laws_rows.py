@@ -115,7 +115,7 @@ def test_degenerate_data_raises_nothing(kind):
         ("the result is zero in channel 7 alone", lambda y: where(y, np.s_[:, 7], lambda v: 0 * v)),
         ("the result is zero in channels 32 to 47", lambda y: where(y, np.s_[:, 32:48], lambda v: 0 * v)),
         ("the result is negated from row 12 on", lambda y: where(y, np.s_[12:], lambda v: -v)),
-        ("the result's row 4 stands in row 5 alone", lambda y: where(y, 5, lambda v: y[4])),
+        ("the result's row 5 is a copy of the row before it", lambda y: where(y, 5, lambda v: y[4])),
         ("the result's rows are rolled by 1", lambda y: np.roll(y, 1, 0)),
         ("the result's channels 0 to 15 and 16 to 31 are exchanged", lambda y: y[:, np.r_[16:32, 0:16, 32:96]]),
         ("the result's channels of every 32 are read as 2 x 16 transposed",
@@ -183,12 +183,12 @@ def test_part_of_a_weight_of_a_product():
     assert first(component, x @ one.T + bias).startswith("the weight of input 6 is 0.7 instead of ")
     assert first(component, x @ where(weight, np.s_[:, 9], lambda v: 0 * v).T + bias) == "the weight of input 9 is zero"
     some = where(weight, np.s_[:16], GRIDS[Q4])
-    assert first(component, x @ some.T + bias) == f"the weight {Q4} in channels 0 to 15"
+    assert first(component, x @ some.T + bias) == f"the weight {Q4} up to channel 15"
     # Where there are rows enough any matrix can be read.
     wide = components("linear", rows=400)
     shuffled = wide.facts["weight"].astype(np.float64)[:, np.random.default_rng(1).permutation(64)]
     got = wide.inputs["x"].astype(np.float64) @ shuffled.T + wide.facts["bias"]
-    assert "inputs are others" in first(wide, got)
+    assert "inputs are in another order" in first(wide, got)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
