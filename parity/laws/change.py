@@ -8,7 +8,7 @@ import numpy as np
 from parity.laws import order as order_of
 from parity.laws.base import Curves, Figure
 from parity.laws.fit import LEAVES, Fit
-from parity.laws.numbers import told
+from parity.laws.numbers import plainest, told
 from parity.laws.rounding import formats
 from parity.laws.support import Region, regions_of
 
@@ -45,7 +45,7 @@ def changes(
             continue
         share = np.linalg.norm(own[place]) / (np.linalg.norm(own) or 1.0)
         part = Fit(own[place], got[place], rounding * share)
-        for change in (*_of_values(part), *_vectors(part, axes, open_axes)):
+        for change in (*of_values(part), *_vectors(part, axes, open_axes)):
             yield _within(region, change)
     for axis, name in enumerate(axes):
         yield from _orders(own, got, axis, name, axis in open_axes)
@@ -62,7 +62,8 @@ def _within(region: Region, change: Change) -> Change:
     )
 
 
-def _of_values(part: Fit) -> Iterator[Change]:
+def of_values(part: Fit) -> Iterator[Change]:
+    """What may be done to all values, each by itself."""
     own, got = part.own, part.got
     if own.size == 1:
         value = part.snapped(float(got.flat[0]), lambda v: np.full(got.shape, v))
@@ -70,9 +71,7 @@ def _of_values(part: Fit) -> Iterator[Change]:
         return
     if square := float(np.vdot(own, own)):
         factor = part.snapped(float(np.vdot(own, got)) / square, lambda a: a * own)
-        words = {0.0: " is zero", -1.0: " is negated", 2.0: " is twice as large"}
-        said = words.get(factor, f" is {told(factor)} times as large")
-        yield Change(said, 1, lambda x: x * factor)
+        yield Change(f" {times(factor)}", 1, lambda x: x * factor)
     by = part.snapped(float(np.mean(got - own)), lambda c: own + c)
     yield Change(f" is {told(abs(by))} {'larger' if by > 0 else 'smaller'}", 1.1, lambda x: x + by)
     if own.size > 2 and np.ptp(own):
@@ -83,12 +82,31 @@ def _of_values(part: Fit) -> Iterator[Change]:
             yield Change(f" is {told(slope)} times as large plus {told(level)}", 2, lambda x: slope * x + level)
         value = part.snapped(float(np.mean(got)), lambda v: np.full(got.shape, v))
         if value:
-            yield Change(f" is {told(value)} throughout", 1, lambda x: np.full(x.shape, value))
+            yield Change(f" is {told(value)} everywhere", 1, lambda x: np.full(x.shape, value))
     yield from _bounds(part)
-    yield Change(" is without its sign", 1, np.abs)
+    yield Change(" has no sign", 1, np.abs)
     for name, size, rounded in formats():
         yield Change(f" {name}", size, rounded)
+    yield Change(" is squared", 1.2, np.square)
     yield Change(" is rounded to whole numbers", 1.3, np.round)
+    yield from _stepped(got)
+
+
+def times(factor: float) -> str:
+    """What a factor does to a result."""
+    return {0.0: "is 0", -1.0: "is negated"}.get(factor, f"is {told(factor)} times as large")
+
+
+def _stepped(got: np.ndarray) -> Iterator[Change]:
+    """Values on a grid."""
+    levels = np.unique(got.ravel()[:4096])
+    if 2 < len(levels) < min(got.size, 4096) // 2:
+        steps = np.diff(levels)
+        step = float(np.median(steps[steps > 0.1 * steps.max()]))
+        count, said = plainest(1 / step, 1e-3 / step)
+        for how, rounding in (("", np.rint), (" down", np.floor), (" towards 0", np.trunc)):
+            words = f" is rounded{how} to a multiple of 1/{said}"
+            yield Change(words, 1.6 + 0.1 * bool(how), lambda x, of=rounding: of(x * count) / count)
 
 
 def _bounds(part: Fit) -> Iterator[Change]:

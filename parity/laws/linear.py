@@ -108,7 +108,7 @@ def _biases(part: Part) -> Iterator[Law]:
         yield Law(f"the product is {told(factor)} times as large, but not the bias", 1.2, _scaled(factor))
         rounding = part.fit.slack / len(part.off) ** 0.5
         for change in changes(bias, bias + vector, rounding, ("channel",), (), True):
-            words = "the bias" + {" is zero": " is missing"}.get(change.sentence, change.sentence)
+            words = "the bias" + {" is 0": " is missing"}.get(change.sentence, change.sentence)
             yield Law(words, change.size, _rebiased(change), change.figure)
     if steady and len(vector) > 1:
         words = "the bias is another vector" if bias is not None else "a vector is added as a bias"

@@ -152,7 +152,7 @@ def _weights(norm: Norm, fit: Fit) -> Iterator[Law]:
         if change.sentence.endswith("times as large"):
             # Said of the result, whose factor may have a name.
             continue
-        words = {" is 1 throughout": " is missing", " is 1 larger": " counts from 1"}
+        words = {" is 1 everywhere": " is missing", " is 1 larger": " counts from 1"}
         yield _law(
             f"the weight{words.get(change.sentence, change.sentence)}",
             change.size,

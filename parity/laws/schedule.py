@@ -7,7 +7,7 @@ import numpy as np
 from parity.laws.base import Component, Law
 from parity.laws.mixture import where
 from parity.laws.numbers import plainest
-from parity.laws.rearranged import orders
+from parity.laws.order import fitting
 from parity.laws.rounding import bfloat16
 from parity.laws.support import spans
 
@@ -128,25 +128,16 @@ def _apart(component: Component, got: np.ndarray) -> Iterator[Law]:
             return new
 
         yield Law(f"{name} alone is {near[0][0] if near else said}", 2, one)
-    for moved in orders(_sources(own, wrong)):
-
-        def order(other: Component, moved=moved) -> np.ndarray | None:
-            return other.own[np.clip(moved.order(len(other.own)), 0, len(other.own) - 1)] if other.own.ndim else None
-
-        if np.array_equal(order(component), got):
-            yield Law(f"of the times {moved.words.format(many='boundaries', one='boundary')}", moved.size, order)
+    for order in fitting(own[:, None], wrong[:, None], differs):
+        if np.array_equal(order.taken(component.own, 0), got):
+            moved = lambda other, order=order: order.taken(other.own, 0) if other.own.ndim else None  # noqa: E731
+            yield Law(f"of the times {order.of_axis('boundary')}", order.size + 1, moved)
     if len(places) > 2:
         a, b = np.polyfit(own, wrong, 1)
         (a, said_a), (b, said_b) = plainest(float(a), 1e-6 * abs(a)), plainest(float(b), 1e-6 * np.abs(wrong).max())
         if np.abs(a * own + b - wrong).max() <= 1e-6 * np.abs(wrong).max():
             words = f"{said_a} times as large" if not b else f"{said_a} t + {said_b}"
             yield Law(f"t is {words}", 1 + bool(b), lambda other: (a * other.own + b).astype(np.float32))
-
-
-def _sources(own: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-    """Of each time the boundary whose it is; its own where it is none's."""
-    found = np.abs(wrong[:, None] - own[None]).argmin(1)
-    return np.where(own[found] == wrong, found, np.arange(len(own)))
 
 
 def of_latents(component: Component, got: np.ndarray) -> Iterator[Law]:

@@ -118,10 +118,10 @@ def plural(axis: str) -> str:
     return f"{head[:-1]}ies{rest}" if re.search("[^aeo]y$", head) else f"{head}s{rest}"
 
 
-def sentence(where: Sequence[Span], says: str) -> str:
+def sentence(where: Sequence[Span], says: str, what: str) -> str:
     """What is said of a result, "is 0", where it is so."""
     if not where:
-        return f"the result {says}"
+        return f"{what} {says}"
     if len(where) == 1 and where[0].alone:
         return f"{where[0].words} alone {says}"
     # What is one index stands before what is a range.
