@@ -13,9 +13,7 @@ from parity.laws import (
     norm,
     pixel_curve,
     place,
-    pointwise,
     preprocess,
-    rearranged,
     rotary,
     sampling,
     schedule,
@@ -36,21 +34,23 @@ LAWS: dict[str, tuple[Fitter, ...]] = {
     "rotary": (rotary.rotary,),
     "convolution": (convolution.variants, *kernel.FITTERS),
     "pixel_curve": pixel_curve.FITTERS,
-    "guidance": (guidance.guidance, rearranged.rearranged, pointwise.pointwise),
+    "guidance": (guidance.guidance,),
     "guided": (schedule.guided,),
-    "euler": (sampling.euler, rearranged.rearranged, pointwise.pointwise),
+    "euler": (sampling.euler,),
     "schedule": (schedule.schedule,),
     "times": (schedule.of_latents,),
     "tokens": (edits.edited, sequence.elementwise),
     "integers": (sequence.elementwise,),
     "preprocess": (preprocess.preprocess,),
-    "embedding": (table.embedding, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
-    "sinusoids": (waves.sinusoids, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
+    "embedding": (table.embedding, sampling.sum_of_parts),
+    "sinusoids": (waves.sinusoids, sampling.sum_of_parts),
     "time": (
-        waves.waves_through_layers, activation.read, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise,
-    ),  # fmt: skip
-    "array": (sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
-    "normalised": (statistics.normalised, sampling.sum_of_parts, rearranged.rearranged, pointwise.pointwise),
+        waves.waves_through_layers,
+        activation.read,
+        sampling.sum_of_parts,
+    ),
+    "array": (sampling.sum_of_parts,),
+    "normalised": (statistics.normalised, sampling.sum_of_parts),
     "weight": (weight.changed,),
     "norm": (norm.read,),
     "gated": (activation.read,),
@@ -65,4 +65,8 @@ ANY_KIND = "any"
 
 def fitted(component: Component, got: np.ndarray) -> list[Law]:
     """The laws that the fitters of a component's kind read from what was computed in its place."""
-    return [law for fitter in (*LAWS.get(component.kind, ()), *ANY) for law in fitter(component, got)]
+    fitters = (*LAWS.get(component.kind, ()), *ANY)
+    found: dict[str, Law] = {}
+    for law in (law for fitter in fitters for law in fitter(component, got)):
+        found.setdefault(law.sentence, law)
+    return list(found.values())

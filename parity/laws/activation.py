@@ -13,7 +13,7 @@ from parity.laws import curves, linear
 from parity.laws.base import Component, Curves, Law
 from parity.laws.curves import FUNCTIONS, Function, Named, Reading
 from parity.laws.fit import Fit, checked
-from parity.laws.regions import Region, regions_of
+from parity.laws.support import regions_of
 
 Inner = Callable[["Gated"], np.ndarray]
 
@@ -56,22 +56,15 @@ def proposed(component: Component, fit: Fit) -> Iterator[Law]:
             place = np.ix_(rows, columns)
             inside = Fit(fit.own[place], fit.got[place], fit.rounding)
             laws = _of_part(some, part.weight[columns], inside, component)
-            yield from (replace(_within(region, law), size=law.size + region.size) for law in laws)
+            yield from (region.law(law, _inside) for law in laws)
     yield from linear.proposed(component, fit)
 
 
-def _within(region: Region, law: Law) -> Law:
-    """A law of an activation in some rows or outputs alone."""
-
-    def apply(other: Component) -> np.ndarray | None:
-        result, found = law.apply(other), region.indexes(other.own.shape)
-        if result is None or found is None:
-            return None
-        whole, place = other.own.copy(), np.ix_(*found)
-        whole[place] = result[place]
-        return whole
-
-    return replace(law, sentence=law.sentence + region.words, apply=apply)
+def _inside(component: Component, found: list[np.ndarray]) -> Component:
+    """An activation in some rows and outputs alone."""
+    rows, columns = found
+    inputs = {name: array[rows] for name, array in component.inputs.items()}
+    return replace(component, inputs=inputs, facts={**component.facts, "weight": component.facts["weight"][columns]})
 
 
 def _law(words: str, size: float, inner: Inner, figure: Curves | None = None) -> Law:

@@ -4,7 +4,7 @@ What a query sees and how its scores become weights is read from what was attend
 often (parity.laws.seen), other keys and values, scores changed by one number, weights made otherwise.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,8 +12,11 @@ import numpy as np
 
 from parity.laws.attending import Change, Scene, applied, heads_of, scene_of
 from parity.laws.base import Component, Law, Matrices
+from parity.laws.numbers import listed, snapped, told
+from parity.laws.rounding import rounded_to
+from parity.laws.scoring import FAMILIES, Family, angled, of_another, of_key_heads, rolled, rotated, sink
 from parity.laws.seen import seen
-from parity.laws.words import affected, chosen_like, listed, places, rounded_to, snapped, told
+from parity.laws.support import Span, affected, span_of
 
 # What a law may leave of the residual, beneath another; how many are told.
 LEFT_BENEATH, TOLD = 0.5, 3
@@ -74,40 +77,33 @@ class Fit:
         if new is None or not np.isfinite(new).all():
             return None
         best: tuple[float, Law] | None = None
-        heads, rows = (
-            places(self.heads, "head", ordered=False),
-            places(self.all_rows, "query").replace("querys", "queries"),
-        )
-        for of_heads, of_rows in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            # Where a place cannot be told in words it is none that a person meant.
-            if (of_heads and (not heads or " of " in heads)) or (of_rows and (not rows or " of " in rows)):
-                continue
-            words = [word for word, held in ((heads, of_heads), (rows, of_rows)) if held]
+        heads, rows = span_of("head", self.heads), span_of("query", self.all_rows)
+        for of_heads, of_rows in dict.fromkeys(((None, None), (heads, None), (None, rows), (heads, rows))):
             where = np.ones(new.shape[:2], bool)
             where &= self.heads[:, None] | (not of_heads)
             where &= self.rows | (not of_rows)
             left = float(np.linalg.norm(np.where(where[:, :, None], new, plain) - self.target))
             if best is None or left < 0.5 * best[0]:
-                says = ", ".join([sentence, *words])
-                limited = _limited(change, self.heads if of_heads else None, self.all_rows if of_rows else None)
-                best = left, Law(says, size + len(words), applied(limited), figure)
+                words = [span.told for span in (of_heads, of_rows) if span]
+                limited = _limited(change, len(self.heads), of_heads, of_rows)
+                best = left, Law(", ".join([sentence, *words]), size + len(words), applied(limited), figure)
             if left <= self.enough:
                 break
         return best
 
 
-def _limited(change: Change, heads: np.ndarray | None, rows: np.ndarray | None) -> Change:
+def _limited(change: Change, count: int, heads: Span | None, rows: Span | None) -> Change:
     def limited(scene: Scene) -> np.ndarray | None:
         new = change(scene)
         if new is None or (heads is None and rows is None):
             return new
         where = np.ones(new.shape[:2], bool)
         if heads is not None:
-            if len(heads) != len(new):
+            if count != len(new):
                 return None
-            where &= heads[:, None]
+            where &= heads.of(count)[:, None]
         if rows is not None:
-            where &= chosen_like(rows, int(scene.rows.max()) + 1)[scene.rows]
+            where &= rows.of(int(scene.rows.max()) + 1)[scene.rows]
         return np.where(where[:, :, None], new, scene.attended())
 
     return limited
@@ -135,89 +131,26 @@ def _inputs(fit: Fit) -> Iterator[Found]:
     first = int(scene.places.min()) if len(scene.places) else 0
     for name in facts.get("others", {}):
         for what, use_k, use_v in (("keys and values", 1, 1), ("keys", 1, 0), ("values", 0, 1)):
-            yield f"{what} are those of {name}", 1 + 0.5 * (use_k + use_v == 1), _other(name, use_k, use_v), None
+            yield f"{what} are those of {name}", 1 + 0.5 * (use_k + use_v == 1), of_another(name, use_k, use_v), None
     if facts.get("cos") is not None:
         for what in ("values", "keys", "queries"):
             for part in ("", " of this pass", " before this pass") if what != "queries" and first else ("",):
                 for sign, way in ((1, "rotated" if what == "values" else "rotated twice"), (-1, "rotated back")):
-                    yield f"{what}{part} are {way}", 1 + 0.5 * bool(part), _turned(what, part, sign), None
+                    yield f"{what}{part} are {way}", 1 + 0.5 * bool(part), rotated(what, part, sign), None
     if facts.get("angles") is not None:
         for pair in range(facts["angles"].shape[1]):
-            yield f"frequency {pair} of queries and keys does not turn", 1.5, _angled(np.float64(0), pair), None
+            yield f"frequency {pair} of queries and keys does not turn", 1.5, angled(np.float64(0), pair), None
     for what, use_k, use_v in (("keys and values", 1, 1), ("keys", 1, 0), ("values", 0, 1)):
         for step in (1, -1):
             which = "before" if step > 0 else "after"
-            yield f"{what} are those of the token {which}", 2, _rolled(step, use_k, use_v), None
+            yield f"{what} are those of the token {which}", 2, rolled(step, use_k, use_v), None
             if first:
                 yield (
                     f"{what} of this pass are those of the token {which}",
                     2.5,
-                    _rolled(step, use_k, use_v, True),
+                    rolled(step, use_k, use_v, True),
                     None,
                 )
-
-
-def _other(name: str, use_k: int, use_v: int) -> Change:
-    def change(scene: Scene) -> np.ndarray | None:
-        other = scene.facts.get("others", {}).get(name)
-        if other is None:
-            return None
-        k, v = (np.repeat(x.astype(np.float64).swapaxes(0, 1), scene.group, 0) for x in other[:2])
-        if len(k) != len(scene.k) or (not (use_k and use_v) and k.shape[1] != scene.k.shape[1]):
-            return None
-        mask = other[2][scene.rows]
-        return replace(scene, k=k if use_k else scene.k, v=v if use_v else scene.v, mask=mask).attended()
-
-    return change
-
-
-def _turned(what: str, part: str, sign: int) -> Change:
-    def change(scene: Scene) -> np.ndarray | None:
-        cos, sin = scene.facts.get("cos"), scene.facts.get("sin")
-        if cos is None:
-            return None
-        table = cos.astype(np.float64) + 1j * sign * sin
-        if what == "queries":
-            return replace(scene, q=_turn(scene.q, table[scene.places])).attended()
-        first = int(scene.facts["places"].min())
-        own = np.arange(len(table)) >= first
-        table = np.where((own if "of this" in part else ~own if part else np.ones_like(own))[:, None], table, 1)
-        turned = {"values": {"v": scene.v}, "keys": {"k": scene.k}}[what]
-        return replace(scene, **{name: _turn(x, table) for name, x in turned.items()}).attended()
-
-    return change
-
-
-def _angled(c: np.ndarray, pair: int | None = None) -> Change:
-    """Queries and keys turned by c times the angle that they were turned by, in all pairs or in one."""
-
-    def change(scene: Scene) -> np.ndarray | None:
-        angles = scene.facts.get("angles")
-        if angles is None or (pair is not None and pair >= angles.shape[1]):
-            return None
-        more = np.exp(1j * (c - 1) * angles)
-        if pair is not None:
-            more = np.where(np.arange(angles.shape[1]) == pair, more, 1)
-        return replace(scene, q=_turn(scene.q, more[..., scene.places, :]), k=_turn(scene.k, more)).attended()
-
-    return change
-
-
-def _turn(x: np.ndarray, table: np.ndarray) -> np.ndarray:
-    half = x.shape[-1] // 2
-    z = (x[..., :half] + 1j * x[..., half:]) * table
-    return np.concatenate([z.real, z.imag], -1)
-
-
-def _rolled(step: int, use_k: int, use_v: int, own: bool = False) -> Change:
-    def change(scene: Scene) -> np.ndarray:
-        count, first = scene.k.shape[1], int(scene.facts["places"].min()) if own else 0
-        order = np.concatenate([np.arange(first), np.roll(np.arange(first, count), step)])
-        return replace(
-            scene, k=scene.k[:, order] if use_k else scene.k, v=scene.v[:, order] if use_v else scene.v
-        ).attended()
-
-    return change
 
 
 def _shapes(fit: Fit) -> Iterator[Found]:
@@ -243,7 +176,7 @@ def _shapes(fit: Fit) -> Iterator[Found]:
     yield "weights are the sigmoid of the scores", 1, lambda s: (s.mask / (1 + np.exp(-s.scores))) @ s.v, None
     yield "weights hidden by the mask are taken from the sum afterwards", 1, masked_after, None
     yield "queries and keys are of unit length", 1, lambda s: replace(s, q=unit(s.q), k=unit(s.k)).attended(), None
-    yield "the softmax has one more score of 0", 1, _sink(0.0), None
+    yield "the softmax has one more score of 0", 1, sink(0.0), None
     for dtype in ("bfloat16", "float16"):
         yield f"scores are {dtype}", 1, lambda s, dtype=dtype: s.attended(rounded_to(dtype, s.scores)), None
         yield f"weights are {dtype}", 1, lambda s, dtype=dtype: rounded_to(dtype, s.weights()) @ s.v, None
@@ -261,7 +194,7 @@ def _heads(fit: Fit) -> Iterator[Found]:
     for what, use_k, use_v in (("keys and values", 1, 1), ("keys", 1, 0), ("values", 0, 1)):
         lefts = []
         for other in range(own.max() + 1):
-            new = _of_key_heads(np.full_like(own, other), use_k, use_v)(scene)
+            new = of_key_heads(np.full_like(own, other), use_k, use_v)(scene)
             lefts.append(np.square(new - fit.target).sum((1, 2)))
         best = np.where(fit.heads, np.argmin(lefts, 0), own)
         if np.array_equal(best, own):
@@ -271,107 +204,7 @@ def _heads(fit: Fit) -> Iterator[Found]:
             moved = [f"key heads are tiled instead of repeated for {what}"]
         elif len(set(best.tolist())) == 1:
             moved = [f"every head reads {what} of key head {best[0]}"]
-        yield listed(moved), len(moved), _of_key_heads(best, use_k, use_v), None
-
-
-def _of_key_heads(order: np.ndarray, use_k: int, use_v: int) -> Change:
-    def change(scene: Scene) -> np.ndarray | None:
-        if len(order) != len(scene.k):
-            return None
-        which = order * scene.group
-        return replace(scene, k=scene.k[which] if use_k else scene.k, v=scene.v[which] if use_v else scene.v).attended()
-
-    return change
-
-
-Family = Callable[[np.ndarray], Change]
-"""The change that a number makes; given [h, 1, 1], a number for each head."""
-
-
-def _scaled(c: np.ndarray) -> Change:
-    return lambda scene: scene.attended(c * scene.scores)
-
-
-def _larger(c: np.ndarray) -> Change:
-    return lambda scene: c * scene.attended()
-
-
-def _capped(c: np.ndarray) -> Change:
-    return lambda scene: scene.attended(c * np.tanh(scene.scores / c))
-
-
-def _clipped(c: np.ndarray) -> Change:
-    return lambda scene: scene.attended(np.clip(scene.scores, -c, c))
-
-
-def _limited_above(c: np.ndarray) -> Change:
-    return lambda scene: scene.attended(np.minimum(scene.scores, c))
-
-
-def _sink(c: np.ndarray | float) -> Change:
-    def change(scene: Scene) -> np.ndarray:
-        total = (np.exp(np.minimum(scene.scores, 80)) * scene.mask).sum(-1, keepdims=True)
-        return scene.attended() * total / (total + np.exp(c))
-
-    return change
-
-
-def _biased(c: np.ndarray) -> Change:
-    def change(scene: Scene) -> np.ndarray:
-        apart = np.abs(scene.places[:, None] - np.arange(scene.mask.shape[1]))
-        return scene.attended(scene.scores - c * apart)
-
-    return change
-
-
-def _highest(c: np.ndarray) -> Change:
-    def change(scene: Scene) -> np.ndarray:
-        scores = np.where(scene.mask, scene.scores, -np.inf)
-        count = int(np.clip(np.ravel(c)[0], 1, scores.shape[-1]))
-        least = np.partition(scores, -count, -1)[..., -count, None]
-        return scene.attended(np.where(scores >= least, scores, -np.inf))
-
-    return change
-
-
-def _window(c: np.ndarray) -> Change:
-    return _hidden(lambda scene, key: scene.places[:, None] - key > c)
-
-
-def _without_first(c: np.ndarray) -> Change:
-    return _hidden(lambda scene, key: np.broadcast_to(key < c, scene.mask.shape))
-
-
-def _without_last(c: np.ndarray) -> Change:
-    return _hidden(lambda scene, key: np.broadcast_to(key >= scene.mask.shape[1] - c, scene.mask.shape))
-
-
-def _hidden(which: Callable[[Scene, np.ndarray], np.ndarray]) -> Change:
-    def change(scene: Scene) -> np.ndarray:
-        mask = scene.mask & ~which(scene, np.arange(scene.mask.shape[1]))
-        return replace(scene, mask=np.where(mask.any(-1, keepdims=True), mask, scene.mask)).attended()
-
-    return change
-
-
-_LOG = np.geomspace(1 / 64, 64, 25)
-_COUNTS = np.array([*range(1, 17), 20, 24, 31, 32, 40, 47, 48, 50, 63, 64, 96, 99, 100, 127, 128, 255, 256], float)
-FAMILIES: tuple[tuple[str, Family, np.ndarray, bool, float | None], ...] = (
-    ("what is attended is {} times as large", _larger, np.array([-1, 0, 0.5, 1, 1.5, 2, 4]), True, 1),
-    ("scores are {} times as large", _scaled, np.concatenate([-_LOG[4:-4:4], [0.0], _LOG]), True, 1),
-    ("scores are capped at {} by tanh", _capped, np.geomspace(0.1, 128, 22), True, None),
-    ("scores are clipped to +-{}", _clipped, np.geomspace(0.1, 64, 22), True, None),
-    ("scores are at most {}", _limited_above, np.linspace(-2, 16, 19), True, None),
-    ("the softmax has one more score of {}", _sink, np.linspace(-8, 12, 21), True, None),
-    ("scores fall by {} for every token between query and key", _biased,
-     np.concatenate([-np.geomspace(0.01, 1, 5), [0.0], np.geomspace(2**-10, 2, 23)]), True, 0),
-    ("angles of queries and keys are {} times as large", _angled,
-     np.array([-1, 0, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.5, 2, 3, 4]), True, 1),
-    ("only the {} highest scores of a query count", _highest, _COUNTS, False, None),
-    ("keys more than {} tokens back are not seen", _window, _COUNTS, False, None),
-    ("the first {} keys are not seen", _without_first, _COUNTS, False, None),
-    ("the last {} keys are not seen", _without_last, _COUNTS, False, None),
-)  # fmt: skip
+        yield listed(moved), len(moved), of_key_heads(best, use_k, use_v), None
 
 
 def _numbers(fit: Fit) -> Iterator[Found]:

@@ -5,12 +5,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parity.laws import orders
+from parity.laws import order as order_of
 from parity.laws.base import Curves, Figure
 from parity.laws.fit import LEAVES, Fit
-from parity.laws.numbers import told
-from parity.laws.regions import Region, regions_of
+from parity.laws.numbers import plainest, told
 from parity.laws.rounding import formats
+from parity.laws.support import Region, regions_of
+
+# Numbers that each index along an axis is known by.
+KNOWN_BY = 64
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def changes(
             continue
         share = np.linalg.norm(own[place]) / (np.linalg.norm(own) or 1.0)
         part = Fit(own[place], got[place], rounding * share)
-        for change in (*_of_values(part), *_vectors(part, axes, open_axes)):
+        for change in (*of_values(part), *_vectors(part, axes, open_axes)):
             yield _within(region, change)
     for axis, name in enumerate(axes):
         yield from _orders(own, got, axis, name, axis in open_axes)
@@ -59,7 +62,8 @@ def _within(region: Region, change: Change) -> Change:
     )
 
 
-def _of_values(part: Fit) -> Iterator[Change]:
+def of_values(part: Fit) -> Iterator[Change]:
+    """What may be done to all values, each by itself."""
     own, got = part.own, part.got
     if own.size == 1:
         value = part.snapped(float(got.flat[0]), lambda v: np.full(got.shape, v))
@@ -67,9 +71,7 @@ def _of_values(part: Fit) -> Iterator[Change]:
         return
     if square := float(np.vdot(own, own)):
         factor = part.snapped(float(np.vdot(own, got)) / square, lambda a: a * own)
-        words = {0.0: " is zero", -1.0: " is negated", 2.0: " is twice as large"}
-        said = words.get(factor, f" is {told(factor)} times as large")
-        yield Change(said, 1, lambda x: x * factor)
+        yield Change(f" {times(factor)}", 1, lambda x: x * factor)
     by = part.snapped(float(np.mean(got - own)), lambda c: own + c)
     yield Change(f" is {told(abs(by))} {'larger' if by > 0 else 'smaller'}", 1.1, lambda x: x + by)
     if own.size > 2 and np.ptp(own):
@@ -80,12 +82,31 @@ def _of_values(part: Fit) -> Iterator[Change]:
             yield Change(f" is {told(slope)} times as large plus {told(level)}", 2, lambda x: slope * x + level)
         value = part.snapped(float(np.mean(got)), lambda v: np.full(got.shape, v))
         if value:
-            yield Change(f" is {told(value)} throughout", 1, lambda x: np.full(x.shape, value))
+            yield Change(f" is {told(value)} everywhere", 1, lambda x: np.full(x.shape, value))
     yield from _bounds(part)
-    yield Change(" is without its sign", 1, np.abs)
+    yield Change(" has no sign", 1, np.abs)
     for name, size, rounded in formats():
         yield Change(f" {name}", size, rounded)
+    yield Change(" is squared", 1.2, np.square)
     yield Change(" is rounded to whole numbers", 1.3, np.round)
+    yield from _stepped(got)
+
+
+def times(factor: float) -> str:
+    """What a factor does to a result."""
+    return {0.0: "is 0", -1.0: "is negated"}.get(factor, f"is {told(factor)} times as large")
+
+
+def _stepped(got: np.ndarray) -> Iterator[Change]:
+    """Values on a grid."""
+    levels = np.unique(got.ravel()[:4096])
+    if 2 < len(levels) < min(got.size, 4096) // 2:
+        steps = np.diff(levels)
+        step = float(np.median(steps[steps > 0.1 * steps.max()]))
+        count, said = plainest(1 / step, 1e-3 / step)
+        for how, rounding in (("", np.rint), (" down", np.floor), (" towards 0", np.trunc)):
+            words = f" is rounded{how} to a multiple of 1/{said}"
+            yield Change(words, 1.6 + 0.1 * bool(how), lambda x, of=rounding: of(x * count) / count)
 
 
 def _bounds(part: Fit) -> Iterator[Change]:
@@ -162,26 +183,21 @@ def _offsets(own: np.ndarray, got: np.ndarray) -> np.ndarray:
 
 
 def _orders(own: np.ndarray, got: np.ndarray, axis: int, name: str, is_open: bool) -> Iterator[Change]:
-    if own.shape[axis] < 2 or own.size == own.shape[axis] and own.size < 4:
+    length = own.shape[axis]
+    if length < 2 or own.size == length and own.size < 4:
         return
-    found = orders.sources(own, got, axis)
-    if found is None:
-        return
-    told_orders = list(orders.told(found, name, is_open))
-    if own.ndim == 1:
-        # What is near to a value says little of where it was.
-        known = orders.known(len(own))
-        best = min(known, key=lambda order: float(np.linalg.norm(own[order.of(len(own))] - got)))
-        told_orders.append(replace(best, words=f"{name}s {best.words}"))
-    for order in told_orders:
+    one, two = (np.moveaxis(array, axis, 0).reshape(length, -1) for array in (own, got))
+    if one.shape[1] > KNOWN_BY:
+        places = np.random.default_rng(0).choice(one.shape[1], KNOWN_BY, replace=False)
+        one, two = one[:, places], two[:, places]
+    off = np.square(two - one).sum(1)
+    for order in order_of.fitting(one, two, off > 1e-6 * off.max(initial=0)):
 
-        def apply(x: np.ndarray, order: orders.Order = order, length: int = own.shape[axis]) -> np.ndarray | None:
-            if not is_open and x.shape[axis] != length:
-                return None
-            taken = order.of(x.shape[axis])
-            return None if taken is None else np.take(x, taken, axis)
+        def apply(x: np.ndarray, order: order_of.Order = order) -> np.ndarray | None:
+            return order.taken(x, axis) if is_open or x.shape[axis] == length else None
 
-        yield Change(f"'s {order.words}", order.size, apply)
+        said = order.of_axis(name)
+        yield Change(f"'s {said}" if order.says.startswith("{") else f": {said}", order.size, apply)
 
 
 def _turned(own: np.ndarray) -> Iterator[Change]:

@@ -19,7 +19,7 @@ from parity.laws.patches import (
     laid_out,
     taken,
 )
-from parity.laws.rounded import DTYPES
+from parity.laws.rounding import DTYPES
 from parity.laws.support import Span, energies, mask, spans
 
 # Outputs and channels of them that a law is looked for at.

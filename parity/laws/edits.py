@@ -10,10 +10,11 @@ from difflib import SequenceMatcher
 import numpy as np
 
 from parity.laws.base import Component, Law
+from parity.laws.edit_words import cells_of, is_plural, range_of, said_before, said_count, said_tokens, stand, stands
 from parity.laws.segments import CELLS, CLOSING, OPENING, TEXT, Segment, segments_of
 
-# Separate places that an edit may have, tokens that are listed, and tokens that are aligned.
-MOST, LISTED, LONGEST = 4, 4, 6000
+# Separate places that an edit may have, and tokens that are aligned.
+MOST, LONGEST = 4, 6000
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,16 @@ def _direct(segments: Sequence[Segment]) -> Iterator[tuple[list[Hunk], str, floa
     blocks = {name: [s for s in segments if s.block == name and s.length] for name in {s.block: None for s in segments}}
     units = blocks | {segment.name: [segment] for segment in segments if segment.length}
     for name, parts in units.items():
-        are = "are" if _plural(name) else "is"
+        are = "are" if is_plural(name) else "is"
         yield [out(segment) for segment in parts], f"{name} {are} missing", 1
         copy = tuple((segment.name, i) for segment in parts for i in range(segment.length))
         behind = Place(parts[-1].name, None)
-        yield [Hunk(behind, behind, copy, "", 0)], f"{name} {_stands(name)} twice", 1
+        yield [Hunk(behind, behind, copy, "", 0)], f"{name} {stands(name)} twice", 1
         for other, target in units.items():
             if set(map(id, target)).isdisjoint(map(id, parts)) and (other in blocks) == (name in blocks):
                 here = Place(target[0].name, 0)
                 moved = [Hunk(here, here, copy, "", 0), *(out(segment) for segment in parts)]
-                yield moved, f"{name} {_stands(name)} before {other}", 1.5
+                yield moved, f"{name} {stands(name)} before {other}", 1.5
     for first, second in zip(list(units), list(units)[1:], strict=False):
         parts = [*units[first], *units[second]]
         if first in blocks and second in blocks:
@@ -194,111 +195,32 @@ def _split(own: list[int], start: int, stop: int, new: list[int]) -> Iterator[tu
 def _hunk(
     own: list[int], segments: Sequence[Segment], start: int, stop: int, new: list[int], first: Place, last: Place
 ) -> Hunk:
-    name, size = _range(segments, start, stop) if stop > start else ("", 1.0)
+    name, size = range_of(segments, start, stop) if stop > start else ("", 1.0)
     if not new:
-        cells = _cells(segments, start, stop)
+        cells = cells_of(segments, start, stop)
         if cells:
-            return Hunk(first, last, (), f"{cells[0].block} has {_count(cells[0], stop - start)} too few", 1.5)
-        verb = "are" if _plural(name) else "is"
+            return Hunk(first, last, (), f"{cells[0].block} has {said_count(cells[0], stop - start)} too few", 1.5)
+        verb = "are" if is_plural(name) else "is"
         return Hunk(first, last, (), f"{name} {verb} missing", size)
     if start == stop:
-        cells = _cells(segments, max(start - len(new), 0), start) or _cells(segments, start, start + len(new))
+        cells = cells_of(segments, max(start - len(new), 0), start) or cells_of(segments, start, start + len(new))
         if cells and len(set(new)) == 1 and new[0] == own[cells[0].start]:
             copies = tuple((cells[0].name, 0) for _ in new)
-            return Hunk(first, first, copies, f"{cells[0].block} has {_count(cells[0], len(new))} too many", 1.5)
+            return Hunk(first, first, copies, f"{cells[0].block} has {said_count(cells[0], len(new))} too many", 1.5)
         source = _copy(own, segments, start, new)
         if source is not None:
-            what = _range(segments, source, source + len(new))[0]
+            what = range_of(segments, source, source + len(new))[0]
             twice = source + len(new) == start or source == start
             words = (
-                f"{what} {_stands(what)} twice" if twice else f"{what} {_stands(what)} {_before(segments, start)} too"
+                f"{what} {stands(what)} twice" if twice else f"{what} {stands(what)} {said_before(segments, start)} too"
             )
             return Hunk(first, first, _sources(segments, own, source, source + len(new)), words, 1.5)
-        return Hunk(first, first, tuple(new), f"{_tokens(new)} {_stand(new)} {_before(segments, start)}", 1 + len(new))
-    return Hunk(
-        first, last, tuple(new), f"{name} {'are' if _plural(name) else 'is'} {_tokens(new)}", size + len(set(new))
-    )
-
-
-def _count(cells: Segment, count: int) -> str:
-    if cells.grid is not None:
-        _, rows, columns = cells.grid
-        for one, many, unit in (("frame", "frames", rows * columns), ("row", "rows", columns)):
-            if unit > 1 and count % unit == 0:
-                return f"{count // unit} {one if count == unit else many} of cells"
-    return f"{count} {'cell' if count == 1 else 'cells'}"
-
-
-def _cells(segments: Sequence[Segment], start: int, stop: int) -> list[Segment]:
-    return [s for s in segments if s.kind == CELLS and s.start <= start and stop <= s.stop and stop > start
-            and stop - start < s.length]  # fmt: skip
-
-
-def _range(segments: Sequence[Segment], start: int, stop: int) -> tuple[str, float]:
-    """The name of some tokens, and how many numbers are in it."""
-    whole = [segment for segment in segments if start <= segment.start and segment.stop <= stop and segment.length]
-    if whole and whole[0].start == start and whole[-1].stop == stop:
-        blocks = list(dict.fromkeys(segment.block for segment in whole))
-        full = [
-            block
-            for block in blocks
-            if all(segment in whole for segment in segments if segment.block == block and segment.length)
-        ]
-        names = list(dict.fromkeys(s.block if s.block in full else s.name for s in whole))
-        return " and ".join(names) if len(names) < 4 else f"all from {names[0]} to {names[-1]}", float(
-            min(len(names), 3)
+        return Hunk(
+            first, first, tuple(new), f"{said_tokens(new)} {stand(new)} {said_before(segments, start)}", 1 + len(new)
         )
-    inside = [segment for segment in segments if segment.start <= start < segment.stop]
-    if inside and stop <= inside[0].stop:
-        segment, count = inside[0], stop - start
-        if start == segment.start:
-            return f"the first {_many(count)}of {segment.name}", 1.5
-        if stop == segment.stop:
-            return f"the last {_many(count)}of {segment.name}", 1.5
-        first = start - segment.start
-        where = f"token {first}" if count == 1 else f"tokens {first} to {first + count - 1}"
-        return f"{where} of {segment.name}", 2.0
-    first, last = inside[0].name if inside else "the start", _last(segments, stop)
-    return f"{stop - start} tokens from {first} to {last}", 3.0
-
-
-def _last(segments: Sequence[Segment], stop: int) -> str:
-    return next((segment.name for segment in segments if segment.start < stop <= segment.stop), "the end")
-
-
-def _many(count: int) -> str:
-    return "token " if count == 1 else f"{count} tokens "
-
-
-def _plural(name: str) -> bool:
-    return " and " in name or "tokens " in name or name.startswith(("all from", "the cells"))
-
-
-def _stands(name: str) -> str:
-    return "stand" if _plural(name) else "stands"
-
-
-def _stand(new: Sequence[int]) -> str:
-    return "stands" if len(new) == 1 else "stand"
-
-
-def _tokens(new: Sequence[int]) -> str:
-    if len(set(new)) == 1 and len(new) > 1:
-        return f"{len(new)} times token {new[0]}"
-    if len(new) > LISTED:
-        return f"{len(new)} other tokens"
-    return ("token " if len(new) == 1 else "tokens ") + " ".join(map(str, new))
-
-
-def _before(segments: Sequence[Segment], at: int) -> str:
-    inside = [segment for segment in segments if segment.start <= at < segment.stop]
-    if not inside:
-        return "at the end"
-    segment = inside[0]
-    if segment.start == at:
-        block = [other for other in segments if other.block == segment.block]
-        return f"before {segment.block if block[0] is segment else segment.name}"
-    return f"before token {at - segment.start} of {segment.name}"
+    return Hunk(
+        first, last, tuple(new), f"{name} {'are' if is_plural(name) else 'is'} {said_tokens(new)}", size + len(set(new))
+    )
 
 
 def _copy(own: list[int], segments: Sequence[Segment], at: int, new: list[int]) -> int | None:

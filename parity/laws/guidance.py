@@ -7,7 +7,7 @@ import numpy as np
 
 from parity.laws.base import Component, Law
 from parity.laws.mixture import Where, comparable, enough, grain, put, seen
-from parity.laws.plain import told
+from parity.laws.numbers import plainest
 from parity.laws.sampling import sum_of_parts
 from parity.laws.support import spans
 
@@ -69,8 +69,8 @@ class Renorm:
                 words += ["has no lower bound"] if self.low != other.low and not self.low else []
                 words += [f"is at most {self.high:.4g}"] if self.high != other.high and self.high < np.inf else []
                 words += ["has no upper bound"] if self.high != other.high and self.high == np.inf else []
-        words += [f"is the ratio to the power {told(self.power, 0)[1]}"] if self.power != other.power else []
-        words += [f"is used to {told(self.blend, 0)[1]}"] if self.blend != other.blend else []
+        words += [f"is the ratio to the power {plainest(self.power, 0)[1]}"] if self.power != other.power else []
+        words += [f"is used to {plainest(self.blend, 0)[1]}"] if self.blend != other.blend else []
         words += [f"has an eps of {self.eps:.4g}"] if self.eps != other.eps else []
         return "the renorm " + " and ".join(words), len(words)
 
@@ -162,7 +162,7 @@ def _scales(
     value, near = float(np.median(flat[wrong])), float(np.median(off[wrong]))
     if np.abs(flat[wrong] - value).max() > 3 * off[wrong].max():
         return
-    plain, said = told(value, near)
+    plain, said = plainest(value, near)
     yield where, lambda other: plain, f"the guidance scale is {said}"
     for words, change in SCALES.items():
         if abs(change(right, component.facts) - value) <= near and change(right, component.facts) != right:
@@ -282,25 +282,26 @@ def _read(
             continue
         low, high = float(factor.min()), float(factor.max())
         if factor.size > 4 and high - low > 10 * near:
-            yield replace(plain, low=told(low, near)[0] if (ratio < low - near).any() else meant.low,
-                          high=told(high, near)[0] if (ratio > high + near).any() else np.inf)  # fmt: skip
-        elif factor.size == 1 and _short(told(low, near)[0]):
-            side = {"low": told(low, near)[0]} if ratio.max() < low else {"high": told(low, near)[0], "low": meant.low}
+            yield replace(plain, low=plainest(low, near)[0] if (ratio < low - near).any() else meant.low,
+                          high=plainest(high, near)[0] if (ratio > high + near).any() else np.inf)  # fmt: skip
+        elif factor.size == 1 and _short(plainest(low, near)[0]):
+            said = plainest(low, near)[0]
+            side = {"low": said} if ratio.max() < low else {"high": said, "low": meant.low}
             yield replace(plain, **({"high": meant.high} | side))
         away = ratio - 1
         if np.abs(away).max() > 10 * near:
-            blend = told(float(np.sum((factor - 1) * away) / np.sum(away * away)), near / np.abs(away).max())[0]
+            blend = plainest(float(np.sum((factor - 1) * away) / np.sum(away * away)), near / np.abs(away).max())[0]
             if _short(blend):
                 yield replace(plain, blend=blend, low=-np.inf)
         if (factor > 0).all() and (ratio > 0).all() and np.abs(np.log(ratio)).max() > 10 * near:
             logs = np.log(ratio)
-            power = told(float(np.sum(np.log(factor) * logs) / np.sum(logs * logs)), near / np.abs(logs).max())[0]
+            power = plainest(float(np.sum(np.log(factor) * logs) / np.sum(logs * logs)), near / np.abs(logs).max())[0]
             if _short(power):
                 yield replace(plain, power=power)
         size = MEASURES[measure](mixed, GROUPS[over])
         eps = float(np.median(ratio * size / np.where(factor > 0, factor, np.inf) - size))
-        if eps > 0 and _short(told(eps, 3 * near * float(size.max()))[0]):
-            yield replace(plain, eps=told(eps, 3 * near * float(size.max()))[0], low=meant.low, high=meant.high)
+        if eps > 0 and _short(plainest(eps, 3 * near * float(size.max()))[0]):
+            yield replace(plain, eps=plainest(eps, 3 * near * float(size.max()))[0], low=meant.low, high=meant.high)
 
 
 def _short(value: float) -> bool:

@@ -7,10 +7,10 @@ import numpy as np
 
 from parity.laws.base import Component, Law, Matrices
 from parity.laws.convolution import Reading, chosen_places, reading_of
+from parity.laws.numbers import plainest
 from parity.laws.patches import all_places, convolved, laid_out, patches, taken
 from parity.laws.place import place
-from parity.laws.plain import told
-from parity.laws.support import plural, spans
+from parity.laws.support import spans
 
 LEFT, LEFT_BESIDE = 0.05, 0.5
 # Outputs and channels of them that are looked at, and how many pairs of input channels are tried.
@@ -191,11 +191,11 @@ def _constants(looked: Looked) -> Iterator[Law]:
             continue
         factor, within = fit
         if what:
-            total, said = told(1 + factor, within)
+            total, said = plainest(1 + factor, within)
             factor = total - 1
             says = f"{what} is missing" if abs(total) <= within else f"{what} counts {said} times"
         else:
-            factor, said = told(factor, within)
+            factor, said = plainest(factor, within)
             says = f"the convolution pads with {said}"
             if term is _of_ones:
                 says = f"the input is {said.removeprefix('-')} {'less' if factor < 0 else 'more'}"
@@ -245,7 +245,7 @@ def _counted(name: str, factors: np.ndarray, moved: np.ndarray, within: float, s
     """A law of the parts of a kernel that count otherwise than once."""
     alike = float(factors[moved].mean())
     same = np.ptp(factors[moved]) <= max(4 * within, 0.02 * abs(alike))
-    total, said = told(1 + alike, max(within, 1e-6))
+    total, said = plainest(1 + alike, max(within, 1e-6))
     counts = np.where(moved, total if same else 1 + factors, 1.0)
     if same:
         says = "left out" if abs(total) <= max(within, 1e-6) else f"counted {said} times"
@@ -253,9 +253,7 @@ def _counted(name: str, factors: np.ndarray, moved: np.ndarray, within: float, s
     else:
         says = f"counted {counts[moved].min():.4g} to {counts[moved].max():.4g} times"
     where = spans(name, moved)[0]
-    words = where.words
-    if not words.startswith((name, plural(name))):
-        words = f"{plural(name)} {words.replace(f'{name} ', '')}"
+    words = where.those
     if name == "kernel tap" and moved.sum() == 1:
         at = ", ".join(map(str, np.unravel_index(int(np.argmax(moved)), shape[2:])))
         words = f"the kernel's tap ({at})"

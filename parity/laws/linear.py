@@ -6,13 +6,13 @@ from functools import cached_property
 
 import numpy as np
 
-from parity.laws import curves, orders
+from parity.laws import curves, order
 from parity.laws.base import Component, Curves, Law
 from parity.laws.change import Change, changes
 from parity.laws.fit import Fit, checked
 from parity.laws.numbers import told
-from parity.laws.regions import Region, regions_of
 from parity.laws.rounding import by_rows, formats, grids
+from parity.laws.support import regions_of
 from parity.laws.weight import WHOLE, factors
 
 AXES = ("row", "channel")
@@ -59,7 +59,7 @@ def proposed(component: Component, fit: Fit) -> Iterator[Law]:
         bias = None if whole.bias is None else whole.bias[columns]
         own, there = (array[np.ix_(rows, columns)] for array in (fit.own, fit.got))
         part = Part(whole.x[rows], whole.weight[columns], bias, Fit(own, there, fit.rounding))
-        yield from (_within(region, law) for law in _of_part(part))
+        yield from (region.law(law, _inside) for law in _of_part(part))
 
 
 def part_of(component: Component, fit: Fit) -> Part | None:
@@ -77,25 +77,13 @@ def _on_own(change: Change):
     return lambda other: change.apply(other.own)
 
 
-def _within(region: Region, law: Law) -> Law:
-    """A law of a product in a part of it alone."""
-
-    def apply(other: Component) -> np.ndarray | None:
-        found = region.indexes(other.own.shape)
-        if found is None or "x" not in other.inputs or other.inputs["x"].ndim != 2:
-            return None
-        rows, columns = found
-        bias = other.facts.get("bias")
-        facts = {"weight": other.facts["weight"][columns], "bias": None if bias is None else bias[columns]}
-        place = np.ix_(rows, columns)
-        result = law.apply(replace(other, inputs={"x": other.inputs["x"][rows]}, facts=facts, own=other.own[place]))
-        if result is None:
-            return None
-        whole = other.own.copy()
-        whole[place] = result
-        return whole
-
-    return Law(law.sentence + region.words, law.size + region.size, apply, law.figure)
+def _inside(component: Component, found: list[np.ndarray]) -> Component | None:
+    """A product of some rows and outputs alone."""
+    (rows, columns), x, bias = found, component.inputs.get("x"), component.facts.get("bias")
+    if x is None or x.ndim != 2:
+        return None
+    facts = {"weight": component.facts["weight"][columns], "bias": None if bias is None else bias[columns]}
+    return replace(component, inputs={"x": x[rows]}, facts=facts)
 
 
 def _of_part(part: Part) -> Iterator[Law]:
@@ -120,7 +108,7 @@ def _biases(part: Part) -> Iterator[Law]:
         yield Law(f"the product is {told(factor)} times as large, but not the bias", 1.2, _scaled(factor))
         rounding = part.fit.slack / len(part.off) ** 0.5
         for change in changes(bias, bias + vector, rounding, ("channel",), (), True):
-            words = "the bias" + {" is zero": " is missing"}.get(change.sentence, change.sentence)
+            words = "the bias" + {" is 0": " is missing"}.get(change.sentence, change.sentence)
             yield Law(words, change.size, _rebiased(change), change.figure)
     if steady and len(vector) > 1:
         words = "the bias is another vector" if bias is not None else "a vector is added as a bias"
@@ -194,10 +182,10 @@ def _orders(part: Part, fit: Fit, some: np.ndarray) -> Iterator[Law]:
     rows = slice(None, None, max(len(part.x) // SOME, 1))
     x, weight, target = part.x[rows], part.weight[some].T @ mixed, part.off[rows][:, some] @ mixed
     room = max(2 * fit.slack, 0.1 * float(np.linalg.norm(target)))
-    for order in orders.known(width):
-        taken = order.of(width)
+    for found in order.known(width):
+        taken = found.of(width)
         if np.linalg.norm((x[:, taken] - x) @ weight - target) <= room:
-            yield Law(f"the input's channels {order.words}", order.size, reweighted(_taken(np.argsort(taken))))
+            yield Law(f"the input's {found.of_axis('channel')}", found.size, reweighted(_taken(np.argsort(taken))))
 
 
 def _taken(columns: np.ndarray) -> Change:

@@ -7,7 +7,8 @@ from itertools import combinations
 import numpy as np
 
 from parity.laws.base import Component
-from parity.laws.plain import told
+from parity.laws.numbers import plainest
+from parity.laws.rounding import bfloat16
 from parity.laws.support import Span, beyond, mask, spans
 
 # A law may leave this part of the residual, beyond rounding.
@@ -43,8 +44,7 @@ class Where:
         if not self.spans:
             return clause
         ordered = sorted(self.spans, key=lambda span: not span.alone)
-        places = [f"{span.within} alone" if span.alone else span.within for span in ordered]
-        return f"{' '.join(places)} {clause}"
+        return f"{' '.join(span.held for span in ordered)} {clause}"
 
     def mask(self, component: Component) -> np.ndarray | None:
         """The part of another component's result as booleans in its shape; None where it has no such axes."""
@@ -157,17 +157,11 @@ def spelled(factors: Mapping[str, float], off: Mapping[str, float]) -> tuple[str
     """A sum in words, and its numbers as they are said: "0.5 noise - 2 velocity"."""
     words, plain = [], {}
     for name, factor in factors.items():
-        plain[name], said = told(factor, off[name])
+        plain[name], said = plainest(factor, off[name])
         sign = "- " if said.startswith("-") else ("+ " if words else "")
         said = said.removeprefix("-")
         words.append(f"{sign}{'' if said == '1' else said + ' '}{name}")
     return " ".join(words), plain
-
-
-def bfloat16(x: np.ndarray) -> np.ndarray:
-    """Float32 values rounded to bfloat16, to even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def is_bfloat16(own: np.ndarray) -> bool:

@@ -13,8 +13,8 @@ from parity.laws.base import Component, Curves, Law
 from parity.laws.change import changes
 from parity.laws.fit import Fit, checked
 from parity.laws.numbers import least, told
-from parity.laws.regions import Region, regions_of
 from parity.laws.rounding import formats
+from parity.laws.support import regions_of
 
 # Rows that a number is sought with.
 SOUGHT = 256
@@ -78,7 +78,7 @@ def proposed(component: Component, fit: Fit) -> Iterator[Law]:
         place = np.ix_(*region.indexes(own.shape))
         part = Fit(own[place], got[place], fit.rounding)
         for law in _of_part(replace(norm, x=norm.x[place]), part, names):
-            yield _turned_back(_within(region, law))
+            yield _turned_back(region.law(law, _inside))
     for change in changes(own, got, fit.slack, names, leading):
         law = Law(f"the result{change.sentence}", change.size, lambda o, c=change: c.apply(o.own), change.figure)
         yield _turned_back(law)
@@ -110,22 +110,10 @@ def _turned_back(law: Law) -> Law:
     return replace(law, apply=apply)
 
 
-def _within(region: Region, law: Law) -> Law:
-    """A law of a norm in a part of it alone."""
-
-    def apply(other: Component) -> np.ndarray | None:
-        found = region.indexes(other.own.shape)
-        if found is None or other.inputs["x"].shape != other.own.shape:
-            return None
-        place = np.ix_(*found)
-        result = law.apply(replace(other, inputs={"x": other.inputs["x"][place]}, own=other.own[place]))
-        if result is None:
-            return None
-        whole = other.own.copy()
-        whole[place] = result
-        return whole
-
-    return Law(law.sentence + region.words, law.size + region.size, apply, law.figure)
+def _inside(component: Component, found: list[np.ndarray]) -> Component | None:
+    """A norm of some of the values alone."""
+    x = component.inputs["x"]
+    return replace(component, inputs={"x": x[np.ix_(*found)]}) if x.shape == component.own.shape else None
 
 
 def _law(words: str, size: float, compute: Compute, figure: Curves | None = None) -> Law:
@@ -164,7 +152,7 @@ def _weights(norm: Norm, fit: Fit) -> Iterator[Law]:
         if change.sentence.endswith("times as large"):
             # Said of the result, whose factor may have a name.
             continue
-        words = {" is 1 throughout": " is missing", " is 1 larger": " counts from 1"}
+        words = {" is 1 everywhere": " is missing", " is 1 larger": " counts from 1"}
         yield _law(
             f"the weight{words.get(change.sentence, change.sentence)}",
             change.size,

@@ -9,6 +9,7 @@ CONSTANTS = {
     "pi": math.pi, "2 pi": 2 * math.pi, "pi/2": math.pi / 2, "1/pi": 1 / math.pi, "e": math.e, "ln 2": math.log(2),
     "127/128": 127 / 128, "255/256": 255 / 256, "1.702": 1.702,
 }  # fmt: skip
+FRACTIONS = {f"1/{n:g}": 1 / n for n in (6, 7, 9, 12, 127.5, 255)}
 DIGITS = 4
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -18,10 +19,20 @@ def snapped(value: float, fits: Callable[[float], bool]) -> float:
     return next((written for written in _written(value) if fits(written)), value)
 
 
+def plainest(value: float, within: float) -> tuple[float, str]:
+    """The simplest number that is no further than `within` from a value, and how it is said; else the value itself."""
+    if abs(value) <= within:
+        return 0.0, "0"
+    number = snapped(value, lambda written: abs(written - value) <= within)
+    return number, told(number)
+
+
 def told(value: float) -> str:
-    """A number in words: a constant's name, or at most four significant digits."""
+    """A number in words: a constant's name, a whole one in full, or at most four significant digits."""
+    if abs(value) < 1e7 and value == round(value):
+        return str(round(value))
     for sign, prefix in ((1, ""), (-1, "-")):
-        for name, constant in CONSTANTS.items():
+        for name, constant in (CONSTANTS | FRACTIONS).items():
             if math.isclose(value, sign * constant, rel_tol=1e-12):
                 return prefix + name
     for root in range(2, 65):
@@ -31,7 +42,17 @@ def told(value: float) -> str:
     if "e" in text:
         digits, _, power = text.partition("e")
         return f"{digits}e{int(power)}"
-    return "0" if text == "-0" else text
+    return text
+
+
+def listed(words: Sequence[str]) -> str:
+    """Some words as people list them."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def ordinal(number: int) -> str:
+    """3rd, 4th."""
+    return f"{number}{'rd' if number % 10 == 3 and number % 100 != 13 else 'th'}"
 
 
 def least(left: Callable[[float], float], grid: Sequence[float], steps: int = 30) -> float:
@@ -56,7 +77,7 @@ def _written(value: float) -> Iterator[float]:
     """Numbers near one, the simplest first."""
     if not math.isfinite(value):
         return
-    if abs(value - round(value)) < 0.2:
+    if abs(value - round(value)) < 0.2 and abs(value) < 1000:
         yield float(round(value))
     if value:
         yield _rounded(value, 1)
@@ -65,7 +86,13 @@ def _written(value: float) -> Iterator[float]:
         if 0.9 < abs(value) / constant < 1.1:
             yield math.copysign(constant, value)
     if value:
-        yield from (_rounded(value, digits) for digits in range(2, DIGITS + 1))
+        yield _rounded(value, 2)
+    for fraction in FRACTIONS.values():
+        if 0.99 < abs(value) / fraction < 1.01:
+            yield math.copysign(fraction, value)
+    if value:
+        yield from (_rounded(value, digits) for digits in range(3, DIGITS + 1))
+        yield from [float(round(value))] if abs(value) >= 1000 else []
 
 
 def _rounded(value: float, digits: int) -> float:

@@ -1,17 +1,14 @@
-"""Laws of order: what stands at an index along an axis is what belongs to another."""
+"""Orders of the indices along an axis, and what is said of them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from parity.laws.base import Component, Law
-from parity.laws.support import LISTED, Span, mask, plural, spans
+from parity.laws.support import LISTED, Span, plural, spans
 
-# An index map is read from so many values of a slice, of so many slices.
-FEATURES, SAMPLED = 64, 512
-# Slices of fewer values are like each other by chance.
-FEWEST = 4
+# An index map is read from so many slices.
+SAMPLED = 512
 # What an order may leave of the residual: another fault may sit on top of it.
 LEFT = 0.5
 ZERO = -1
@@ -27,66 +24,63 @@ class Order:
     size: float
     of: Map
 
+    def of_axis(self, name: str) -> str:
+        """What is said of an axis."""
+        return self.says.format(one=name, many=plural(name))
 
-def orders(
-    component: Component,
-    got: np.ndarray,
-    wrong: Sequence[np.ndarray] | None = None,
-    likely: Mapping[str, Sequence[Order]] | None = None,
-) -> Iterator[Law]:
-    """The axes along which a result is own in another order, or lacks or repeats indices; axes that are exchanged.
-
-    `wrong` tells which indices along each axis are wrong: the order is read there alone. `likely` are orders that an
-    axis may be in beside those that any may.
-    """
-    own = component.own
-    if own.ndim != got.ndim:
-        return
-    if own.shape == got.shape:
-        yield from _exchanged_axes(component, got)
-    for axis, name in enumerate(component.axes):
-        others = [i for i in range(own.ndim) if i != axis]
-        if own.shape[axis] < 2 or any(own.shape[i] != got.shape[i] for i in others):
-            continue
-        count = own.shape[axis]
-        wanted = np.ones(got.shape[axis], bool) if wrong is None else wrong[axis]
-        inside = [np.ones(own.shape[i], bool) if wrong is None or i == axis else wrong[i] for i in range(own.ndim)]
-        one, two = _slices(own, inside, axis), _slices(got, inside, axis)
-        if one.shape[1] < FEWEST:
-            continue
-        where = [span for i in others if (span := (spans(component.axes[i], inside[i]) or [None])[0])]
-        residual = _norm(two - one) if len(one) == len(two) else _norm(two)
-        least, whole = LEFT * residual, 1e-3 * residual
-        for order in (*(likely or {}).get(name, ()), *_candidates(one, two, wanted)):
-            index = order.of(count)
-            if index is None or len(index) != len(two):
-                continue
-            left = _norm(two - np.where(index[:, None] == ZERO, 0, one[index]))
-            # Another is worth saying only where it leaves much less, or as little in fewer numbers than a list takes.
-            if left < least and (order.size < LISTED or least > whole):
-                least = max(0.5 * left, whole)
-                yield _law(name, where, order)
-
-
-def _law(name: str, where: Sequence[Span], order: Order) -> Law:
-    def apply(other: Component) -> np.ndarray | None:
-        if name not in other.axes:
-            return None
-        axis = other.axes.index(name)
-        index = order.of(other.own.shape[axis])
+    def taken(self, array: np.ndarray, axis: int) -> np.ndarray | None:
+        """An array in this order along an axis; None where that has no meaning."""
+        index = self.of(array.shape[axis])
         if index is None:
             return None
-        moved = np.take(other.own, np.maximum(index, 0), axis)
+        moved = np.take(array, np.maximum(index, 0), axis)
         if (index == ZERO).any():
             moved[(slice(None),) * axis + (index == ZERO,)] = 0
-        chosen = mask(where, other.axes, other.own.shape) if where else None
-        if not where:
-            return moved
-        return None if chosen is None or moved.shape != other.own.shape else np.where(chosen, moved, other.own)
+        return moved
 
-    says = order.says.format(one=name, many=plural(name))
-    within = " ".join(span.within for span in where)
-    return Law(f"{within} {says}".strip(), order.size + sum(span.size for span in where), apply)
+
+def fitting(own: np.ndarray, got: np.ndarray, wrong: np.ndarray, likely: Sequence[Order] = ()) -> Iterator[Order]:
+    """The orders of slices [n, k] that may make others [m, k], which leave little; `wrong` tells which ones differ."""
+    residual = _norm(got - own) if len(own) == len(got) else _norm(got)
+    least, whole = LEFT * residual, 1e-3 * residual
+    for order in (*likely, *_candidates(own, got, wrong)):
+        made = order.taken(own, 0)
+        if made is None or len(made) != len(got):
+            continue
+        left = _norm(got - made)
+        # Another is worth saying only where it leaves much less, or as little in fewer numbers than a list takes.
+        if left < least and (order.size < LISTED or least > whole):
+            least = max(0.5 * left, whole)
+            yield order
+
+
+def known(n: int) -> Iterator[Order]:
+    """Orders of an axis of n that can be said without being read."""
+    yield from _unread(n)
+    yield from (_rolled(by - n if by > n // 2 else by) for by in range(1, n))
+
+
+def _unread(count: int) -> Iterator[Order]:
+    yield Order("{many} are reversed", 0.5, lambda n: np.arange(n)[::-1])
+    if count % 2 == 0:
+        yield Order("{many} are exchanged in pairs", 1, lambda n: np.arange(n) ^ 1 if n % 2 == 0 else None)
+        yield Order(
+            "{many} are exchanged by halves", 1, lambda n: np.roll(np.arange(n), n // 2) if n % 2 == 0 else None
+        )
+    yield from _regrouped(count)
+    for side in (side for side in range(2, count // 2 + 1) if count % side == 0):
+        for words, size, within in (
+            (f"{{many}} are reversed in each group of {side}", 1.5, lambda groups: groups[:, ::-1]),
+            (f"groups of {side} {{many}} are reversed", 1.6, lambda groups: groups[::-1]),
+            (f"{{many}} of every {side} are exchanged by halves", 1.7,
+             lambda groups: np.roll(groups, groups.shape[1] // 2, 1)),
+        ):  # fmt: skip
+            yield Order(words, size, lambda n, side=side, within=within: (
+                None if n % side else within(np.arange(n).reshape(-1, side)).ravel()))  # fmt: skip
+
+
+def _rolled(by: int) -> Order:
+    return Order(f"{{many}} are rolled by {by}", 1, lambda n: (np.arange(n) - by) % n)
 
 
 def _candidates(own: np.ndarray, got: np.ndarray, wrong: np.ndarray) -> Iterator[Order]:
@@ -99,7 +93,6 @@ def _candidates(own: np.ndarray, got: np.ndarray, wrong: np.ndarray) -> Iterator
     places = np.flatnonzero(wrong)
     known = {int(i): int(j) for i, j in zip(places, found, strict=False) if j != ZERO}
     steps = np.array([j - i for i, j in known.items()], int)
-    yield Order("{many} are reversed", 0.5, lambda n: np.arange(n)[::-1])
     whole = len(known) == len(places)
     if whole and len(places) <= max(4, count // 8):
         yield from _few(known)
@@ -108,20 +101,17 @@ def _candidates(own: np.ndarray, got: np.ndarray, wrong: np.ndarray) -> Iterator
     for step in _common(steps % count):
         by = (-step) % count
         by = by - count if by > count // 2 else by
-        yield Order(f"{{many}} are rolled by {by}", 1, lambda n, by=by: (np.arange(n) - by) % n)
+        yield _rolled(by)
         for edge, said in ((True, "repeated"), (False, "replaced by 0")):
             yield _shifted(by, edge, said)
             yield _shifted(by - count if by > 0 else by + count, edge, said)
-    if count % 2 == 0:
-        yield Order("{many} are exchanged in pairs", 1, lambda n: np.arange(n) ^ 1 if n % 2 == 0 else None)
-        yield Order("the halves of the {many} are exchanged", 1, _halves)
-    yield from _regrouped(count)
-    yield from _blocks_reversed(count)
+    yield from _unread(count)
     if whole and len(set(steps.tolist())) == 1 and len(places) > 1:
         yield from _neighbours(places, int(steps[0]), count)
     if whole and set(known) == set(known.values()) and 2 < len(places) < count and np.ptp(places) + 1 == len(places):
         yield from _block(places, known)
     if whole and len(places) > 2:
+        yield from _in_blocks(known, count)
         yield _listed(known)
 
 
@@ -208,35 +198,43 @@ def _shifted(by: int, edge: bool, said: str) -> Order:
     return Order(f"{{many}} are {what} {said}", 1.5, of)
 
 
-def _halves(n: int) -> np.ndarray | None:
-    return np.roll(np.arange(n), n // 2) if n % 2 == 0 else None
-
-
 def _regrouped(count: int) -> Iterator[Order]:
     """Indices counted along two sides in the other order."""
-    for side in range(2, count // 2 + 1):
-        if count % side == 0:
-            for said, fixed in ((f"{side} by {count // side}", True), (f"{count // side} by {side}", False)):
-                if fixed or side * side != count:
+    for side in (side for side in range(2, count // 2 + 1) if count % side == 0):
+        for said, fixed in ((f"{side} x {count // side}", True), (f"{count // side} x {side}", False)):
 
-                    def of(n: int, side: int = side, fixed: bool = fixed) -> np.ndarray | None:
-                        if n % side:
-                            return None
-                        grid = np.arange(n).reshape((side, -1) if fixed else (-1, side))
-                        return grid.T.ravel()
+            def of(n: int, side: int = side, fixed: bool = fixed) -> np.ndarray | None:
+                return None if n % side else np.arange(n).reshape((side, -1) if fixed else (-1, side)).T.ravel()
 
-                    if fixed or side <= count // side:
-                        yield Order(f"{{many}} that count as {said} are counted the other way round", 1.5, of)
+            if fixed or side < count // side:
+                yield Order(f"{{many}} are read as {said} transposed", 1.5, of)
 
 
-def _blocks_reversed(count: int) -> Iterator[Order]:
-    for side in range(2, count // 2 + 1):
-        if count % side == 0:
-
-            def of(n: int, side: int = side) -> np.ndarray | None:
-                return None if n % side else np.arange(n).reshape(-1, side)[:, ::-1].ravel()
-
-            yield Order(f"{{many}} are reversed in each group of {side}", 1.5, of)
+def _in_blocks(known: dict[int, int], count: int) -> Iterator[Order]:
+    """Blocks in another order, and an order that is the same in every block."""
+    order = np.arange(count)
+    order[list(known)] = list(known.values())
+    same = _exceptions(known)
+    for block in (size for size in range(count // 2, 1, -1) if count % size == 0):
+        blocks = order.reshape(-1, block)
+        if (blocks == blocks[:, :1] + np.arange(block)).all() and not (blocks[:, 0] % block).any():
+            moved = np.flatnonzero(blocks[:, 0] // block != np.arange(len(blocks)))
+            if len(moved) == 2:
+                first, second = (f"{i * block} to {(i + 1) * block - 1}" for i in moved)
+                yield Order(f"{{many}} {first} and {second} are exchanged", 2, same)
+            else:
+                shown = ", ".join(map(str, blocks[:16, 0] // block)) + (", ..." if len(blocks) > 16 else "")
+                yield Order(f"blocks of {block} {{many}} come as {shown}", 1.0 + len(moved), same)
+            return
+    for block in (size for size in range(2, count // 2 + 1) if count % size == 0):
+        inside, blocks = order[:block], order.reshape(-1, block) - np.arange(count).reshape(-1, block)[:, :1]
+        if (blocks == inside).all():
+            for told in (*_regrouped(block), _rolled(int((block // 2 - inside[0]) % block - block // 2))):
+                if np.array_equal(told.of(block), inside):
+                    words = told.says.replace("{many}", f"{{many}} of every {block}")
+                    yield Order(words, told.size + 1, lambda n, block=block, told=told: (
+                        None if n % block else (np.arange(0, n, block)[:, None] + told.of(block)).ravel()))  # fmt: skip
+                    return
 
 
 def _listed(known: dict[int, int]) -> Order:
@@ -292,56 +290,5 @@ def _common(steps: np.ndarray) -> list[int]:
     return [int(values[i]) for i in np.argsort(-counts)[:2] if values[i]]
 
 
-def _exchanged_axes(component: Component, got: np.ndarray) -> Iterator[Law]:
-    """Two axes of the values in memory exchanged, whatever the sizes."""
-    own, axes = component.own, component.axes
-    residual = _norm(got - own)
-    long = [axis for axis in range(own.ndim) if own.shape[axis] > 1]
-    for i, first in enumerate(long):
-        for second in long[i + 1 :]:
-            for back in (False, True):
-                if back and own.shape[first] == own.shape[second]:
-                    continue
-                law = _swap(axes[first], axes[second], own.shape[first] == own.shape[second], back)
-                values = law.apply(component)
-                if values is not None and _norm(got - values.astype(np.float64)) <= LEFT * residual:
-                    yield law
-
-
-def _swap(first: str, second: str, alike: bool, back: bool) -> Law:
-    def apply(other: Component) -> np.ndarray | None:
-        if first not in other.axes or second not in other.axes:
-            return None
-        one, two = other.axes.index(first), other.axes.index(second)
-        own = other.own
-        if min(own.shape[one], own.shape[two]) == 1:
-            return None
-        if not back:
-            return np.ascontiguousarray(own.swapaxes(one, two)).reshape(own.shape)
-        shape = list(own.shape)
-        shape[one], shape[two] = shape[two], shape[one]
-        return np.ascontiguousarray(own.reshape(shape).swapaxes(one, two))
-
-    many, others = plural(first), plural(second)
-    said = f"{many} and {others} are exchanged"
-    if not alike:
-        how = "before they are laid out" if not back else "after they are read"
-        said = f"{many} and {others} in memory are exchanged {how}"
-    return Law(said, 1 + 0.1 * back, apply)
-
-
-def _slices(array: np.ndarray, inside: Sequence[np.ndarray], axis: int) -> np.ndarray:
-    """Slices along an axis [n, FEATURES at most], of what lies inside along the others."""
-    sides = [side for i, side in enumerate(array.shape) if i != axis]
-    chosen = np.ones(sides, bool)
-    for place, each in enumerate(each for i, each in enumerate(inside) if i != axis):
-        chosen &= each.reshape([-1 if i == place else 1 for i in range(len(sides))])
-    rest = np.flatnonzero(chosen)
-    if len(rest) > FEATURES:
-        rest = np.random.default_rng(0).choice(rest, FEATURES, replace=False)
-    places = np.unravel_index(rest, sides) if sides else ()
-    return np.moveaxis(array, axis, -1)[tuple(places)].reshape(-1, array.shape[axis]).T.astype(np.float64)
-
-
 def _norm(array: np.ndarray) -> float:
-    return float(np.linalg.norm(np.asarray(array, np.float64)))
+    return float(np.linalg.norm(array))

@@ -7,9 +7,10 @@ from itertools import permutations
 import numpy as np
 
 from parity.laws.base import Component, Curves, Law
-from parity.laws.order import Order, orders
+from parity.laws.numbers import plainest
+from parity.laws.order import Order
 from parity.laws.place import as_own
-from parity.laws.plain import told
+from parity.laws.reordered import orders
 from parity.laws.support import Span, beyond, mask, spans
 
 # Values that a curve is read from, its knots where nothing plainer is found, and the part of values that may lie apart.
@@ -100,9 +101,9 @@ def _curves(u: np.ndarray, v: np.ndarray) -> Iterator[Curve]:
     for how, shift, rounding in ROUNDINGS if whole else (("", 0.0, lambda x: x),):
         slope, offset = np.polyfit(u[inside], v[inside] + shift, 1)
         spread = np.std(v[inside] + shift - slope * u[inside] - offset) / np.sqrt(inside.sum())
-        slope, said = told(float(slope), 4 * spread / max(float(u[inside].std()), 1e-12) + 1e-7 * abs(slope))
+        slope, said = plainest(float(slope), 4 * spread / max(float(u[inside].std()), 1e-12) + 1e-7 * abs(slope))
         offset = float((v[inside] + shift - slope * u[inside]).mean())
-        offset, more = told(offset, 4 * spread + 1e-7)
+        offset, more = plainest(offset, 4 * spread + 1e-7)
         if not slope:
             continue
         clipped = (low if ends[0] else -np.inf, high if ends[1] else np.inf)
@@ -149,7 +150,7 @@ def _powers(u: np.ndarray, v: np.ndarray) -> Iterator[Curve]:
             continue
         logs = np.log(one[inside])
         power = float((logs * np.log(two[inside])).sum() / (logs * logs).sum())
-        power, said = told(power, 0.002 * abs(power))
+        power, said = plainest(power, 0.002 * abs(power))
         if power not in (0, 1):
             of = lambda x, to=to, back=back, power=power: back(to(x).clip(0, None) ** power)  # noqa: E731
             yield Curve(f"the power {said} {words}".strip(), 1.5, of)
@@ -162,7 +163,7 @@ def _steps(u: np.ndarray, v: np.ndarray) -> Iterator[Curve]:
         return
     steps = np.diff(levels)
     step = float(np.median(steps[steps > 0.1 * steps.max()]))
-    count, said = told(1 / step, 1e-4 / step)
+    count, said = plainest(1 / step, 1e-4 / step)
     for how, _, rounding in ROUNDINGS:
         yield Curve(f"{how} to a multiple of 1/{said}", 1.5,
                     lambda x, rounding=rounding, count=count: rounding(x * count) / count)  # fmt: skip

@@ -1,14 +1,17 @@
 """Laws of any result, whatever computes it: along each axis where it is wrong, and what is done to it there."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice, product
 
 import numpy as np
 
 from parity.laws.base import Component, Curves, Law
-from parity.laws.order import orders
-from parity.laws.plain import told
-from parity.laws.rounded import DTYPES
+from parity.laws.change import of_values, times
+from parity.laws.fit import Fit
+from parity.laws.numbers import plainest
+from parity.laws.reordered import orders
+from parity.laws.rounding import formats
 from parity.laws.support import Span, beyond, energies, mask, sentence, spans
 
 # What a law may leave of the residual, alone and where another fault may sit on top of it.
@@ -18,7 +21,7 @@ MOST = 0.6
 # No number is read from fewer values.
 FEWEST = 4
 # From so many values it is read what is done to each; from so many of each slice what is done to that.
-SAMPLED, SLICED = 65536, 256
+SAMPLED, SLICED = 16384, 256
 # What float32 sums in another order differ by where nothing is known of it.
 NOISE = 4e-7
 Change = Callable[[np.ndarray], np.ndarray]
@@ -34,7 +37,7 @@ def _read(component: Component, got: np.ndarray) -> Iterator[Law]:
     if not own.size or own.ndim == 0 or len(component.axes) != own.ndim:
         return
     if own.shape != got.shape:
-        yield from orders(component, got)
+        yield from _ordered(component, got)
         return
     if not np.isfinite(got).all():
         yield from _not_finite(component, got)
@@ -51,7 +54,7 @@ def _read(component: Component, got: np.ndarray) -> Iterator[Law]:
     alone = False
     one, two = _sampled(own[inside], got[inside])
     level = max(relative(component) * _norm(one), LEFT * _norm(two - one))
-    for says, size, change in _changes(component, one, two):
+    for says, size, change in _changes(Fit(one, two, relative(component) * _norm(one))):
         if _norm(two - change(one)) > 1.5 * level:
             continue
         for where in ways:
@@ -61,7 +64,7 @@ def _read(component: Component, got: np.ndarray) -> Iterator[Law]:
                 alone = True
     for axis in () if alone else range(own.ndim):
         yield from _along(component, own, got, wrong, axis)
-    yield from orders(component, got, wrong)
+    yield from _ordered(component, got, wrong)
 
 
 def _sampled(own: np.ndarray, got: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +82,7 @@ def relative(component: Component) -> float:
     return max(component.rounding / norm if norm else 0.0, NOISE)
 
 
-def changed(where: Sequence[Span], says: str, size: float, change: Change) -> Law:
+def changed(where: Sequence[Span], says: str, size: float, change: Change, what: str = "the result") -> Law:
     """A law that changes the values of a part by themselves."""
 
     def apply(other: Component) -> np.ndarray | None:
@@ -89,18 +92,19 @@ def changed(where: Sequence[Span], says: str, size: float, change: Change) -> La
         with np.errstate(all="ignore"):
             return as_own(other, np.where(chosen, change(other.own.astype(np.float64)), other.own))
 
-    return Law(sentence(where, says), size + sum(span.size for span in where), apply)
+    return Law(sentence(where, says, what), size + sum(span.size for span in where), apply)
 
 
 def _plainest(
     component: Component, got: np.ndarray, where: Sequence[Span], says: str, size: float, change: Change
 ) -> Law:
     """A law of a part without what it need not say of the part: where the change changes nothing."""
-    law = changed(where, says, size, change)
+    what = component.facts.get("what", "the result")
+    law = changed(where, says, size, change, what)
     allowed = max(component.rounding, 1.001 * _left(component, got, law))
     for span in where:
         fewer = [other for other in where if other is not span]
-        wider = changed(fewer, says, size, change)
+        wider = changed(fewer, says, size, change, what)
         if _left(component, got, wider) <= allowed:
             where, law = fewer, wider
     return law
@@ -118,62 +122,41 @@ def _ways(component: Component, wrong: Sequence[np.ndarray]) -> list[tuple[Span,
     return [tuple(span for span in way if span) for way in islice(product(*options), 4)]
 
 
-def _changes(component: Component, own: np.ndarray, got: np.ndarray) -> Iterator[tuple[str, float, Change]]:
+def _changes(part: Fit) -> Iterator[tuple[str, float, Change]]:
     """What may be done to all values of a part, each by itself: what is said of it, its size, the change."""
-    rounding = relative(component) * _norm(own)
-    if _norm(got) <= 4 * rounding:
-        yield "is 0", 0.5, np.zeros_like
+    if not part.got.any():
+        yield times(0), 0.5, np.zeros_like
+    elif part.own.size < FEWEST:
+        yield from formats()
+    else:
+        yield from ((change.sentence.strip(), change.size, change.apply) for change in of_values(part))
+
+
+def _ordered(component: Component, got: np.ndarray, wrong: Sequence[np.ndarray] | None = None) -> Iterator[Law]:
+    """A result in another order, also where its first axis is three of a grid."""
+    what = f"of {component.facts['what']} " if "what" in component.facts else ""
+    for law in orders(component, got, wrong):
+        yield replace(law, sentence=f"{what}{law.sentence}")
+    laid = _gridded(component)
+    if laid is None or component.own.shape != got.shape:
         return
-    yield from _roundings()
-    if own.size < FEWEST:
-        return
-    if (square := float((own * own).sum())) and (factor := float((own * got).sum()) / square):
-        factor, said = told(factor, _within(own, got, factor * own, rounding))
-        if factor not in (0, 1):
-            yield _times(factor, said), 1, lambda x: factor * x
-    each = rounding / np.sqrt(own.size)
-    step, said = told(float((got - own).mean()), each)
-    if abs(step) > 4 * each:
-        yield f"is {said.removeprefix('-')} {'less' if step < 0 else 'more'}", 1, lambda x: x + step
-    if spread := float(own.var()):
-        slope = float(((own - own.mean()) * got).mean()) / spread
-        slope, said = told(slope, rounding / np.sqrt(square or 1.0))
-        shift, shifted = told(float(got.mean() - slope * own.mean()), each)
-        if slope not in (0, 1) and abs(shift) > 4 * each:
-            sign = "less" if shift < 0 else "more"
-            words = f"is {said} times as large and then {shifted.removeprefix('-')} {sign}"
-            yield words, 2, lambda x: slope * x + shift
-        if not np.ptp(got):
-            value, said = told(float(got.flat[0]), each)
-            yield f"is {said} everywhere", 1, lambda x: np.full_like(x, value)
-    yield "has no sign", 1, np.abs
-    yield "is 0 where it would be negative", 1, lambda x: np.maximum(x, 0)
-    yield from _clamps(own, got, each)
+    for law in orders(laid, got.reshape(laid.own.shape)):
+
+        def apply(other: Component, law: Law = law) -> np.ndarray | None:
+            given = _gridded(other)
+            result = None if given is None else law.apply(given)
+            return None if result is None else result.reshape(other.own.shape)
+
+        yield replace(law, sentence=f"{what}{law.sentence}", apply=apply)
 
 
-def _roundings() -> Iterator[tuple[str, float, Change]]:
-    for name, to in DTYPES.items():
-        yield f"is rounded to {name}", 1, to
-
-
-def _times(factor: float, said: str) -> str:
-    if factor == -1:
-        return "has the opposite sign"
-    return f"is {said} times as large"
-
-
-def _clamps(own: np.ndarray, got: np.ndarray, within: float) -> Iterator[tuple[str, float, Change]]:
-    low, least = told(float(got.min()), 4 * within)
-    high, most = told(float(got.max()), 4 * within)
-    if low == high:
-        return
-    below, above = bool((own < low - 4 * within).any()), bool((own > high + 4 * within).any())
-    if below and above:
-        yield f"is clamped to [{least}, {most}]", 2, lambda x: x.clip(low, high)
-    elif above:
-        yield f"is at most {most}", 1, lambda x: np.minimum(x, high)
-    elif below:
-        yield f"is at least {least}", 1, lambda x: np.maximum(x, low)
+def _gridded(component: Component) -> Component | None:
+    """A component with the first axis as a grid's three; None where it is none."""
+    grid, shape = component.facts.get("grid"), component.own.shape
+    if grid is None or len(shape) != 2 or int(np.prod(grid)) != shape[0]:
+        return None
+    axes = ("frame", "row", "column", component.axes[1])
+    return replace(component, own=component.own.reshape(*grid, shape[1]), axes=axes)
 
 
 def _along(
@@ -197,8 +180,8 @@ def _along(
     if not fits.any():
         return
     residual = _norm(got - own)
-    for factor, said, alike in _groups(factors, fits, errors, squares, relative(component)):
-        says = "is 0" if not factor else _times(factor, said)
+    for factor, alike in _groups(factors, fits, errors, squares, relative(component)):
+        says = times(factor)
         for where in _ways(component, [alike if i == axis else each for i, each in enumerate(others)]):
             change = lambda x, factor=factor: factor * x  # noqa: E731
             law = _plainest(component, got, where, says, 1 if factor else 0.5, change)
@@ -230,7 +213,7 @@ def _factors(own: np.ndarray, got: np.ndarray, noise: float) -> tuple[np.ndarray
 
 def _groups(
     factors: np.ndarray, fits: np.ndarray, errors: np.ndarray, squares: np.ndarray, noise: float
-) -> Iterator[tuple[float, str, np.ndarray]]:
+) -> Iterator[tuple[float, np.ndarray]]:
     """The factors that indices have in common, those that make most of the error first, at most two."""
     rest = fits.copy()
     for _ in range(2):
@@ -239,11 +222,9 @@ def _groups(
         worst = int(np.argmax(np.where(rest, errors, -1)))
         alike = rest & (np.abs(factors - factors[worst]) <= np.maximum(8 * noise, 0.02 * abs(factors[worst] - 1)))
         mean = float(np.average(factors[alike], weights=squares[alike]))
-        factor, said = told(mean, max(4 * noise / np.sqrt(alike.sum()), 1e-9))
-        if abs(mean) <= 4 * noise:
-            factor, said = 0.0, "0"
+        factor = plainest(mean, max(4 * noise / np.sqrt(alike.sum()), 1e-9))[0] if abs(mean) > 4 * noise else 0.0
         if factor != 1:
-            yield factor, said, alike
+            yield factor, alike
         rest &= ~alike
 
 
@@ -252,7 +233,7 @@ def _each_its_own(
 ) -> Iterator[Law]:
     """A factor for each index along an axis."""
     name = component.axes[axis]
-    low, high = (told(float(f(factors[factors != 1])), 1e-6)[1] for f in (np.min, np.max))
+    low, high = (plainest(float(f(factors[factors != 1])), 1e-6)[1] for f in (np.min, np.max))
 
     def apply(other: Component) -> np.ndarray | None:
         if name not in other.axes or other.own.shape[place := other.axes.index(name)] != len(factors):
@@ -282,11 +263,6 @@ def _not_finite(component: Component, got: np.ndarray) -> Iterator[Law]:
         if hit[np.ix_(*wrong)].all():
             for where in _ways(component, wrong):
                 yield changed(where, f"is {name}", 0.5, lambda x, value=value: np.full_like(x, value))
-
-
-def _within(own: np.ndarray, got: np.ndarray, fitted: np.ndarray, rounding: float) -> float:
-    """How far a factor may be from the one that fits best: what it leaves is hidden by rounding or what is left."""
-    return max(rounding, 0.2 * _norm(got - fitted)) / max(_norm(own), 1e-30) / 2
 
 
 def _left(component: Component, got: np.ndarray, law: Law) -> float:

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from parity.laws.words import chosen_like, places, rounded_to, snapped, told
+from parity.laws.numbers import snapped, told
+from parity.laws.rounding import rounded_to
+from parity.laws.support import span_of
 
 Map = Callable[[np.ndarray], np.ndarray]
 # The part of the positions that have to come out as they were found; the law itself is held against the result.
@@ -42,25 +44,25 @@ def _maps(ids: np.ndarray, found: np.ndarray, wrong: np.ndarray) -> Iterator[tup
     for dtype in ("bfloat16", "float16"):
         yield f"positions are {dtype}", 1, lambda p, dtype=dtype: rounded_to(dtype, p)
     yield "positions are counted from 0", 1, lambda p: p - p[0]
-    yield "positions are the places of the rows", 1, lambda p: np.arange(len(p), dtype=float)
+    yield "positions are the places of the tokens", 1, lambda p: np.arange(len(p), dtype=float)
     yield "positions run the other way", 1, lambda p: p[::-1]
     for step in (1, -1):
         which = "before" if step > 0 else "after"
-        yield f"every row has the position of the row {which} it", 1, lambda p, step=step: np.roll(p, step)
+        yield f"every token has the position of the token {which} it", 1, lambda p, step=step: np.roll(p, step)
     first = float(found[0])
-    yield f"positions count rows from {told(first)}", 2, lambda p: first + np.arange(len(p))
-    where = places(wrong, "row")
+    yield f"positions count tokens from {told(first)}", 2, lambda p: first + np.arange(len(p))
+    where = span_of("token", wrong)
     shifts, values = np.unique(found[wrong] - ids[wrong]), np.unique(found[wrong])
 
     if where and len(values) == 1:
         yield (
-            f"{where} read position {told(values[0])}",
+            f"{where.those} read position {told(values[0])}",
             2,
-            lambda p: np.where(chosen_like(wrong, len(p)), values[0], p),
+            lambda p: np.where(where.of(len(p)), values[0], p),
         )
     elif where and len(shifts) == 1:
         yield (
-            f"{where} are shifted by {told(shifts[0])}",
+            f"{where.those} are shifted by {told(shifts[0])}",
             2,
-            lambda p: np.where(chosen_like(wrong, len(p)), p + shifts[0], p),
+            lambda p: np.where(where.of(len(p)), p + shifts[0], p),
         )

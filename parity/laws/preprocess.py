@@ -6,8 +6,9 @@ from itertools import permutations
 import numpy as np
 
 from parity.laws.base import Component, Law
+from parity.laws.change import of_values
+from parity.laws.fit import Fit
 from parity.laws.mixture import comparable
-from parity.laws.pointwise import changes
 from parity.laws.statistics import read
 
 # Pixels that a picture is moved by, at most; and values that are looked at first.
@@ -156,8 +157,9 @@ def _values(
     if found is not None:
         yield f"are normalised by others: {found.words}", found.size, lambda other, x: _normalised(
             other, x, found.mean, found.deviation)  # fmt: skip
-    for words, size, change in changes(own, new, 1e-6):
-        yield words.replace("is ", "are ").replace("has ", "have "), size, lambda other, x, change=change: change(x)
+    for change in of_values(Fit(own.astype(np.float64), new.astype(np.float64), 1e-6 * own.size**0.5)):
+        words = change.sentence.strip().replace("is ", "are ", 1).replace("has ", "have ", 1)
+        yield words, change.size, lambda other, x, change=change: np.asarray(change.apply(x), np.float32)
     yield from _bent(component, own, new, mean, deviation)
 
 

@@ -3,15 +3,18 @@
 The angle of every pair is read from x and the result, over all heads; then what made it is told.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from parity.laws.angles import Read, read_positions, read_speeds
 from parity.laws.base import Component, Curves, Law
+from parity.laws.numbers import listed, snapped, told
 from parity.laws.positions import told_positions
-from parity.laws.words import affected, chosen_like, listed, places, rounded_to, snapped, told
+from parity.laws.rounding import rounded_to
+from parity.laws.support import Span, affected, span_of, spans
+from parity.laws.turning import Change, Turn, applied, as_pairs, read_at, turn_of, turned_in_part, with_theta
 
 # What a law may leave of the residual, beneath another; how many are told.
 LEFT_BENEATH, TOLD = 0.5, 3
@@ -19,38 +22,12 @@ LEFT_BENEATH, TOLD = 0.5, 3
 FASTEST = 64
 
 
-@dataclass(frozen=True)
-class Turn:
-    """x as complex pairs z [n, heads, f] and their table [n, f]; positions [n, f] and frequencies [f] where known."""
-
-    z: np.ndarray
-    table: np.ndarray
-    positions: np.ndarray | None
-    frequencies: np.ndarray | None
-    ids: np.ndarray | None
-    axes: np.ndarray
-    theta: float
-    dtype: str
-
-    @property
-    def turned(self) -> np.ndarray:
-        return self.z * self.table[:, None]
-
-    def by(self, angles: np.ndarray) -> np.ndarray:
-        """What comes of angles [n, f], rounded as the table is."""
-        return self.z * rounded_to(self.dtype, np.exp(1j * angles))[:, None]
-
-
-Change = Callable[[Turn], np.ndarray | None]
-"""The complex pairs [n, heads, f] that come out instead."""
-
-
 def rotary(component: Component, got: np.ndarray) -> Iterator[Law]:
     """What turns by other angles, other positions, with other signs or in another precision, and where."""
     turn = turn_of(component)
     if turn is None or got.shape != component.own.shape or not np.isfinite(got).all():
         return
-    difference = _pairs(got.astype(np.float64) - component.own)
+    difference = as_pairs(got.astype(np.float64) - component.own)
     residual = float(np.linalg.norm(difference))
     if residual <= max(component.rounding, 1e-7 * float(np.linalg.norm(turn.z))):
         return
@@ -104,7 +81,7 @@ class _Fit:
         """A change as a law where it holds: everywhere, or only where something differs; and what it leaves."""
         best: tuple[float, Law] | None = None
         for held, words in self._supports():
-            limited = _restricted(change, held)
+            limited = _restricted(change, held, self.target.shape)
             new = limited(self.turn)
             if new is None:
                 return None
@@ -116,19 +93,14 @@ class _Fit:
                 break
         return best
 
-    def _supports(self) -> Iterator[tuple[dict[int, np.ndarray], str]]:
+    def _supports(self) -> Iterator[tuple[dict[int, Span], str]]:
         yield {}, ""
-        words = {
-            0: places(self.rows, "row"),
-            1: places(self.heads, "head", ordered=False),
-            2: "" if self.pairs.all() else _of(self.pairs),
-        }
-        chosen = {0: self.rows, 1: self.heads, 2: self.pairs}
-        limited = [axis for axis in (1, 2, 0) if words[axis] and " of " not in words[axis]]
-        for axis in limited:
-            yield {axis: chosen[axis]}, words[axis]
+        sides = {1: ("head", self.heads), 2: ("frequency", self.pairs), 0: ("token", self.rows)}
+        limited = {axis: span for axis, side in sides.items() if (span := span_of(*side))}
+        for axis, span in limited.items():
+            yield {axis: span}, span.told
         if len(limited) > 1:
-            yield {axis: chosen[axis] for axis in limited}, ", ".join(words[axis] for axis in limited)
+            yield limited, ", ".join(span.told for span in limited.values())
 
     def angles(self) -> Read:
         """The table that the target was turned by, over the heads that differ, and how much it weighs [n, f]."""
@@ -137,67 +109,19 @@ class _Fit:
         return Read((target * z.conj()).sum(1) / np.maximum(weight, 1e-30), weight)
 
 
-def _restricted(change: Change, held: dict[int, np.ndarray]) -> Change:
+def _restricted(change: Change, held: dict[int, Span], shape: tuple[int, ...]) -> Change:
     def restricted(turn: Turn) -> np.ndarray | None:
         new = change(turn)
         if new is None or not held:
             return new
         where = np.ones(new.shape, bool)
-        for axis, chosen in held.items():
-            if axis and len(chosen) != new.shape[axis]:
+        for axis, span in held.items():
+            if axis and shape[axis] != new.shape[axis]:
                 return None
-            shape = [-1 if i == axis else 1 for i in range(3)]
-            where &= chosen_like(chosen, new.shape[axis]).reshape(shape)
+            where &= span.of(new.shape[axis]).reshape([-1 if i == axis else 1 for i in range(3)])
         return np.where(where, new, turn.turned)
 
     return restricted
-
-
-def applied(change: Change) -> Callable[[Component], np.ndarray | None]:
-    """A change as what a law computes: the difference that it makes is added to what is there."""
-
-    def apply(component: Component) -> np.ndarray | None:
-        turn = turn_of(component)
-        new = None if turn is None else change(turn)
-        if new is None:
-            return None
-        difference = new - turn.turned
-        return (component.own + np.concatenate([difference.real, difference.imag], -1)).astype(np.float32)
-
-    return apply
-
-
-def turn_of(component: Component) -> Turn | None:
-    """A component's pairs and table; None where it has none that fit."""
-    x, cos, sin = (component.inputs.get(name) for name in ("x", "cos", "sin"))
-    if x is None or cos is None or x.ndim != 3 or x.shape[-1] % 2 or cos.shape != (len(x), x.shape[-1] // 2):
-        return None
-    if not x.size or component.own.shape != x.shape or not np.isfinite(component.own).all():
-        return None
-    table = cos.astype(np.float64) + 1j * sin.astype(np.float64)
-    half, theta = table.shape[1], float(component.facts.get("theta", 0))
-    axes = np.asarray(component.facts.get("axes", np.zeros(half, int)))
-    dtype = "bfloat16" if np.array_equal(rounded_to("bfloat16", table), table) else "float32"
-    turn = Turn(_pairs(x.astype(np.float64)), table, None, None, None, axes, theta, dtype)
-    ids = component.inputs.get("position_ids")
-    if ids is None or theta <= 1 or len(axes) != half or axes.max() >= len(ids):
-        return turn
-    positions = ids[axes].T.astype(np.float64)
-    exact = frequencies(theta, half)
-    for speeds in (exact, rounded_to("bfloat16", exact)):
-        if np.abs(np.exp(1j * positions * speeds) - table).max() < 0.02:
-            return replace(turn, positions=positions, frequencies=speeds, ids=ids.astype(np.float64))
-    return turn
-
-
-def frequencies(theta: float, count: int) -> np.ndarray:
-    """theta ** (-i / count)."""
-    return theta ** (-np.arange(count) / count)
-
-
-def _pairs(x: np.ndarray) -> np.ndarray:
-    half = x.shape[-1] // 2
-    return x[..., :half] + 1j * x[..., half:]
 
 
 _TERMS = ("cosine of the first half", "sine of the first half", "cosine of the second half", "sine of the second half")
@@ -278,20 +202,12 @@ def _speeds(fit: _Fit) -> Iterator[Found]:
     exponents = np.arange(half) / half
     rising = slow & (speeds > 0) & (exponents > 0)
     if rising.any():
-        power = fit.number(float(np.median(-np.log(speeds[rising]) / exponents[rising])), _with_theta, 0.01)
+        power = fit.number(float(np.median(-np.log(speeds[rising]) / exponents[rising])), with_theta, 0.01)
         theta = snapped(np.exp(power), lambda number: number > 1 and (
-            fit.left(_with_theta(np.log(number))) <= max(0.5 * fit.enough, 1.05 * fit.left(_with_theta(power)))
+            fit.left(with_theta(np.log(number))) <= max(0.5 * fit.enough, 1.05 * fit.left(with_theta(power)))
         ))  # fmt: skip
-        yield f"theta is {told(theta)}", 1, _with_theta(np.log(theta)), figure
+        yield f"theta is {told(theta)}", 1, with_theta(np.log(theta)), figure
     yield from _some(fit, read, speeds, figure)
-
-
-def _with_theta(power: float) -> Change:
-    """Frequencies of another theta, by its logarithm."""
-    return lambda turn: (
-        None if turn.positions is None
-        else turn.by(turn.positions * frequencies(float(np.exp(power)), turn.positions.shape[1]))
-    )  # fmt: skip
 
 
 def _axes(fit: _Fit, read: Read) -> Iterator[Found]:
@@ -354,8 +270,7 @@ def _some(fit: _Fit, read: Read, speeds: np.ndarray, figure: Curves) -> Iterator
 
 
 def _of(chosen: np.ndarray) -> str:
-    words = places(chosen, "frequency").replace("frequencys", "frequencies").removesuffix(" alone")
-    return words if words or not chosen.all() else "all frequencies"
+    return "all frequencies" if chosen.all() else spans("frequency", chosen)[0].those
 
 
 def _verb(chosen: np.ndarray, verb: str) -> str:
@@ -378,27 +293,15 @@ def _positions(fit: _Fit) -> Iterator[Found]:
         found = read_positions(Read(read.table[:, of], read.weight[:, of]), ids, turn.frequencies[of])
         figure = Curves("Positions", "row", "position", np.arange(len(ids)), {"expected": ids, "found": found})
         for words, size, change in told_positions(ids, found):
-            yield words, size, _read_at(change, axes), figure
+            yield words, size, read_at(change, axes), figure
             if not alike:
-                yield f"{fit.names[axis]} {words}", size + 1, _read_at(change, [axis]), figure
+                yield f"{fit.names[axis]} {words}", size + 1, read_at(change, [axis]), figure
     if alike and len(axes) > 1:
         for axis in axes:
             of = turn.axes == axis
             found = read_positions(Read(read.table[:, of], read.weight[:, of]), turn.ids[axis], turn.frequencies[of])
             for words, size, change in told_positions(turn.ids[axis], found):
-                yield f"{fit.names[axis]} {words}", size + 1, _read_at(change, [axis]), None
-
-
-def _read_at(change: Callable[[np.ndarray], np.ndarray], axes: Sequence[int]) -> Change:
-    def turned(turn: Turn) -> np.ndarray | None:
-        if turn.positions is None:
-            return None
-        positions = turn.positions.copy()
-        for axis in axes:
-            positions[:, turn.axes == axis] = change(turn.ids[axis])[:, None]
-        return turn.by(positions * turn.frequencies)
-
-    return turned
+                yield f"{fit.names[axis]} {words}", size + 1, read_at(change, [axis]), None
 
 
 def _partly(fit: _Fit) -> Iterator[Found]:
@@ -410,21 +313,4 @@ def _partly(fit: _Fit) -> Iterator[Found]:
                 says = f"only {words} channels of a head are turned" + (
                     "" if own else ", with frequencies of their own"
                 )
-                yield says, 2, _part(start, size - size % 2, own), None
-
-
-def _part(start: int, size: int, own: bool) -> Change:
-    def turned(turn: Turn) -> np.ndarray | None:
-        if turn.positions is None and not own:
-            return None
-        x = np.concatenate([turn.z.real, turn.z.imag], -1)
-        inner = _pairs(x[..., start : start + size])
-        table = turn.table[:, : size // 2]
-        if not own:
-            table = np.exp(1j * turn.positions[:, : size // 2] * frequencies(turn.theta, size // 2))
-        inner = inner * table[:, None]
-        x = x.copy()
-        x[..., start : start + size] = np.concatenate([inner.real, inner.imag], -1)
-        return _pairs(x)
-
-    return turned
+                yield says, 2, turned_in_part(start, size - size % 2, own), None

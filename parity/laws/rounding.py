@@ -1,6 +1,7 @@
 """Values rounded to fewer bits: to floating point formats, and to the grids of quantization."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -18,19 +19,54 @@ FORMATS = {
 GROUPS = (16, 32, 64, 128)
 
 
+def to_bits(array: np.ndarray, kept: int, nearest: bool = True) -> np.ndarray:
+    """Float32 values of which `kept` bits of the mantissa are kept, rounded to the nearest even or cut off; float64."""
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32).astype(np.uint64)
+    dropped = np.uint64(23 - kept)
+    if nearest:
+        bits = bits + (np.uint64(1) << (dropped - np.uint64(1))) - np.uint64(1) + ((bits >> dropped) & np.uint64(1))
+    return ((bits >> dropped) << dropped).astype(np.uint32).view(np.float32).astype(np.float64).reshape(np.shape(array))
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """Values rounded to bfloat16, as float32."""
+    return to_bits(x, 7).astype(np.float32)
+
+
 def to_format(x: np.ndarray, name: str) -> np.ndarray:
-    """Values rounded to nearest even in a floating point format."""
+    """Values rounded to nearest even in a floating point format, as float64."""
+    if name in ("bfloat16", "TF32"):
+        return to_bits(x, FORMATS[name][0])
+    if name == "float16":
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).astype(np.float64)
     bits, least, most = FORMATS[name]
     exponent = np.maximum(np.floor(np.log2(np.maximum(np.abs(x), 1e-300))), least)
     step = 2.0 ** (exponent - bits)
     return np.clip(np.round(x / step) * step, -most, most)
 
 
+DTYPES: dict[str, Rounded] = {
+    **{name: partial(to_format, name=name) for name in ("bfloat16", "float16", "TF32")},
+    "bfloat16 by cutting off": partial(to_bits, kept=7, nearest=False),
+}
+"""What rounds to the dtypes that results are computed in, by their names."""
+
+
+def rounded_to(dtype: str, x: np.ndarray) -> np.ndarray:
+    """Values, real or complex, as float32 or one of DTYPES has them; float64."""
+    if np.iscomplexobj(x):
+        return rounded_to(dtype, x.real) + 1j * rounded_to(dtype, x.imag)
+    x = np.asarray(x, np.float32)
+    return x.astype(np.float64) if dtype == "float32" else DTYPES[dtype](x)
+
+
 def formats() -> Iterator[tuple[str, float, Rounded]]:
     """Every format by itself: words, size, what rounds."""
-    for name in FORMATS:
-        if name != "float4_e2m1":
-            yield f"is rounded to {name}", 1, lambda x, name=name: to_format(x, name)
+    for name in ("float8_e4m3", "float8_e5m2"):
+        yield f"is rounded to {name}", 1, partial(to_format, name=name)
+    for name, rounded in DTYPES.items():
+        yield f"is rounded to {name}", 1, rounded
 
 
 def grids(width: int) -> Iterator[tuple[str, float, Rounded]]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from parity.laws.base import Component, Law
 from parity.laws.mixture import Where, comparable, enough, mixed, put, rounded_as, spelled, summed, where
-from parity.laws.plain import told
+from parity.laws.numbers import plainest
 
 Interval = Callable[[np.ndarray, int], float]
 """The length of a step, of t at every boundary and the step's number."""
@@ -114,7 +114,7 @@ def _steps(
         for words, interval in INTERVALS.items():
             if abs(interval(times, step) - found) <= near and abs(interval(times, step) - right) > near:
                 yield _stepped(part, interval, part.says(f"the Euler step {words}"), 1)
-        times_as_long, said = told(found / right, near / abs(right))
+        times_as_long, said = plainest(found / right, near / abs(right))
         words, size = f"the Euler step is {said} times as long", 1.5
         if times_as_long in (1, -1):
             words, size = (
@@ -123,7 +123,7 @@ def _steps(
             )
         yield _stepped(part, lambda times, step: times_as_long * _at(times, step), part.says(words), size)
         if abs(right) > near:
-            length, said = told(found, near)
+            length, said = plainest(found, near)
             yield _stepped(part, lambda times, step: length, part.says(f"the Euler step is {said} long"), 2)
         return
     # What is moved along counts in intervals, what is mixed in does not.
@@ -198,7 +198,7 @@ def sum_of_parts(component: Component, got: np.ndarray) -> Iterator[Law]:
 
 def _words(words: str, what: str, plain: dict[str, float]) -> str:
     if set(plain) == {what}:
-        return f"{told(plain[what], 0)[1]} times as large" if plain[what] != -1 else "negated"
+        return f"{plainest(plain[what], 0)[1]} times as large" if plain[what] != -1 else "negated"
     if set(plain) == {what, "1"} and plain[what] == 1:
-        return f"off by {told(plain['1'], 0)[1]}"
+        return f"off by {plainest(plain['1'], 0)[1]}"
     return words.replace(" 1", "").strip() if words.endswith(" 1") and set(plain) == {"1"} else words

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from parity.laws.base import Component, Law
-from parity.laws.mixture import bfloat16, where
-from parity.laws.plain import told
-from parity.laws.rearranged import orders
+from parity.laws.mixture import where
+from parity.laws.numbers import plainest
+from parity.laws.order import fitting
+from parity.laws.rounding import bfloat16
 from parity.laws.support import spans
 
 Grid = Callable[[int], np.ndarray]
@@ -94,7 +95,7 @@ def _of_grid(
         power = np.log(t[inner]) / np.log(shifted(u, shift)[inner])
         plain_power = np.log(t[inner]) / np.log(u[inner])
     if np.ptp(odds) <= 1e-4 * odds.mean() and abs(odds.mean() - shift) > 1e-4 * shift:
-        value, said = told(float(odds.mean()), 1e-5 * odds.mean())
+        value, said = plainest(float(odds.mean()), 1e-5 * odds.mean())
         yield from law(f"the timestep shift is {said}", 1, lambda u, s: shifted(u, value))
         for says, bend in (("squared", 2.0), ("inverted", -1.0), ("its square root", 0.5)):
             if abs(shift**bend - value) < 1e-5 * value:
@@ -102,7 +103,7 @@ def _of_grid(
     for powers, says, base in ((power, "t is raised", shifted), (plain_power, "even times are not shifted but raised",
                                                                 lambda u, s: u)):  # fmt: skip
         if inner.sum() > 1 and np.ptp(powers) <= 1e-4 * abs(powers.mean()) and abs(powers.mean() - 1) > 1e-4:
-            p, said = told(float(powers.mean()), 1e-5 * abs(powers.mean()))
+            p, said = plainest(float(powers.mean()), 1e-5 * abs(powers.mean()))
             yield from law(f"{says} to the power {said}", 2, lambda u, s, p=p, base=base: base(u, s) ** p)
 
 
@@ -114,7 +115,7 @@ def _apart(component: Component, got: np.ndarray) -> Iterator[Law]:
     if len(places) == 1:
         i = int(places[0])
         last = i == len(own) - 1
-        value, said = told(float(wrong[i]), 1e-7)
+        value, said = plainest(float(wrong[i]), 1e-7)
         name = "the last t" if last else ("the first t" if not i else f"t of step {i}")
         near = [(f"that of boundary {j}", j) for j in range(len(own)) if own[j] == got[i] and j != i]
 
@@ -127,25 +128,16 @@ def _apart(component: Component, got: np.ndarray) -> Iterator[Law]:
             return new
 
         yield Law(f"{name} alone is {near[0][0] if near else said}", 2, one)
-    for moved in orders(_sources(own, wrong)):
-
-        def order(other: Component, moved=moved) -> np.ndarray | None:
-            return other.own[np.clip(moved.order(len(other.own)), 0, len(other.own) - 1)] if other.own.ndim else None
-
-        if np.array_equal(order(component), got):
-            yield Law(f"of the times {moved.words.format(many='boundaries', one='boundary')}", moved.size, order)
+    for order in fitting(own[:, None], wrong[:, None], differs):
+        if np.array_equal(order.taken(component.own, 0), got):
+            moved = lambda other, order=order: order.taken(other.own, 0) if other.own.ndim else None  # noqa: E731
+            yield Law(f"of the times {order.of_axis('boundary')}", order.size + 1, moved)
     if len(places) > 2:
         a, b = np.polyfit(own, wrong, 1)
-        (a, said_a), (b, said_b) = told(float(a), 1e-6 * abs(a)), told(float(b), 1e-6 * np.abs(wrong).max())
+        (a, said_a), (b, said_b) = plainest(float(a), 1e-6 * abs(a)), plainest(float(b), 1e-6 * np.abs(wrong).max())
         if np.abs(a * own + b - wrong).max() <= 1e-6 * np.abs(wrong).max():
             words = f"{said_a} times as large" if not b else f"{said_a} t + {said_b}"
             yield Law(f"t is {words}", 1 + bool(b), lambda other: (a * other.own + b).astype(np.float32))
-
-
-def _sources(own: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-    """Of each time the boundary whose it is; its own where it is none's."""
-    found = np.abs(wrong[:, None] - own[None]).argmin(1)
-    return np.where(own[found] == wrong, found, np.arange(len(own)))
 
 
 def of_latents(component: Component, got: np.ndarray) -> Iterator[Law]:
@@ -200,10 +192,10 @@ def of_latents(component: Component, got: np.ndarray) -> Iterator[Law]:
             mask = chosen(other)
             return None if mask is None else np.where(mask, np.float32(value), other.own)
 
-        yield Law(f"t {says}is {told(value, 1e-7)[1]}", 2 + size, constant)
+        yield Law(f"t {says}is {plainest(value, 1e-7)[1]}", 2 + size, constant)
         t = float(times[step])
         if t and value:
-            ratio, said = told(value / t, 1e-6 * value / t)
+            ratio, said = plainest(value / t, 1e-6 * value / t)
 
             def times_as_large(other: Component, chosen=chosen, ratio: float = ratio) -> np.ndarray | None:
                 mask = chosen(other)

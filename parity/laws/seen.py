@@ -12,14 +12,14 @@ import numpy as np
 
 from parity.laws.attending import Change, Scene
 from parity.laws.base import Matrices
-from parity.laws.words import listed, places, told
+from parity.laws.masks import Counts, Told, at_distance, known_masks, within
+from parity.laws.numbers import listed, told
+from parity.laws.support import spans
 
 if TYPE_CHECKING:
     from parity.laws.attention import Fit
 
 Found = tuple[str, float, Change, Matrices | None]
-Counts = Callable[[Scene], np.ndarray | None]
-"""How often each key counts for each query, [n, m]."""
 # Numbers that a system of equations may have, its unknowns, and how certain a count has to be to be told.
 NUMBERS, UNKNOWN, CERTAIN = 1 << 24, 1536, 0.2
 
@@ -27,7 +27,7 @@ NUMBERS, UNKNOWN, CERTAIN = 1 << 24, 1536, 0.2
 def seen(fit: "Fit") -> Iterator[Found]:
     """Keys that do not count, that count twice, or that should not be seen."""
     scene = fit.scene
-    for words, size, counts in _known(scene):
+    for words, size, counts in known_masks(scene):
         yield words, size, counted(counts), _figure(scene, counts)
     system = _System(fit)
     for make in (_keys, _distances, _pairs):
@@ -55,48 +55,6 @@ def _figure(scene: Scene, counts: Counts) -> Matrices | None:
         return None
     panels = {"expected": scene.mask.astype(float), "found": found.astype(float)}
     return Matrices("How often keys count", "query", "key", panels)
-
-
-Told = tuple[str, float, Counts]
-
-
-def _known(scene: Scene) -> Iterator[Told]:
-    """Masks that people make."""
-
-    def places_of(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-        return scene.places[:, None], np.arange(scene.mask.shape[1])[None]
-
-    def causal(scene: Scene) -> np.ndarray:
-        query, key = places_of(scene)
-        return scene.mask & (key <= query)
-
-    def alone(scene: Scene) -> np.ndarray:
-        query, key = places_of(scene)
-        return scene.mask & (key == query)
-
-    def own_pass(scene: Scene) -> np.ndarray:
-        return scene.mask & (places_of(scene)[1] >= scene.facts["places"].min())
-
-    yield "no key after the query is seen", 1, causal
-    yield "every key is seen", 1, lambda scene: np.ones_like(scene.mask)
-    yield "a query sees itself alone", 1, alone
-    if "places" in scene.facts and scene.facts["places"].min() > 0:
-        yield "no key before this pass is seen", 1, own_pass
-    for name in scene.labels:
-        for words, way in (
-            (f"queries see the keys of their own {name} alone", lambda q, k, mask: mask & ((q < 0) | (q == k))),
-            (f"queries see no other {name}", lambda q, k, mask: mask & ((q < 0) | (k < 0) | (q == k))),
-            (f"queries see no later {name}", lambda q, k, mask: mask & ((q < 0) | (k < 0) | (k <= q))),
-            (f"queries see no earlier {name}", lambda q, k, mask: mask & ((q < 0) | (k < 0) | (k >= q))),
-            (f"queries see all of their own {name}", lambda q, k, mask: mask | ((q >= 0) & (q == k))),
-            (f"queries see every {name}", lambda q, k, mask: mask | ((q >= 0) & (k >= 0))),
-        ):
-
-            def labelled(scene: Scene, name: str = name, way: Callable = way) -> np.ndarray | None:
-                labels = scene.labels.get(name)
-                return None if labels is None else way(labels[scene.places][:, None], labels[None], scene.mask)
-
-            yield words, 1, labelled
 
 
 class _System:
@@ -215,7 +173,7 @@ def _key(where: np.ndarray, scene: Scene) -> str:
             return f"the first {len(chosen)} keys"
         if chosen[-1] == m - 1:
             return f"the last {len(chosen)} keys"
-    return places(where, "key").removesuffix(" alone") or "all keys"
+    return spans("key", where)[0].those if len(chosen) < m else "all keys"
 
 
 def _times(value: float, many: bool) -> str:
@@ -240,15 +198,15 @@ def _distances(system: _System, scene: Scene) -> Iterator[Told]:
     gone, more = distance[known == 0], distance[hidden > 0]
     edges: list[tuple[str, Counts]] = []
     for window in _edges(gone[gone > 0], distance[(known > 0) & (distance > 0)]):
-        edges.append((f"keys more than {window - 1} tokens back are not seen", _within(back_less=window)))
-        edges.append((f"keys {window} tokens away and more are not seen", _within(back_less=window, ahead_less=window)))
+        edges.append((f"keys more than {window - 1} tokens back are not seen", within(back_less=window)))
+        edges.append((f"keys {window} tokens away and more are not seen", within(back_less=window, ahead_less=window)))
     for window in _edges(-gone[gone < 0], -distance[(known > 0) & (distance < 0)]):
         if window > 1:
-            edges.append((f"keys more than {window - 1} tokens ahead are not seen", _within(ahead_less=window)))
+            edges.append((f"keys more than {window - 1} tokens ahead are not seen", within(ahead_less=window)))
     if len(more[more < 0]):
         reach = int(-more.min())
         edges.append(
-            (f"a query also sees {'the key' if reach == 1 else f'{reach} keys'} after it", _within(ahead=reach))
+            (f"a query also sees {'the key' if reach == 1 else f'{reach} keys'} after it", within(ahead=reach))
         )
     if 0 in gone:
         edges.append(
@@ -259,7 +217,7 @@ def _distances(system: _System, scene: Scene) -> Iterator[Told]:
         at = distance[known == value]
         if len(at) <= 2:
             words = " and ".join("itself" if not d else f"{d} tokens back" if d > 0 else f"{-d} ahead" for d in at)
-            yield f"the key {words} {_times(value, False)}", len(at), _at_distance(at, value)
+            yield f"the key {words} {_times(value, False)}", len(at), at_distance(at, value)
 
 
 def _edges(gone: np.ndarray, kept: np.ndarray) -> list[int]:
@@ -269,26 +227,6 @@ def _edges(gone: np.ndarray, kept: np.ndarray) -> list[int]:
         if len(gone)
         else []
     )
-
-
-def _within(back_less: int | None = None, ahead_less: int | None = None, ahead: int | None = None) -> Counts:
-    def counts(scene: Scene) -> np.ndarray:
-        back, mask = scene.places[:, None] - np.arange(scene.mask.shape[1]), scene.mask
-        if back_less is not None:
-            mask = mask & (back < back_less)
-        if ahead_less is not None:
-            mask = mask & (-back < ahead_less)
-        return mask if ahead is None else mask | ((back < 0) & (-back <= ahead))
-
-    return counts
-
-
-def _at_distance(at: np.ndarray, value: float) -> Counts:
-    def counts(scene: Scene) -> np.ndarray:
-        back = scene.places[:, None] - np.arange(scene.mask.shape[1])
-        return np.where(scene.mask & np.isin(back, at), value, scene.mask)
-
-    return counts
 
 
 def _pairs(system: _System, scene: Scene) -> Iterator[Told]:

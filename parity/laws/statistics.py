@@ -7,7 +7,7 @@ import numpy as np
 
 from parity.laws.base import Component, Law
 from parity.laws.mixture import comparable, enough
-from parity.laws.plain import told
+from parity.laws.numbers import listed, plainest
 
 Known = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Means and deviations by whose they are."""
@@ -89,29 +89,27 @@ def _told(
             found[:] = right[order]
             whose = ", ".join(names[i] for i in order) if len(order) <= LISTED else "other channels"
             return f"the {what}s are those of {whose}", 1.5
-    values = [told(float(value), float(near)) for value, near in zip(found, off, strict=True)]
+    values = [plainest(float(value), float(near)) for value, near in zip(found, off, strict=True)]
     for i in np.flatnonzero(wrong):
         found[i] = values[i][0]
     places = np.flatnonzero(wrong)
     if len({values[i][1] for i in places}) == 1:
-        where = "" if wrong.all() else f" of {_listed([names[i] for i in places])}"
+        where = "" if wrong.all() else f" of {_channels([names[i] for i in places])}"
         alone = " alone" if len(places) == 1 and len(wrong) > 1 else ""
         return f"the {what}{where}{alone} is {values[places[0]][1]}", 1 + (0 if wrong.all() else len(places))
     ratio = found[wrong] / np.where(right[wrong] != 0, right[wrong], np.nan)
     if np.isfinite(ratio).all() and np.ptp(ratio) <= 1e-4 * abs(ratio.mean()):
-        factor, said = told(float(ratio.mean()), 1e-4 * abs(ratio.mean()))
+        factor, said = plainest(float(ratio.mean()), 1e-4 * abs(ratio.mean()))
         found[wrong] = right[wrong] * factor
         return f"the {what} is {said} times as large", 1 + (not wrong.all())
     said = [f"{values[i][1]} of {names[i]}" for i in places]
-    return f"the {what} is {_listed(said) if len(said) <= LISTED else f'another in {len(said)} channels'}", 1.0 + len(
+    return f"the {what} is {listed(said) if len(said) <= LISTED else f'another in {len(said)} channels'}", 1.0 + len(
         places
     )
 
 
-def _listed(words: Sequence[str]) -> str:
-    if len(words) > LISTED:
-        return f"{len(words)} channels"
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+def _channels(words: Sequence[str]) -> str:
+    return f"{len(words)} channels" if len(words) > LISTED else listed(words)
 
 
 def normalised(component: Component, got: np.ndarray) -> Iterator[Law]:

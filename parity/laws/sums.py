@@ -4,6 +4,7 @@ Facts: terms (the inputs that should be added, once), axes (what the axes are ca
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from parity.laws.base import Component, Law
 from parity.laws.change import changes
 from parity.laws.fit import Fit, checked
 from parity.laws.numbers import told
-from parity.laws.regions import Region, regions_of
+from parity.laws.support import regions_of
 
 AXES = ("row", "channel")
 
@@ -35,7 +36,7 @@ def proposed(component: Component, fit: Fit) -> Iterator[Law]:
         place = np.ix_(*region.indexes(fit.own.shape))
         inside = Fit(fit.own[place], fit.got[place], fit.rounding)
         for law in _of_part({name: array[place] for name, array in parts.items()}, terms, inside):
-            yield _within(region, law)
+            yield region.law(law, _inside)
     for name, array in parts.items():
         # One of the parts is changed before it is added.
         if name in terms:
@@ -51,16 +52,11 @@ def proposed(component: Component, fit: Fit) -> Iterator[Law]:
         yield Law(f"the result{change.sentence}", change.size + 0.2, lambda o, c=change: c.apply(o.own), change.figure)
 
 
-def _within(region: Region, law: Law) -> Law:
-    def apply(other: Component) -> np.ndarray | None:
-        result, found = law.apply(other), region.indexes(other.own.shape)
-        if result is None or found is None:
-            return None
-        whole, place = other.own.copy(), np.ix_(*found)
-        whole[place] = result[place]
-        return whole
-
-    return Law(law.sentence + region.words, law.size + region.size, apply, law.figure)
+def _inside(component: Component, found: list[np.ndarray]) -> Component:
+    """A sum of some of the values alone."""
+    shape, place = component.own.shape, np.ix_(*found)
+    inputs = {name: array[place] for name, array in component.inputs.items() if array.shape == shape}
+    return replace(component, inputs=inputs)
 
 
 def _of_part(parts: Mapping[str, np.ndarray], terms: Sequence[str], fit: Fit) -> Iterator[Law]:

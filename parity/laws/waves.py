@@ -9,7 +9,7 @@ import numpy as np
 from parity.laws.base import Component, Law
 from parity.laws.integers import Change, View, changes
 from parity.laws.mixture import comparable, enough
-from parity.laws.plain import told
+from parity.laws.numbers import plainest
 from parity.laws.segments import TEXT, Segment
 
 
@@ -50,7 +50,7 @@ class Waves:
         if self.period != other.period:
             words.append(f"the longest period is {self.period:.4g}")
         if self.scale != other.scale:
-            words.append(f"{what} {count} {told(self.scale, 0)[1]} times")
+            words.append(f"{what} {count} {plainest(self.scale, 0)[1]} times")
         if self.offset != other.offset:
             words.append(f"{what} {are} off by {self.offset:+.4g}")
         if self.less != other.less:
@@ -167,12 +167,12 @@ def _waves(places: np.ndarray, width: int, right: Waves, new: np.ndarray) -> Ite
             continue
         fall, start = np.polyfit(np.arange(half), np.log(slopes), 1)
         near = max(3 * float(np.std(np.log(slopes) - start - fall * np.arange(half))), 1e-5)
-        scale = told(float(np.exp(start)), near * np.exp(start))[0]
+        scale = plainest(float(np.exp(start)), near * np.exp(start))[0]
         offsets = np.angle(means[0] * np.exp(-1j * numbers[0] * slopes))
-        offset = told(float(np.median(offsets / slopes * scale)), 5e-3)[0]
+        offset = plainest(float(np.median(offsets / slopes * scale)), 5e-3)[0]
         for less in (0.0, 1.0, -1.0):
             period = float(np.exp(-fall * max(half - less, 1e-9)))
-            plain = told(period, max(near, 1e-4) * period)[0]
+            plain = plainest(period, max(near, 1e-4) * period)[0]
             yield Waves(plain, order, scale, offset, less)
             if abs(period - right.period) < 5 * near * right.period:
                 yield Waves(right.period, order, scale, offset, less)
@@ -288,5 +288,5 @@ def _searched(right: Waves, name: str, left: Callable[[Waves], float]) -> float 
     value = float((low + high) / 2)
     if at(value) > 0.3 * float(np.median(errors)):
         return None
-    plain = told(value, 1e-3 * abs(value))[0]
+    plain = plainest(value, 1e-3 * abs(value))[0]
     return plain if at(plain) <= 1.5 * at(value) + 1e-12 else value

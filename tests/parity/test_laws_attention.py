@@ -10,10 +10,11 @@ from lance_mlx.model.mot import ScaledDotProductAttention
 from parity.lance.faults.base import Fault, calls
 from parity.laws import attention as laws
 from parity.laws import rotary as turns
+from parity.laws import scoring, turning
 from parity.laws.attending import result_of, scene_of
 from parity.laws.base import Component
+from parity.laws.rounding import rounded_to
 from parity.laws.seen import counted
-from parity.laws.words import rounded_to
 
 HALF, THETA = 8, 1e6
 
@@ -24,12 +25,12 @@ def rotary(seed=0, rows=48, heads=4, dtype="float32"):
     axes = np.array([0, 0, 1, 1, 1, 2, 2, 2])
     if seed % 2:
         ids = np.tile(np.arange(rows), (3, 1))
-    angles = ids[axes].T * turns.frequencies(THETA, HALF)
+    angles = ids[axes].T * turning.frequencies(THETA, HALF)
     x = rounded_to(dtype, rng.standard_normal((rows, heads, 2 * HALF))).astype(np.float32)
     cos, sin = (rounded_to(dtype, f(angles)).astype(np.float32) for f in (np.cos, np.sin))
     facts = {"theta": THETA, "axes": axes, "axis_names": "thw"}
     inputs = {"x": x, "cos": cos, "sin": sin, "position_ids": ids.astype(np.int32)}
-    turn = turns.turn_of(Component("rotary", inputs, facts, x))
+    turn = turning.turn_of(Component("rotary", inputs, facts, x))
     own = rounded_to(dtype, joined(turn.turned)).astype(np.float32)
     noise = {"float32": 1e-7, "bfloat16": 4e-3}[dtype]
     return Component("rotary", inputs, facts, own, noise * float(np.linalg.norm(own)))
@@ -40,7 +41,7 @@ def joined(z):
 
 
 def turned(component, change, dtype="float32"):
-    return rounded_to(dtype, joined(change(turns.turn_of(component)))).astype(np.float32)
+    return rounded_to(dtype, joined(change(turning.turn_of(component)))).astype(np.float32)
 
 
 def best(fitter, component, got):
@@ -59,8 +60,8 @@ ROTATIONS = {
     "the rotation goes the other way, head 1 alone": lambda t: np.where(
         (np.arange(4) == 1)[:, None], t.z * t.table.conj()[:, None], t.turned
     ),
-    "theta is 500000": lambda t: t.by(t.positions * turns.frequencies(5e5, HALF)),
-    "theta is 1234567": lambda t: t.by(t.positions * turns.frequencies(1234567, HALF)),
+    "theta is 500000": lambda t: t.by(t.positions * turning.frequencies(5e5, HALF)),
+    "theta is 1234567": lambda t: t.by(t.positions * turning.frequencies(1234567, HALF)),
     "angles are 0.25 times as large": lambda t: t.by(t.positions * t.frequencies / 4),
     "frequency 7 does not turn": lambda t: np.where(np.arange(HALF) == 7, t.z, t.turned),
     "frequency 2 does not turn": lambda t: np.where(np.arange(HALF) == 2, t.z, t.turned),
@@ -154,15 +155,15 @@ CHANGES = {
     "queries see the keys of their own frame alone": masked(
         lambda seen, q, k: seen & (k >= 40) & ((q - 40) // 8 == (k - 40) // 8)
     ),
-    "scores are capped at 2 by tanh": laws._capped(np.float64(2)),
-    "scores are 0.9 times as large": laws._scaled(np.float64(0.9)),
-    "scores are 0.7071 times as large, head 2 alone": in_head(laws._scaled(np.float64(0.5**0.5)), 2),
-    "what is attended is 1.01 times as large, head 2 alone": in_head(laws._larger(np.float64(1.01)), 2),
-    "the softmax has one more score of 1": laws._sink(1.0),
-    "scores fall by 0.05 for every token between query and key": laws._biased(np.float64(0.05)),
-    "only the 8 highest scores of a query count": laws._highest(np.float64(8)),
+    "scores are capped at 2 by tanh": scoring.capped(np.float64(2)),
+    "scores are 0.9 times as large": scoring.scaled(np.float64(0.9)),
+    "scores are 1/sqrt(2) times as large, head 2 alone": in_head(scoring.scaled(np.float64(0.5**0.5)), 2),
+    "what is attended is 1.01 times as large, head 2 alone": in_head(scoring.larger(np.float64(1.01)), 2),
+    "the softmax has one more score of 1": scoring.sink(1.0),
+    "scores fall by 0.05 for every token between query and key": scoring.biased(np.float64(0.05)),
+    "only the 8 highest scores of a query count": scoring.highest(np.float64(8)),
     "the value of key 5 is 0": lambda s: replace(s, v=s.v * (np.arange(s.v.shape[1]) != 5)[:, None]).attended(),
-    "head 0 reads keys and values of key head 1": laws._of_key_heads(np.array([1, 0, 1, 1]), 1, 1),
+    "head 0 reads keys and values of key head 1": scoring.of_key_heads(np.array([1, 0, 1, 1]), 1, 1),
 }
 
 
@@ -180,16 +181,16 @@ def test_keys_ahead_and_queries_from_one_on_are_told():
     component = attention(3)
     window = masked(lambda seen, q, k: seen & (q - k < 8))
     late = lambda s: np.where((s.rows >= 5)[:, None], window(s), s.attended())  # noqa: E731
-    words = "keys more than 7 tokens back are not seen, queries from 5 on"
+    words = "keys more than 7 tokens back are not seen, from query 5 on"
     assert best(laws.attention, component, attended(component, late)).sentence == words
 
 
 def test_slopes_of_heads_are_told_one_by_one_and_hold_elsewhere():
     slopes = np.array([0.25, 0.0625, 2.0**-6, 2.0**-8])[:, None, None]
     component, other = attention(0), attention(5, past=30, rows=10)
-    law = best(laws.attention, component, attended(component, laws._biased(slopes)))
+    law = best(laws.attention, component, attended(component, scoring.biased(slopes)))
     assert law.sentence.startswith("scores fall by 0.25 in head 0, 0.0625 in head 1")
-    np.testing.assert_allclose(law.apply(other), attended(other, laws._biased(slopes)), atol=1e-4)
+    np.testing.assert_allclose(law.apply(other), attended(other, scoring.biased(slopes)), atol=1e-4)
 
 
 def test_keys_and_values_of_another_layer_are_recognised():
@@ -197,7 +198,7 @@ def test_keys_and_values_of_another_layer_are_recognised():
     given = (other.inputs["k"], other.inputs["v"], component.inputs["mask"])
     component.facts["others"]["layer 0"] = given
     for words, use_k, use_v in (("keys and values", 1, 1), ("values", 0, 1)):
-        got = attended(component, laws._other("layer 0", use_k, use_v))
+        got = attended(component, scoring.of_another("layer 0", use_k, use_v))
         assert best(laws.attention, component, got).sentence == f"{words} are those of layer 0"
 
 

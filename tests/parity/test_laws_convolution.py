@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from parity.laws import Component, fitted
-from parity.laws.rounded import DTYPES
+from parity.laws.rounding import DTYPES
 
 AXES = ("batch", "channel", "frame", "row", "column")
 HISTORY = 2

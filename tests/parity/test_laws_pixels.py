@@ -50,7 +50,7 @@ def unpacked(own, order):
 
 
 CHANGES = {
-    "the result is 0.5 times as large and then 0.5 more": lambda x, raw: x / 2 + np.float32(0.5),
+    "the result is 0.5 times as large plus 0.5": lambda x, raw: x / 2 + np.float32(0.5),
     "each value is x of what it is made of": lambda x, raw: raw,
     "each value is tanh(x) of what it is made of": lambda x, raw: np.tanh(raw),
     "each value is the power 0.45 of [-1, 1]": lambda x, raw: (2 * ((x + 1) / 2) ** 0.45 - 1).astype(np.float32),

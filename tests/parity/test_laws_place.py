@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from parity.laws import Component, fitted
-from parity.laws.plain import told
-from parity.laws.rounded import DTYPES
+from parity.laws.numbers import plainest
+from parity.laws.rounding import DTYPES
 from parity.laws.support import spans
 
 AXES = ("token", "head", "channel")
@@ -45,8 +45,8 @@ CHANGES = {
     "head 2 alone is 1.01 times as large": lambda x: put(x, np.s_[:, 2], lambda v: v * np.float32(1.01)),
     "channel 7 alone is 0": lambda x: put(x, np.s_[..., 7], 0),
     "from token 12 on it is 1.05 times as large": lambda x: put(x, np.s_[12:], lambda v: v * np.float32(1.05)),
-    "up to token 5 it has the opposite sign": lambda x: put(x, np.s_[:6], np.negative),
-    "in channels 3 to 5 it is 0.25 more": lambda x: put(x, np.s_[..., 3:6], lambda v: v + np.float32(0.25)),
+    "up to token 5 it is negated": lambda x: put(x, np.s_[:6], np.negative),
+    "in channels 3 to 5 it is 0.25 larger": lambda x: put(x, np.s_[..., 3:6], lambda v: v + np.float32(0.25)),
     "in even tokens it is 2 times as large": lambda x: put(x, np.s_[::2], lambda v: 2 * v),
     "in head 2, from token 12 on, it is 0": lambda x: put(x, np.s_[12:, 2], 0),
     "tokens 3 and 4 are exchanged": lambda x: put(x, np.s_[3:5], lambda v: v[::-1]),
@@ -62,13 +62,13 @@ CHANGES = {
     "every token is token 0": lambda x: np.repeat(x[:1], len(x), 0),
     "in head 1 tokens are reversed": lambda x: put(x, np.s_[:, 1], lambda v: v[::-1]),
     "tokens and heads in memory are exchanged before they are laid out": lambda x: x.swapaxes(0, 1).reshape(x.shape),
-    "channels that count as 8 by 2 are counted the other way round": lambda x: (
+    "channels are read as 8 x 2 transposed": lambda x: (
         x.reshape(24, 4, 8, 2).swapaxes(2, 3).reshape(x.shape)
     ),
-    "the result has the opposite sign": np.negative,
+    "the result is negated": np.negative,
     "the result is 2 times as large": lambda x: 2 * x,
     "the result is 1/sqrt(2) times as large": lambda x: x * np.float32(2**-0.5),
-    "the result is 0.5 times as large and then 0.5 more": lambda x: x / 2 + np.float32(0.5),
+    "the result is 0.5 times as large plus 0.5": lambda x: x / 2 + np.float32(0.5),
     "the result is clamped to [-1.5, 1.5]": lambda x: x.clip(-1.5, 1.5),
     "the result is at most 1.25": lambda x: x.clip(None, 1.25),
     "the result has no sign": np.abs,
@@ -188,14 +188,14 @@ def test_a_law_says_nothing_of_what_lacks_its_axis():
         (1.0099998, 1e-6, 1.01, "1.01"),
         (0.70711, 1e-4, 2**-0.5, "1/sqrt(2)"),
         (9999.7, 1.0, 10000.0, "10000"),
-        (1.0000002e-5, 1e-10, 1e-5, "1e-05"),
+        (1.0000002e-5, 1e-10, 1e-5, "1e-5"),
         (0.0312501, 1e-6, 1 / 32, "0.03125"),
         (3e-10, 1e-9, 0.0, "0"),
         (1.23456789, 1e-9, 1.23456789, "1.235"),
     ],
 )
 def test_numbers_are_told_as_people_write_them(value, within, number, said):
-    assert told(value, within) == (pytest.approx(number), said)
+    assert plainest(value, within) == (pytest.approx(number), said)
 
 
 @pytest.mark.parametrize(

@@ -112,10 +112,10 @@ def test_degenerate_data_raises_nothing(kind):
     ("sentence", "change"),
     [
         ("the result is 1.25 times as large", lambda y: 1.25 * y),
-        ("the result is zero in channel 7 alone", lambda y: where(y, np.s_[:, 7], lambda v: 0 * v)),
-        ("the result is zero in channels 32 to 47", lambda y: where(y, np.s_[:, 32:48], lambda v: 0 * v)),
+        ("the result is 0 in channel 7 alone", lambda y: where(y, np.s_[:, 7], lambda v: 0 * v)),
+        ("the result is 0 in channels 32 to 47", lambda y: where(y, np.s_[:, 32:48], lambda v: 0 * v)),
         ("the result is negated from row 12 on", lambda y: where(y, np.s_[12:], lambda v: -v)),
-        ("the result's row 4 stands in row 5 alone", lambda y: where(y, 5, lambda v: y[4])),
+        ("the result's row 5 is a copy of the row before it", lambda y: where(y, 5, lambda v: y[4])),
         ("the result's rows are rolled by 1", lambda y: np.roll(y, 1, 0)),
         ("the result's channels 0 to 15 and 16 to 31 are exchanged", lambda y: y[:, np.r_[16:32, 0:16, 32:96]]),
         ("the result's channels of every 32 are read as 2 x 16 transposed",
@@ -181,14 +181,14 @@ def test_part_of_a_weight_of_a_product():
     x, bias = component.inputs["x"].astype(np.float64), component.facts["bias"]
     one = where(weight, np.s_[5, 6], lambda v: 0.7)
     assert first(component, x @ one.T + bias).startswith("the weight of input 6 is 0.7 instead of ")
-    assert first(component, x @ where(weight, np.s_[:, 9], lambda v: 0 * v).T + bias) == "the weight of input 9 is zero"
+    assert first(component, x @ where(weight, np.s_[:, 9], lambda v: 0 * v).T + bias) == "the weight of input 9 is 0"
     some = where(weight, np.s_[:16], GRIDS[Q4])
-    assert first(component, x @ some.T + bias) == f"the weight {Q4} in channels 0 to 15"
+    assert first(component, x @ some.T + bias) == f"the weight {Q4} up to channel 15"
     # Where there are rows enough any matrix can be read.
     wide = components("linear", rows=400)
     shuffled = wide.facts["weight"].astype(np.float64)[:, np.random.default_rng(1).permutation(64)]
     got = wide.inputs["x"].astype(np.float64) @ shuffled.T + wide.facts["bias"]
-    assert "inputs are others" in first(wide, got)
+    assert "inputs are in another order" in first(wide, got)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -197,7 +197,7 @@ def test_biases_of_products(seed):
     bias = component.facts["bias"].astype(np.float64)
     product = component.own - bias
     assert first(component, product) == "the bias is missing"
-    assert first(component, product + 2 * bias) == "the bias is twice as large"
+    assert first(component, product + 2 * bias) == "the bias is 2 times as large"
     assert first(component, product + np.roll(bias, 1)) == "the bias's channels are rolled by 1"
     assert first(component, 1.02 * product + bias) == "the product is 1.02 times as large, but not the bias"
     assert first(component, product + where(bias, 3, lambda v: 0)).startswith("the bias is 0 instead of ")
@@ -225,7 +225,7 @@ def test_a_law_holds_of_another_call_of_the_component():
     ("sentence", "change"),
     [
         ("the weight is 1.01 times as large", lambda w: w * np.float32(1.01)),
-        ("the weight is zero in outputs 32 to 63", lambda w: where(w, np.s_[32:64], lambda v: 0 * v)),
+        ("the weight is 0 in outputs 32 to 63", lambda w: where(w, np.s_[32:64], lambda v: 0 * v)),
         ("the weight is negated in input 3 alone", lambda w: where(w, np.s_[:, 3], lambda v: -v)),
         ("the weight is 1 larger", lambda w: w + np.float32(1)),
         ("the weight's outputs are reversed", lambda w: w[::-1]),
@@ -248,7 +248,7 @@ def test_kernels():
     component = Component("weight", {}, {"name": "weight"}, kernel)
     assert first(component, kernel[..., ::-1, ::-1]) == "the weight's rows and columns are reversed"
     assert first(component, np.moveaxis(kernel, 1, -1).reshape(kernel.shape)) == "the weight is read channels first"
-    assert first(component, where(kernel, np.s_[:, :, 2], lambda v: 0 * v)) == "the weight is zero in frame 2 alone"
+    assert first(component, where(kernel, np.s_[:, :, 2], lambda v: 0 * v)) == "the weight is 0 in frame 2 alone"
 
 
 NORMS = [

@@ -1,11 +1,13 @@
 """Laws of the sampler, read from made-up inputs: guidance, Euler steps, times, noise, statistics."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from parity.laws import LAWS, Component, fitted
 from parity.laws.guidance import Renorm
-from parity.laws.mixture import bfloat16
+from parity.laws.rounding import bfloat16
 from parity.laws.schedule import shifted
 
 SEEDS = (0, 1, 2)
@@ -22,7 +24,8 @@ def arrays(seed, count=4, shape=(24, 48)):
 
 def of(kind, own, inputs, facts, rounding=1e-6):
     own = own.astype(np.float32)
-    return Component(kind, inputs, facts, own, rounding * float(np.linalg.norm(own)))
+    axes = tuple(facts.get("axes", ()))
+    return Component(kind, inputs, facts, own, rounding * float(np.linalg.norm(own)), axes)
 
 
 def mixed(cond, uncond, scale, renorm):
@@ -190,11 +193,13 @@ def test_arrays_that_are_summed_or_laid_out_otherwise_are_read(seed):
     for sentence, got in {
         "the noise is 0.5 times as large": 0.5 * noise,
         "the noise is the noise + 0.1 the clean latents": noise + 0.1 * clean,
-        "of the noise the channels are in reverse": noise[:, ::-1],
+        "of the noise channels are reversed": noise[:, ::-1],
         "of the noise channels 1 and 2 are exchanged": noise[:, [0, 2, 1, *range(3, 48)]],
-        "of the noise the latents are 1 too late, those at the end come round": np.roll(noise, 1, 0),
-        "of the noise the frames are in reverse": seen[::-1].reshape(24, 48),
-        "the noise is laid out in the order frame, column, row, channel": seen.swapaxes(1, 2).reshape(24, 48),
+        "of the noise latents are rolled by 1": np.roll(noise, 1, 0),
+        "of the noise frames are reversed": seen[::-1].reshape(24, 48),
+        "of the noise rows and columns in memory are exchanged before they are laid out": (
+            seen.swapaxes(1, 2).reshape(24, 48)
+        ),
         "the noise is clamped to [-2, 2]": np.clip(noise, -2, 2),
         "in frame 1 alone the noise is negated": np.where(np.arange(24)[:, None] < 12, noise, -noise),
         "in channel 5 alone the noise is 0": np.where(np.arange(48) == 5, 0, noise),
@@ -239,8 +244,9 @@ def test_nothing_is_read_from_what_is_right_from_noise_and_from_what_is_degenera
     ):
         assert fitted(component, component.own) == []
         assert fitted(component, rng.standard_normal(component.own.shape).astype(np.float32)) == []
-        assert fitted(component, np.full_like(component.own, np.nan)) == []
-        assert fitted(component, component.own[:1]) == []
+        assert fitted(replace(component, axes=()), np.full_like(component.own, np.nan)) == []
+        # Of known axes it is said that what is behind the first is missing.
+        assert fitted(replace(component, axes=()), component.own[:1]) == []
         for law in fitted(component, np.zeros_like(component.own)):
             assert np.linalg.norm(law.apply(component)) <= component.rounding
 

@@ -1,0 +1,174 @@
+"""What attention computes instead: other keys and values, and scores that one number changes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from parity.laws.attending import Change, Scene
+
+Family = Callable[[np.ndarray], Change]
+"""The change that a number makes; given [h, 1, 1], a number for each head."""
+
+
+def _turn(x: np.ndarray, table: np.ndarray) -> np.ndarray:
+    half = x.shape[-1] // 2
+    z = (x[..., :half] + 1j * x[..., half:]) * table
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def angled(c: np.ndarray, pair: int | None = None) -> Change:
+    """Queries and keys turned by c times the angle that they were turned by, in all pairs or in one."""
+
+    def change(scene: Scene) -> np.ndarray | None:
+        angles = scene.facts.get("angles")
+        if angles is None or (pair is not None and pair >= angles.shape[1]):
+            return None
+        more = np.exp(1j * (c - 1) * angles)
+        if pair is not None:
+            more = np.where(np.arange(angles.shape[1]) == pair, more, 1)
+        return replace(scene, q=_turn(scene.q, more[..., scene.places, :]), k=_turn(scene.k, more)).attended()
+
+    return change
+
+
+def of_another(name: str, use_k: int, use_v: int) -> Change:
+    def change(scene: Scene) -> np.ndarray | None:
+        other = scene.facts.get("others", {}).get(name)
+        if other is None:
+            return None
+        k, v = (np.repeat(x.astype(np.float64).swapaxes(0, 1), scene.group, 0) for x in other[:2])
+        if len(k) != len(scene.k) or (not (use_k and use_v) and k.shape[1] != scene.k.shape[1]):
+            return None
+        mask = other[2][scene.rows]
+        return replace(scene, k=k if use_k else scene.k, v=v if use_v else scene.v, mask=mask).attended()
+
+    return change
+
+
+def rotated(what: str, part: str, sign: int) -> Change:
+    def change(scene: Scene) -> np.ndarray | None:
+        cos, sin = scene.facts.get("cos"), scene.facts.get("sin")
+        if cos is None:
+            return None
+        table = cos.astype(np.float64) + 1j * sign * sin
+        if what == "queries":
+            return replace(scene, q=_turn(scene.q, table[scene.places])).attended()
+        first = int(scene.facts["places"].min())
+        own = np.arange(len(table)) >= first
+        table = np.where((own if "of this" in part else ~own if part else np.ones_like(own))[:, None], table, 1)
+        turned = {"values": {"v": scene.v}, "keys": {"k": scene.k}}[what]
+        return replace(scene, **{name: _turn(x, table) for name, x in turned.items()}).attended()
+
+    return change
+
+
+def rolled(step: int, use_k: int, use_v: int, own: bool = False) -> Change:
+    def change(scene: Scene) -> np.ndarray:
+        count, first = scene.k.shape[1], int(scene.facts["places"].min()) if own else 0
+        order = np.concatenate([np.arange(first), np.roll(np.arange(first, count), step)])
+        return replace(
+            scene, k=scene.k[:, order] if use_k else scene.k, v=scene.v[:, order] if use_v else scene.v
+        ).attended()
+
+    return change
+
+
+def of_key_heads(order: np.ndarray, use_k: int, use_v: int) -> Change:
+    def change(scene: Scene) -> np.ndarray | None:
+        if len(order) != len(scene.k):
+            return None
+        which = order * scene.group
+        return replace(scene, k=scene.k[which] if use_k else scene.k, v=scene.v[which] if use_v else scene.v).attended()
+
+    return change
+
+
+def scaled(c: np.ndarray) -> Change:
+    return lambda scene: scene.attended(c * scene.scores)
+
+
+def larger(c: np.ndarray) -> Change:
+    return lambda scene: c * scene.attended()
+
+
+def capped(c: np.ndarray) -> Change:
+    return lambda scene: scene.attended(c * np.tanh(scene.scores / c))
+
+
+def clipped(c: np.ndarray) -> Change:
+    return lambda scene: scene.attended(np.clip(scene.scores, -c, c))
+
+
+def limited_above(c: np.ndarray) -> Change:
+    return lambda scene: scene.attended(np.minimum(scene.scores, c))
+
+
+def sink(c: np.ndarray | float) -> Change:
+    def change(scene: Scene) -> np.ndarray:
+        total = (np.exp(np.minimum(scene.scores, 80)) * scene.mask).sum(-1, keepdims=True)
+        return scene.attended() * total / (total + np.exp(c))
+
+    return change
+
+
+def biased(c: np.ndarray) -> Change:
+    def change(scene: Scene) -> np.ndarray:
+        apart = np.abs(scene.places[:, None] - np.arange(scene.mask.shape[1]))
+        return scene.attended(scene.scores - c * apart)
+
+    return change
+
+
+def highest(c: np.ndarray) -> Change:
+    def change(scene: Scene) -> np.ndarray:
+        scores = np.where(scene.mask, scene.scores, -np.inf)
+        count = int(np.clip(np.ravel(c)[0], 1, scores.shape[-1]))
+        least = np.partition(scores, -count, -1)[..., -count, None]
+        return scene.attended(np.where(scores >= least, scores, -np.inf))
+
+    return change
+
+
+def window(c: np.ndarray) -> Change:
+    return _hidden(lambda scene, key: scene.places[:, None] - key > c)
+
+
+def without_first(c: np.ndarray) -> Change:
+    return _hidden(lambda scene, key: np.broadcast_to(key < c, scene.mask.shape))
+
+
+def without_last(c: np.ndarray) -> Change:
+    return _hidden(lambda scene, key: np.broadcast_to(key >= scene.mask.shape[1] - c, scene.mask.shape))
+
+
+def _hidden(which: Callable[[Scene, np.ndarray], np.ndarray]) -> Change:
+    def change(scene: Scene) -> np.ndarray:
+        mask = scene.mask & ~which(scene, np.arange(scene.mask.shape[1]))
+        return replace(scene, mask=np.where(mask.any(-1, keepdims=True), mask, scene.mask)).attended()
+
+    return change
+
+
+_LOG = np.geomspace(1 / 64, 64, 25)
+
+
+_COUNTS = np.array([*range(1, 17), 20, 24, 31, 32, 40, 47, 48, 50, 63, 64, 96, 99, 100, 127, 128, 255, 256], float)
+
+
+FAMILIES: tuple[tuple[str, Family, np.ndarray, bool, float | None], ...] = (
+    ("what is attended is {} times as large", larger, np.array([-1, 0, 0.5, 1, 1.5, 2, 4]), True, 1),
+    ("scores are {} times as large", scaled, np.concatenate([-_LOG[4:-4:4], [0.0], _LOG]), True, 1),
+    ("scores are capped at {} by tanh", capped, np.geomspace(0.1, 128, 22), True, None),
+    ("scores are clipped to +-{}", clipped, np.geomspace(0.1, 64, 22), True, None),
+    ("scores are at most {}", limited_above, np.linspace(-2, 16, 19), True, None),
+    ("the softmax has one more score of {}", sink, np.linspace(-8, 12, 21), True, None),
+    ("scores fall by {} for every token between query and key", biased,
+     np.concatenate([-np.geomspace(0.01, 1, 5), [0.0], np.geomspace(2**-10, 2, 23)]), True, 0),
+    ("angles of queries and keys are {} times as large", angled,
+     np.array([-1, 0, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.5, 2, 3, 4]), True, 1),
+    ("only the {} highest scores of a query count", highest, _COUNTS, False, None),
+    ("keys more than {} tokens back are not seen", window, _COUNTS, False, None),
+    ("the first {} keys are not seen", without_first, _COUNTS, False, None),
+    ("the last {} keys are not seen", without_last, _COUNTS, False, None),
+)  # fmt: skip

@@ -1,0 +1,119 @@
+"""A rotation by position as its laws see it, and what it computes instead."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from parity.laws.base import Component
+from parity.laws.rounding import rounded_to
+
+
+@dataclass(frozen=True)
+class Turn:
+    """x as complex pairs z [n, heads, f] and their table [n, f]; positions [n, f] and frequencies [f] where known."""
+
+    z: np.ndarray
+    table: np.ndarray
+    positions: np.ndarray | None
+    frequencies: np.ndarray | None
+    ids: np.ndarray | None
+    axes: np.ndarray
+    theta: float
+    dtype: str
+
+    @property
+    def turned(self) -> np.ndarray:
+        return self.z * self.table[:, None]
+
+    def by(self, angles: np.ndarray) -> np.ndarray:
+        """What comes of angles [n, f], rounded as the table is."""
+        return self.z * rounded_to(self.dtype, np.exp(1j * angles))[:, None]
+
+
+Change = Callable[[Turn], np.ndarray | None]
+"""The complex pairs [n, heads, f] that come out instead."""
+
+
+def applied(change: Change) -> Callable[[Component], np.ndarray | None]:
+    """A change as what a law computes: the difference that it makes is added to what is there."""
+
+    def apply(component: Component) -> np.ndarray | None:
+        turn = turn_of(component)
+        new = None if turn is None else change(turn)
+        if new is None:
+            return None
+        difference = new - turn.turned
+        return (component.own + np.concatenate([difference.real, difference.imag], -1)).astype(np.float32)
+
+    return apply
+
+
+def turn_of(component: Component) -> Turn | None:
+    """A component's pairs and table; None where it has none that fit."""
+    x, cos, sin = (component.inputs.get(name) for name in ("x", "cos", "sin"))
+    if x is None or cos is None or x.ndim != 3 or x.shape[-1] % 2 or cos.shape != (len(x), x.shape[-1] // 2):
+        return None
+    if not x.size or component.own.shape != x.shape or not np.isfinite(component.own).all():
+        return None
+    table = cos.astype(np.float64) + 1j * sin.astype(np.float64)
+    half, theta = table.shape[1], float(component.facts.get("theta", 0))
+    axes = np.asarray(component.facts.get("axes", np.zeros(half, int)))
+    dtype = "bfloat16" if np.array_equal(rounded_to("bfloat16", table), table) else "float32"
+    turn = Turn(as_pairs(x.astype(np.float64)), table, None, None, None, axes, theta, dtype)
+    ids = component.inputs.get("position_ids")
+    if ids is None or theta <= 1 or len(axes) != half or axes.max() >= len(ids):
+        return turn
+    positions = ids[axes].T.astype(np.float64)
+    exact = frequencies(theta, half)
+    for speeds in (exact, rounded_to("bfloat16", exact)):
+        if np.abs(np.exp(1j * positions * speeds) - table).max() < 0.02:
+            return replace(turn, positions=positions, frequencies=speeds, ids=ids.astype(np.float64))
+    return turn
+
+
+def frequencies(theta: float, count: int) -> np.ndarray:
+    """theta ** (-i / count)."""
+    return theta ** (-np.arange(count) / count)
+
+
+def as_pairs(x: np.ndarray) -> np.ndarray:
+    half = x.shape[-1] // 2
+    return x[..., :half] + 1j * x[..., half:]
+
+
+def with_theta(power: float) -> Change:
+    """Frequencies of another theta, by its logarithm."""
+    return lambda turn: (
+        None if turn.positions is None
+        else turn.by(turn.positions * frequencies(float(np.exp(power)), turn.positions.shape[1]))
+    )  # fmt: skip
+
+
+def read_at(change: Callable[[np.ndarray], np.ndarray], axes: Sequence[int]) -> Change:
+    def turned(turn: Turn) -> np.ndarray | None:
+        if turn.positions is None:
+            return None
+        positions = turn.positions.copy()
+        for axis in axes:
+            positions[:, turn.axes == axis] = change(turn.ids[axis])[:, None]
+        return turn.by(positions * turn.frequencies)
+
+    return turned
+
+
+def turned_in_part(start: int, size: int, own: bool) -> Change:
+    def turned(turn: Turn) -> np.ndarray | None:
+        if turn.positions is None and not own:
+            return None
+        x = np.concatenate([turn.z.real, turn.z.imag], -1)
+        inner = as_pairs(x[..., start : start + size])
+        table = turn.table[:, : size // 2]
+        if not own:
+            table = np.exp(1j * turn.positions[:, : size // 2] * frequencies(turn.theta, size // 2))
+        inner = inner * table[:, None]
+        x = x.copy()
+        x[..., start : start + size] = np.concatenate([inner.real, inner.imag], -1)
+        return as_pairs(x)
+
+    return turned
