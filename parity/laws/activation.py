@@ -13,7 +13,7 @@ from parity.laws import curves, linear
 from parity.laws.base import Component, Curves, Law
 from parity.laws.curves import FUNCTIONS, Function, Named, Reading
 from parity.laws.fit import Fit, checked
-from parity.laws.support import regions_of
+from parity.laws.support import names_of, regions_of
 
 Inner = Callable[["Gated"], np.ndarray]
 
@@ -50,7 +50,7 @@ def proposed(component: Component, fit: Fit) -> Iterator[Law]:
     """Laws of an activation that may be true, then those of the product behind it."""
     gated, part = Gated.of(component), linear.part_of(component, fit)
     if gated is not None and part is not None:
-        for region in regions_of(fit.own, fit.got, fit.slack, linear.AXES):
+        for region in regions_of(fit.own, fit.got, fit.slack, names_of(component, linear.AXES)):
             rows, columns = region.indexes(fit.own.shape)
             some = Gated(gated.gate[rows], gated.up[rows], gated.x[rows], gated.f)
             place = np.ix_(rows, columns)

@@ -12,7 +12,7 @@ from parity.laws.change import Change, changes
 from parity.laws.fit import Fit, checked
 from parity.laws.numbers import told
 from parity.laws.rounding import by_rows, formats, grids
-from parity.laws.support import regions_of
+from parity.laws.support import names_of, regions_of
 from parity.laws.weight import WHOLE, factors
 
 AXES = ("row", "channel")
@@ -49,12 +49,12 @@ def read(component: Component, got: np.ndarray) -> Iterator[Law]:
 
 def proposed(component: Component, fit: Fit) -> Iterator[Law]:
     """Laws of a product that may be true."""
-    for change in changes(fit.own, fit.got, fit.slack, ("row", "channel", "axis 2")[: fit.own.ndim]):
+    for change in changes(fit.own, fit.got, fit.slack, names_of(component, (*AXES, "axis 2"))):
         yield Law(f"the result{change.sentence}", change.size, _on_own(change), change.figure)
     whole = part_of(component, fit)
     if whole is None:
         return
-    for region in regions_of(fit.own, fit.got, fit.slack, AXES):
+    for region in regions_of(fit.own, fit.got, fit.slack, names_of(component, AXES)):
         rows, columns = region.indexes(fit.own.shape)
         bias = None if whole.bias is None else whole.bias[columns]
         own, there = (array[np.ix_(rows, columns)] for array in (fit.own, fit.got))

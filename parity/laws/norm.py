@@ -14,7 +14,7 @@ from parity.laws.change import changes
 from parity.laws.fit import Fit, checked
 from parity.laws.numbers import least, told
 from parity.laws.rounding import formats
-from parity.laws.support import regions_of
+from parity.laws.support import plural, regions_of
 
 # Rows that a number is sought with.
 SOUGHT = 256
@@ -70,6 +70,8 @@ def proposed(component: Component, fit: Fit) -> Iterator[Law]:
     turned = _turned(component, axis)
     own, got = (np.moveaxis(array, axis, -1) for array in (fit.own, fit.got))
     names = _names(own.ndim, axis)
+    if len(component.axes) == own.ndim:
+        names = (*component.axes[:axis], *component.axes[axis + 1 :], component.axes[axis])
     leading = tuple(range(own.ndim - 1))
     norm = Norm.of(turned)
     for region in regions_of(own, got, fit.slack, names, leading) if norm is not None else ():
@@ -230,7 +232,7 @@ def _divisors(norm: Norm, names: Sequence[str]) -> Iterator[tuple[str, float, Di
     for count in range(1, len(axes) + 1):
         for chosen in combinations(axes, count):
             if chosen != (norm.x.ndim - 1,):
-                said = " and ".join(f"{names[i]}s" for i in chosen)
+                said = " and ".join(plural(names[i]) for i in chosen)
                 yield f"the mean is over {said}", 1, lambda y, eps, a=chosen: np.sqrt(
                     np.square(y).mean(a, keepdims=True) + eps
                 ) if max(a) < y.ndim else None  # fmt: skip

@@ -12,7 +12,7 @@ from parity.laws.base import Component, Law
 from parity.laws.change import changes
 from parity.laws.fit import Fit, checked
 from parity.laws.numbers import told
-from parity.laws.support import regions_of
+from parity.laws.support import names_of, regions_of
 
 AXES = ("row", "channel")
 
@@ -24,7 +24,7 @@ def read(component: Component, got: np.ndarray) -> Iterator[Law]:
 
 def proposed(component: Component, fit: Fit) -> Iterator[Law]:
     """Laws of a sum that may be true."""
-    terms, axes = component.facts.get("terms", ()), component.facts.get("axes", AXES)
+    terms, axes = component.facts.get("terms", ()), names_of(component, component.facts.get("axes", AXES))
     if len(axes) != fit.own.ndim:
         return
     parts = {

@@ -141,6 +141,12 @@ def mask(where: Sequence[Span], axes: Sequence[str], shape: Sequence[int]) -> np
     return result
 
 
+def names_of(component: Component, otherwise: Sequence[str]) -> Sequence[str]:
+    """What the axes of a component's result are called; `otherwise` where that is not known."""
+    known = len(component.axes) == component.own.ndim
+    return component.axes if known else otherwise[: component.own.ndim]
+
+
 def energies(array: np.ndarray, axis: int) -> np.ndarray:
     """The squared norm of each slice along an axis, float64 [n]."""
     return np.einsum("ij,ij->i", *[np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1).astype(np.float64)] * 2)
