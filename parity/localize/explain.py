@@ -93,7 +93,8 @@ def _caused(
     together, amount = (best,), first
     # Integers have to be equal: most of them is no cause.
     enough = 1 - 1e-9 if _integral(site) else EXPLAINS
-    if not _agrees(site, first):
+    # Where no cause removes even a little, several together are not looked for.
+    if not _agrees(site, first) and (site.exact or first >= LEAST_PART):
         stack, reached = _stacked(site, [(h, r) for h, r, _ in ranked], failed, reads)
         if reached >= enough:
             together, amount = _needed(site, stack, reached, failed)
