@@ -48,7 +48,7 @@ class Stub:
             time.sleep(self.pause)
             callback(f"{word} ")
         self.made.append(question.question)
-        return Answer(question, question.question, (1,), question.question, 0.0)
+        return Answer(question, question.question, (1,), question.question, 0.0, 0.0)
 
 
 def Drawn(request):  # noqa: N802 - stands for a dataclass
