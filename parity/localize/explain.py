@@ -69,10 +69,10 @@ def explain(
     if known:
         return _beyond(site, [h for h in about if h not in known], known, failed)
     tried = _by_merit(site, about, failed)
-    if tried and (site.exact or _whole(site, tried[0][1])):
+    if tried:
         # What was said beforehand says more than what is read, also where several of it meet.
         causes = _caused(site, second, tried, failed, reads=False)
-        there = causes.ranked[0].second if causes.ranked else None
+        there = removed(second, causes.together, failed) if second is not None and causes.together else None
         if causes.together and (causes.agrees or sum(causes.parts) >= 1 - 1e-9) and (there is None or there >= NEARLY):
             return causes
     return _caused(site, second, _ordered(site, [*tried, *_by_merit(site, _read(site, [], failed), failed)]), failed)

@@ -82,12 +82,13 @@ def load_pipeline(variant: str, dtype: str) -> Pipeline:
 
 @cache
 def case_of(task: str, dtype: str, entry: str, demanding: bool) -> Case:
-    """A run of two steps or two tokens; a demanding one leaves a step unguided and looks at several windows."""
+    """A run of two steps or two tokens; a demanding one leaves a step unguided, looks at several windows, and answers
+    in eight tokens."""
     bundle, replay = read(task)
     request = request_from_bundle(bundle.request, entry)
     if isinstance(request, Question):
         # The full-sequence entry would go on to a multiple of 128 tokens.
-        request = replace(request, max_new_tokens=2, entry="kv_cache")
+        request = replace(request, max_new_tokens=8 if demanding else 2, entry="kv_cache")
     else:
         request = replace(request, num_steps=2, **({"guidance_interval": (0.8, 1.0)} if demanding else {}))
     if demanding and replay.vit_patches:
