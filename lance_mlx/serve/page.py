@@ -121,10 +121,9 @@ def build_page(jobs: PageJobs) -> gr.Blocks:
             }
 
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        running = go.click(run, {*fields.values(), past}, made, concurrency_limit=None, **quiet)
-        submitted = fields["prompt"].submit(run, {*fields.values(), past}, made, concurrency_limit=None, **quiet)
-        cancelled = outputs["status"]
-        stop.click(jobs.cancel, None, cancelled, cancels=[running, submitted], **quiet)
+        go.click(run, {*fields.values(), past}, made, concurrency_limit=None, **quiet)
+        fields["prompt"].submit(run, {*fields.values(), past}, made, concurrency_limit=None, **quiet)
+        stop.click(jobs.cancel, None, outputs["status"], **quiet)
         page.unload(jobs.leave)
         show.click(show_again, [past, history], list(outputs.values()), **quiet)
         replay.click(replay_settings, [past, history], list(fields.values()), **quiet)

@@ -56,8 +56,11 @@ class PageJobs:
             yield _emptied(settings["task"]), None
             async for updates in self._follow(job):
                 yield updates, None
+            if job.state is State.CANCELLED:
+                yield {"status": _said("Cancelled.")}, None
+                return
             if job.error:
-                yield {"status": _said(str(job.error), failed=job.state is State.FAILED)}, None
+                yield {"status": _said(str(job.error), failed=True)}, None
                 return
             entry = await run_in_threadpool(self._keep, job, settings)
             for old in entries[: len(entries) - _HISTORY + 1]:
@@ -98,12 +101,12 @@ class PageJobs:
             entry["file"] = str(shutil.copyfile(made, place / f"lance-{work.seed}{made.suffix}"))
         return entry
 
-    def cancel(self, request: gr.Request) -> str:
-        """Cancel what a tab has asked for."""
-        cancelled = self._jobs.get(request.session_hash, [])
-        for job in list(cancelled):
+    def cancel(self, request: gr.Request) -> Updates | str:
+        """Cancel what a tab has asked for; `run` says when it has ended."""
+        jobs = list(self._jobs.get(request.session_hash, []))
+        for job in jobs:
             self._service.worker.cancel(job)
-        return _said("Cancelled." if cancelled else "There is nothing to cancel.")
+        return gr.skip() if jobs else _said("There is nothing to cancel.")
 
     def leave(self, request: gr.Request) -> None:
         """Cancel what a tab has asked for that was closed."""

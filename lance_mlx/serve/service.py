@@ -82,7 +82,9 @@ class Service:
         """Where a job stands, in words."""
         if job.state is State.QUEUED:
             return f"in the queue, {self.worker.before(job)} before this one"
-        return str(job.progress) if job.state is State.IN_PROGRESS else str(job.state)
+        if job.state is State.IN_PROGRESS:
+            return "cancelling" if job.is_cancelled else str(job.progress)
+        return str(job.state)
 
     async def reply(self, request: HttpRequest, job: Job, result: Result) -> Response:
         """The result as JSON; where it takes long, spaces are sent ahead of it, which JSON allows.

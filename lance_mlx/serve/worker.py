@@ -97,7 +97,7 @@ class Worker:
             behind = list(self._queue)
         if waits:
             job.end(State.CANCELLED, ApiError(499, "the request was cancelled", "cancelled"))
-        for other in behind:
+        for other in [job, *behind]:
             other.tell()
 
     def _work(self) -> None:
