@@ -23,14 +23,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from blind_faults import BLIND, KINDS, BlindFault
 from tables import table
 
 from parity import memory
 from parity.bundle.reading import Bundle, find_bundles, read_bundle
 from parity.comparison.verdict import DIVERGE
 from parity.errors import ParityError
-from parity.lance.faults import BLIND, BlindFault
-from parity.lance.faults.blind import KINDS
 from parity.localize.findings import Localization
 from parity.localize.investigation import localize
 from parity.report.runner import limit_threads

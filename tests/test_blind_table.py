@@ -1,34 +1,18 @@
 """scripts/blind_table.py: the same bundles every time, nothing tried twice, and grades that hold for one text."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
+import blind_table
 import pytest
+from blind_faults import BLIND
 
 from parity.bundle.reading import read_bundle
 from parity.errors import ParityError
-from parity.lance.faults import BLIND
 from parity.localize.findings import Explanation, Finding, Localization
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ROOT / "scripts"
-
-
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location("blind_table", SCRIPTS / "blind_table.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        sys.modules.pop("blind_table", None)
 
 
 def row(fault, bundle="t2i-fp32-kv", told="", verdict="diverge", named=True):
@@ -42,40 +26,40 @@ def localized(component, removed):
     return Localization("bundle", "mlx", "t2i", "kv_cache", "float32", "diverge", "because", **empty)
 
 
-def test_every_fault_is_tried_on_two_bundles_that_differ(script):
+def test_every_fault_is_tried_on_two_bundles_that_differ():
     bundles = [read_bundle(path.parent) for path in sorted((ROOT / "oracles").glob("*/manifest.json"))]
     for fault in BLIND:
-        chosen = script.choose(fault, bundles)
-        assert chosen == script.choose(fault, bundles) and all(fault.suits(bundle) for bundle in chosen)
+        chosen = blind_table.choose(fault, bundles)
+        assert chosen == blind_table.choose(fault, bundles) and all(fault.suits(bundle) for bundle in chosen)
         assert len(chosen) == min(2, sum(fault.suits(bundle) for bundle in bundles))
         tasks = {bundle.task for bundle in bundles if fault.suits(bundle)}
         assert len({bundle.task for bundle in chosen}) == min(2, len(tasks))
 
 
-def test_only_what_explains_is_told(script):
+def test_only_what_explains_is_told():
     fault = next(fault for fault in BLIND if fault.name == "blind-rope-llama3-scaling")
-    right = script.told_of(fault, localized("layers.0.self_attn.q_rope", 0.97))
+    right = blind_table.told_of(fault, localized("layers.0.self_attn.q_rope", 0.97))
     assert right["named"] and right["told"] == "layers.0.self_attn.q_rope: turned"
     assert right["findings"][0]["removed"] == 0.97 and right["findings"][0]["second"] == 0.99
-    weak = script.told_of(fault, localized("positions", 0.5))
+    weak = blind_table.told_of(fault, localized("positions", 0.5))
     assert not weak["named"] and weak["told"] == "" and weak["findings"][0]["explanation"] == "turned"
 
 
-def test_what_was_tried_is_not_tried_again(script, tmp_path, monkeypatch, capsys):
+def test_what_was_tried_is_not_tried_again(tmp_path, monkeypatch, capsys):
     tried = []
-    monkeypatch.setattr(script, "attempt", lambda fault, bundle: tried.append(bundle) or row(fault, bundle.name))
+    monkeypatch.setattr(blind_table, "attempt", lambda fault, bundle: tried.append(bundle) or row(fault, bundle.name))
     path, only = tmp_path / "rows.jsonl", ["blind-rope-llama3*"]
-    script.try_all(path, [ROOT / "oracles"], only)
-    assert len(tried) == len(script.read_rows(path)) == 2
+    blind_table.try_all(path, [ROOT / "oracles"], only)
+    assert len(tried) == len(blind_table.read_rows(path)) == 2
     path.write_text(path.read_text().splitlines(keepends=True)[0] + '{"fault": "bl')
-    script.try_all(path, [ROOT / "oracles"], only)
-    assert len(tried) == 3 and len(script.read_rows(path)) == 2
+    blind_table.try_all(path, [ROOT / "oracles"], only)
+    assert len(tried) == 3 and len(blind_table.read_rows(path)) == 2
     assert "1/1 blind-rope-llama3-scaling on " in capsys.readouterr().err
     with pytest.raises(ParityError, match="no blind fault is called nothing"):
-        script.try_all(path, [ROOT / "oracles"], ["nothing"])
+        blind_table.try_all(path, [ROOT / "oracles"], ["nothing"])
 
 
-def test_the_table_counts_by_kind_and_grades_hold_for_one_text(script, tmp_path, monkeypatch, capsys):
+def test_the_table_counts_by_kind_and_grades_hold_for_one_text(tmp_path, monkeypatch, capsys):
     plain, small = (next(fault for fault in BLIND if fault.kind == kind) for kind in ("plain", "small"))
     rows = [row(plain, told="a: b"), row(plain, "t2v-fp32-kv", told="a: c"), row(small, verdict="agree", named=False)]
     path, grades = tmp_path / "rows.jsonl", tmp_path / "grades.json"
@@ -83,7 +67,7 @@ def test_the_table_counts_by_kind_and_grades_hold_for_one_text(script, tmp_path,
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["blind_table.py", str(path), *map(str, arguments)])
-        return script.main()
+        return blind_table.main()
 
     assert run("--ungraded", grades) == 0
     listed = json.loads(grades.read_text())

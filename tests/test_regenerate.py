@@ -1,6 +1,5 @@
 """Fixtures that the project makes are what their builders make, and what differs is named."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regenerate_oracles
 
 from parity.lance.record import record
 from parity.lance.record_options import Options, build_request
@@ -17,20 +17,6 @@ from parity.tensors.recording import Tap, read_tensors, write_tensors
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
 ORACLES = ROOT / "oracles"
-
-
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location("regenerate_oracles", SCRIPTS / "regenerate_oracles.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return module
 
 
 @pytest.fixture
@@ -51,37 +37,37 @@ def run(*names):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_what_is_stored_is_what_is_made(script):
-    for fixture in script.FIXTURES:
+def test_what_is_stored_is_what_is_made():
+    for fixture in regenerate_oracles.FIXTURES:
         if fixture.name in ("selection", "tokenizer", "recorded"):
             try:
-                _, lines = script.regenerate(fixture, ROOT)
-            except script.Skipped as reason:
+                _, lines = regenerate_oracles.regenerate(fixture, ROOT)
+            except regenerate_oracles.Skipped as reason:
                 assert "not here" in str(reason)
             else:
                 assert lines == []
 
 
-def test_without_the_captured_oracles_fixtures_are_skipped(script, monkeypatch, tmp_path):
-    monkeypatch.setattr(script, "SHARED", tmp_path)
+def test_without_the_captured_oracles_fixtures_are_skipped(monkeypatch, tmp_path):
+    monkeypatch.setattr(regenerate_oracles, "SHARED", tmp_path)
     for name in ("selection", "tokenizer"):
-        fixture = next(fixture for fixture in script.FIXTURES if fixture.name == name)
-        with pytest.raises(script.Skipped, match="not here"):
-            script.regenerate(fixture, ROOT)
+        fixture = next(fixture for fixture in regenerate_oracles.FIXTURES if fixture.name == name)
+        with pytest.raises(regenerate_oracles.Skipped, match="not here"):
+            regenerate_oracles.regenerate(fixture, ROOT)
 
 
-def test_recorded_bundles_are_made_again_byte_for_byte(script, stored):
-    fixture = next(fixture for fixture in script.FIXTURES if fixture.name == "recorded")
+def test_recorded_bundles_are_made_again_byte_for_byte(stored):
+    fixture = next(fixture for fixture in regenerate_oracles.FIXTURES if fixture.name == "recorded")
     bundle = Path("oracles") / "own"
     names = {bundle / name for name in ("manifest.json", "inputs.safetensors", "taps.safetensors")}
-    paths, lines = script.regenerate(fixture, stored)
+    paths, lines = regenerate_oracles.regenerate(fixture, stored)
     assert (set(paths), lines) == (names, [])
     # The commit and version tell when it was recorded, and are no part of what is compared.
     manifest = stored / bundle / "manifest.json"
     document = json.loads(manifest.read_text(encoding="utf-8"))
     document["source"]["commit"] = "0" * 40
     manifest.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    assert script.regenerate(fixture, stored)[1] == []
+    assert regenerate_oracles.regenerate(fixture, stored)[1] == []
     taps = read_tensors(stored / bundle / "taps.safetensors")
     taps["tokens"] = Tap(taps["tokens"].array + np.int32(1), "int32")
     write_tensors(stored / bundle / "taps.safetensors", taps)
@@ -89,7 +75,7 @@ def test_recorded_bundles_are_made_again_byte_for_byte(script, stored):
     document["checkpoint"] = "checkpoint-a"
     document["name"] = "other"
     manifest.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    lines = script.regenerate(fixture, stored)[1]
+    lines = regenerate_oracles.regenerate(fixture, stored)[1]
     assert any(line.endswith("taps.safetensors differs: 1 of 29 tensors, such as tokens") or "tokens" in line
                for line in lines)  # fmt: skip
     assert any('manifest.json differs: name is "other", made is "own"' in line for line in lines)
@@ -107,27 +93,27 @@ def test_recorded_bundles_are_made_again_byte_for_byte(script, stored):
         ("a.safetensors", b"x", b"y", "from byte 0 on"),
     ],
 )
-def test_differences_are_named(script, tmp_path, name, made, old, why):
+def test_differences_are_named(tmp_path, name, made, old, why):
     for place, data in (("made", made), ("stored", old)):
         if data is not None:
             (tmp_path / place).write_bytes(data)
-    (line,) = script.differences(tmp_path / "made", tmp_path / "stored", Path(name))
+    (line,) = regenerate_oracles.differences(tmp_path / "made", tmp_path / "stored", Path(name))
     assert why in line and line.startswith(name)
     (tmp_path / "stored").write_bytes(made)
-    assert list(script.differences(tmp_path / "made", tmp_path / "stored", Path(name))) == []
+    assert list(regenerate_oracles.differences(tmp_path / "made", tmp_path / "stored", Path(name))) == []
 
 
-def test_tensors_that_differ_are_named(script, tmp_path):
+def test_tensors_that_differ_are_named(tmp_path):
     one, two = Tap(np.ones(3, np.float32), "float32"), Tap(np.zeros(3, np.float32), "bfloat16")
     write_tensors(tmp_path / "made", {"a": one, "b": two})
     for taps, why in (({"a": one, "b": one}, "1 of 2 tensors, such as b"), ({"a": one}, "1 tensors on one side only")):
         write_tensors(tmp_path / "stored", taps)
-        (line,) = script.differences(tmp_path / "made", tmp_path / "stored", Path("x.safetensors"))
+        (line,) = regenerate_oracles.differences(tmp_path / "made", tmp_path / "stored", Path("x.safetensors"))
         assert why in line
 
 
-def test_embedding_keeps_and_lists_what_the_project_adds(script, tmp_path, monkeypatch):
-    embed = script.embed_oracles
+def test_embedding_keeps_and_lists_what_the_project_adds(tmp_path, monkeypatch):
+    embed = regenerate_oracles.embed_oracles
     monkeypatch.setattr(embed, "MAX_BYTES", 10**9)
     dest = tmp_path / "oracles"
     embed.embed(ORACLES, dest)

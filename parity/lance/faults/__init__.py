@@ -4,15 +4,12 @@
 """
 
 from parity.lance.faults.base import Fault, Patch, Target
-from parity.lance.faults.blind import BLIND, BlindFault
 from parity.lance.faults.loading import CATALOGUE, combined, load_fault
 from parity.lance.faults.profiles import PROFILES, Profile
 
 __all__ = [
-    "BLIND",
     "CATALOGUE",
     "PROFILES",
-    "BlindFault",
     "Fault",
     "Patch",
     "Profile",

@@ -26,7 +26,6 @@ from parity.lance.faults import (
     weights,
 )
 from parity.lance.faults.base import Fault, Patch, Target, together
-from parity.lance.faults.blind import BLIND
 from parity.python_file import failure, import_file
 
 _MODULES = (
@@ -49,8 +48,6 @@ _MODULES = (
 )
 CATALOGUE: dict[str, Fault] = {fault.name: fault for module in _MODULES for fault in module.FAULTS}
 """All faults by name, in the order of a run's stages."""
-_KNOWN = CATALOGUE | {fault.name: fault for fault in BLIND}
-"""Those and the blind ones, which are tried by name alone."""
 
 
 def load_fault(spec: str) -> Fault:
@@ -63,11 +60,11 @@ def load_fault(spec: str) -> Fault:
     path, colon, name = spec.rpartition(":")
     if colon and path.endswith(".py"):
         return _from_file(Path(path), name, spec)
-    if spec not in _KNOWN:
-        close = get_close_matches(spec, _KNOWN, n=1)
+    if spec not in CATALOGUE:
+        close = get_close_matches(spec, CATALOGUE, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "name one of the catalogue, or FILE.py:NAME"
         raise ParityError(f"there is no fault {spec!r}: {hint}")
-    return _KNOWN[spec]
+    return CATALOGUE[spec]
 
 
 def combined(faults: Sequence[Fault]) -> Patch:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
+from blind_faults.common import pair, plain, precision, small
 from lance_mlx.model.lance import Lance, LatentPositionEmbedding, TimestepEmbedder
 from parity.lance.faults.base import DRAWS, ENCODES, FLOAT32, VIDEOS, Patch, method, rounded, together
-from parity.lance.faults.blind.common import pair, plain, precision, small
 
 Features = Callable[[np.ndarray, int], np.ndarray]
 

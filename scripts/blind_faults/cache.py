@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
+from blind_faults.common import affine, plain, precision, small
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ArmInput, KeyValues, LayerInput
 from lance_mlx.sampling import flow
 from parity.lance.faults.base import DRAWS, Patch, function, method
-from parity.lance.faults.blind.common import affine, plain, precision, small
 
 _SDPA = "layers.*.self_attn.sdpa"
 

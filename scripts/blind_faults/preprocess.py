@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager
 import numpy as np
 from PIL import Image
 
+from blind_faults.common import pair, plain, precision, small
 from lance_mlx.media import preprocess
 from parity.lance.faults.base import ENCODES, LOOKS, Patch, Target, function, replaced, together, wrapped
-from parity.lance.faults.blind.common import pair, plain, precision, small
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SEEN = LOOKS | ENCODES

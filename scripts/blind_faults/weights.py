@@ -6,9 +6,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from lance_mlx.model.layers import Linear
-from parity.lance.faults.base import DRAWS, FLOAT32, Target, calls, parameter, together
-from parity.lance.faults.blind.common import (
+from blind_faults.common import (
     affine,
     fp8,
     half,
@@ -22,6 +20,8 @@ from parity.lance.faults.blind.common import (
     small,
     zeroed,
 )
+from lance_mlx.model.layers import Linear
+from parity.lance.faults.base import DRAWS, FLOAT32, Target, calls, parameter, together
 
 
 def _permuted(bias: mx.array) -> mx.array:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from blind_faults.common import plain, small
 from lance_mlx.media import write
 from parity.lance.faults.base import DRAWS, Patch, function
-from parity.lance.faults.blind.common import plain, small
 
 # What a recording converts is [3, frames, height, width].
 _COLOUR, _TIME, _ROW, _COLUMN = range(4)

@@ -5,6 +5,16 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
+from blind_faults.common import (
+    Change,
+    digits,
+    fp8,
+    pair,
+    parameters,
+    plain,
+    precision,
+    small,
+)
 from lance_mlx.model import vae as vae_module
 from lance_mlx.model.attention import attention
 from lance_mlx.model.vae import LatentStatistics
@@ -24,16 +34,6 @@ from parity.lance.faults.base import (
     parameter,
     rounded,
     together,
-)
-from parity.lance.faults.blind.common import (
-    Change,
-    digits,
-    fp8,
-    pair,
-    parameters,
-    plain,
-    precision,
-    small,
 )
 
 _DECODER = "vae.decoder.*"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
+from blind_faults.common import half, low_rank, outputs, pair, parameters, plain, precision, small, zeroed
 from lance_mlx.backend.numerics import Numerics
 from lance_mlx.model import windows
 from lance_mlx.model.layers import Linear
@@ -17,7 +18,6 @@ from lance_mlx.model.vit import (
 )
 from lance_mlx.model.windows import Segments
 from parity.lance.faults.base import FLOAT32, LOOKS, Patch, calls, function, together
-from parity.lance.faults.blind.common import half, low_rank, outputs, pair, parameters, plain, precision, small, zeroed
 
 _ROPE = "vit_model.blocks.*.attn.rope"
 _VIDEOS = frozenset({"x2t_video", "video_edit"})

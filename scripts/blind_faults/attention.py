@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from blind_faults.common import int8, outputs, pair, plain, precision, small
 from lance_mlx.model.mot import KeyValues, ScaledDotProductAttention
 from parity.lance.faults.base import Patch, calls
-from parity.lance.faults.blind.common import int8, outputs, pair, plain, precision, small
 
 _SDPA = "layers.*.self_attn.sdpa"
 Scores = Callable[[mx.array], mx.array]

@@ -1,9 +1,9 @@
 """Faults written without knowing what the harness can explain: what it finds of them says more than its own catalogue.
 
-They are not counted among the catalogue's; `load_fault` knows them by name.
+They are no part of the package: scripts/blind_table.py tries them.
 """
 
-from parity.lance.faults.blind import (
+from blind_faults import (
     attention,
     cache,
     embeddings,
@@ -18,7 +18,7 @@ from parity.lance.faults.blind import (
     vision,
     weights,
 )
-from parity.lance.faults.blind.common import KINDS, BlindFault
+from blind_faults.common import KINDS, BlindFault
 
 _MODULES = (
     preprocess,

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import mlx.core as mx
 import numpy as np
 
+from blind_faults.common import half, pair, plain, precision, small
 from lance_mlx.requests.request import Request
 from lance_mlx.sampling import flow, guidance, schedule
 from parity.lance.faults.base import DRAWS, FLOAT32, Patch, Target, everywhere, function, together
-from parity.lance.faults.blind.common import half, pair, plain, precision, small
 
 Times = Callable[[int, float], np.ndarray]
 Guide = Callable[[mx.array, mx.array, Request], mx.array]

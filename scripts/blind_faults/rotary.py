@@ -7,12 +7,12 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from blind_faults.common import pair, plain, precision, small
 from lance_mlx.backend.numerics import Numerics
 from lance_mlx.config import LanceConfig
 from lance_mlx.model import rope
 from lance_mlx.model.rope import Rotary, RotaryTable
 from parity.lance.faults.base import DRAWS, FLOAT32, Patch, calls, function, together
-from parity.lance.faults.blind.common import pair, plain, precision, small
 
 _TURNED = "layers.*.self_attn.?_rope"
 _LONG = 64

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from blind_faults.common import inputs, pair, parameters, plain, precision, small
 from lance_mlx.model.vae_layers import ChannelNorm
 from parity.lance.faults.base import DRAWS, FLOAT32, LOOKS, Patch, Target, calls, parameter, rounded, together
-from parity.lance.faults.blind.common import inputs, pair, parameters, plain, precision, small
 
 Norm = Callable[[mx.array, nn.RMSNorm], mx.array]
 _HEADS = ("layers.*.self_attn.q_norm*", "layers.*.self_attn.k_norm*")

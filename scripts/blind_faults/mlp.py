@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from blind_faults.common import inputs, pair, plain, small, zeroed
 from lance_mlx.model import mot
 from lance_mlx.model.layers import MLP, Linear
 from lance_mlx.model.mot import ExpertRows
 from lance_mlx.model.vit import GELU
 from parity.lance.faults.base import DRAWS, LOOKS, Patch, calls, function, together
-from parity.lance.faults.blind.common import inputs, pair, plain, small, zeroed
 
 _LLM = "layers.*.mlp*"
 _VIT = "vit_model.blocks.*.mlp*"

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from blind_faults.common import pair, plain, small
 from lance_mlx.requests.prompt_data import PROMPT_DATA
 from lance_mlx.requests.request import Entry
 from lance_mlx.sampling import text
@@ -13,7 +14,6 @@ from lance_mlx.sequence import positions, prompt
 from lance_mlx.sequence.segments import AttentionMode, Role, Segment, Sequence
 from lance_mlx.sequence.tokenizer import LanceTokenizer
 from parity.lance.faults.base import ASKS, DRAWS, EDITS, LOOKS, VIDEOS, Patch, Target, function, items, method, together
-from parity.lance.faults.blind.common import pair, plain, small
 
 Segments = list[Segment]
 Change = Callable[[Segments, LanceTokenizer], Segments]
