@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -35,18 +36,21 @@ torch.set_num_threads(1)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes `oracle` for the embedded bundles, and one of every other task of the shared ones.
 
-    What rounding does is measured anew on a machine of another kind, which takes half a minute a bundle: all of them
-    are looked at by `lance-parity run`. With `supported_oracle` the bundles of tasks that do not exist yet are left
-    out.
+    With `supported_oracle` the bundles of tasks that do not exist yet are left out, with `judged_oracle` those that are
+    not embedded unless all is asked for: nothing is kept of what rounding does there, and measuring it takes a minute
+    a bundle.
     """
     paths = {path.parent.name: path.parent for path in sorted(ORACLES.glob("*/manifest.json"))}
     for path in sorted(SHARED.glob("*/manifest.json")):
         if not any(name.partition("-")[0] == path.parent.name.partition("-")[0] for name in paths):
             paths[path.parent.name] = path.parent
     supported = {name: path for name, path in paths.items() if name.startswith(SUPPORTED_TASKS)}
-    for fixture, found in (("oracle", paths), ("supported_oracle", supported)):
+    for fixture, found in (("oracle", paths), ("supported_oracle", supported), ("judged_oracle", supported)):
         if fixture in metafunc.fixturenames:
-            metafunc.parametrize(fixture, found.values(), ids=found.keys())
+            slow = pytest.mark.exhaustive if fixture == "judged_oracle" else ()
+            values = [pytest.param(path, id=name, marks=slow if path.parent != ORACLES else ())
+                      for name, path in found.items()]  # fmt: skip
+            metafunc.parametrize(fixture, values)
 
 
 @dataclass
@@ -88,6 +92,22 @@ class ReplayedOracle:
 
     def versions(self) -> dict[str, str]:
         return {"numpy": np.__version__}
+
+
+@pytest.fixture(scope="session")
+def alone() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which rounding is measured on this machine alone, for bundles that a test makes for itself.
+
+    The processes of other processors' settings take most of the time; test_floors.py and test_measures.py have them.
+    """
+
+    @contextmanager
+    def patched() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("parity.oracle.floors.others", dict)
+            yield
+
+    return patched
 
 
 @pytest.fixture

@@ -80,10 +80,11 @@ def test_both_sides_cut_pictures_of_any_size_alike():
             assert (top, left, bottom - top, right - left) == lance_mlx.media.preprocess.crop_box(height, width, aspect)
 
 
-def test_lance_mlx_is_not_compared_with_itself(tmp_path, monkeypatch):
+def test_lance_mlx_is_not_compared_with_itself(tmp_path, monkeypatch, alone):
     options = Options(question="a", images=(GARDEN,), vit_resolution=56, max_new_tokens=2)
     bundle = record(tmp_path / "x", ORACLES / "checkpoint-a", build_request("x2t_image", options), dtype="float32")
-    assert check_bundle(bundle, "reference").verdict == check_bundle(bundle, "mlx").verdict == AGREE
+    with alone():
+        assert check_bundle(bundle, "reference").verdict == check_bundle(bundle, "mlx").verdict == AGREE
     monkeypatch.setattr(lance_mlx.media.preprocess, "_VIT_STD", IMAGENET[1])
     found = check_bundle(bundle, "mlx")
     assert found.verdict == DIVERGE and found.first_divergence["tap"] == "inputs/vit_patches0"

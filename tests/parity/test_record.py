@@ -41,6 +41,12 @@ def small(tmp_path):
     return make
 
 
+@pytest.fixture
+def unjudged(monkeypatch):
+    """What the reference recorded it computes again; to measure floors for each bundle takes long."""
+    monkeypatch.setattr("parity.oracle.verify._judge", lambda bundle, found: None)
+
+
 def manifest_of(bundle):
     return json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
 
@@ -64,9 +70,7 @@ def asked_again(oracle):
     return request
 
 
-def test_a_recorded_bundle_has_what_upstreams_has_and_both_sides_agree_with(supported_oracle, tmp_path, monkeypatch):
-    # What the reference recorded it computes again; to measure floors for each takes long.
-    monkeypatch.setattr("parity.oracle.verify._judge", lambda bundle, found: None)
+def test_a_recorded_bundle_has_what_upstreams_has_and_both_sides_agree_with(supported_oracle, tmp_path, unjudged):
     source = manifest_of(supported_oracle)["source"]
     checkpoint = supported_oracle.parent / manifest_of(supported_oracle)["checkpoint"]
     request = asked_again(supported_oracle)
@@ -89,16 +93,17 @@ def test_a_recorded_bundle_has_what_upstreams_has_and_both_sides_agree_with(supp
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_check_takes_a_recorded_bundle(small, dtype):
+def test_check_takes_a_recorded_bundle(small, dtype, alone):
     options = Options(question="what", images=(GARDEN,), vit_resolution=56, max_new_tokens=3)
     bundle = small(dtype=dtype, options=options, task="x2t_image")
     for implementation in ("mlx", "reference"):
-        result = check_bundle(bundle, implementation)
+        with alone():
+            result = check_bundle(bundle, implementation)
         assert result.verdict == AGREE and result.missing == [] and result.compared > 100
 
 
 @pytest.mark.parametrize("task", ["idip", "image_idip"])
-def test_subject_driven_requests_are_recorded_too(small, task):
+def test_subject_driven_requests_are_recorded_too(small, task, unjudged):
     options = Options(
         prompt="the bird",
         images=(GARDEN, ORACLES / "media" / "square.png"),
@@ -136,7 +141,7 @@ def test_the_seed_decides_every_byte(small, dtype):
     assert noise.dtype == dtype and abs(noise.array.std() - 1) < 0.1
 
 
-def test_taps_that_share_memory_in_the_run_are_kept_apart(small, monkeypatch):
+def test_taps_that_share_memory_in_the_run_are_kept_apart(small, monkeypatch, unjudged):
     """The first state is the noise itself, and a recorder that kept references would see later changes."""
     seen = []
 
@@ -263,7 +268,7 @@ def test_files_are_copied_beside_the_bundle_once_and_under_names_of_their_own(sm
     assert shown(small("out/d", options=within, task="x2t_image")) == "media/garden.png"
 
 
-def test_a_photo_is_turned_upright(small, tmp_path):
+def test_a_photo_is_turned_upright(small, tmp_path, unjudged):
     turned = Image.open(GARDEN)
     turned.getexif()[0x0112] = 6
     turned.save(tmp_path / "turned.png", exif=turned.getexif())

@@ -35,7 +35,7 @@ STREAM = "cond.step0/language_model.model.layers.1"
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory):
+def bundles(tmp_path_factory, alone):
     """The same request whole, as sketches, and as sketches with the residual stream whole."""
     folder = tmp_path_factory.mktemp("levels")
     values = {"prompt": "a bird", "width": 96, "height": 96, "steps": 1}
@@ -48,7 +48,8 @@ def bundles(tmp_path_factory):
     ):
         made[name] = record(folder / name, ORACLES / "checkpoint-a", request, dtype="float32", **more)
     oracle = Oracle.of(read_bundle(made["sketch"]))
-    write_floors(made["sketch"] / FLOORS, oracle, measure(oracle))
+    with alone():
+        write_floors(made["sketch"] / FLOORS, oracle, measure(oracle))
     return made
 
 
