@@ -1,8 +1,9 @@
 """What every process that runs tests loads first: PyTorch, then lance_mlx, which finds MLX an OpenBLAS."""
 
 import gc
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -21,6 +22,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # A busy machine may take any time over an example.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage --hide-scrollbars
+    --disable-background-networking --disable-component-update --disable-sync""".split()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,3 +50,35 @@ def give_back() -> Iterator[None]:
     yield
     gc.collect()
     allocator.release()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """Debian's Chromium without a window, with a profile of its own; one for the tests of a file."""
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("there is no Chromium with its driver; on Debian: apt install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser: pip install '.[test]'")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture
+def resize(browser) -> Callable[[tuple[int, int], str], None]:
+    """Gives the browser's page a size in pixels and a colour scheme."""
+
+    def resized(size: tuple[int, int], scheme: str) -> None:
+        width, height = size
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        media = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+
+    return resized

@@ -1,48 +1,20 @@
 """The page in a browser: Debian's Chromium, without a window and without a network."""
 
-import shutil
-
 import pytest
 
 pytest.importorskip("gradio", reason="the server needs its extra: pip install '.[serve,test]'")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-if CHROMIUM is None or DRIVER is None:
-    reason = "there is no Chromium with its driver to open the page in; on Debian: apt install chromium chromium-driver"
-    pytest.skip(reason, allow_module_level=True)
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser: pip install '.[test]'")
+pytest.importorskip("selenium", reason="selenium drives the browser: pip install '.[test]'")
 from selenium.webdriver.common.keys import Keys  # noqa: E402 - only where there is selenium
 
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage --hide-scrollbars
-    --disable-background-networking --disable-component-update --disable-sync""".split()
 WIDE, NARROW = (1280, 1000), (400, 900)
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """One browser for all tests, with a profile of its own."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    try:
-        yield driver
-    finally:
-        driver.quit()
-
-
 @pytest.fixture
-def page(browser, server, until):
+def page(browser, resize, server, until):
     """Opens the page anew; afterwards the browser has nothing to complain of, and the server nothing left to do."""
 
     def opened(size=WIDE, scheme="light"):
-        width, height = size
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        media = [{"name": "prefers-color-scheme", "value": scheme}]
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+        resize(size, scheme)
         browser.get(server.address)
         until(lambda: browser.find_elements("css selector", "#go"), 60)
         until(lambda: said(browser) == "Ready.")
