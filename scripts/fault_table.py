@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from fault_trials import markdown, record_more, summary, try_faults, untried
 from tables import README, replace_between
 
 from parity.bundle.reading import find_bundles, read_bundle
 from parity.cli.errors import one_line_errors
-from parity.lance.fault_table import markdown, record_more, summary, try_faults, untried
 from parity.lance.faults import CATALOGUE, load_fault
 from parity.report.runner import limit_threads
 from parity.report.terminal import progress_bar

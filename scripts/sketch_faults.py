@@ -14,10 +14,10 @@ from typing import Annotated
 
 import torch
 import typer
+from fault_trials import plan, try_fault
 
 from parity.bundle.reading import Bundle, find_bundles, read_bundle, write_bundle
 from parity.cli.errors import one_line_errors
-from parity.lance.fault_table import plan, try_fault
 from parity.lance.faults import CATALOGUE
 from parity.lance.ports import MlxPort
 from parity.lance.retention import RetentionPolicy, parted

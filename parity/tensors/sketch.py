@@ -135,28 +135,6 @@ def sketch_tensor(tensor: Any, runs: Runs | None = None) -> Sketch:
     return _sketch(flat, tuple(tensor.shape), dtype, runs, widen, project, moments)
 
 
-def sketch_mlx(array: Any, runs: Runs | None = None) -> Sketch:
-    """Sketch a float array of MLX where it lies, the sums of a block in float32; places are hashed alike."""
-    import mlx.core as mx
-
-    def project(values: Any, start: int) -> np.ndarray:
-        h = mixed(mx.arange(start, start + len(values), dtype=mx.uint32))
-        signed = mx.where(h >> 31, -values, values)
-        return np.array(mx.zeros(BUCKETS).at[h & (BUCKETS - 1)].add(signed), np.float64)
-
-    def widen(flat: Any, start: int, stop: int) -> Any:
-        return flat[start:stop].astype(mx.float32)
-
-    def moments(values: Any) -> tuple[Any, list[float]]:
-        finite = mx.isfinite(values)
-        kept = mx.where(finite, values, 0.0)
-        numbers = (finite.sum(), kept.sum(), (kept * kept).sum(), mx.abs(kept).max())
-        return kept, [float(number.item()) for number in numbers]
-
-    dtype = str(array.dtype).rpartition(".")[2]
-    return _sketch(array.reshape(-1), tuple(array.shape), dtype, runs, widen, project, moments)
-
-
 def _numpy_moments(values: np.ndarray) -> tuple[np.ndarray, list[float]]:
     finite = np.isfinite(values)
     kept = np.where(finite, values, 0.0)

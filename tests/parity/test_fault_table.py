@@ -6,11 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fault_trials import BUNDLES, Trial, judge, markdown, plan, summary, try_fault, try_faults, untried
 
 from parity.bundle.reading import read_bundle
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE
 from parity.errors import ParityError
-from parity.lance.fault_table import BUNDLES, Trial, judge, markdown, plan, summary, try_fault, try_faults, untried
 from parity.lance.faults import CATALOGUE, Fault
 from parity.lance.faults.base import Need, replaced
 from parity.localize.findings import LOCAL, STRUCTURE, Explanation, Finding, Localization
@@ -168,9 +168,9 @@ def test_trials_load_each_bundle_once_and_tell_what_they_do(oracles, monkeypatch
         told.append(name)
         return told.append
 
-    monkeypatch.setattr("parity.lance.fault_table.Oracle.of", lambda bundle: loaded.append(bundle.name) or "oracle")
-    monkeypatch.setattr("parity.lance.fault_table.MlxPort", lambda bundle: "subject")
-    monkeypatch.setattr("parity.lance.fault_table.try_fault", lambda *parts: (parts[0].name, parts[1].name, *parts[2:]))
+    monkeypatch.setattr("fault_trials.Oracle.of", lambda bundle: loaded.append(bundle.name) or "oracle")
+    monkeypatch.setattr("fault_trials.MlxPort", lambda bundle: "subject")
+    monkeypatch.setattr("fault_trials.try_fault", lambda *parts: (parts[0].name, parts[1].name, *parts[2:]))
     paths = [oracles / "t2i-fp32-kv", oracles / "t2v-bf16-kv"]
     faults = [CATALOGUE["rope-pairs"], CATALOGUE["renorm-channel"]]
     found = list(try_faults(paths, faults, start))

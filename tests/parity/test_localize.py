@@ -8,12 +8,12 @@ from unittest.mock import patch
 import mlx.core as mx
 import numpy as np
 import pytest
+from fault_trials import judge
 
 import lance_mlx.sampling.flow as flow
 from lance_mlx.model.mot import MoTModel
 from lance_mlx.model.vae_decoder import Decoder
 from parity.errors import ParityError
-from parity.lance.fault_table import judge
 from parity.lance.faults import CATALOGUE, Fault
 from parity.localize.findings import EXACT, EXPLAINS, LOCAL, STRUCTURE
 from parity.localize.investigation import Investigation, localize

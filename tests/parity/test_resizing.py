@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from fault_trials import try_fault
 
 from parity.bundle.reading import read_bundle
 from parity.hypotheses import attempt
 from parity.hypotheses.tap_probe import TapProbe
-from parity.lance.fault_table import try_fault
 from parity.lance.faults import CATALOGUE
 from parity.lance.hypotheses import resizing
 from parity.lance.names import parse

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fault_trials import try_fault
 from typer.testing import CliRunner
 
 from parity.bundle.reading import read_bundle
@@ -14,7 +15,6 @@ from parity.cli.main import app
 from parity.comparison.check import check_bundle, replayed
 from parity.comparison.compare import compare_runs
 from parity.errors import ParityError
-from parity.lance.fault_table import try_fault
 from parity.lance.faults import CATALOGUE
 from parity.lance.ports import MlxPort
 from parity.lance.record import record

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 Read = tuple[dict[str, np.ndarray], dict[str, Any]]
 STREAM, ATTENTION, MLP = "the stream", "the attention branch", "the MLP branch"
-NORMED = "the normed stream"
 
 
 def linear(site: "TapProbe") -> Read:
