@@ -119,9 +119,9 @@ class TorchReplay:
             inputs = self.pipeline.inputs(self.layout, look(self, capture))
             if self.request.understanding:
                 reader, limit = build_reader(inputs, self.pipeline.tokenizer, self.entry, self.request.max_new_tokens)
-                reader = steered(capture.follow_reader(reader), capture)
+                chosen = steered(capture.follow_reader(reader), capture, len(self.pipeline.tokenizer))
                 tokens = list(answer(reader, inputs, self.pipeline.tokenizer, limit))
-                capture.keep("tokens", torch.tensor(tokens, dtype=torch.int32))
+                capture.keep("tokens", torch.tensor([*chosen, *tokens[len(chosen) :]], dtype=torch.int32))
             else:
                 self._generate(inputs, capture)
         return capture.recording
@@ -223,23 +223,25 @@ class TorchReplay:
         decode(self, capture.observe("latent", latent), capture)
 
 
-def steered(reader: Reader, capture: TorchCapture) -> Reader:
-    """Let a reader answer the forced tokens, whatever its own logits say; as it is where none are forced."""
+def steered(reader: Reader, capture: TorchCapture, vocabulary: int) -> list[int]:
+    """Let a reader answer the forced tokens; returns a list that gets those which its own logits would choose."""
     tokens = capture.force.get("tokens")
+    own: list[int] = []
     if tokens is None:
-        return reader
+        return own
     logits = reader.logits
 
     def chosen(index: int, token: int) -> Tensor:
         computed = logits(index, token)
         if index >= len(tokens.array):
             return computed
+        own.append(int(computed[:vocabulary].argmax()))
         choice = torch.zeros_like(computed)
         choice[int(tokens.array[index])] = 1
         return choice
 
     reader.logits = chosen
-    return reader
+    return own
 
 
 def replayed_sizes(request: Request, replay: Replay) -> list[VisualSize]:
