@@ -1,6 +1,7 @@
 """Parity of lance_mlx and reference with tensors captured from bytedance/Lance."""
 
 import sys
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,9 @@ class _InOrder(MetaPathFinder):
         if name in ("lance_mlx", "mlx"):
             import torch  # noqa: F401
         if name == "mlx":
-            import lance_mlx  # noqa: F401
+            # Whoever looks whether there is an MLX, as transformers does, asks too where there is no lance_mlx.
+            with suppress(ModuleNotFoundError):
+                import lance_mlx  # noqa: F401
 
 
 sys.meta_path.insert(0, _InOrder())

@@ -106,6 +106,17 @@ print(len(names))
     assert int(result.stdout) > 0
 
 
+def test_where_there_is_no_lance_mlx_libraries_may_look_for_mlx():
+    script = """
+import importlib.util, sys
+sys.modules["lance_mlx"] = None
+import parity.lance.upstream.worker
+importlib.util.find_spec("mlx")
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_preprocessing_is_compared_with_what_knows_nothing_of_lance_mlx():
     modules = ("lance.record", "lance.derived_request", "lance.derive", "lance.hypotheses.resizing")
     script = f"""
