@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -104,8 +103,7 @@ class Port:
 
     def run(self, probe: Any) -> None:
         """Run the request as the port's command does, from the bundle's noise and visuals."""
-        asked, generate = self.bundle.request, self.pipeline.generate
-        known = inspect.signature(generate).parameters
+        asked, known = self.bundle.request, inspect.signature(self.pipeline.generate).parameters
         options = {ours: asked[theirs] for theirs, ours in OPTIONS.items() if theirs in asked and ours in known}
         given = [asked["spec"]]
         if self.task == "x2t_image":
@@ -117,7 +115,7 @@ class Port:
             options["height"], options["width"] = self.bundle.inputs["vae_pixels0"].array.shape[2:]
         with probe.attached() as code:
             (Answering if self.task == "x2t_image" else Drawing)(self, probe, code)
-            generate(*given, **options)
+            self.pipeline.generate(*given, **options)
 
     def paths(self) -> Iterator[tuple[str, nn.Module]]:
         """Its modules by their paths in the checkpoint, and its encoders and decoders by what they return."""
@@ -136,6 +134,13 @@ class Port:
         """Take values of the transformer in the dtypes that it has them in."""
         own = {self.names[name]: mx.array(value) for name, value in given.items()}
         self.model.load_weights([(name, own[name].astype(self.saved[name].dtype)) for name in own], strict=False)
+
+    def preprocessed(self, media: Path) -> dict[str, np.ndarray]:
+        """The picture that an edit starts from, in the size asked for."""
+        asked, load = self.bundle.request, getattr(self.pipeline, "_load_image_tensor", None)
+        names = asked["spec"]["interleave_array"] if load else ()
+        seen = [np.array(load(media / name, asked["height"], asked["width"])) for name in names if "media/" in name]
+        return {f"vae_pixels{i}": pixels[0].transpose(3, 0, 1, 2) for i, pixels in enumerate(seen)}
 
 
 class Run:
@@ -176,7 +181,7 @@ class Run:
 
     def module(self, path: str, out: mx.array) -> mx.array:
         if not path.startswith(LAYERS):
-            return self.other(path, out)
+            return self.outside(path, out)
         if path == f"{LAYERS}embed_tokens":
             self.gen = self.gen if len(self.gen) == out.shape[1] else np.zeros(out.shape[1], bool)
             self.calls(embedding=True)
@@ -201,12 +206,13 @@ class Drawing(Run):
         if port.task == "image_edit":
             pixels = mx.array(self.bundle.inputs["vae_pixels0"].array.transpose(1, 2, 3, 0))[None]
             code.wrap(pipeline, "_load_image_tensor", lambda original, *args, **values: pixels)
+        frames = lambda u8, around: probe.value("frames", u8.reshape(-1, *u8.shape[-3:]), axes=(3, 0, 1, 2))  # noqa: E731
         code.watch(pipeline.generate, {
             "cond_state": lambda state, around: self.states.append(state), "velocity": self.combined,
             "z_clean": lambda value, around: probe.value("vae.latent0", value[0]), "latents": self.state,
-            "z_t": self.state, "img_u8": self.frames, "frames_u8": self.frames})  # fmt: skip
+            "z_t": self.state, "img_u8": frames, "frames_u8": frames})  # fmt: skip
 
-    def plan_of(self, arm: str) -> SimpleNamespace:
+    def plan_of(self, arm: str) -> dict[str, Any]:
         """Which of the oracle's tokens an arm of the port has, and which of its own rows each call's are."""
         kept = [i for i, role in enumerate(self.roles) if not (arm == "uncond" and role == TEXT)]
         # Edits have no ViT tokens, and nothing closes the target.
@@ -214,26 +220,25 @@ class Drawing(Run):
         parts = np.split(np.where(seen, np.cumsum(seen) - 1, -1), np.cumsum(self.lengths[kept])[:-1])
         names = ["step" if i == self.target else f"prefix{n}" for n, i in enumerate(kept) if i <= self.target]
         clean = [names[n] for n, i in enumerate(kept) if self.modes[i] == CLEAN]
-        return SimpleNamespace(seen=seen, calls=dict(zip(names, parts, strict=False)), clean=clean)
+        return {"seen": seen, "calls": dict(zip(names, parts, strict=False)), "clean": clean}
 
     def calls(self, rows: dict[str, Any] | None = None, embedding: bool = False) -> None:
         """Name the calls that what follows is about, or all; none where the run has other tokens than the oracle."""
         # An arm's tokens are embedded once, for its prefix and all steps.
         plan, steps = self.plans[self.arm], range(self.steps) if embedding else [self.step]
-        fits = self.gen is not None and len(self.gen) == plan.seen.sum()
+        fits = self.gen is not None and len(self.gen) == plan["seen"].sum()
         self.probe.call({f"{self.arm}.{name.replace('step', f'step{step}')}": places
-                         for name, places in (rows or plan.calls).items() for step in steps if fits})  # fmt: skip
+                         for name, places in (rows or plan["calls"]).items() for step in steps if fits})  # fmt: skip
 
-    def cells(self, blocks: list[str]) -> None:
-        """Name blocks of latents, without their brackets."""
-        self.calls({block: np.arange(len(self.plans[self.arm].calls[block]) - 2) for block in blocks})
+    def cells(self, blocks: list[str]) -> None:  # latents without their brackets
+        self.calls({block: np.arange(len(self.plans[self.arm]["calls"][block]) - 2) for block in blocks})
 
     def ids(self, ids: list[int]) -> list[int]:
         self.arm = "uncond" if self.states else "cond"
-        return self.recorded("text_ids" if self.arm == "cond" else "text_ids.uncond", ids, self.plans[self.arm].seen)
+        return self.recorded("text_ids" if self.arm == "cond" else "text_ids.uncond", ids, self.plans[self.arm]["seen"])
 
     def positions(self, found: mx.array) -> mx.array:
-        seen = self.plans[self.arm].seen
+        seen = self.plans[self.arm]["seen"]
         if found.shape[2] != seen.sum():
             return found
         return mx.array(self.probe.integers(f"position_ids.{self.arm}", np.array(found)[:, 0], seen))[:, None]
@@ -244,7 +249,7 @@ class Drawing(Run):
         self.guided[-1], self.step = int(self.arm == "uncond"), len(self.guided) - 1
         self.gen = np.array(state["position_group"]) >= 2
         # The table's rows serve the source and the target; then each has its time and its latents, the source first.
-        self.blocks = [*self.plans[self.arm].clean, "step"]
+        self.blocks = [*self.plans[self.arm]["clean"], "step"]
         self.cells(self.blocks)
         velocity = original(pipeline, state=state, **values)
         if self.bundle.entry == "full_sequence" and all(self.guided[:-1]):
@@ -252,8 +257,7 @@ class Drawing(Run):
             velocity = self.probe.value(name, velocity.reshape(-1, 48)).reshape(velocity.shape)
         return velocity
 
-    def other(self, path: str, out: mx.array) -> mx.array:
-        """Modules outside the language model."""
+    def outside(self, path: str, out: mx.array) -> mx.array:
         if path == "time_embedder":
             block = self.blocks.pop(0)
             if self.step == 0 and self.arm == "cond" and not self.blocks:
@@ -301,9 +305,6 @@ class Drawing(Run):
             rows = self.probe.value("sampler.x_init", rows)
         return self.probe.value(f"sampler.x_t{len(self.guided)}", rows)[-(value.size // 48) :]
 
-    def frames(self, value: np.ndarray, around: dict[str, Any]) -> None:
-        self.probe.value("frames", value.reshape(-1, *value.shape[-3:]), axes=(3, 0, 1, 2))
-
 
 class Answering(Run):
     """x2t_image: the ViT, one pass over the question, then a token at a time."""
@@ -336,7 +337,7 @@ class Answering(Run):
     def positions(self, found: tuple[mx.array, Any]) -> tuple[mx.array, Any]:
         return mx.array(self.probe.integers("position_ids.cond", np.array(found[0])[:, 0]))[:, None], found[1]
 
-    def other(self, path: str, out: mx.array) -> mx.array:
+    def outside(self, path: str, out: mx.array) -> mx.array:
         if path == "language_model.lm_head":
             self.probe.call({f"cond.decode{self.passes}": [0]})
             self.passes += 1
@@ -345,6 +346,5 @@ class Answering(Run):
 
     def turned(self, out: mx.array) -> mx.array:
         """Queries, then keys, each with axes of length 1 before its rows, heads and channels."""
-        self.turns += 1
-        name = f"{self.code.path}.{'kq'[self.turns % 2]}_rope"
+        self.turns, name = self.turns + 1, f"{self.code.path}.{'qk'[self.turns % 2]}_rope"
         return self.probe.value(name, out, axes=tuple(range(out.ndim))[-3:])

@@ -103,10 +103,11 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float64 else x.float()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: str) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: str, draw: int = 0) -> Tensor:
     """Attention of q [n, heads, d] over k, v [m, kv_heads, d]; mask [n, m] bool, True where a query sees a key.
 
-    Query head i reads key/value head i // (heads / kv_heads). Returns [n, heads, d] in q's dtype.
+    Query head i reads key/value head i // (heads / kv_heads). `draw` numbers the errors of "disturbed".
+    Returns [n, heads, d] in q's dtype.
     """
     groups = q.shape[1] // k.shape[1]
     q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
@@ -119,12 +120,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: str)
         wide = torch.float64 if attention == "float64" else widened(q).dtype
         scores = q.to(wide) @ k.to(wide).transpose(1, 2) * q.shape[-1] ** -0.5
         if attention == "disturbed":
-            scores = disturbed_sums(scores, q.shape[-1])
+            scores = disturbed_sums(scores, q.shape[-1], draw)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
         weights = torch.softmax(scores, -1)
         if attention == "disturbed":
-            weights = weights * (1 + normal(weights.shape, len(k)).to(weights) * 2.0**-23)
+            weights = weights * (1 + normal(weights.shape, len(k) + draw).to(weights) * 2.0**-23)
         out = (weights @ v.to(wide)).to(q.dtype)
     return out.transpose(0, 1)
 

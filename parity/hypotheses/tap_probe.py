@@ -85,6 +85,12 @@ class TapProbe:
         """Whether the tap is an integer input or a weight, which nothing computes: only transforms matter."""
         return self.tap.name.startswith(("inputs/", "weights/"))
 
+    @property
+    def wider(self) -> "TapProbe":
+        """The same place where nothing on the way to it is rounded."""
+        given = (self.tap, self.expected, self.got, self._exact, self.floor, self.passed, self.shared, self.allowed)
+        return TapProbe(self.oracle.wider, *given)
+
     @cached_property
     def path(self) -> str:
         """The path of what computes the tap in the checkpoint, the VAE's without "vae."."""

@@ -14,7 +14,17 @@ from parity.laws.numbers import listed, snapped, told
 from parity.laws.positions import told_positions
 from parity.laws.rounding import rounded_to
 from parity.laws.support import Span, affected, span_of, spans
-from parity.laws.turning import Change, Turn, applied, as_pairs, read_at, turn_of, turned_in_part, with_theta
+from parity.laws.turning import (
+    Change,
+    Turn,
+    applied,
+    as_pairs,
+    read_at,
+    turn_of,
+    turned_in_part,
+    unrounded,
+    with_theta,
+)
 
 # What a law may leave of the residual, beneath another; how many are told.
 LEFT_BENEATH, TOLD = 0.5, 3
@@ -36,6 +46,9 @@ def rotary(component: Component, got: np.ndarray) -> Iterator[Law]:
     # A table that is made anew is rounded anew.
     rounding = max(component.rounding, 3e-7 * float(np.linalg.norm(target)))
     fit = _Fit(turn, target, rows, heads, pairs, 2 * rounding, component.facts.get("axis_names", "0123"))
+    if precise := unrounded(component, got, turn, fit.enough):
+        yield precise
+        return
     read: list[tuple[float, Law]] = []
     for make in (_signs, _tables, _speeds, _positions, _partly):
         read += [law for found in make(fit) if (law := fit.law(*found)) is not None]

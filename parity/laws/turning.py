@@ -5,8 +5,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parity.laws.base import Component
-from parity.laws.rounding import rounded_to
+from parity.laws.base import Component, Law
+from parity.laws.mixture import is_bfloat16
+from parity.laws.rounding import bfloat16, rounded_to
+
+# What a law without a number may leave of the residual.
+WHOLLY = 0.02
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,11 @@ def turn_of(component: Component) -> Turn | None:
         return turn
     positions = ids[axes].T.astype(np.float64)
     exact = frequencies(theta, half)
-    for speeds in (exact, rounded_to("bfloat16", exact)):
-        if np.abs(np.exp(1j * positions * speeds) - table).max() < 0.02:
-            return replace(turn, positions=positions, frequencies=speeds, ids=ids.astype(np.float64))
+    off = lambda speeds: np.abs(np.exp(1j * positions * speeds) - table)  # noqa: E731
+    # Of positions that are small either may be near enough.
+    speeds = min((exact, rounded_to("bfloat16", exact)), key=lambda speeds: np.linalg.norm(off(speeds)))
+    if off(speeds).max() < 0.02:
+        return replace(turn, positions=positions, frequencies=speeds, ids=ids.astype(np.float64))
     return turn
 
 
@@ -117,3 +123,35 @@ def turned_in_part(start: int, size: int, own: bool) -> Change:
         return as_pairs(x)
 
     return turned
+
+
+def unrounded(component: Component, got: np.ndarray, turn: Turn, enough: float) -> Law | None:
+    """A table in float32 where it should be rounded: then what is turned comes out in float32, or is rounded once."""
+    rounds = is_bfloat16(got)
+    if turn.positions is None or turn.dtype == "float32":
+        return None
+    own = with_theta(np.log(turn.theta))
+
+    def exact(turn: Turn) -> Turn:
+        return replace(turn, dtype="float32")
+
+    ways: dict[str, Change] = {"cosines and sines are": lambda t: exact(t).by(t.positions * t.frequencies)}
+    if not np.array_equal(turn.frequencies, frequencies(turn.theta, len(turn.frequencies))):
+        ways["frequencies are"] = own
+        ways["frequencies, cosines and sines are"] = lambda t: own(exact(t))
+    for words, change in ways.items():
+
+        def apply(other: Component, change: Change = change) -> np.ndarray | None:
+            turn = turn_of(other)
+            new = None if turn is None or turn.positions is None else change(turn)
+            if new is None:
+                return None
+            if not is_bfloat16(other.own):
+                return applied(change)(other)
+            values = np.concatenate([new.real, new.imag], -1).astype(np.float32)
+            return bfloat16(values) if rounds else values
+
+        left = float(np.linalg.norm(got.astype(np.float64) - apply(component)))
+        if left <= max(enough, WHOLLY * float(np.linalg.norm(got.astype(np.float64) - component.own))):
+            return Law(f"{words} float32", 0.5 + 0.1 * words.count(" "), apply)
+    return None

@@ -56,6 +56,8 @@ FEWEST_TAPS = 10
 SHOWN = 8
 # Taps of one kind that an explanation is tried on before it is believed for all of them.
 SAMPLED = 4
+# Explanations that say no more of a component than that its result is wider.
+WIDE_ONLY = ("is not rounded", "and the result are not rounded", "rounds only its result")
 _NOTHING = Observed({}, {}, {})
 Progress = Callable[[str], None]
 
@@ -249,7 +251,7 @@ class Investigation:
         for alike in kinds.values():
             sites = [self._site(replace(named[name], mismatch=None), wider.right) for name in alike[:2]]
             causes = explain(sites[0], sites[1] if sites[1:] else None, self.hypotheses)
-            if causes.together and not causes.together[0].name.endswith(("is not rounded", "rounds only its result")):
+            if causes.together and not causes.together[0].name.endswith(WIDE_ONLY):
                 first = (named[alike[0]], causes, [])
                 apart.setdefault(causes.together[0].name, first)[2].extend(alike)
         told = {name for _, _, alike in apart.values() for name in alike}
@@ -333,6 +335,10 @@ class Investigation:
         second = self._site(alike[0], recording) if alike else None
         self.tell(f"hypotheses about {first.tap.component}")
         causes = explain(site, second, self.hypotheses)
+        others = [tap for tap in alike[1:] if tap.tap.arm != alike[0].tap.arm]
+        if not causes.together and others:
+            # The second may have a cause of its own.
+            causes = explain(site, self._site(others[0], recording), self.hypotheses)
         covered = self._covered(first, wrong[1:], causes, compared[_kind(first)], recording)
         slices, place = self._slices(site)
         difference = compare(self.oracle.own[name], recording[name], first.tap.most)

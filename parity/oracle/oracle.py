@@ -1,6 +1,6 @@
 """The oracle of a bundle: what upstream computed, and finer taps of the reference computed from it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -59,6 +59,14 @@ class Oracle:
     def source(self, name: str) -> str:
         """Whose value a tap is: upstream or reference."""
         return UPSTREAM if name in self.bundle.expected else REFERENCE
+
+    @cached_property
+    def wider(self) -> "Oracle":
+        """The same with all that is computed left in float32, of the weights and taps that the policy rounds."""
+        passes = {
+            n: replace(tap, dtype="float32") if tap.dtype == "bfloat16" else tap for n, tap in self.passes.items()
+        }
+        return replace(self, run=definition().load_wider(self.bundle, "float32"), passes=passes)
 
     @cached_property
     def contract(self) -> Contract:

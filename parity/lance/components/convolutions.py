@@ -1,6 +1,7 @@
 """The VAE's convolutions: what they read, frames of the chunk before included, and how they pad."""
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from parity.hypotheses.base import DoesNotApply, recomputed
 from parity.lance.components.base import Known, array_of, parameter
 from parity.lance.hypotheses.tools import around, module_of
 from parity.lance.hypotheses.vae_stages import held_by
+from parity.laws.rounding import bfloat16
 from reference.vae_encoder import Downsample
 from reference.vae_layers import CausalConv3d, Conv2d
 
@@ -50,7 +52,17 @@ def convolution(site: "TapProbe") -> tuple[dict[str, np.ndarray], dict[str, Any]
     if site.expected.ndim != 5 or x.shape[2] < frames:
         raise DoesNotApply
     facts = {"weight": weight, "bias": parameter(module, "bias"), "stride": strides, "pads": pads, "history": history}
+    if site.dtype != "float32":
+        facts["read_once"] = cache(partial(_read_once, site))
     return {"x": array_of(x)}, facts
+
+
+def _read_once(site: "TapProbe") -> np.ndarray | None:
+    """What a convolution reads where all between the taps before it is computed in float32 and rounded in the end."""
+    try:
+        return bfloat16(convolution(site.wider)[0]["x"])
+    except DoesNotApply:
+        return None
 
 
 def _downsamples(site: "TapProbe") -> bool:

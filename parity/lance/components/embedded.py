@@ -154,7 +154,9 @@ def hidden_in(site: "TapProbe") -> Read:
     if seen.any() and vit is not None and len(vit) == len(site.layout.vit_rows):
         order = np.searchsorted(np.sort(site.layout.vit_rows), rows[seen])
         parts["the ViT's tokens"] = _spread(vit[order], seen, site.expected.shape)
-    return parts, {"axes": ROWS, "what": "the input embedding"}
+    added = {name: gen for name in parts} | {"the tokens' embeddings": ~gen & ~seen, "the ViT's tokens": seen}
+    facts = {"axes": ROWS, "what": "the input embedding", "added": {name: added[name] for name in parts}}
+    return parts, facts
 
 
 def _spread(value: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

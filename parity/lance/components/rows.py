@@ -28,7 +28,7 @@ def linear(site: "TapProbe") -> Read:
 
 
 def norm(site: "TapProbe") -> Read:
-    """x [n, ..., channels]; weight [channels], eps, axis of the channels."""
+    """x [n, ..., channels]; weight [channels], eps, axis of the channels; by_length: x over its length."""
     if not isinstance(module_of(site), (reference.mot.RMSNorm, reference.vae_layers.RMSNorm)):
         raise DoesNotApply
     module, (x, *_) = called_with(site)
@@ -37,7 +37,7 @@ def norm(site: "TapProbe") -> Read:
     if x.ndim == 4 and site.expected.ndim == 5:
         # Frame by frame, [T, C, H, W], where the tap has the frames third.
         x = x.swapaxes(0, 1)[None]
-    return {"x": x}, {"weight": parameter(module, "gamma").ravel(), "eps": 0.0, "axis": 1}
+    return {"x": x}, {"weight": parameter(module, "gamma").ravel(), "eps": 0.0, "axis": 1, "by_length": True}
 
 
 def gated(site: "TapProbe") -> Read:

@@ -4,7 +4,7 @@ Each resizes the request's own files again; where they are not at hand, none app
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to resize: `size` of (width, height, resolution) is (rows, columns), `box` of (width, height, aspect) is
-    what is kept of the picture before."""
+    """A way to resize: `size` of (width, height, resolution) is (rows, columns), None for those that are asked for of
+    what is made; `box` of (width, height, aspect) is what is kept of the picture before."""
 
-    size: Callable[[int, int, int], tuple[int, int]]
+    size: Callable[[int, int, int], tuple[int, int]] | None
     box: Callable[[int, int, float], Box] = aspect_box
     filter: Image.Resampling = Image.Resampling.BICUBIC
 
@@ -69,7 +69,7 @@ def resized(way: Way, swapped: bool = False) -> Callable[["TapProbe", np.ndarray
         if resolution is None or not path.is_file():
             return None
         try:
-            return _made(path, visual.medium, way, resolution, for_vit)
+            return _made(path, visual.medium, way, resolution, (request.height, request.width), for_vit)
         except ReferenceError:
             # A resolution that leaves nothing.
             return None
@@ -78,29 +78,44 @@ def resized(way: Way, swapped: bool = False) -> Callable[["TapProbe", np.ndarray
 
 
 @lru_cache(maxsize=8)
-def _made(path: Path, medium: Medium, way: Way, resolution: int, for_vit: bool) -> np.ndarray:
+def _made(path: Path, medium: Medium, way: Way, resolution: int, asked: tuple[int, int], for_vit: bool) -> np.ndarray:
     """What an encoder is given of a file, in the form of a bundle's inputs; kept, since combinations are tried."""
     unit = VIT_UNIT if for_vit else VAE_UNIT
-    shown = np.stack([cut(_resized(image, way, resolution), unit) for image in frames(path, medium)])
+    shown = np.stack([cut(_resized(image, way, resolution, asked), unit) for image in frames(path, medium)])
     return vit_patches(shown)[0] if for_vit else vae_pixels(shown)
 
 
-def _resized(image: Image.Image, way: Way, resolution: int) -> np.ndarray:
-    rows, columns = way.size(*image.size, resolution)
+def _resized(image: Image.Image, way: Way, resolution: int, asked: tuple[int, int]) -> np.ndarray:
+    rows, columns = way.size(*image.size, resolution) if way.size else asked
     part = image.crop(way.box(*image.size, columns / rows))
     return np.asarray(part.resize((columns, rows), way.filter))
 
 
+SIZES = {
+    "": Way(bucket),
+    "stretched to a square": Way(square, all_of_it),
+    "cut to a square": Way(square),
+    "stretched to their bucket": Way(bucket, all_of_it),
+    "cut from their top left corner": Way(bucket, at_the_corner),
+    "stretched to the size asked for": Way(None, all_of_it),
+    "cut to the size asked for": Way(None),
+}
+FILTERS = {
+    "": Image.Resampling.BICUBIC,
+    "resized bilinearly": Image.Resampling.BILINEAR,
+    "resized by the Lanczos filter": Image.Resampling.LANCZOS,
+    "resized to their nearest pixels": Image.Resampling.NEAREST,
+}
+
 HYPOTHESES = [
     Hypothesis(name, PREPROCESS, transform=transform, anew=True)
     for name, transform in (
-        ("pictures are stretched to a square", resized(Way(square, all_of_it))),
-        ("pictures are cut to a square", resized(Way(square))),
-        ("pictures are stretched to their bucket", resized(Way(bucket, all_of_it))),
-        ("pictures are cut from their top left corner", resized(Way(bucket, at_the_corner))),
-        ("pictures are resized bilinearly", resized(Way(bucket, filter=Image.Resampling.BILINEAR))),
-        ("pictures are resized by the Lanczos filter", resized(Way(bucket, filter=Image.Resampling.LANCZOS))),
-        ("pictures are resized to their nearest pixels", resized(Way(bucket, filter=Image.Resampling.NEAREST))),
+        *(
+            (f"pictures are {' and '.join(part for part in (size, how) if part)}", resized(replace(way, filter=mode)))
+            for how, mode in FILTERS.items()
+            for size, way in SIZES.items()
+            if size or how
+        ),
         ("the resolutions of VAE and ViT are exchanged", resized(Way(bucket), swapped=True)),
     )
 ]
