@@ -11,7 +11,10 @@ from parity.laws.rounding import rounded_to
 
 @dataclass(frozen=True)
 class Turn:
-    """x as complex pairs z [n, heads, f] and their table [n, f]; positions [n, f] and frequencies [f] where known."""
+    """x as complex pairs z [n, heads, f] and their table [n, f]; positions [n, f] and frequencies [f] where known.
+
+    `dtype` is what the table is rounded to, `speeds` what its frequencies are.
+    """
 
     z: np.ndarray
     table: np.ndarray
@@ -21,6 +24,7 @@ class Turn:
     axes: np.ndarray
     theta: float
     dtype: str
+    speeds: str = "float32"
 
     @property
     def turned(self) -> np.ndarray:
@@ -29,6 +33,10 @@ class Turn:
     def by(self, angles: np.ndarray) -> np.ndarray:
         """What comes of angles [n, f], rounded as the table is."""
         return self.z * rounded_to(self.dtype, np.exp(1j * angles))[:, None]
+
+    def with_theta(self, theta: float) -> np.ndarray:
+        """What comes of frequencies of another theta, rounded as they are."""
+        return self.by(self.positions * rounded_to(self.speeds, frequencies(theta, self.positions.shape[1])))
 
 
 Change = Callable[[Turn], np.ndarray | None]
@@ -66,10 +74,13 @@ def turn_of(component: Component) -> Turn | None:
         return turn
     positions = ids[axes].T.astype(np.float64)
     exact = frequencies(theta, half)
-    for speeds in (exact, rounded_to("bfloat16", exact)):
-        if np.abs(np.exp(1j * positions * speeds) - table).max() < 0.02:
-            return replace(turn, positions=positions, frequencies=speeds, ids=ids.astype(np.float64))
-    return turn
+    tried = {"float32": exact, "bfloat16": rounded_to("bfloat16", exact)}
+    off = {dtype: float(np.abs(np.exp(1j * positions * speeds) - table).max()) for dtype, speeds in tried.items()}
+    held = min(off, key=off.__getitem__)
+    if off[held] >= 0.02:
+        return turn
+    ids = ids.astype(np.float64)
+    return replace(turn, positions=positions, frequencies=tried[held], speeds=held, ids=ids)
 
 
 def frequencies(theta: float, count: int) -> np.ndarray:
@@ -84,10 +95,7 @@ def as_pairs(x: np.ndarray) -> np.ndarray:
 
 def with_theta(power: float) -> Change:
     """Frequencies of another theta, by its logarithm."""
-    return lambda turn: (
-        None if turn.positions is None
-        else turn.by(turn.positions * frequencies(float(np.exp(power)), turn.positions.shape[1]))
-    )  # fmt: skip
+    return lambda turn: None if turn.positions is None else turn.with_theta(float(np.exp(power)))
 
 
 def read_at(change: Callable[[np.ndarray], np.ndarray], axes: Sequence[int]) -> Change:

@@ -62,9 +62,7 @@ CHANGES = {
     "every token is token 0": lambda x: np.repeat(x[:1], len(x), 0),
     "in head 1 tokens are reversed": lambda x: put(x, np.s_[:, 1], lambda v: v[::-1]),
     "tokens and heads in memory are exchanged before they are laid out": lambda x: x.swapaxes(0, 1).reshape(x.shape),
-    "channels are read as 8 x 2 transposed": lambda x: (
-        x.reshape(24, 4, 8, 2).swapaxes(2, 3).reshape(x.shape)
-    ),
+    "channels are read as 8 x 2 transposed": lambda x: x.reshape(24, 4, 8, 2).swapaxes(2, 3).reshape(x.shape),
     "the result is negated": np.negative,
     "the result is 2 times as large": lambda x: 2 * x,
     "the result is 1/sqrt(2) times as large": lambda x: x * np.float32(2**-0.5),
