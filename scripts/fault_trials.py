@@ -30,7 +30,7 @@ class Trial:
     Attributes:
         detected: the verdict was diverge.
         named: the first finding is about the component that the fault breaks.
-        explained: the right explanation ranks first; None where no hypothesis covers the fault.
+        explained: the right explanation ranks first; None where none is known of the fault.
         first: component of the first finding.
         why: its first explanation.
         further: components of other findings that are none that the fault breaks.
@@ -150,7 +150,7 @@ def judge(fault: Fault, found: Localization) -> Trial:
         bundle=found.bundle,
         detected=found.verdict == DIVERGE,
         named=first is not None and fnmatchcase(first.component, fault.component),
-        explained=None if fault.explanation is None else bool(first and first.explained and why == fault.explanation),
+        explained=None if fault.explanation is None else bool(first and first.explained and fault.explanation in why),
         first=first.component if first else "",
         why=why if first and first.explained else f"({why})" if why else "",
         seconds=found.seconds or 0.0,

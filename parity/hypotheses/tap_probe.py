@@ -10,7 +10,7 @@ from torch import nn
 from parity.laws import Component
 from parity.model import definition
 from parity.oracle.oracle import Oracle
-from parity.tensors.names import TapName, component_kind, parse
+from parity.tensors.names import TapName, parse
 from parity.tensors.recording import Tap
 from parity.tensors.sketch import Sketch
 
@@ -116,11 +116,6 @@ class TapProbe:
             return owner.get_submodule(path) if path else owner
         except AttributeError:
             return None
-
-    @property
-    def alike(self) -> str:
-        """The pattern of the components of this kind, in every layer."""
-        return component_kind(self.tap.name)
 
     def known(self, own: np.ndarray) -> Component | None:
         """What is known of the component where the reference computes `own`; None where nothing is."""

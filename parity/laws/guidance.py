@@ -12,7 +12,7 @@ from parity.laws.sampling import sum_of_parts
 from parity.laws.support import spans
 
 EPS = 1e-8
-GROUPS = {"global": (0, 1), "by row": (1,), "by channel": (0,)}
+GROUPS = {"global": (0, 1), "per token": (1,), "per channel": (0,)}
 MEASURES: dict[str, Callable[[np.ndarray, tuple[int, ...]], np.ndarray]] = {
     "length": lambda v, axes: np.sqrt(np.sum(v * v, axes, keepdims=True)),
     "deviation": lambda v, axes: v.std(axes, keepdims=True),

@@ -272,7 +272,12 @@ def _moduli(x: np.ndarray, y: np.ndarray) -> list[int]:
     if not differs.any() or (y < 0).any() or (x < y).any():
         return []
     common = int(np.gcd.reduce((x - y)[differs]))
-    return [m for m in dict.fromkeys((int(y.max()) + 1, common)) if m > 1]
+    # What wraps round once at a number that nobody writes is as well off by that number.
+    return [
+        m
+        for m in dict.fromkeys((int(y.max()) + 1, common))
+        if m > 1 and (_cost(m) == 1 or len(np.unique(x[differs] // m)) > 1)
+    ]
 
 
 @cache

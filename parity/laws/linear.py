@@ -8,7 +8,7 @@ import numpy as np
 
 from parity.laws import curves, order
 from parity.laws.base import Component, Curves, Law
-from parity.laws.change import Change, changes
+from parity.laws.change import Change, changes, times
 from parity.laws.fit import Fit, checked
 from parity.laws.numbers import told
 from parity.laws.rounding import by_rows, formats, grids
@@ -105,7 +105,7 @@ def _biases(part: Part) -> Iterator[Law]:
         square = float(np.vdot(part.product, part.product)) or 1.0
         factor = float(np.vdot(part.product, part.fit.got - bias)) / square
         factor = part.fit.snapped(factor, lambda a: a * part.product + bias)
-        yield Law(f"the product is {told(factor)} times as large, but not the bias", 1.2, _scaled(factor))
+        yield Law(f"the product {times(factor)}, but not the bias", 1.2, _scaled(factor))
         rounding = part.fit.slack / len(part.off) ** 0.5
         for change in changes(bias, bias + vector, rounding, ("channel",), (), True):
             words = "the bias" + {" is 0": " is missing"}.get(change.sentence, change.sentence)

@@ -13,7 +13,7 @@ from parity.laws.base import Component, Curves, Law
 from parity.laws.change import changes
 from parity.laws.fit import Fit, checked
 from parity.laws.numbers import least, told
-from parity.laws.rounding import formats
+from parity.laws.rounding import Rounded, bfloat16, formats
 from parity.laws.support import plural, regions_of
 
 # Rows that a number is sought with.
@@ -24,11 +24,13 @@ NOT_DIVIDED = "x is not divided by anything"
 
 @dataclass(frozen=True)
 class Norm:
-    """x [..., channels], weight [channels] and eps, in float64."""
+    """x [..., channels], weight [channels] and eps, in float64; `rounded` is done to what is normed, before the weight
+    and behind it."""
 
     x: np.ndarray
     weight: np.ndarray
     eps: float
+    rounded: Rounded = np.asarray
 
     @classmethod
     def of(cls, component: Component) -> "Norm | None":
@@ -38,7 +40,9 @@ class Norm:
             return None
         if not np.isfinite(x).all():
             return None
-        return cls(x.astype(np.float64), weight.astype(np.float64).ravel(), float(component.facts.get("eps", 0.0)))
+        held = all(np.array_equal(bfloat16(array), array) for array in (x, component.own))
+        weight, eps = weight.astype(np.float64).ravel(), float(component.facts.get("eps", 0.0))
+        return cls(x.astype(np.float64), weight, eps, bfloat16 if held else np.asarray)
 
     @property
     def square(self) -> np.ndarray:
@@ -53,7 +57,12 @@ class Norm:
     @property
     def result(self) -> np.ndarray:
         """What it should compute."""
-        return self.normed * self.weight
+        return self.times(self.normed)
+
+    def times(self, normed: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
+        """What is normed times the weight or another one."""
+        weight = self.weight if weight is None else self.rounded(weight)
+        return self.rounded(self.rounded(normed) * weight).astype(np.float64)
 
 
 Compute = Callable[[Norm], np.ndarray]
@@ -158,14 +167,14 @@ def _weights(norm: Norm, fit: Fit) -> Iterator[Law]:
         yield _law(
             f"the weight{words.get(change.sentence, change.sentence)}",
             change.size,
-            lambda n, c=change: None if (w := c.apply(n.weight)) is None else n.normed * w,
+            lambda n, c=change: None if (w := c.apply(n.weight)) is None else n.times(n.normed, w),
             change.figure or figure,
         )
     if len(normed) >= 4:
         yield _law(
             "the weight is another vector",
             float(len(found)),
-            lambda n: n.normed * found if len(n.weight) == len(found) else None,
+            lambda n: n.times(n.normed, found) if len(n.weight) == len(found) else None,
             figure,
         )
 
@@ -180,7 +189,7 @@ def _statistics(norm: Norm, fit: Fit, names: Sequence[str]) -> Iterator[Law]:
             def compute(n: Norm, d=divisor, centred=centred, weight=weight) -> np.ndarray | None:
                 y = n.x - n.x.mean(-1, keepdims=True) if centred else n.x
                 below = d(y, n.eps)
-                return None if below is None else _over(y, below) * weight(n.weight)
+                return None if below is None else n.times(_over(y, below), weight(n.weight))
 
             result = compute(norm)
             if result is None or not (square := float(np.vdot(result, result))) or not np.isfinite(square):
@@ -257,7 +266,8 @@ def _numbers(norm: Norm, fit: Fit) -> Iterator[Law]:
     x, got = (array.reshape(-1, norm.weight.size) for array in (norm.x, fit.got))
     rows = np.unique(np.linspace(0, len(x) - 1, SOUGHT).astype(int))
     small = Fit(fit.own.reshape(x.shape)[rows], got[rows], fit.rounding * (len(rows) / len(x)) ** 0.5)
-    sought, figure = replace(norm, x=x[rows]), _figure(norm, fit)
+    # What is rounded is no smooth function of a number.
+    sought, figure = replace(norm, x=x[rows], rounded=np.asarray), _figure(norm, fit)
     typical = float(np.median(norm.square)) + TINY
     scales = np.concatenate([[0.0], typical * np.geomspace(1e-9, 1e3, 60)])
     families: Sequence[tuple[Callable[[float], str], Callable[[Norm, float], np.ndarray], np.ndarray]] = (
@@ -300,7 +310,7 @@ def _numbers(norm: Norm, fit: Fit) -> Iterator[Law]:
 
 
 def _divided(norm: Norm, below: np.ndarray) -> np.ndarray:
-    return _over(norm.x, below) * norm.weight
+    return norm.times(_over(norm.x, below))
 
 
 def _figure(norm: Norm, fit: Fit) -> Curves:

@@ -128,16 +128,18 @@ def _curves(u: np.ndarray, v: np.ndarray) -> Iterator[Curve]:
 
 
 def _bytes(u: np.ndarray) -> Iterator[Curve]:
-    """Values of 8 bits that are not clipped."""
+    """Values of 8 bits made by numbers that people write, clipped or not."""
     for slope, offset in ((127.5, 127.5), (127.5, 128.0), (128.0, 128.0), (255.0, 0.0)):
+        linear = f"({slope:g} x + {offset:g})" if offset else f"({slope:g} x)"
         for how, _, rounding in ROUNDINGS:
 
-            def of(x: np.ndarray, slope=slope, offset=offset, rounding=rounding) -> np.ndarray:
-                return rounding(slope * x + offset) % 256
+            def wide(x: np.ndarray, slope=slope, offset=offset, rounding=rounding) -> np.ndarray:
+                return rounding(slope * x + offset)
 
-            wide = rounding(slope * u + offset)
-            if wide.min() < 0 or wide.max() > 255:
-                yield Curve(f"({slope:g} x + {offset:g}) {how} modulo 256", 3 + (how != "rounded"), of)
+            more = how != "rounded"
+            yield Curve(f"{linear} {how} within [0, 255]", 0.5 + more, lambda x, wide=wide: wide(x).clip(0, 255))
+            if wide(u).min() < 0 or wide(u).max() > 255:
+                yield Curve(f"{linear} {how} modulo 256", 3 + more, lambda x, wide=wide: wide(x) % 256)
 
 
 def _powers(u: np.ndarray, v: np.ndarray) -> Iterator[Curve]:

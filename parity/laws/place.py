@@ -51,10 +51,11 @@ def _read(component: Component, got: np.ndarray) -> Iterator[Law]:
     wrong = [each if each.any() else np.ones_like(each) for each in wrong]
     inside = np.ix_(*wrong)
     ways = _ways(component, wrong)
-    alone = False
+    # Numbers that are names are not counted with.
+    alone = component.facts.get("names") is not None
     one, two = _sampled(own[inside], got[inside])
     level = max(relative(component) * _norm(one), LEFT * _norm(two - one))
-    for says, size, change in _changes(Fit(one, two, relative(component) * _norm(one))):
+    for says, size, change in () if alone else _changes(Fit(one, two, relative(component) * _norm(one))):
         if _norm(two - change(one)) > 1.5 * level:
             continue
         for where in ways:
@@ -90,7 +91,10 @@ def changed(where: Sequence[Span], says: str, size: float, change: Change, what:
         if chosen is None:
             return None
         with np.errstate(all="ignore"):
-            return as_own(other, np.where(chosen, change(other.own.astype(np.float64)), other.own))
+            values = np.where(chosen, change(other.own.astype(np.float64)), other.own)
+        # What makes no whole numbers of integers is true of few integers by chance.
+        whole = other.own.dtype.kind == "f" or np.array_equal(values, np.rint(values))
+        return as_own(other, values) if whole else None
 
     return Law(sentence(where, says, what), size + sum(span.size for span in where), apply)
 

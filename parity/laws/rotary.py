@@ -237,16 +237,26 @@ def _axes(fit: _Fit, read: Read) -> Iterator[Found]:
         others = np.unique(order[(turn.axes == axis) & (order != axis)])
         if len(others) == 1 and order[turn.axes == axis][0] == others[0]:
             order[turn.axes == axis] = others[0]
-    moved = order != turn.axes
 
     def follow(turn: Turn) -> np.ndarray | None:
         if turn.ids is None or len(turn.axes) != len(order):
             return None
         return turn.by(turn.ids[order].T * turn.frequencies)
 
-    words = [f"{_of(moved & (order == axis))} {_verb(moved & (order == axis), 'follow')} {fit.names[axis]}"
+    yield *_followed(fit.names, turn.axes, order), follow, None
+
+
+def _followed(names: str, axes: np.ndarray, order: np.ndarray) -> tuple[str, int]:
+    """Which frequencies follow another axis, by their axes or by themselves, and how many choices that takes."""
+    moved, sections = order != axes, {axis: np.unique(order[axes == axis]) for axis in np.unique(axes[order != axes])}
+    if len(np.unique(order)) == 1:
+        return f"all frequencies follow {names[order[0]]}", 1
+    if all(len(others) == 1 for others in sections.values()):
+        words = [f"of {names[axis]} follow {names[others[0]]}" for axis, others in sections.items()]
+        return f"the frequencies {listed([words[0], *(f'those {said}' for said in words[1:])])}", len(words)
+    words = [f"{_of(moved & (order == axis))} {_verb(moved & (order == axis), 'follow')} {names[axis]}"
              for axis in np.unique(order[moved])]  # fmt: skip
-    yield listed(words), len(words), follow, None
+    return listed(words), len(words)
 
 
 def _some(fit: _Fit, read: Read, speeds: np.ndarray, figure: Curves) -> Iterator[Found]:

@@ -39,6 +39,14 @@ AFTER: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "cut to thousandths": lambda t: np.floor(t * 1000) / 1000,
 }
 
+BENT: dict[str, Callable[[float], float]] = {
+    "applied twice": lambda s: s**2,
+    "inverted": lambda s: 1 / s,
+    "its square root": lambda s: s**0.5,
+    "e to its power": np.exp,
+}
+"""What may be taken for the shift."""
+
 
 def shifted(u: np.ndarray, shift: float) -> np.ndarray:
     return shift * u / (1 + (shift - 1) * u)
@@ -97,9 +105,9 @@ def _of_grid(
     if np.ptp(odds) <= 1e-4 * odds.mean() and abs(odds.mean() - shift) > 1e-4 * shift:
         value, said = plainest(float(odds.mean()), 1e-5 * odds.mean())
         yield from law(f"the timestep shift is {said}", 1, lambda u, s: shifted(u, value))
-        for says, bend in (("squared", 2.0), ("inverted", -1.0), ("its square root", 0.5)):
-            if abs(shift**bend - value) < 1e-5 * value:
-                yield from law(f"the timestep shift is {says}", 0.9, lambda u, s, bend=bend: shifted(u, s**bend))
+        for says, bend in BENT.items():
+            if abs(bend(shift) - value) < 1e-5 * value:
+                yield from law(f"the timestep shift is {says}", 0.9, lambda u, s, bend=bend: shifted(u, bend(s)))
     for powers, says, base in ((power, "t is raised", shifted), (plain_power, "even times are not shifted but raised",
                                                                 lambda u, s: u)):  # fmt: skip
         if inner.sum() > 1 and np.ptp(powers) <= 1e-4 * abs(powers.mean()) and abs(powers.mean() - 1) > 1e-4:

@@ -15,7 +15,10 @@ WHOLLY = 0.02
 
 @dataclass(frozen=True)
 class Turn:
-    """x as complex pairs z [n, heads, f] and their table [n, f]; positions [n, f] and frequencies [f] where known."""
+    """x as complex pairs z [n, heads, f] and their table [n, f]; positions [n, f] and frequencies [f] where known.
+
+    `dtype` is what the table is rounded to, `speeds` what its frequencies are.
+    """
 
     z: np.ndarray
     table: np.ndarray
@@ -25,6 +28,7 @@ class Turn:
     axes: np.ndarray
     theta: float
     dtype: str
+    speeds: str = "float32"
 
     @property
     def turned(self) -> np.ndarray:
@@ -33,6 +37,10 @@ class Turn:
     def by(self, angles: np.ndarray) -> np.ndarray:
         """What comes of angles [n, f], rounded as the table is."""
         return self.z * rounded_to(self.dtype, np.exp(1j * angles))[:, None]
+
+    def with_theta(self, theta: float) -> np.ndarray:
+        """What comes of frequencies of another theta, rounded as they are."""
+        return self.by(self.positions * rounded_to(self.speeds, frequencies(theta, self.positions.shape[1])))
 
 
 Change = Callable[[Turn], np.ndarray | None]
@@ -70,12 +78,14 @@ def turn_of(component: Component) -> Turn | None:
         return turn
     positions = ids[axes].T.astype(np.float64)
     exact = frequencies(theta, half)
-    off = lambda speeds: np.abs(np.exp(1j * positions * speeds) - table)  # noqa: E731
+    tried = {"float32": exact, "bfloat16": rounded_to("bfloat16", exact)}
+    off = {dtype: np.abs(np.exp(1j * positions * speeds) - table) for dtype, speeds in tried.items()}
     # Of positions that are small either may be near enough.
-    speeds = min((exact, rounded_to("bfloat16", exact)), key=lambda speeds: np.linalg.norm(off(speeds)))
-    if off(speeds).max() < 0.02:
-        return replace(turn, positions=positions, frequencies=speeds, ids=ids.astype(np.float64))
-    return turn
+    held = min(off, key=lambda dtype: np.linalg.norm(off[dtype]))
+    if off[held].max() >= 0.02:
+        return turn
+    ids = ids.astype(np.float64)
+    return replace(turn, positions=positions, frequencies=tried[held], speeds=held, ids=ids)
 
 
 def frequencies(theta: float, count: int) -> np.ndarray:
@@ -90,10 +100,7 @@ def as_pairs(x: np.ndarray) -> np.ndarray:
 
 def with_theta(power: float) -> Change:
     """Frequencies of another theta, by its logarithm."""
-    return lambda turn: (
-        None if turn.positions is None
-        else turn.by(turn.positions * frequencies(float(np.exp(power)), turn.positions.shape[1]))
-    )  # fmt: skip
+    return lambda turn: None if turn.positions is None else turn.with_theta(float(np.exp(power)))
 
 
 def read_at(change: Callable[[np.ndarray], np.ndarray], axes: Sequence[int]) -> Change:
@@ -130,13 +137,15 @@ def unrounded(component: Component, got: np.ndarray, turn: Turn, enough: float) 
     rounds = is_bfloat16(got)
     if turn.positions is None or turn.dtype == "float32":
         return None
-    own = with_theta(np.log(turn.theta))
 
     def exact(turn: Turn) -> Turn:
         return replace(turn, dtype="float32")
 
+    def own(turn: Turn) -> np.ndarray:
+        return turn.by(turn.positions * frequencies(turn.theta, turn.positions.shape[1]))
+
     ways: dict[str, Change] = {"cosines and sines are": lambda t: exact(t).by(t.positions * t.frequencies)}
-    if not np.array_equal(turn.frequencies, frequencies(turn.theta, len(turn.frequencies))):
+    if turn.speeds != "float32":
         ways["frequencies are"] = own
         ways["frequencies, cosines and sines are"] = lambda t: own(exact(t))
     for words, change in ways.items():

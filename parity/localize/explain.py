@@ -113,7 +113,7 @@ def _by_merit(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) 
 def _ordered(site: TapProbe, tried: Sequence[tuple[Hypothesis, float]]) -> list[tuple[Hypothesis, float]]:
     """First those that leave no more than rounding, or nearly as little as the best: of them the smallest before."""
     best = max((share for _, share in tried), default=0.0)
-    near = 1 - ALIKE * (1 - best) if _whole(site, best, ALIKE) else best
+    near = 1 - ALIKE * (1 - best) if _agrees(site, best) else best
     fits = [share >= near or _whole(site, share) for _, share in tried]
     merit = [(0, h.size, -r) if fit else (1, -r) for (h, r), fit in zip(tried, fits, strict=True)]
     return [tried[i] for i in sorted(range(len(tried)), key=merit.__getitem__)]
@@ -147,17 +147,17 @@ def _read(site: TapProbe, base: Sequence[Hypothesis], failed: Failed) -> list[Hy
             raise
         failed.setdefault(f"laws about {site.component}", f"{type(error).__name__}: {error}")
         return []
-    return [_of_law(law, site.alike) for law in laws]
+    return [_of_law(law, component.kind) for law in laws]
 
 
-def _of_law(law: Law, about: str) -> Hypothesis:
-    """A law as a hypothesis about one kind of component."""
+def _of_law(law: Law, kind: str) -> Hypothesis:
+    """A law as a hypothesis about all components of a kind, wherever they are."""
 
     def transform(site: TapProbe, array: np.ndarray) -> np.ndarray | None:
         component = site.known(array)
-        return None if component is None else law.apply(component)
+        return law.apply(component) if component is not None and component.kind == kind else None
 
-    return Hypothesis(law.sentence, (about,), transform=transform, size=law.size, figure=law.figure)
+    return Hypothesis(law.sentence, ("*",), transform=transform, size=law.size, figure=law.figure)
 
 
 def _beyond(site: TapProbe, others: Sequence[Hypothesis], known: Sequence[Hypothesis], failed: Failed) -> Causes:
@@ -267,7 +267,9 @@ def _ranked(
     if second is not None:
         finalists = [item for item in finalists if _holds(site, second, *item)]
         # What was said beforehand does not hold where it does not apply; what was read may say nothing there.
-        finalists.sort(key=lambda item: -(item[1] + _there(*item)))
+        both = {id(item): item[1] + _there(*item) for item in finalists}
+        near = 2 - ALIKE * (2 - max(both.values(), default=0.0))
+        finalists.sort(key=lambda item: -min(both[id(item)], near))
     return [*finalists, *((h, r, None) for h, r in tried[FINALISTS:] if not h.size or second is None)]
 
 
@@ -350,7 +352,7 @@ def _rounding(site: TapProbe) -> float:
     if site.exact and not _integral(site):
         # What is read of a parameter is right to a unit in its last place.
         narrow = not (site.expected.astype(np.float32).view(np.uint32) & 0xFFFF).any()
-        return _norm(site.expected) * (2.0**-8 if narrow else 2.0**-23)
+        return max(_norm(site.expected), _norm(site.got)) * (2.0**-8 if narrow else 2.0**-23)
     return _norm(site.expected) * site.floor
 
 

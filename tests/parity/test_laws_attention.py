@@ -95,7 +95,7 @@ def test_sections_that_follow_other_axes_are_named():
     component = rotary(0)
     order = np.array([0, 0, 2, 2, 2, 1, 1, 1])
     law = best(turns.rotary, component, turned(component, lambda t: t.by(t.ids[order].T * t.frequencies)))
-    assert law.sentence == "frequencies from 5 on follow h and frequencies 2 to 4 follow w"
+    assert law.sentence == "the frequencies of h follow w and those of w follow h"
 
 
 def test_rotations_are_read_in_bfloat16():

@@ -80,8 +80,8 @@ def test_the_guidance_scale_and_how_it_is_scaled_back_are_read(seed):
     for sentence, got in {
         "the guidance scale is 3.2": mixed(cond, uncond, 3.2, glob),
         "there is no renorm": mixed(cond, uncond, 4, Renorm("none")),
-        "the renorm is by row": mixed(cond, uncond, 4, Renorm("by row")),
-        "the guidance scale is 5 and the renorm is by row": mixed(cond, uncond, 5, Renorm("by row")),
+        "the renorm is per token": mixed(cond, uncond, 4, Renorm("per token")),
+        "the guidance scale is 5 and the renorm is per token": mixed(cond, uncond, 5, Renorm("per token")),
         "the renorm is at least 0.9": mixed(cond, uncond, 4, Renorm("global", low=0.9)),
         "the renorm is used to 0.7": mixed(cond, uncond, 4, Renorm("global", blend=0.7)),
         "in channel 7 alone the guidance scale is 1.5": mixed(cond, uncond, scale, glob),

@@ -119,7 +119,7 @@ def test_each_of_its_mistakes_is_named(oracles):
         CLOSING,
         "the target's grid starts at 0",
         "the target's closing bracket restarts behind its grid",
-        "the activation is on up_proj instead of gate_proj",
+        "the activation is on up instead of the gate",
         "latents do not see their closing bracket",
         "the renorm is per token",
     }

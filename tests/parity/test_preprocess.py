@@ -14,7 +14,7 @@ from parity.bundle.reading import read_bundle
 from parity.comparison.check import check_bundle
 from parity.comparison.exact import check_preprocessed
 from parity.comparison.verdict import AGREE, DIVERGE
-from parity.lance.hypotheses.preprocess import IMAGENET
+from parity.lance.components.visuals import IMAGENET
 from parity.lance.ports import ReferencePort
 from parity.lance.record import record
 from parity.lance.record_options import Options, build_request

@@ -8,8 +8,8 @@ from torch import nn
 
 from parity.hypotheses.base import DoesNotApply
 from parity.lance.components.base import Known, array_of, parameter
-from parity.lance.hypotheses.schedule import times_of
 from parity.lance.hypotheses.tokens import arm_splits, calls_of
+from parity.lance.hypotheses.tools import times_of
 from parity.laws.waves import Perceptron, Waves
 from reference.embeddings import FEATURES, MAX_PERIOD
 from reference.layout import Mode

@@ -95,7 +95,8 @@ def _terms(site: "TapProbe", before: np.ndarray, attended: np.ndarray) -> Read:
 
 def weight(site: "TapProbe") -> Read:
     """A parameter has no inputs; its name."""
-    return {}, {"name": site.tap.name.rpartition(".")[2].replace("gamma", "weight")}
+    name = site.tap.name.rpartition(".")[2].replace("gamma", "weight")
+    return {}, {"name": name, "what": f"the {name}"}
 
 
 def _beside(site: "TapProbe", name: str) -> str:

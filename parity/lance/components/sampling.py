@@ -6,7 +6,7 @@ import numpy as np
 
 from parity.hypotheses.base import DoesNotApply
 from parity.lance.components.base import Known
-from parity.lance.hypotheses.schedule import times_of
+from parity.lance.hypotheses.tools import times_of
 from parity.lance.names import velocity_calls
 from reference.request import Renorm
 from reference.vae import DEVIATION, MEAN
@@ -14,7 +14,7 @@ from reference.vae import DEVIATION, MEAN
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
 
-RENORMS = {Renorm.GLOBAL: "global", Renorm.CHANNEL: "by row", Renorm.NONE: "none"}
+RENORMS = {Renorm.GLOBAL: "global", Renorm.CHANNEL: "per token", Renorm.NONE: "none"}
 Read = tuple[dict[str, np.ndarray], dict[str, Any]]
 ROWS = ("latent", "channel")
 

@@ -9,13 +9,16 @@ import numpy as np
 
 from parity.hypotheses.base import DoesNotApply
 from parity.lance.components.base import Known
-from parity.lance.hypotheses.preprocess import CLIP, FRAMES, HALVES, IMAGENET, SIDE
 from parity.laws import Component
 from reference.layout import MERGE
 
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
 
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+FRAMES, SIDE = 2, 14
 STATISTICS = {"ImageNet's": IMAGENET, "CLIP's": CLIP, "0.5": HALVES}
 
 

@@ -173,21 +173,21 @@ def _fault(name: str, explanation: str, patch: Patch, about: str, tasks: frozens
 FAULTS = [
     _fault(
         "noise-block-causal",
-        "the block attends causally",
+        "no key after the query is seen",
         _masked(_causal_in(Pass.NOISE)),
         "The denoised block attends causally instead of in both directions.",
         DRAWS,
     ),
     _fault(
         "source-block-causal",
-        "the block attends causally",
+        "no key after the query is seen",
         _masked(_causal_in(Pass.CLEAN)),
         "The block of clean latents attends causally instead of in both directions.",
         EDITS,
     ),
     _fault(
         "vit-block-causal",
-        "the block attends causally",
+        "no key after the query is seen",
         _masked(_causal_in(Pass.VIT)),
         "A ViT block attends causally instead of in both directions.",
         LOOKS,
@@ -207,14 +207,14 @@ FAULTS = [
     ),
     _fault(
         "noise-block-sees-no-prefix",
-        "the pass sees nothing before it",
+        "no key before this pass is seen",
         _masked(_no_prefix(Pass.NOISE)),
         "The denoised block sees nothing but itself.",
         DRAWS,
     ),
     _fault(
         "segments-apart",
-        "the pass sees nothing before it",
+        "no key before this pass is seen",
         _masked(_no_prefix(*Pass)),
         "Every segment sees nothing but itself.",
     ),
@@ -232,7 +232,7 @@ FAULTS = [
     ),
     _fault(
         "key-heads-tiled",
-        "key heads are tiled instead of repeated",
+        "key heads are tiled instead of repeated for keys and values",
         _attention(_tiled),
         "Query head h meets key head h modulo their number instead of neighbours sharing one.",
     ),

@@ -98,7 +98,8 @@ class Fault:
         tasks: launcher tasks in which it shows.
         dtypes: numerics policies in which it is more than rounding.
         entries: upstream's sampling functions in which it shows.
-        explanation: name of the hypothesis that says what is wrong; None where there is none.
+        explanation: what says what is wrong, a hypothesis's name or what does not vary of a law's sentence; None where
+            nothing does.
         needs: what a run must have besides for the fault to show; None for nothing.
     """
 
@@ -132,7 +133,7 @@ def explained(
     dtypes: tuple[str, ...] = ("float32", "bfloat16"),
     needs: Need | None = None,
 ) -> Fault:
-    """A fault that a hypothesis explains, its parts in the order in which a list of them reads best."""
+    """A fault that is explained, its parts in the order in which a list of them reads best."""
     return Fault(name, about, component, patch, tasks, dtypes, explanation=explanation, needs=needs)
 
 

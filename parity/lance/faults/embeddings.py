@@ -169,13 +169,13 @@ def _place(
 FAULTS = [
     _timestep(
         "timestep-sines-first",
-        "sines come before cosines",
+        "in the embedding of t sines come first",
         _time(sines_first=True),
         "The features of a time hold sines before cosines.",
     ),
     _timestep(
         "timestep-times-1000",
-        "t is multiplied by 1000",
+        "in the embedding of t t counts 1000 times",
         _time(scale=1000.0),
         "Times are multiplied by 1000 before they are embedded.",
     ),
@@ -235,19 +235,19 @@ FAULTS = [
     ),
     _place(
         "latent-table-axes-w-h-t",
-        "the latent position table has axes w, h, t",
+        "of frames the places are those of columns and of columns the places are those of frames",
         _table(order=(2, 1, 0)),
         "The channels of a place stand for column, row, time instead of time, row, column.",
     ),
     _place(
         "latent-table-cosines-first",
-        "the latent position table has cosines first",
+        "cosines come first",
         _table(cosines_first=True),
         "The channels of a place hold cosines before sines.",
     ),
     _place(
         "latent-table-interleaved",
-        "the latent position table alternates sines and cosines",
+        "sines and cosines alternate",
         _table(interleaved=True),
         "The channels of a place alternate sines and cosines.",
     ),

@@ -110,7 +110,7 @@ FAULTS = [
         "The activation is on up_proj instead of on gate_proj.",
         _DOWN,
         mlp(_on_up, _MLPS),
-        explanation="the activation is on up_proj instead of gate_proj",
+        explanation="the activation is on up instead of the gate",
     ),
     Fault(
         "activation-in-bfloat16",

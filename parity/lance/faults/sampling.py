@@ -147,13 +147,13 @@ FAULTS = [
     ),
     _schedule(
         "schedule-reversed",
-        "the schedule runs from data to noise",
+        "t is in reverse",
         _times(lambda original, num_steps, shift: original(num_steps, shift)[::-1].copy()),
         "Times rise from 0 to 1 instead of falling.",
     ),
     _schedule(
         "schedule-num-steps-points",
-        "the schedule has num_steps points",
+        "the schedule has as many points as steps, and a last one",
         _times(_num_points),
         "1 and 0 are the ends of num_steps points instead of num_steps + 1: the last step stands still.",
     ),
@@ -171,13 +171,13 @@ FAULTS = [
     ),
     _euler(
         "euler-equal-steps",
-        "the Euler steps are equal",
+        "the Euler step is 1 / steps long",
         _with_schedule(_equal),
         "All Euler steps are 1 / num_steps long, whatever the schedule.",
     ),
     _euler(
         "euler-next-interval",
-        "the Euler step takes the next interval",
+        "the Euler step is as long as the one after it should be",
         _with_schedule(_next),
         "An Euler step is as long as the one after it should be.",
     ),

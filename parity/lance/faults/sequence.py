@@ -303,7 +303,7 @@ FAULTS = [
     ),
     _preprocess(
         "vit-pixels-not-clip-normalised",
-        "the ViT's pixels are normalised to [-1, 1]",
+        "the ViT's pixels are normalised by others: the mean is 0.5 and the deviation is 0.5",
         together(
             lambda target: replaced(preprocess, "_VIT_MEAN", (0.5, 0.5, 0.5)),
             lambda target: replaced(preprocess, "_VIT_STD", (0.5, 0.5, 0.5)),

@@ -264,14 +264,14 @@ FAULTS = [
     _fault(
         "pixels-truncated",
         "frames",
-        "pixels are truncated instead of rounded",
+        "each value is (127.5 x + 127.5) rounded down within [0, 255] of what it is made of",
         function(media, "to_uint8", _truncated),
         "8-bit pixels are cut off instead of rounded.",
     ),
     _fault(
         "frames-blue-first",
         "frames",
-        "red and blue are exchanged",
+        "colours are reversed",
         _blue_first,
         "The colours of the frames are in the order blue, green, red.",
     ),

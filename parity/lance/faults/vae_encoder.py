@@ -110,7 +110,7 @@ FAULTS = [
     _fault(
         "encoder-pads-above-and-left",
         _DOWNSAMPLES,
-        "down-sampling pads above and on the left",
+        "the convolution reads 1 row higher and 1 column further left",
         method(Conv2d, "__call__", _pads_above),
         "Down-sampling pads above and on the left instead of below and on the right.",
     ),
@@ -131,7 +131,7 @@ FAULTS = [
     _fault(
         "encoder-time-conv-forgets",
         "vae.encoder.downsamples.*.time_conv",
-        "convolutions forget the frames of the chunk before",
+        "the convolution takes zeros for the frames before",
         method(TimeConv, "__call__", _forgets),
         "The temporal down-sampling starts every chunk with zeros instead of with the frame before it.",
         tasks=ENCODES & VIDEOS,
@@ -160,14 +160,14 @@ FAULTS = [
     _fault(
         "encoder-takes-the-mean",
         "vae.encoder.sample",
-        "the mean is taken instead of a sample",
+        "the latent is the mean",
         _sample(lambda statistics, eps: statistics.mean),
         "The latents are the encoder's mean instead of a sample.",
     ),
     _fault(
         "encoder-logvar-as-deviation",
         "vae.encoder.sample",
-        "exp(logvar) is taken for the deviation",
+        "the latent is the mean + the variance times the noise",
         _sample(lambda statistics, eps: statistics.mean + mx.exp(statistics.logvar) * eps),
         "The deviation of a sample is exp(logvar) instead of exp(logvar / 2).",
     ),

@@ -100,7 +100,7 @@ FAULTS = [
     _fault(
         "weight-zero",
         "layers.1.self_attn.o_proj_moe_gen",
-        "the weight is zero",
+        "the weight is 0",
         lambda target, component, array: mx.zeros_like(array),
         "A weight is zero, as one that was never loaded.",
     ),
@@ -129,7 +129,7 @@ FAULTS = [
     _fault(
         "bias-missing",
         "layers.1.self_attn.v_proj",
-        "the bias is missing",
+        "the bias is 0",
         lambda target, component, array: mx.zeros_like(array),
         "A projection has no bias.",
         names=("bias",),
@@ -137,7 +137,7 @@ FAULTS = [
     _fault(
         "llm2vae-bias-missing",
         "llm2vae",
-        "the bias is missing",
+        "the bias is 0",
         lambda target, component, array: mx.zeros_like(array),
         "The projection to a velocity has no bias.",
         DRAWS,
@@ -146,7 +146,7 @@ FAULTS = [
     _fault(
         "vae2llm-bias-missing",
         "vae2llm",
-        "the bias is missing",
+        "the bias is 0",
         lambda target, component, array: mx.zeros_like(array),
         "The projection of latents has no bias.",
         DRAWS,
@@ -180,7 +180,7 @@ FAULTS = [
     _fault(
         "vae-kernel-reversed-in-time",
         "vae.decoder.conv1",
-        "the kernel is reversed in time",
+        "the weight's frames are reversed",
         lambda target, component, array: array[:, ::-1],
         "The kernel of a temporal convolution is reversed in time.",
         DRAWS,

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import reference.arms
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
-from parity.lance.hypotheses.tools import around, of_weight, on_input, on_output
+from parity.lance.hypotheses.tools import around, on_input, on_output
 
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
@@ -126,16 +125,6 @@ def scaled(factor: Callable[[Tensor], float]) -> Patch:
     return on_output(lambda site, x: (x.float() * factor(x)).to(x.dtype))
 
 
-def next_row(by: int) -> Patch:
-    """Rows of the table that are one off."""
-    return on_input(lambda site, ids: ids + by)
-
-
-def velocity(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Hypothesis:
-    """A hypothesis about velocities [rows, 48]."""
-    return Hypothesis(name, LLM2VAE, transform=lambda site, x: x if of_weight(site) else change(x))
-
-
 def capped(x: Tensor) -> Tensor:
     return 30 * torch.tanh(x / 30)
 
@@ -163,12 +152,6 @@ HYPOTHESES = [
     Hypothesis("latents are put in column by column", (*SUM, "vae2llm"), embeds(latents_turned)),
     Hypothesis("token embeddings are multiplied by sqrt(hidden)", TOKENS, scaled(lambda x: x.shape[-1] ** 0.5)),
     Hypothesis("token embeddings are divided by sqrt(hidden)", TOKENS, scaled(lambda x: x.shape[-1] ** -0.5)),
-    Hypothesis("the next token is embedded", TOKENS, next_row(1)),
-    Hypothesis("the token before is embedded", TOKENS, next_row(-1)),
     Hypothesis("logits are divided by sqrt(hidden)", ("lm_head",), on_input(lambda site, x: x * x.shape[-1] ** -0.5)),
     Hypothesis("logits are capped", ("lm_head",), on_output(lambda site, x: capped(x))),
-    velocity("the velocity points the other way", lambda x: -x),
-    velocity("the velocity's rows are one token too early", lambda x: np.roll(x, -1, 0)),
-    velocity("the velocity's rows are one token too late", lambda x: np.roll(x, 1, 0)),
-    velocity("the velocity's channels are reversed", lambda x: x[:, ::-1].copy()),
 ]  # fmt: skip

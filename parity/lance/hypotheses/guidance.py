@@ -9,8 +9,7 @@ from torch import Tensor
 
 import reference.sampler
 from parity.hypotheses.base import DoesNotApply, Hypothesis
-from parity.lance.hypotheses.schedule import even, times_of
-from parity.lance.hypotheses.tools import function
+from parity.lance.hypotheses.tools import function, times_of
 from reference.request import Renorm, Request
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def acts(name: str, act: Callable[[np.ndarray, float, float], np.ndarray]) -> Hy
 
 
 def uniform(t: np.ndarray) -> np.ndarray:
-    return even(len(t) + 1)[:-1]
+    return np.linspace(1, 0, len(t) + 1)[:-1]
 
 
 def guides(name: str, guide: Formula) -> Hypothesis:

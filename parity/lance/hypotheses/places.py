@@ -42,14 +42,6 @@ def timed(
     return forward(embedded)
 
 
-def sines_first(angles: Tensor) -> Tensor:
-    return torch.cat([angles.sin(), angles.cos()], -1)
-
-
-def interleaved(angles: Tensor) -> Tensor:
-    return torch.stack([angles.cos(), angles.sin()], -1).flatten(-2)
-
-
 def rounded_features(angles: Tensor) -> Tensor:
     return rounded(torch.cat([angles.cos(), angles.sin()], -1), torch.bfloat16)
 
@@ -64,13 +56,6 @@ def wide_features(site: "TapProbe", module: nn.Module, original: Callable, times
         return F.linear(x, first.weight.float(), first.bias.float()).to(first.weight.dtype)
 
     with around(first, "forward", product):
-        return original(timestep)
-
-
-def without_activation(site: "TapProbe", module: nn.Module, original: Callable, timestep: Tensor) -> Tensor:
-    if not hasattr(module, "mlp"):
-        raise DoesNotApply
-    with around(module.mlp[1], "forward", lambda silu, x: x):
         return original(timestep)
 
 
@@ -102,14 +87,6 @@ def placed(
         return out if exact else out.to(module.numerics.torch_dtype)
 
     return forward(embedded)
-
-
-def cosines_first(angles: Tensor) -> Tensor:
-    return torch.cat([angles.cos(), angles.sin()], 1)
-
-
-def in_turn(angles: Tensor) -> Tensor:
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
 
 
 def index(name: str, change: Callable[["TapProbe", np.ndarray], np.ndarray]) -> Hypothesis:
@@ -148,38 +125,22 @@ def table_row(t: np.ndarray, h: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 PERIODS = (100.0, 1000.0, 100000.0, 1000000.0)
-ORDERS = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 HYPOTHESES = [
-    Hypothesis("sines come before cosines", TIME, timed(arrange=sines_first)),
-    Hypothesis("cosines and sines alternate", TIME, timed(arrange=interleaved)),
     Hypothesis("the features of t are rounded to bfloat16", TIME, timed(arrange=rounded_features)),
     Hypothesis("the features of t are not rounded", TIME, forward(wide_features)),
-    *(Hypothesis(f"t is multiplied by {n:g}", TIME, timed(scale=n)) for n in (2 * math.pi, 100.0, 999.0, 1000.0)),
     *(Hypothesis(f"the longest period is {n:.0f}", TIME, timed(period=n)) for n in PERIODS),
     Hypothesis("frequencies are spaced by half - 1", TIME, timed(spacing=1)),
     Hypothesis("t is rounded to bfloat16 before it is embedded", TIME, timed(of=lambda t: rounded(t, torch.bfloat16))),
     Hypothesis("1 - t is embedded", TIME, timed(of=lambda t: 1 - t)),
-    Hypothesis("t is embedded without activation", TIME, forward(without_activation)),
-    *(Hypothesis(f"the latent position table has axes {', '.join('thw'[i] for i in axes)}", PLACE, placed(order=axes))
-      for axes in ORDERS),
-    Hypothesis("the latent position table has cosines first", PLACE, placed(waves=cosines_first)),
-    Hypothesis("the latent position table alternates sines and cosines", PLACE, placed(waves=in_turn)),
     Hypothesis("the latent position table gives the rest of the channels to t", PLACE, placed(rest=0)),
     Hypothesis("the latent position table gives the rest of the channels to h", PLACE, placed(rest=1)),
     Hypothesis("the latent position table is not rounded", PLACE, placed(exact=True)),
-    Hypothesis("the latent position table is spaced by one less", PLACE, placed(spacing=1)),
-    *(Hypothesis(f"the latent position table's longest period is {n:.0f}", PLACE, placed(period=n)) for n in PERIODS),
     Hypothesis("the latent position table has no frames", PLACE, placed(
         of=lambda places: [torch.zeros_like(places[0]), *places[1:]])),
     Hypothesis("the latent position table spans 0 to 1", PLACE, placed(
         of=lambda places: [place / (place.max() + 1) for place in places])),
     *(index(f"the latent position table has rows of {n}", rows_of(n)) for n in (16, 32, 128)),
     index("the latent position table has rows as long as the grid's", own_rows),
-    index("the latent position table is read column by column", lambda site, places: table_row(*places[[0, 2, 1]])),
-    index("the latent position table starts at 1", lambda site, places: table_row(*(places + 1))),
-    index("the latent position table counts frames from 1", lambda site, places: table_row(places[0] + 1, *places[1:])),
     index("the latent position table counts pixels' frames", lambda site, places: table_row(
         4 * places[0], *places[1:])),
-    index("the latent position table counts rows and columns twice", lambda site, places: table_row(
-        places[0], *(2 * places[1:]))),
 ]  # fmt: skip

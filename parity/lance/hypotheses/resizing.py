@@ -13,7 +13,6 @@ import numpy as np
 from PIL import Image
 
 from parity.hypotheses.base import Hypothesis
-from parity.lance.hypotheses.preprocess import PREPROCESS
 from reference.errors import ReferenceError
 from reference.media import STRIDE, VAE_UNIT, VIT_UNIT, MediaSize, nearest_bucket, resolutions
 from reference.preprocess import Box, aspect_box, cut, frames, vae_pixels, vit_patches
@@ -21,6 +20,8 @@ from reference.request import Medium
 
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
+
+PREPROCESS = ("preprocess",)
 
 
 @dataclass(frozen=True)

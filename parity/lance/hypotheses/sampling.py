@@ -9,7 +9,6 @@ from torch import Tensor
 
 import reference.sampler
 from parity.hypotheses.base import DoesNotApply, Hypothesis
-from parity.lance.hypotheses.schedule import bfloat16, times_of
 from parity.lance.hypotheses.tools import function
 from parity.lance.names import logits_name
 
@@ -28,25 +27,6 @@ def euler(name: str, advance: Callable[["TapProbe", Advance, Tensor, Tensor, Ten
 def step_of(site: "TapProbe") -> int:
     """Number of the step that made the site's state."""
     return site.tap.numbers.get("step", site.request.num_steps) - 1
-
-
-def by_interval(interval: Callable[[np.ndarray, int], float]):
-    """An Euler step of another length, given t at every step boundary and the step's number."""
-
-    def advance(site: "TapProbe", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
-        return original(x_t, v, torch.tensor(interval(times_of(site), step_of(site)), dtype=torch.float32), made)
-
-    return advance
-
-
-def following(times: np.ndarray, step: int) -> float:
-    step = min(step + 1, len(times) - 2)
-    return times[step] - times[step + 1]
-
-
-def preceding(times: np.ndarray, step: int) -> float:
-    step = max(step - 1, 0)
-    return times[step] - times[step + 1]
 
 
 def in_dtype(dtype: torch.dtype, kept: bool):
@@ -77,14 +57,6 @@ def moves_given(site: "TapProbe", original: Advance, x_t: Tensor, v: Tensor, dt:
     given = rows[~torch.isin(rows, made)]
     x_next[given] = x_t[given] - whole[given - rows[0]] * dt
     return x_next
-
-
-def to_the_data(site: "TapProbe", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
-    return original(x_t, v, torch.tensor(times_of(site)[step_of(site)]), made)
-
-
-def stays(site: "TapProbe", original: Advance, x_t: Tensor, v: Tensor, dt: Tensor, made: Tensor) -> Tensor:
-    return x_t
 
 
 def noise(name: str, change: Callable[["TapProbe", np.ndarray], np.ndarray | None]) -> Hypothesis:
@@ -133,14 +105,6 @@ def chosen(choose: Callable[[np.ndarray, int], int]) -> Callable[["TapProbe", np
 
 
 HYPOTHESES = [
-    euler("the Euler step goes the other way", lambda site, original, x, v, dt, made: original(x, v, -dt, made)),
-    euler("the Euler steps are equal", by_interval(lambda times, step: 1 / (len(times) - 1))),
-    euler("the Euler step takes the next interval", by_interval(following)),
-    euler("the Euler step takes the interval before", by_interval(preceding)),
-    euler("the Euler step goes to the data at once", to_the_data),
-    euler("the Euler step is twice as long", lambda site, original, x, v, dt, made: original(x, v, 2 * dt, made)),
-    euler("the Euler step is half as long", lambda site, original, x, v, dt, made: original(x, v, dt / 2, made)),
-    euler("the state stays", stays),
     euler("the Euler state is kept in float32", in_dtype(torch.float32, kept=True)),
     euler("the Euler step rounds once", in_dtype(torch.float32, kept=False)),
     euler("the Euler state is kept in bfloat16", in_dtype(torch.bfloat16, kept=True)),
@@ -150,7 +114,6 @@ HYPOTHESES = [
     noise("the first state is noise throughout", all_noise),
     noise("the given frame comes last", given_last),
     noise("noise is drawn channel by channel", channels_first),
-    noise("noise is rounded to bfloat16", lambda site, array: bfloat16(array)),
     Hypothesis("the vocabulary is not masked", ("tokens",), transform=chosen(
         lambda logits, size: int(logits.argmax()))),
     Hypothesis("the second best token is answered", ("tokens",), transform=chosen(

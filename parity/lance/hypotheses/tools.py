@@ -6,11 +6,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from parity.hypotheses.base import DoesNotApply, Patch
 from parity.lance.hypotheses.tokens import GEN, pass_tokens
+from reference.sampler import time_grid
 
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
@@ -155,6 +157,11 @@ def twin_path(path: str) -> str:
         if parts[i] in TWINS and not path.startswith("vit_model"):
             return ".".join([*parts[:i], parts[i] + GEN, *parts[i + 1 :]])
     raise DoesNotApply
+
+
+def times_of(site: "TapProbe") -> np.ndarray:
+    """t at every boundary of the request's steps."""
+    return time_grid(site.request.num_steps, site.request.timestep_shift).numpy()
 
 
 def leaf(module: nn.Module) -> nn.Module:

@@ -147,16 +147,6 @@ def framed(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Hypothesis:
     return Hypothesis(name, FRAMES, transform=transform)
 
 
-def own_frames(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Hypothesis:
-    """A hypothesis about the order of 8-bit frames [3, frames, h, w]."""
-    return Hypothesis(name, FRAMES, transform=lambda site, array: change(array).copy())
-
-
-def transposed(x: np.ndarray) -> np.ndarray:
-    """Rows for columns; where they differ in number, the values in memory are read as if they had been exchanged."""
-    return x.swapaxes(2, 3).reshape(x.shape)
-
-
 HYPOTHESES = [
     Hypothesis("packed channels are (row, column, colour)", PACKED, packed((2, 1, 0))),
     Hypothesis("packed channels are (column, row, colour)", PACKED, packed((1, 2, 0))),
@@ -168,8 +158,6 @@ HYPOTHESES = [
     pixels("pixels are not clipped", lambda x: x),
     pixels("pixels are clipped to [0, 1]", lambda x: x.clip(0, 1)),
     pixels("pixels are in [0, 1]", lambda x: x.clip(-1, 1) / 2 + 0.5),
-    pixels("pixels pass through tanh", np.tanh),
-    pixels("pixels are rounded to bfloat16", lambda x: torch.from_numpy(x.clip(-1, 1)).bfloat16().float().numpy()),
     Hypothesis("the latents are not un-normalised", CONV2, scaled(
         lambda mean, r: (torch.zeros_like(mean), torch.ones_like(r)))),
     Hypothesis("the mean is added before scaling", CONV2, scaled(lambda mean, r: (mean / r, r))),
@@ -191,28 +179,10 @@ HYPOTHESES = [
     Hypothesis("the log-variance is normalised too", LOGVAR, transform=moments(
         lambda site, own, other: normalised(site, own))),
     Hypothesis("the log-variance is clipped to [-20, 20]", LOGVAR, transform=lambda site, x: x.clip(-20, 20)),
-    Hypothesis("the log-variance is halved", LOGVAR, transform=lambda site, x: x / 2),
     Hypothesis("the log-variance is a deviation", LOGVAR, transform=lambda site, x: np.exp(x / 2)),
     Hypothesis("the log-variance is a variance", LOGVAR, transform=lambda site, x: np.exp(x)),
-    Hypothesis("the mean is taken instead of a sample", SAMPLE, sampled(lambda site, p, eps: p.mean)),
-    Hypothesis("exp(logvar) is taken for the deviation", SAMPLE, sampled(
-        lambda site, p, eps: p.mean + eps * torch.exp(p.logvar))),
-    Hypothesis("the log-variance is taken for the deviation", SAMPLE, sampled(
-        lambda site, p, eps: p.mean + eps * p.logvar)),
-    Hypothesis("the deviation is 1", SAMPLE, sampled(lambda site, p, eps: p.mean + eps)),
     Hypothesis("the sample's deviation is normalised too", SAMPLE, sampled(normalised_afterwards)),
-    Hypothesis("the sample's noise is negated", SAMPLE, sampled(
-        lambda site, p, eps: p.mean - eps * torch.exp(0.5 * p.logvar))),
     Hypothesis("the sample is un-normalised", SAMPLE, transform=lambda site, x: (
         x / statistics_of(site)[1][:, 0, 0, 0] + statistics_of(site)[0][:, 0, 0, 0]).astype(np.float32)),
-    framed("pixels are truncated instead of rounded", lambda x: (x * np.float32(0.5) + np.float32(0.5)) * 255),
-    framed("pixels are rounded up", lambda x: np.ceil((x * 0.5 + 0.5) * 255)),
     framed("pixels are scaled by 256", lambda x: np.floor((x * 0.5 + 0.5) * 256)),
-    framed("pixels are taken to be in [0, 1]", lambda x: np.round(x * 255)),
-    framed("pixels are negated", lambda x: np.round((0.5 - x * 0.5) * 255)),
-    own_frames("red and blue are exchanged", lambda x: x[::-1]),
-    own_frames("frames are upside down", lambda x: x[:, :, ::-1]),
-    own_frames("frames are mirrored", lambda x: x[..., ::-1]),
-    own_frames("frames are in reverse", lambda x: x[:, ::-1]),
-    own_frames("rows and columns of frames are exchanged", transposed),
 ]  # fmt: skip
