@@ -7,7 +7,7 @@ import numpy as np
 
 from parity.laws.base import Component, Law, Matrices
 from parity.laws.convolution import Reading, chosen_places, reading_of
-from parity.laws.numbers import plainest
+from parity.laws.numbers import norm_of, plainest
 from parity.laws.patches import all_places, convolved, laid_out, patches, taken
 from parity.laws.place import place
 from parity.laws.support import spans
@@ -44,8 +44,8 @@ def parts(component: Component, got: np.ndarray) -> Iterator[Law]:
         return
     for law in (*_constants(looked), *_factors(looked), *_exchanged(looked)):
         values = law.apply(component)
-        if values is not None and _norm(got - values) <= max(
-            component.rounding, LEFT_BESIDE * _norm(got.astype(np.float64) - component.own)
+        if values is not None and norm_of(got - values) <= max(
+            component.rounding, LEFT_BESIDE * norm_of(got.astype(np.float64) - component.own)
         ):
             yield law
 
@@ -58,7 +58,7 @@ def kernel(component: Component, got: np.ndarray) -> Iterator[Law]:
     residual = got.astype(np.float64) - component.own
     places = all_places(got.shape)
     unknown = reading.weight[0].size + 1
-    if not _norm(residual) > component.rounding or not ENOUGH * unknown < len(places) <= 8192 or unknown > 2048:
+    if not norm_of(residual) > component.rounding or not ENOUGH * unknown < len(places) <= 8192 or unknown > 2048:
         return
     rng = np.random.default_rng(0)
     places = rng.permutation(places)[: max(4 * unknown, PLACES)]
@@ -70,13 +70,13 @@ def kernel(component: Component, got: np.ndarray) -> Iterator[Law]:
     if cut <= unknown:
         return
     change = np.linalg.lstsq(read[:cut], wanted[:cut], rcond=1e-6)[0]
-    if _norm(wanted[cut:] - read[cut:] @ change) > max(
-        LEFT * _norm(wanted[cut:]), component.rounding * np.sqrt(wanted[cut:].size / residual.size)
+    if norm_of(wanted[cut:] - read[cut:] @ change) > max(
+        LEFT * norm_of(wanted[cut:]), component.rounding * np.sqrt(wanted[cut:].size / residual.size)
     ):
         return
     step, bias = change[:-1].T.reshape(reading.weight.shape), change[-1]
     plain = False
-    if _norm(bias) <= 0.05 * max(_norm(step), _norm(_bias(component))):
+    if norm_of(bias) <= 0.05 * max(norm_of(step), norm_of(_bias(component))):
         for law in place(_as_result(reading.weight, component), reading.weight + step):
             yield _law(f"of the kernel: {law.sentence}", law.size + 1, _through(law))
             plain = True
@@ -87,8 +87,8 @@ def kernel(component: Component, got: np.ndarray) -> Iterator[Law]:
 def _as_result(weight: np.ndarray, component: Component) -> Component:
     """A kernel as what laws of any result are read from; it is known as exactly as the outputs it is read from."""
     axes = ("output channel", "input channel", "kernel frame", "kernel row", "kernel column")
-    exact = component.rounding / max(_norm(component.own), 1e-30)
-    return Component("any", {}, {}, weight, max(10 * exact, 1e-5) * _norm(weight), axes)
+    exact = component.rounding / max(norm_of(component.own), 1e-30)
+    return Component("any", {}, {}, weight, max(10 * exact, 1e-5) * norm_of(weight), axes)
 
 
 def _through(law: Law) -> Change:
@@ -108,7 +108,7 @@ def _of_kernel(weight: np.ndarray, step: np.ndarray, bias: np.ndarray) -> Law:
     moved = np.sqrt((step**2).sum(axis=tuple(range(1, step.ndim)))) + np.abs(bias)
     outputs = spans("output channel", moved > 1e-4 * moved.max())
     where = f" in {outputs[0].words}" if outputs else ""
-    apart = _norm(step) / max(_norm(weight), 1e-30)
+    apart = norm_of(step) / max(norm_of(weight), 1e-30)
     rows = len(weight)
     figure = Matrices(
         "the kernel", "output channel", "input channel and tap",
@@ -128,7 +128,7 @@ def _look(component: Component, got: np.ndarray, reading: Reading) -> Looked | N
     if own.shape != got.shape or not np.isfinite(got).all():
         return None
     residual = got.astype(np.float64) - own
-    if _norm(residual) <= component.rounding or not residual.any():
+    if norm_of(residual) <= component.rounding or not residual.any():
         return None
     places = chosen_places(residual)
     places = np.random.default_rng(1).permutation(places)[:PLACES]
@@ -208,8 +208,8 @@ def _one_number(part: np.ndarray, looked: Looked) -> tuple[float, float] | None:
     if not square:
         return None
     factor = float((part * looked.residual).sum()) / square
-    left = _norm(looked.residual - factor * part)
-    if left > max(looked.rounding, LEFT_BESIDE * _norm(looked.residual)):
+    left = norm_of(looked.residual - factor * part)
+    if left > max(looked.rounding, LEFT_BESIDE * norm_of(looked.residual)):
         return None
     return factor, max(looked.rounding, 0.1 * left) / np.sqrt(square)
 
@@ -228,8 +228,8 @@ def _factors(looked: Looked) -> Iterator[Law]:
         wanted = looked.residual.ravel()
         gram = terms @ terms.T
         factors = np.linalg.lstsq(gram + 1e-12 * np.trace(gram) / count * np.eye(count), terms @ wanted, rcond=None)[0]
-        left = _norm(wanted - factors @ terms)
-        if left > max(looked.rounding, LEFT * _norm(wanted)):
+        left = norm_of(wanted - factors @ terms)
+        if left > max(looked.rounding, LEFT * norm_of(wanted)):
             continue
         norms = np.sqrt(np.diag(gram))
         # What a factor changes has to be seen beside what is left.
@@ -282,7 +282,7 @@ def _exchanged(looked: Looked) -> Iterator[Law]:
     shared = np.einsum("jthwo,oithw->ij", through, looked.weight)
     gains = shared - np.diag(shared)[:, None]
     best = np.argsort(-gains, axis=None, kind="stable")[:PAIRS]
-    limit = max(looked.rounding, LEFT * _norm(looked.residual))
+    limit = max(looked.rounding, LEFT * norm_of(looked.residual))
     for first, second in zip(*np.unravel_index(best, gains.shape), strict=True):
         if first == second or gains[first, second] <= 0:
             continue
@@ -290,9 +290,9 @@ def _exchanged(looked: Looked) -> Iterator[Law]:
         alone = np.einsum("nthw,othw->no", apart, looked.weight[:, first])
         both = alone - np.einsum("nthw,othw->no", apart, looked.weight[:, second])
         one, two = int(first), int(second)
-        if _norm(looked.residual - alone) <= limit:
+        if norm_of(looked.residual - alone) <= limit:
             yield _law(f"input channel {one} is read from channel {two}", 2, _reads({one: two}))
-        elif _norm(looked.residual - both) <= limit and one < two:
+        elif norm_of(looked.residual - both) <= limit and one < two:
             yield _law(f"input channels {one} and {two} are exchanged", 2, _reads({one: two, two: one}))
 
 
@@ -305,10 +305,6 @@ def _reads(other_of: dict[int, int]) -> Change:
         return convolved(apart, reading.weight[:, at], reading.geometry, all_places(other.own.shape))
 
     return add
-
-
-def _norm(array: np.ndarray) -> float:
-    return float(np.linalg.norm(np.asarray(array, np.float64)))
 
 
 FITTERS = (parts, kernel)

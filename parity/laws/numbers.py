@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 # What formulas are made of, with the words for it.
 CONSTANTS = {
     "1/3": 1 / 3, "2/3": 2 / 3, "1/sqrt(2)": 0.5**0.5, "sqrt(2)": 2**0.5, "sqrt(3)": 3**0.5, "1/sqrt(3)": 3**-0.5,
@@ -43,6 +45,11 @@ def told(value: float) -> str:
         digits, _, power = text.partition("e")
         return f"{digits}e{int(power)}"
     return text
+
+
+def norm_of(array: np.ndarray) -> float:
+    """The norm of an array, in float64."""
+    return float(np.linalg.norm(np.asarray(array, np.float64)))
 
 
 def listed(words: Sequence[str]) -> str:

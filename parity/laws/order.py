@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from parity.laws.numbers import norm_of
 from parity.laws.support import LISTED, Span, plural, spans
 
 # An index map is read from so many slices.
@@ -41,13 +42,13 @@ class Order:
 
 def fitting(own: np.ndarray, got: np.ndarray, wrong: np.ndarray, likely: Sequence[Order] = ()) -> Iterator[Order]:
     """The orders of slices [n, k] that may make others [m, k], which leave little; `wrong` tells which ones differ."""
-    residual = _norm(got - own) if len(own) == len(got) else _norm(got)
+    residual = norm_of(got - own) if len(own) == len(got) else norm_of(got)
     least, whole = LEFT * residual, 1e-3 * residual
     for order in (*likely, *_candidates(own, got, wrong)):
         made = order.taken(own, 0)
         if made is None or len(made) != len(got):
             continue
-        left = _norm(got - made)
+        left = norm_of(got - made)
         # Another is worth saying only where it leaves much less, or as little in fewer numbers than a list takes.
         if left < least and (order.size < LISTED or least > whole):
             least = max(0.5 * left, whole)
@@ -288,7 +289,3 @@ def _common(steps: np.ndarray) -> list[int]:
     """The two commonest distances."""
     values, counts = np.unique(steps, return_counts=True)
     return [int(values[i]) for i in np.argsort(-counts)[:2] if values[i]]
-
-
-def _norm(array: np.ndarray) -> float:
-    return float(np.linalg.norm(array))

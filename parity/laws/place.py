@@ -9,7 +9,7 @@ import numpy as np
 from parity.laws.base import Component, Curves, Law
 from parity.laws.change import of_values, times
 from parity.laws.fit import Fit
-from parity.laws.numbers import plainest
+from parity.laws.numbers import norm_of, plainest
 from parity.laws.reordered import orders
 from parity.laws.rounding import formats
 from parity.laws.support import Span, beyond, energies, mask, sentence, spans
@@ -44,7 +44,7 @@ def _read(component: Component, got: np.ndarray) -> Iterator[Law]:
         return
     own, got = own.astype(np.float64), got.astype(np.float64)
     residual = got - own
-    if not np.isfinite(own).all() or _norm(residual) <= max(component.rounding, NOISE * _norm(own)):
+    if not np.isfinite(own).all() or norm_of(residual) <= max(component.rounding, NOISE * norm_of(own)):
         return
     wrong = [beyond(residual, own, axis, relative(component)) for axis in range(own.ndim)]
     # Where no slice stands out of rounding, all of them together may.
@@ -54,13 +54,13 @@ def _read(component: Component, got: np.ndarray) -> Iterator[Law]:
     # Numbers that are names are not counted with.
     alone = component.facts.get("names") is not None
     one, two = _sampled(own[inside], got[inside])
-    level = max(relative(component) * _norm(one), LEFT * _norm(two - one))
-    for says, size, change in () if alone else _changes(Fit(one, two, relative(component) * _norm(one))):
-        if _norm(two - change(one)) > 1.5 * level:
+    level = max(relative(component) * norm_of(one), LEFT * norm_of(two - one))
+    for says, size, change in () if alone else _changes(Fit(one, two, relative(component) * norm_of(one))):
+        if norm_of(two - change(one)) > 1.5 * level:
             continue
         for where in ways:
             law = changed(where, says, size, change)
-            if _left(component, got, law) <= max(component.rounding, LEFT * _norm(residual)):
+            if _left(component, got, law) <= max(component.rounding, LEFT * norm_of(residual)):
                 yield _plainest(component, got, where, says, size, change)
                 alone = True
     for axis in () if alone else range(own.ndim):
@@ -79,7 +79,7 @@ def _sampled(own: np.ndarray, got: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def relative(component: Component) -> float:
     """What rounding makes of a component's result, relative to its norm."""
-    norm = _norm(component.own)
+    norm = norm_of(component.own)
     return max(component.rounding / norm if norm else 0.0, NOISE)
 
 
@@ -183,7 +183,7 @@ def _along(
     fits = wrong[axis] & (squares > 0) & (part >= MOST) & (first.shape[1] >= FEWEST)
     if not fits.any():
         return
-    residual = _norm(got - own)
+    residual = norm_of(got - own)
     for factor, alike in _groups(factors, fits, errors, squares, relative(component)):
         says = times(factor)
         for where in _ways(component, [alike if i == axis else each for i, each in enumerate(others)]):
@@ -253,7 +253,7 @@ def _each_its_own(
         figure = Curves(f"{name} by {name}", name, "factor", np.arange(len(factors)), lines)
         says = f"{within} each {name} has a factor of its own, {low} to {high}".strip()
         law = Law(says, float((factors != 1).sum()) + 1, apply, figure)
-        if _left(component, got, law) <= max(component.rounding, LEFT * _norm(got - component.own)):
+        if _left(component, got, law) <= max(component.rounding, LEFT * norm_of(got - component.own)):
             yield law
 
 
@@ -271,8 +271,4 @@ def _not_finite(component: Component, got: np.ndarray) -> Iterator[Law]:
 
 def _left(component: Component, got: np.ndarray, law: Law) -> float:
     values = law.apply(component)
-    return np.inf if values is None or values.shape != got.shape else _norm(got - values.astype(np.float64))
-
-
-def _norm(array: np.ndarray) -> float:
-    return float(np.linalg.norm(np.asarray(array, np.float64)))
+    return np.inf if values is None or values.shape != got.shape else norm_of(got - values.astype(np.float64))

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from parity.laws.base import Component, Law
+from parity.laws.numbers import norm_of
 from parity.laws.order import LEFT, Order, fitting
 from parity.laws.support import Span, mask, plural, spans
 
@@ -61,7 +62,7 @@ def _law(name: str, where: Sequence[Span], order: Order) -> Law:
 def _exchanged_axes(component: Component, got: np.ndarray) -> Iterator[Law]:
     """Two axes of the values in memory exchanged, whatever the sizes."""
     own, axes = component.own, component.axes
-    residual = _norm(got - own)
+    residual = norm_of(got - own)
     long = [axis for axis in range(own.ndim) if own.shape[axis] > 1]
     for i, first in enumerate(long):
         for second in long[i + 1 :]:
@@ -70,7 +71,7 @@ def _exchanged_axes(component: Component, got: np.ndarray) -> Iterator[Law]:
                     continue
                 law = _swap(axes[first], axes[second], own.shape[first] == own.shape[second], back)
                 values = law.apply(component)
-                if values is not None and _norm(got - values.astype(np.float64)) <= LEFT * residual:
+                if values is not None and norm_of(got - values.astype(np.float64)) <= LEFT * residual:
                     yield law
 
 
@@ -107,7 +108,3 @@ def _slices(array: np.ndarray, inside: Sequence[np.ndarray], axis: int) -> np.nd
         rest = np.random.default_rng(0).choice(rest, FEATURES, replace=False)
     places = np.unravel_index(rest, sides) if sides else ()
     return np.moveaxis(array, axis, -1)[tuple(places)].reshape(-1, array.shape[axis]).T.astype(np.float64)
-
-
-def _norm(array: np.ndarray) -> float:
-    return float(np.linalg.norm(np.asarray(array, np.float64)))

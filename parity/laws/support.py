@@ -113,6 +113,8 @@ def _where(test: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[int], np.
 def plural(axis: str) -> str:
     """The name of an axis for several indices; what follows in brackets or after "in" stays as it is."""
     head, rest = re.fullmatch(r"(.+?)((?: in | \().*)?", axis).groups(default="")
+    if head.endswith("is"):
+        return f"{head[:-2]}es{rest}"
     if head.endswith(("ch", "x", "s")):
         return f"{head}es{rest}"
     return f"{head[:-1]}ies{rest}" if re.search("[^aeo]y$", head) else f"{head}s{rest}"

@@ -97,22 +97,11 @@ def anchor(value: int, part: str, axes: Sequence[int] = (0,)) -> InPlace:
     return change
 
 
-def moved(offset: int, part: str, axes: Sequence[int] = (0, 1, 2)) -> InPlace:
+def later(offset: int) -> InPlace:
     def change(ids: np.ndarray, run: Run) -> None:
-        ids[np.ix_(axes, getattr(run, part))] += offset
+        ids[0, run.cells] += offset
 
     return change
-
-
-def spread(change: Callable[[np.ndarray], np.ndarray]) -> InPlace:
-    """Rows and columns changed by their distances from a block's first cell."""
-
-    def changed(ids: np.ndarray, run: Run) -> None:
-        where = np.ix_((1, 2), run.cells)
-        first = ids[where][:, :1]
-        ids[where] = first + change(ids[where] - first)
-
-    return changed
 
 
 def closing(ids: np.ndarray, run: Run) -> None:
@@ -156,13 +145,6 @@ def goes_on(site: "TapProbe", ids: np.ndarray) -> np.ndarray | None:
 def every_split_from_zero(site: "TapProbe", ids: np.ndarray) -> np.ndarray:
     for run in runs(site, ids):
         ids[:, run.whole] -= ids[:, run.whole[:1]]
-    return ids
-
-
-def text_on_time_alone(site: "TapProbe", ids: np.ndarray) -> np.ndarray:
-    for run in runs(site, ids):
-        if run.split.grid is None:
-            ids[1:, run.whole] = 0
     return ids
 
 
@@ -215,9 +197,7 @@ def per_group() -> list[Hypothesis]:
             *(blocks(f"{own} first cell is anchored at {n}", roles, anchor(n, "cells")) for n in ANCHORS[1:]),
             *(blocks(f"{own} first cell is anchored at {n} on all axes", roles, anchor(n, "cells", (0, 1, 2)))
               for n in ANCHORS[1:]),
-            *(blocks(f"{own} cells are off by {n:+d}", roles, moved(n, "cells")) for n in (-2, -1, 1, 2)),
-            *(blocks(f"{own} frames are off by {n:+d}", roles, moved(n, "cells", (0,))) for n in (-1, 1)),
-            *(blocks(f"the {name} is off by {n:+d} with its brackets", roles, moved(n, "whole")) for n in (-1, 1)),
+            *(blocks(f"{own} frames are off by {n:+d}", roles, later(n)) for n in (-1, 1)),
             blocks(f"{own} closing bracket restarts behind its grid", roles, closing),
             blocks(f"{own} brackets count on with the text", roles, as_text),
         ]  # fmt: skip
@@ -263,10 +243,6 @@ HYPOTHESES = [
     recipe("the unconditional ids are the first of the conditional ones", unconditional="first"),
     changed("text goes on from the largest id of a block", goes_on),
     changed("every split starts at 0", every_split_from_zero),
-    changed("text counts on the t axis alone", text_on_time_alone),
-    blocks("rows and columns are centred", VISUAL, spread(lambda d: d - (d.max(1, keepdims=True) + 1) // 2)),
-    blocks("rows and columns advance by 2 and nothing else moves", VISUAL, spread(lambda d: 2 * d)),
-    blocks("rows and columns advance by a half", VISUAL, spread(lambda d: d // 2)),
     *per_group(),
     # Behind the same of one role: where only the target is visual, that says more.
     blocks("visual grids start at 0", VISUAL, from_zero((0, 1, 2))),
