@@ -290,7 +290,7 @@ class Drawing(Run):
         return self.probe.rows(path, out, axis=2, axes=(0, 4, 1, 2, 3))
 
     def combined(self, value: mx.array, around: dict[str, Any]) -> mx.array:
-        guided = self.probe.contract.get("inputs/guided")
+        guided = self.probe.given.get("inputs/guided")
         value = value if guided is None or guided[self.step] else around["v_cond"]
         return self.probe.value(f"sampler.velocity{self.step}", value.reshape(-1, 48))
 

@@ -10,7 +10,7 @@ from parity.model import definition
 from parity.oracle.oracle import Oracle
 from parity.ports.port import Port
 from parity.tensors.metrics import bits
-from parity.tensors.recording import Contract, Observed, Recording
+from parity.tensors.recording import ExactInputs, Observed, Recording
 
 # In the order in which a run needs them: an earlier one decides what the later ones mean.
 ORDER = (
@@ -86,13 +86,13 @@ def check_weights(port: Port, oracle: Oracle) -> WeightCheck:
     return WeightCheck(mismatches, len(seen), f"crc32:{checksum:08x}")
 
 
-def check_exact(contract: Contract, observed: Observed) -> Iterator[ExactMismatch]:
+def check_exact(exact: ExactInputs, observed: Observed) -> Iterator[ExactMismatch]:
     """Compare the exact arrays in order."""
     for name in ORDER:
         if name in observed.failures:
-            yield ExactMismatch(name, contract.exact.get(name), None, observed.failures[name])
+            yield ExactMismatch(name, exact.arrays.get(name), None, observed.failures[name])
             continue
-        expected, got = contract.exact.get(name), observed.exact.get(name)
+        expected, got = exact.arrays.get(name), observed.exact.get(name)
         if expected is None or (got is None and "inputs/request" in observed.failures):
             continue
         if got is None:

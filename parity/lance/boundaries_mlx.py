@@ -21,7 +21,7 @@ from lance_mlx.sampling.conditions import Conditions
 from lance_mlx.sequence.segments import AttentionMode, Role, Segment
 from lance_mlx.sequence.segments import Sequence as TokenSequence
 from parity.lance.capture_mlx import MlxCapture
-from parity.tensors.recording import Contract, Recording, Split, Tap
+from parity.tensors.recording import ExactInputs, Recording, Split, Tap
 
 
 @dataclass
@@ -29,7 +29,7 @@ class MlxBoundaries:
     """Context manager that watches the functions between the modules of lance_mlx, inside an MlxCapture.
 
     Attributes:
-        contract: what is used in place of what is computed; None leaves everything as it is.
+        exact: what is used in place of what is computed; None leaves everything as it is.
         computed: the exact arrays as lance_mlx computes them.
         failures: what a function raised, by the name of the exact array that it should have made.
         before: latents of the clean blocks, which the oracle's states hold before those of the denoised one.
@@ -38,7 +38,7 @@ class MlxBoundaries:
     """
 
     capture: MlxCapture
-    contract: Contract | None = None
+    exact: ExactInputs | None = None
     computed: Recording = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     before: list[mx.array] = field(default_factory=list)
@@ -85,7 +85,7 @@ class MlxBoundaries:
         try:
             return original(*args, **values)
         except Exception as error:
-            if self.contract is None:
+            if self.exact is None:
                 raise
             known = isinstance(error, LanceError)
             self.failures.setdefault(name, str(error) if known else f"{type(error).__name__}: {error}")
@@ -96,7 +96,7 @@ class MlxBoundaries:
             computed = self._attempt(name, original, *args, **values)
             if computed is not None:
                 self.note(name, computed)
-            return self.contract.exact[name].copy() if self._given(name) else computed
+            return self.exact.arrays[name].copy() if self._given(name) else computed
 
         return exact
 
@@ -108,17 +108,17 @@ class MlxBoundaries:
             self.note("inputs/split_lens", [len(segment) for segment in computed.segments])
             self.note("inputs/attn_modes", [segment.mode for segment in computed.segments])
             self.note("inputs/grids_thw", [segment.grid for segment in computed.segments if segment.grid is not None])
-        return _sequence_of(self.contract.splits) if self._given("inputs/text_ids") else computed
+        return _sequence_of(self.exact.splits) if self._given("inputs/text_ids") else computed
 
     def _given(self, name: str) -> bool:
-        """Whether the contract, which may hold some arrays only, holds this one."""
-        return self.contract is not None and name in self.contract.exact
+        """Whether the exact inputs, which may hold some arrays only, hold this one."""
+        return self.exact is not None and name in self.exact.arrays
 
     def _answer_start(self, original: Callable, *args: Any, **values: Any) -> int:
         computed = self._attempt("inputs/answer", original, *args, **values)
         if computed is not None:
             self.note("inputs/answer", [computed])
-        return self.contract.answer if self._given("inputs/answer") else computed
+        return self.exact.answer if self._given("inputs/answer") else computed
 
     def _unconditional(self, original: Callable, sequence: TokenSequence) -> TokenSequence:
         computed = self._attempt("inputs/text_ids.uncond", original, sequence)
@@ -126,7 +126,7 @@ class MlxBoundaries:
             self.note("inputs/text_ids.uncond", computed.ids)
         if not self._given("inputs/text_ids.uncond"):
             return computed
-        return _sequence_of([split for split in self.contract.splits if split.role != Role.TEXT])
+        return _sequence_of([split for split in self.exact.splits if split.role != Role.TEXT])
 
     def _is_guided(self, original: Callable, t: float, request: Request) -> bool:
         computed = bool(original(t, request))
@@ -134,7 +134,7 @@ class MlxBoundaries:
         self.computed["inputs/guided"] = Tap(np.array(self._guided, np.int32), "int32")
         if not self._given("inputs/guided"):
             return computed
-        return bool(self.contract.exact["inputs/guided"][len(self._guided) - 1])
+        return bool(self.exact.arrays["inputs/guided"][len(self._guided) - 1])
 
     def _embed_prefix(self, kind: str) -> Callable:
         def embed(original: Callable, model: Lance, segments: Sequence[Segment], conditions: Conditions) -> list:

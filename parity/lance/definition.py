@@ -14,8 +14,8 @@ from parity.lance.rows import row_experts, row_frames, row_roles
 from parity.lance.trusted import (
     SEQUENCE,
     answer_logits,
-    contract_of,
     cut,
+    exact_of,
     load_run,
     load_trusted,
     load_wider,
@@ -39,7 +39,7 @@ __all__ = [
     "load_wider",
     "run_passes",
     "cut",
-    "contract_of",
+    "exact_of",
     "SEQUENCE",
     "answer_logits",
     "variants_of",

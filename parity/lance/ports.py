@@ -38,7 +38,7 @@ class MlxPort(Port):
     def _run(self, asked: Asked) -> Observed:
         from parity.lance.replay_mlx import replay_pipeline
 
-        how = asked.names, asked.progress, asked.force, asked.contract
+        how = asked.names, asked.progress, asked.force, asked.exact
         return replay_pipeline(self.pipeline, self._asked, self._replay, *how)
 
     def broken_by(self, faults: Sequence[Fault]) -> AbstractContextManager[object]:

@@ -23,7 +23,7 @@ from parity.lance.arrays_mlx import channels_first
 from parity.lance.boundaries_mlx import MlxBoundaries
 from parity.lance.capture_mlx import MlxCapture
 from parity.ports.mending import Mending
-from parity.tensors.recording import Contract, Observed, Recording, Replay, Tap
+from parity.tensors.recording import ExactInputs, Observed, Recording, Replay, Tap
 
 _REQUEST_KEYS = {
     "height": "height",
@@ -142,11 +142,11 @@ def replay_pipeline(
     names: Container[str] | None = None,
     progress: Callable[[str], None] | None = None,
     force: Mapping[str, Tap] | None = None,
-    contract: Contract | None = None,
+    exact: ExactInputs | None = None,
 ) -> Observed:
-    """Replay a request on a loaded pipeline, and with `force` and `contract` every part of it from the given values."""
+    """Replay a request on a loaded pipeline, and with `force` and `exact` every part of it from the given values."""
     tell = progress or (lambda call: None)
-    with MlxCapture(pipeline, names, force) as capture, MlxBoundaries(capture, contract) as boundaries:
+    with MlxCapture(pipeline, names, force) as capture, MlxBoundaries(capture, exact) as boundaries:
         if isinstance(force, Mending):
             force.recorded = lambda: Observed(capture.recording, {}, {})
         if isinstance(request, Question):

@@ -10,7 +10,7 @@ from parity.lance.names import logits_name
 from parity.lance.replay_torch import TorchReplay
 from parity.lance.splitting import split_passes
 from parity.oracle.oracle import Oracle
-from parity.tensors.recording import Contract, Recording, Split, Tap
+from parity.tensors.recording import ExactInputs, Recording, Split, Tap
 from reference.layout import Layout, Mode, Role
 from reference.model import Pipeline
 from reference.numerics import Numerics
@@ -27,7 +27,7 @@ def answer_logits(oracle: Oracle, taps: Mapping[str, Tap], step: int) -> np.ndar
     return None if tap is None else tap.array.reshape(-1)[: len(oracle.run.pipeline.tokenizer)]
 
 
-def contract_of(run: TorchReplay) -> Contract:
+def exact_of(run: TorchReplay) -> ExactInputs:
     """What must be equal before any activation means anything, as the reference lays a request out."""
     layout, request = run.layout, run.request
     arrays = layout.arrays()
@@ -53,7 +53,7 @@ def contract_of(run: TorchReplay) -> Contract:
         )
         for split in layout.splits
     )
-    return Contract(splits, layout.answer, exact)
+    return ExactInputs(splits, layout.answer, exact)
 
 
 def load_run(bundle: Bundle, numerics: Numerics) -> TorchReplay:

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from parity.ports.mending import Mending
 from parity.ports.port import Port
 from parity.tensors.metrics import compare, finite
 from parity.tensors.names import component_kind
-from parity.tensors.recording import Contract, Observed, Recording, Tap
+from parity.tensors.recording import Observed, Recording, Tap
 
 # So many causes are tried in every subset, which is 2 ** EVERY runs; of more, this many orders are drawn and reversed.
 EVERY, ORDERS = 8, 3
@@ -206,7 +206,7 @@ class Attributing:
         numbered = {line.partition(".")[0] for line in self.unmended}
         first = [f for n, f in enumerate(self.findings, 1) if str(n) in numbered and f.kind == EXACT]
         taps = {tap for finding in first for tap in (finding.tap, *finding.also)}
-        exact = self.oracle.contract.exact
+        exact = self.oracle.exact.arrays
         self._sequence = {tap: exact[tap] for tap in taps if tap in exact and tap in self.forced.exact}
         lacking = self.forced.recording.keys() - self._record(frozenset()).keys()
         if lacking:
@@ -294,7 +294,7 @@ class Attributing:
 
     def _fits(self, tap: str) -> bool:
         """Whether a run can be given the oracle's array: it has as many values."""
-        got, expected = self.forced.exact.get(tap), self.oracle.contract.exact.get(tap)
+        got, expected = self.forced.exact.get(tap), self.oracle.exact.arrays.get(tap)
         if got is None or expected is None:
             return False
         lacking = self.forced.absent.get(tap)
@@ -317,12 +317,12 @@ class Attributing:
 
     def _changes(self, tap: str, hypothesis: Hypothesis) -> bool:
         array = self._under(tap, [hypothesis])
-        return array is not None and not np.array_equal(array, self.oracle.contract.exact[tap])
+        return array is not None and not np.array_equal(array, self.oracle.exact.arrays[tap])
 
     def _under(self, tap: str, hypotheses: Sequence[Hypothesis]) -> np.ndarray | None:
         """The oracle's array as some hypotheses change it."""
-        expected = self.oracle.contract.exact[tap]
-        return attempt(site_of(self.oracle, tap, expected, self.oracle.contract.exact), hypotheses)
+        expected = self.oracle.exact.arrays[tap]
+        return attempt(site_of(self.oracle, tap, expected, self.oracle.exact.arrays), hypotheses)
 
     def _run(self, mended: frozenset[int]) -> Recording:
         causes = [self.causes[number] for number in sorted(mended)]
@@ -331,11 +331,10 @@ class Attributing:
             rest = [c.exact[tap] for n, c in enumerate(self.causes) if n not in mended and tap in c.exact]
             if None in rest:
                 continue
-            array = self._under(tap, rest) if rest else self.oracle.contract.exact[tap]
+            array = self._under(tap, rest) if rest else self.oracle.exact.arrays[tap]
             if array is not None:
                 exact[tap] = array
-        contract = self.oracle.contract
-        given = Contract(contract.splits, contract.answer, exact) if exact else None
+        given = replace(self.oracle.exact, arrays=exact) if exact else None
         names = {tap for cause in causes for tap in cause.taps}
         force = Mending(names, self._mend) if names else None
         weights = {name for cause in causes for name in cause.weights}

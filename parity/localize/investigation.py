@@ -113,7 +113,7 @@ class Investigation:
         self.thorough = thorough
         self.bundle, self.oracle, self.port = bundle, oracle, port
         self.faults, self.hypotheses, self.tell = faults, hypotheses, tell
-        self.contract = oracle.contract
+        self.exact = oracle.exact
         self.findings: list[Finding] = []
         self.pictures: list[Picture] = []
         self.held: dict[str, Tap | Sketch] = dict(oracle.own)
@@ -144,13 +144,13 @@ class Investigation:
                 along, led_by_upstream = segment_bounds(self.oracle, floors[SEGMENT]), _NOTHING
                 if not judgement.agree:
                     upstream = {name: tap for name, tap in self.bundle.taps.items() if name in self.oracle.taps}
-                    led_by_upstream = self._attempt(lambda: self.port.run(set(upstream), upstream, self.contract))[0]
+                    led_by_upstream = self._attempt(lambda: self.port.run(set(upstream), upstream, self.exact))[0]
             self.tell("trajectory")
             led = self._attempt(lambda: teacher_forced(self.port, self.oracle))[0] if self.thorough else _NOTHING
             preprocessed = self.port.preprocessed(self.bundle.path.parent)
         wider = settled(self.oracle, forced, bounds.limits()) if self.port.partial else Wider(forced, {}, frozenset())
         forced = wider.forced
-        mismatches = [*checked.mismatches, *check_exact(self.contract, forced)]
+        mismatches = [*checked.mismatches, *check_exact(self.exact, forced)]
         mismatches += check_preprocessed(preprocessed, self.bundle.inputs)
         held, blind, remark = self.oracle.own, judgement.sentence(), ""
         if blind and clears(judgement, led_by_upstream.recording, self.bundle.expected, along.limits()):
@@ -188,7 +188,7 @@ class Investigation:
             remark=remark,
             findings=self.findings,
             taps=taps,
-            exact=[name for name in self.contract.exact if name in forced.exact],
+            exact=[name for name in self.exact.arrays if name in forced.exact],
             alarm=bounds.alarm,
             trajectory=departures,
             margins=answered,
@@ -310,7 +310,7 @@ class Investigation:
             self._add(mismatch.tap, kind, mismatch.error, 0.0, alone, slices, place, [], mismatch.detail)
 
     def _exact_values(self, group: Sequence[ExactMismatch]) -> dict[str, np.ndarray]:
-        values = dict(self.contract.exact)
+        values = dict(self.exact.arrays)
         return values | {mismatch.tap: mismatch.expected for mismatch in group if mismatch.expected is not None}
 
     def _held(self, finding: Finding, compared: Mapping[str, Sequence[TapName]]) -> Finding:
@@ -449,7 +449,7 @@ class Investigation:
         floor = 0.0 if tap.mismatch else tap.floor or 0.0
         # What a tap was held against is what an explanation has to start from.
         allowed = None if tap.mismatch else tap.allowed
-        given = (self.oracle, name, recording[name].array, self.contract.exact, floor, self.held, tap.passed, allowed)
+        given = (self.oracle, name, recording[name].array, self.exact.arrays, floor, self.held, tap.passed, allowed)
         return site_of(*given)
 
     def _slices(self, site: TapProbe) -> tuple[list, str | None]:

@@ -14,7 +14,7 @@ TRIED = 3
 
 def steered(port: Port, oracle: Oracle) -> Observed:
     """Run a port with every part of it given what the oracle has before it."""
-    return port.run(set(oracle.taps), given_to(port, oracle), oracle.contract).filled(oracle.own)
+    return port.run(set(oracle.taps), given_to(port, oracle), oracle.exact).filled(oracle.own)
 
 
 def given_to(port: Port, oracle: Oracle) -> Recording:

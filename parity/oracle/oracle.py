@@ -10,7 +10,7 @@ from parity.bundle.reading import Bundle
 from parity.errors import ParityError, one_line
 from parity.model import definition
 from parity.oracle.trusted import Trusted
-from parity.tensors.recording import Contract, Recording
+from parity.tensors.recording import ExactInputs, Recording
 
 UPSTREAM, REFERENCE = "upstream", "reference"
 """Whose value a tap is compared with: the bundle's own, or the reference's where the bundle has none."""
@@ -69,10 +69,10 @@ class Oracle:
         return replace(self, run=definition().load_wider(self.bundle, "float32"), passes=passes)
 
     @cached_property
-    def contract(self) -> Contract:
+    def exact(self) -> ExactInputs:
         """What must be equal before any activation means anything; raises ParityError where the reference differs."""
         arrays = self.layout.arrays()
         for name in definition().SEQUENCE:
             if not np.array_equal(arrays[name], self.bundle.inputs[name].array):
                 raise ParityError(f"the reference lays bundle {self.bundle.name} out with other {name}: it is no judge")
-        return definition().contract_of(self.run)
+        return definition().exact_of(self.run)

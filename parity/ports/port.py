@@ -12,7 +12,7 @@ import numpy as np
 
 from parity.bundle.reading import Bundle
 from parity.errors import one_line
-from parity.tensors.recording import Contract, Observed, Tap
+from parity.tensors.recording import ExactInputs, Observed, Tap
 
 Progress = Callable[[str], None]
 Weights = Iterator[tuple[str, np.ndarray]]
@@ -24,14 +24,14 @@ class Asked:
 
     names: Container[str]
     force: Mapping[str, Tap]
-    contract: Contract | None
+    exact: ExactInputs | None
     progress: Progress
 
     @property
     def sequence(self) -> tuple[Mapping[str, np.ndarray], tuple[Any, ...], int | None]:
         """The exact values to go on with, the splits and the answer's place; nothing of a run that goes its own way."""
-        contract = self.contract
-        return ({}, (), None) if contract is None else (contract.exact, contract.splits, contract.answer)
+        exact = self.exact
+        return ({}, (), None) if exact is None else (exact.arrays, exact.splits, exact.answer)
 
 
 class Port:
@@ -55,7 +55,7 @@ class Port:
         self,
         names: Container[str],
         force: Mapping[str, Tap] | None = None,
-        contract: Contract | None = None,
+        exact: ExactInputs | None = None,
         progress: Progress | None = None,
     ) -> Observed:
         """Replay the request from the bundle's randomness and visuals, under its numerics.
@@ -63,11 +63,11 @@ class Port:
         Args:
             names: the taps to record; others may be left out.
             force: values to go on with in the place of what is computed at these taps, once that was recorded.
-            contract: integers and times to go on with in the place of what is computed.
+            exact: integers and times to go on with in the place of what is computed.
             progress: told the name of each call before it runs.
         """
         with one_line(f"{self.name} cannot run bundle {self.bundle.name}", self.file):
-            return self._run(Asked(names, {} if force is None else force, contract, progress or (lambda call: None)))
+            return self._run(Asked(names, {} if force is None else force, exact, progress or (lambda call: None)))
 
     def weights(self) -> Weights:
         """The parameters that it uses, float32, under the checkpoint's names and in the checkpoint's layout."""

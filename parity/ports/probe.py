@@ -23,7 +23,7 @@ class Probe:
     Attributes:
         names: the taps that are wanted; others may be recorded and are dropped.
         force: what is to be gone on with at these taps.
-        contract: the exact values to go on with, by their names in `inputs/`; empty where the run goes its own way.
+        given: the exact values to go on with, by their names in `inputs/`; empty where the run goes its own way.
         splits: the oracle's sequence, where the run is steered: role, mode, ids, grid and clean_frames of each.
         answer: index of an answer's first token in it; None where nothing is answered.
         taps, exact: what has been recorded.
@@ -35,7 +35,7 @@ class Probe:
 
     names: Container[str]
     force: Mapping[str, Held] = field(default_factory=dict)
-    contract: Mapping[str, np.ndarray] = field(default_factory=dict)
+    given: Mapping[str, np.ndarray] = field(default_factory=dict)
     splits: tuple[Any, ...] = ()
     answer: int | None = None
     progress: Callable[[str], None] = lambda call: None
@@ -138,7 +138,7 @@ class Probe:
         self.exact.setdefault(name, found.astype(np.float32 if found.dtype.kind == "f" else np.int32))
         if shared is not None:
             self.absent[name] = ~np.asarray(shared, bool)
-        given = self.contract.get(name)
+        given = self.given.get(name)
         return found if given is None else given[..., slice(None) if shared is None else shared].copy()
 
     def _note(self, name: str) -> None:

@@ -63,13 +63,13 @@ class ProcessPort(Port):
         force = {} if mending is not None else asked.force
         exact, splits, answer = asked.sequence
         arrays = {f"force/{name}": tap.array for name, tap in force.items()}
-        arrays |= {f"contract/{name}": array for name, array in exact.items()}
+        arrays |= {f"given/{name}": array for name, array in exact.items()}
         arrays |= {f"ids/{index}": split.ids for index, split in enumerate(splits)}
         message = {
             "names": sorted(asked.names),
             "force": {name: tap.dtype for name, tap in force.items()},
             "mend": sorted(mending or ()),
-            "contract": list(exact),
+            "given": list(exact),
             "splits": [
                 {key: getattr(split, key) for key in ("role", "mode", "grid", "clean_frames")} for split in splits
             ],

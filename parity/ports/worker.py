@@ -115,12 +115,12 @@ class Worker:
         force = {name: (arrays[f"force/{name}"], dtype) for name, dtype in message["force"].items()}
         if message["mend"]:
             force = Mended(message["mend"], self._channel)
-        contract = {name: arrays[f"contract/{name}"] for name in message["contract"]}
+        exact = {name: arrays[f"given/{name}"] for name in message["given"]}
         splits = tuple(SimpleNamespace(**split, ids=arrays[f"ids/{i}"]) for i, split in enumerate(message["splits"]))
         probe = self._probe.Probe(
             set(message["names"]),
             force,
-            contract,
+            exact,
             splits,
             message["answer"],
             lambda call: self._channel.send({"progress": call}),

@@ -95,18 +95,18 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Contract:
+class ExactInputs:
     """What must be equal before any activation means anything, as the oracle has it.
 
     Attributes:
         splits: the sequence.
         answer: index of an answer's first token, None for what is drawn.
-        exact: int32 and float32 arrays by name: inputs/text_ids, inputs/position_ids.cond, inputs/timesteps ...
+        arrays: int32 and float32 arrays by name: inputs/text_ids, inputs/position_ids.cond, inputs/timesteps ...
     """
 
     splits: tuple[Split, ...]
     answer: int | None
-    exact: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from parity.oracle.floors_file import FILE, floors_of, write_floors
 from parity.oracle.oracle import Oracle
 from parity.ports.loading import port_loader
 from parity.ports.port import Port
-from parity.tensors.recording import Contract, Observed, Recording, Tap
+from parity.tensors.recording import ExactInputs, Observed, Recording, Tap
 
 ROOT = Path(__file__).parents[2]
 ORACLES = ROOT / "oracles"
@@ -74,7 +74,7 @@ class ReplayedOracle:
         self,
         names: Container[str],
         force: Mapping[str, Tap] | None = None,
-        contract: Contract | None = None,
+        exact: ExactInputs | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> Observed:
         if progress:

@@ -40,7 +40,7 @@ class Right:
         s = np.float32(asked["timestep_shift"])
         # PyTorch's own grid differs in the last bit.
         times = s * u / (1 + (s - 1) * u)
-        times = probe.integers("timesteps", times) if probe.contract else times
+        times = probe.integers("timesteps", times) if probe.given else times
         probe.value("sampler.noise", noise)
         x = probe.value("sampler.x_t0", probe.value("sampler.x_init", noise))
         for step in range(asked["num_steps"]):

@@ -35,7 +35,7 @@ def oracle_of(name: str) -> Oracle:
 def at(bundle: str, tap: str) -> TapProbe:
     """The site of a tap of an embedded bundle, of which nothing was computed yet."""
     oracle = oracle_of(bundle)
-    return site_of(oracle, tap, np.zeros(0, np.float32), dict(oracle.contract.exact))
+    return site_of(oracle, tap, np.zeros(0, np.float32), dict(oracle.exact.arrays))
 
 
 def at_weight(bundle: str, name: str) -> TapProbe:
@@ -65,7 +65,7 @@ def test_every_hypothesis_is_about_a_component_that_runs_have():
     components = {"frames", "tokens", "grids", "preprocess", "latent_pos_embed"}
     for bundle in ("t2i-fp32-kv", "image_edit-fp32-nokv", "x2t_image-bf16-kv", "t2v-bf16-kv", "i2v-fp32-nokv"):
         oracle = oracle_of(bundle)
-        components |= {parse(name).component for name in [*oracle.taps, *oracle.contract.exact]}
+        components |= {parse(name).component for name in [*oracle.taps, *oracle.exact.arrays]}
     lost = [h.name for h in HYPOTHESES if not any(h.about(component) for component in components)]
     assert lost == []
 
@@ -272,15 +272,15 @@ def test_positions_of_a_port_are_put_together_of_three_causes():
 )
 def test_upstream_counts_and_lays_out_as_the_defaults_say(bundle: str):
     oracle = oracle_of(bundle)
-    for name, expected in oracle.contract.exact.items():
-        site = site_of(oracle, name, expected, dict(oracle.contract.exact))
+    for name, expected in oracle.exact.arrays.items():
+        site = site_of(oracle, name, expected, dict(oracle.exact.arrays))
         if "position_ids" in name:
             ids = counted(site, Recipe())
             np.testing.assert_array_equal(ids[:, : expected.shape[1]], expected)
         array = array_of(name.removeprefix("inputs/"), draft_of(site, "uncond" if "uncond" in name else "cond"))
         if array is not None:
             np.testing.assert_array_equal(array, expected)
-    site = at(bundle, next(iter(oracle.contract.exact)))
+    site = at(bundle, next(iter(oracle.exact.arrays)))
     draft = draft_of(site, "cond")
     for name, expected in oracle.layout.arrays().items():
         array = array_of(name, draft)

@@ -115,31 +115,31 @@ def after_text(layout):
     return next((i for i, split in enumerate(layout.splits) if split.role is Role.TEXT), 9)
 
 
-# The contract.
+# The exact inputs.
 
 
 @pytest.mark.parametrize("name", [*BUNDLES, "x2t_image-fp32-nokv", "t2v-fp32-nokv"])
-def test_the_contract_is_what_the_bundle_holds(oracle_of, name):
+def test_the_exact_inputs_are_what_the_bundle_holds(oracle_of, name):
     oracle = oracle_of(name)
-    bundle, contract = oracle.bundle, oracle.contract
+    bundle, exact = oracle.bundle, oracle.exact
     for integers in ("text_ids", "modality", "split_lens", "attn_modes"):
-        assert np.array_equal(contract.exact[f"inputs/{integers}"], bundle.inputs[integers].array)
-    assert np.array_equal(np.concatenate([split.ids for split in contract.splits]), bundle.inputs["text_ids"].array)
-    assert [len(split.ids) for split in contract.splits] == bundle.inputs["split_lens"].array.tolist()
-    assert [split.mode for split in contract.splits] == bundle.inputs["attn_modes"].array.tolist()
+        assert np.array_equal(exact.arrays[f"inputs/{integers}"], bundle.inputs[integers].array)
+    assert np.array_equal(np.concatenate([split.ids for split in exact.splits]), bundle.inputs["text_ids"].array)
+    assert [len(split.ids) for split in exact.splits] == bundle.inputs["split_lens"].array.tolist()
+    assert [split.mode for split in exact.splits] == bundle.inputs["attn_modes"].array.tolist()
     if bundle.task.startswith("x2t"):
-        assert contract.exact["inputs/answer"].tolist() == [contract.answer]
+        assert exact.arrays["inputs/answer"].tolist() == [exact.answer]
         # The loss, and so the first logits, is behind the last token of the question.
-        assert contract.answer == bundle.inputs["ce_loss_indexes"].array[0] + 1
-        assert "inputs/timesteps" not in contract.exact
+        assert exact.answer == bundle.inputs["ce_loss_indexes"].array[0] + 1
+        assert "inputs/timesteps" not in exact.arrays
     else:
-        times = contract.exact["inputs/timesteps"]
+        times = exact.arrays["inputs/timesteps"]
         assert times[:-1].tolist() == bundle.timesteps and times[-1] == 0
-        assert contract.exact["inputs/guided"].astype(bool).tolist() == bundle.guided
+        assert exact.arrays["inputs/guided"].astype(bool).tolist() == bundle.guided
 
 
 @pytest.mark.parametrize("name", ["t2i-fp32-kv", "t2v-bf16-kv", "x2t_image-bf16-kv"])
-def test_the_positions_of_the_contract_are_those_that_upstream_used(oracle_of, name):
+def test_the_positions_of_the_exact_inputs_are_those_that_upstream_used(oracle_of, name):
     oracle = oracle_of(name)
     for arm in ("cond", "uncond"):
         calls = [n for n in oracle.bundle.taps if fnmatchcase(n, f"{arm}.pre*/position_ids")]
@@ -148,7 +148,7 @@ def test_the_positions_of_the_contract_are_those_that_upstream_used(oracle_of, n
             assert arm == "uncond" and name.startswith("x2t")
             continue
         used = np.concatenate([oracle.bundle.taps[n].array for n in calls], 1)
-        given = oracle.contract.exact[f"inputs/position_ids.{arm}"]
+        given = oracle.exact.arrays[f"inputs/position_ids.{arm}"]
         assert used.shape[1] > 30 and np.array_equal(given[:, : used.shape[1]], used)
 
 
@@ -159,7 +159,7 @@ def test_an_oracle_whose_reference_lays_out_something_else_does_not_judge(oracle
     wrong[0] += 1
     bundle = replace(oracle.bundle, inputs=oracle.bundle.inputs | {integers: Tap(wrong, "int32")})
     with pytest.raises(ParityError, match=f"with other {integers}: it is no judge"):
-        replace(oracle, bundle=bundle).contract  # noqa: B018 -- it is computed when it is asked for
+        replace(oracle, bundle=bundle).exact  # noqa: B018 -- it is computed when it is asked for
 
 
 # One tap computed anew.
@@ -183,7 +183,7 @@ def test_a_tap_computed_anew_is_what_the_reference_computed(oracle_of, name):
     first, last = kinds(oracle)
     assert len(first) > 8 and any(".prefix" in tap or ".prefill" in tap for tap in first)
     for tap in dict.fromkeys([*first, *last]):
-        site = site_of(oracle, tap, oracle.taps[tap].array, oracle.contract.exact)
+        site = site_of(oracle, tap, oracle.taps[tap].array, oracle.exact.arrays)
         try:
             again = site.recompute()
         except LookupError:
@@ -196,16 +196,16 @@ def test_a_tap_computed_anew_is_what_the_reference_computed(oracle_of, name):
 def test_a_site_knows_its_module_its_neighbours_and_its_value(oracle_of):
     oracle = oracle_of("t2i-fp32-kv")
     tap = "cond.step0/language_model.model.layers.1.self_attn.q_norm_moe_gen"
-    site = site_of(oracle, tap, oracle.taps[tap].array * 2, oracle.contract.exact)
+    site = site_of(oracle, tap, oracle.taps[tap].array * 2, oracle.exact.arrays)
     assert site.component == "layers.1.self_attn.q_norm_moe_gen" and not site.exact
     assert (site.dtype, site.entry) == ("float32", "kv_cache")
     assert site.module is oracle.run.pipeline.model.language_model.model.layers[1].self_attn.q_norm_moe_gen
     beside = "language_model.model.layers.1.self_attn.q_proj_moe_gen"
     assert site.near(beside) is oracle.taps[f"cond.step0/{beside}"].array
-    assert site.value("inputs/text_ids") is oracle.contract.exact["inputs/text_ids"]
+    assert site.value("inputs/text_ids") is oracle.exact.arrays["inputs/text_ids"]
     assert site.near("nothing") is None and site.value("nothing") is None
     assert site_of(oracle, "latent", oracle.taps["latent"].array, {}).module is None
     decoder = "vae.decode.chunk0/decoder.conv1"
     assert site_of(oracle, decoder, oracle.taps[decoder].array, {}).module is oracle.run.pipeline.vae.decoder.conv1
-    exact = site_of(oracle, "inputs/text_ids", oracle.layout.text_ids + 1, oracle.contract.exact)
+    exact = site_of(oracle, "inputs/text_ids", oracle.layout.text_ids + 1, oracle.exact.arrays)
     assert exact.exact and exact.recompute() is exact.expected

@@ -20,14 +20,14 @@ from parity.ports.loading import port_loader
 SMALL = "t2i-fp32-nokv"
 HEAD = """
 from parity.lance.ports import MlxPort
-from parity.tensors.recording import Contract, Tap
+from parity.tensors.recording import ExactInputs, Tap
 class Given:
     def __init__(self, bundle):
         self.inner = MlxPort(bundle)
     def run(self, probe):
         force = {name: Tap(*held) for name, held in probe.force.items()}
-        contract = Contract(probe.splits, probe.answer, probe.contract) if probe.contract else None
-        found = self.inner.run(probe.names, force, contract, probe.progress)
+        exact = ExactInputs(probe.splits, probe.answer, probe.given) if probe.given else None
+        found = self.inner.run(probe.names, force, exact, probe.progress)
         for name, tap in found.recording.items():
             probe.value(name, tap.array)
         for name, tap in found.exact.items():

@@ -24,7 +24,7 @@ from parity.lance.stream.mlx import MlxStream, Passes
 from parity.lance.stream.parts import EMBEDDINGS, HEAD_TAPS, LAYER, head_parts
 from parity.lance.stream.plan import StreamPlan
 from parity.lance.stream.reference import Computed, ReferenceStream
-from parity.lance.trusted import contract_of
+from parity.lance.trusted import exact_of
 from parity.localize.findings import EXACT, LOCAL, STRUCTURE, Finding, Localization, TapError
 from parity.localize.tap_errors import propagated_error
 from parity.oracle.bounds import Bounds, Scale, bounds_by_scale, scale_of
@@ -148,7 +148,7 @@ class StreamRun:
 
     def __init__(self, plan: StreamPlan, theirs: ReferenceStream, tell: Tell) -> None:
         self.plan, self.theirs, self.tell = plan, theirs, tell
-        self.contract = contract_of(theirs.run)
+        self.exact = exact_of(theirs.run)
         self.measured: dict[str, _Measured] = {}
         self.failure = ""
 
@@ -156,7 +156,7 @@ class StreamRun:
         observed = self._compare()
         bounds = self._bounds()
         taps = [self._tap_error(name, bounds) for name in self.measured]
-        mismatches = list(check_exact(self.contract, observed))
+        mismatches = list(check_exact(self.exact, observed))
         blind = self._disagreement()
         findings = [] if blind else [*map(_exact_finding, mismatches), *self._local_findings(taps)]
         verdict = DIVERGE if findings else INCONCLUSIVE if blind or self.failure else AGREE
@@ -171,7 +171,7 @@ class StreamRun:
             remark=self.remark,
             findings=findings,
             taps=taps,
-            exact=[name for name in self.contract.exact if name in observed.exact],
+            exact=[name for name in self.exact.arrays if name in observed.exact],
             alarm=bounds.alarm,
             faults=[fault.name if layer is None else f"{fault.name}@{layer}" for fault, layer in self.faults],
             request=self.plan.request,
@@ -297,7 +297,7 @@ class _MlxRun(StreamRun):
         replay = self.plan.replay
         given = (replay.noise, replay.vit_grids, vit)
         with self.ours.loaded(*EMBEDDINGS):
-            observed, forced = self.ours.embed(*given, force=computed.taps, contract=self.contract)
+            observed, forced = self.ours.embed(*given, force=computed.taps, exact=self.exact)
             try:
                 with one_line("lance_mlx cannot embed the request"):
                     own, free = self.ours.embed(*given)

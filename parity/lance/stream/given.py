@@ -52,7 +52,7 @@ class _GivenRun(StreamRun):
         computed.append(self.theirs.finish())
         expected = {name: tap for each in computed for name, tap in each.taps.items()}
         self.tell(RUNS, parts - 1, parts)
-        steered = self.port.run(set(expected), expected, self.contract).filled(expected)
+        steered = self.port.run(set(expected), expected, self.exact).filled(expected)
         try:
             free = self.port.run(set(expected)).filled(expected)
         except ParityError as error:

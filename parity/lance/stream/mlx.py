@@ -30,7 +30,7 @@ from parity.lance.faults import Target
 from parity.lance.faults.base import parameter
 from parity.lance.replay_mlx import request_from_bundle
 from parity.lance.stream.parts import GUIDED, HEAD_TAPS, Except
-from parity.tensors.recording import Contract, Observed, Recording, Tap
+from parity.tensors.recording import ExactInputs, Observed, Recording, Tap
 
 _LATER = Except(HEAD_TAPS)
 
@@ -80,7 +80,7 @@ class MlxStream:
         grids: tuple[tuple[int, int, int], ...],
         vit: np.ndarray | None,
         force: Mapping[str, Tap] | None = None,
-        contract: Contract | None = None,
+        exact: ExactInputs | None = None,
     ) -> tuple[Observed, Passes]:
         """Lay out and embed the request, with the embeddings loaded; no layer is run.
 
@@ -106,7 +106,7 @@ class MlxStream:
         with (
             patch.object(MoTModel, "__call__", note),
             MlxCapture(self._pipeline, _LATER, force) as capture,
-            MlxBoundaries(capture, contract) as boundaries,
+            MlxBoundaries(capture, exact) as boundaries,
         ):
             if isinstance(self._asked, Question):
                 self._read(grids, vit)

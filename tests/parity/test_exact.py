@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from parity.comparison.exact import ORDER, ExactMismatch, check_exact, check_preprocessed, check_weights, describe
 from parity.lance.faults import CATALOGUE, Target
 from parity.lance.ports import oracle_weights
-from parity.tensors.recording import Contract, Observed, Tap
+from parity.tensors.recording import ExactInputs, Observed, Tap
 
 # Together they hold the ViT, the VAE's encoder, i2v's and the answering head.
 LOADED = ("image_edit-fp32-nokv", "x2t_image-bf16-kv")
@@ -126,9 +126,9 @@ def test_a_scale_with_axes_of_length_1_is_the_same_scale(oracle_of):
 # Integers and times.
 
 
-def contract_of(**arrays):
+def exact_of(**arrays):
     exact = {f"inputs/{name.replace('__', '.')}": np.asarray(array) for name, array in arrays.items()}
-    return Contract((), None, exact)
+    return ExactInputs((), None, exact)
 
 
 def observed(failures=None, **arrays):
@@ -142,15 +142,15 @@ def ints(*values):
 
 def test_what_is_equal_is_no_breach():
     arrays = {"text_ids": ints(1, 2), "position_ids__cond": ints(0, 1)}
-    assert list(check_exact(contract_of(**arrays), observed(**arrays))) == []
+    assert list(check_exact(exact_of(**arrays), observed(**arrays))) == []
     # What a run has no use for, such as an arm that never runs, is not computed; what has no oracle is not compared.
-    assert list(check_exact(contract_of(**arrays), observed(text_ids=ints(1, 2), answer=ints(7)))) == []
+    assert list(check_exact(exact_of(**arrays), observed(text_ids=ints(1, 2), answer=ints(7)))) == []
 
 
 def test_breaches_come_in_the_order_in_which_a_run_needs_them():
     right = {name.removeprefix("inputs/").replace(".", "__"): ints(1, 2) for name in ORDER if name != "inputs/request"}
     wrong = dict.fromkeys(reversed(right), ints(1, 3))
-    mismatches = list(check_exact(contract_of(**right), observed(**wrong)))
+    mismatches = list(check_exact(exact_of(**right), observed(**wrong)))
     assert names(mismatches) == [name for name in ORDER if name != "inputs/request"]
     assert all(mismatch.error == pytest.approx(1 / 5**0.5) for mismatch in mismatches)
     assert mismatches[0].detail == "text_ids is 3 at [1] where the oracle has 2; 1 of 2 values differ"
@@ -159,7 +159,7 @@ def test_breaches_come_in_the_order_in_which_a_run_needs_them():
 def test_what_a_function_raised_is_the_breach_in_its_place():
     failures = {"inputs/position_ids.cond": "ValueError: no", "inputs/request": "task 'i2v' is not supported"}
     right = {"text_ids": ints(1), "position_ids__cond": ints(2), "timesteps": ints(3)}
-    mismatches = list(check_exact(contract_of(**right), observed(failures, timesteps=ints(4))))
+    mismatches = list(check_exact(exact_of(**right), observed(failures, timesteps=ints(4))))
     assert [(mismatch.tap, mismatch.detail) for mismatch in mismatches[:2]] == [
         ("inputs/request", "task 'i2v' is not supported"),
         ("inputs/position_ids.cond", "ValueError: no"),
@@ -169,7 +169,7 @@ def test_what_a_function_raised_is_the_breach_in_its_place():
 
 
 def test_a_sequence_of_another_length_is_a_breach_without_a_number():
-    mismatches = list(check_exact(contract_of(text_ids=ints(1, 2)), observed(text_ids=ints(1, 2, 3))))
+    mismatches = list(check_exact(exact_of(text_ids=ints(1, 2)), observed(text_ids=ints(1, 2, 3))))
     assert mismatches[0].error is None and "has shape [3], the oracle's has [2]" in mismatches[0].detail
 
 
