@@ -95,10 +95,10 @@ class Attend(nn.Module):
 
     def __init__(self, numerics: Numerics) -> None:
         super().__init__()
-        self.kind, self.draw = numerics.attention, numerics.draw
+        self.kind = numerics.attending
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return attend(q, k, v, mask, self.kind, self.draw)
+        return attend(q, k, v, mask, self.kind)
 
 
 def by_expert(x: Tensor, gen: Tensor, und_module: nn.Module, gen_module: nn.Module) -> Tensor:
