@@ -10,6 +10,10 @@ class ParityError(Exception):
     """Something handed to the engine is unusable; the message is one line that names it and says what to do."""
 
 
+class FloorsRefused(ParityError):
+    """What is kept beside a bundle of how far rounding goes cannot be used."""
+
+
 def interrupted(error: BaseException | None) -> bool:
     """Tell whether an error is an interrupt, or was raised in handling one: class creation wraps it in RuntimeError."""
     return error is not None and (

@@ -25,7 +25,7 @@ from parity.comparison.verdict import (
     median_over_floor,
     median_over_upstream,
 )
-from parity.errors import ParityError
+from parity.errors import FloorsRefused, ParityError
 from parity.model import definition
 from parity.oracle.bounds import Alarm
 from parity.oracle.floors import logits_of, run_free
@@ -254,6 +254,8 @@ def check_recording(run: Run, progress: Progress | None = None) -> Result:
         recording |= _settled(trusted.oracle, recording)
         blind, remark = _blind(trusted, recording, limits)
         reason = reason or blind
+    except FloorsRefused:
+        raise
     except ParityError as error:
         # Without the reference only what must be equal can be judged.
         reason = reason or str(error)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from parity.bundle.reading import Bundle, sha256
-from parity.errors import ParityError
+from parity.errors import FloorsRefused, ParityError
 from parity.oracle.floors import Floors, FloorSet, floats_of, logits_of, measure, pooled
 from parity.oracle.machines import facts, machine
 from parity.oracle.oracle import FREE, KINDS, Oracle
@@ -23,7 +23,7 @@ from parity.tensors.sketch_file import FILE as SKETCHES
 FILE = "floors.safetensors"
 CACHE = "LANCE_PARITY_CACHE"
 """Environment variable with the folder of what is measured on this machine; by default ~/.cache/lance-parity."""
-_FORMAT = "lance-floors/5"
+_FORMAT = "lance-floors/6"
 _FACTS = "floors"
 _TABLES = ("levels", "flips", "spreads")
 # A float32 run is off by a millionth; a floor of more is none.
@@ -80,27 +80,27 @@ def write_floors(path: Path, oracle: Oracle, floors: FloorSet) -> None:
 def read_floors(path: Path, oracle: Oracle) -> FloorSet | None:
     """The floors in a file, None where there is none.
 
-    Raises ParityError for a file that is damaged, changed, of another format, of another capture or of other taps, or
+    Raises FloorsRefused for a file that is damaged, changed, of another format, of another capture or of other taps, or
     holds what no rounding does.
     """
     if not path.is_file():
         return None
-    remedy = "remove it, or measure it again with lance-parity floors"
+    remedy = f"remove {path.name}, or measure it again with lance-parity floors"
     try:
         with safe_open(path, framework="np") as file:
             kept = dict(json.loads((file.metadata() or {}).get(_FACTS, "{}")))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- no mapping
         if kept.get("format") != _FORMAT:
-            raise ParityError(f"{path} has format {kept.get('format')!r}, not {_FORMAT!r}: {remedy}")
+            raise FloorsRefused(f"{path} has format {kept.get('format')!r}, not {_FORMAT!r}: {remedy}")
         if kept["capture_sha256"] != _capture_sum(oracle.bundle):
             changed = "restore the request in manifest.json if that was changed"
-            raise ParityError(f"{path} holds the floors of another capture than the bundle's: {changed}, or {remedy}")
+            raise FloorsRefused(f"{path} holds the floors of another capture than the bundle's: {changed}, or {remedy}")
         if kept["arrays_sha256"] != _arrays_sum(arrays):
-            raise ParityError(f"{path} holds other numbers than were measured: {remedy}")
+            raise FloorsRefused(f"{path} holds other numbers than were measured: {remedy}")
         floors, wanted = {}, _names(oracle)
         for kind, names in wanted.items():
             if kept["names_sha256"][kind] != _names_sum(names):
-                raise ParityError(f"{path} holds the floors of other taps than the bundle's: {remedy}")
+                raise FloorsRefused(f"{path} holds the floors of other taps than the bundle's: {remedy}")
             tables = [dict(zip(names, _unpacked(arrays[f"{kind}_{t}"]), strict=True)) for t in _TABLES]
             # Upstream's taps come first, and those of logits have no distance from its own.
             distances = _unpacked(arrays["upstream"]) if kind == FREE else []
@@ -109,9 +109,9 @@ def read_floors(path: Path, oracle: Oracle) -> FloorSet | None:
             floors[kind] = Floors(*tables, variants, machines, own)
             for name, level in floors[kind].levels.items():
                 if not 0 <= level <= _LARGEST[oracle.bundle.dtype]:
-                    raise ParityError(f"{path} says that rounding moves {name} by {level:g}: {remedy}")
+                    raise FloorsRefused(f"{path} says that rounding moves {name} by {level:g}: {remedy}")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ParityError(f"{path} is not a complete file of floors ({error}): {remedy}") from None
+        raise FloorsRefused(f"{path} is not a complete file of floors ({error}): {remedy}") from None
     return floors
 
 

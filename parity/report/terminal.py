@@ -67,7 +67,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 def print_result(result: Result) -> None:
     """Print what one comparison found."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     heading = Text.assemble(f"{result.bundle}, {result.impl}, {result.dtype}: ", styled(result.verdict))
     console.print(heading)
     counts = f"{len(result.inputs)} integer inputs and {result.compared} taps compared, {len(result.missing)} missing"

@@ -359,3 +359,12 @@ def test_floors_of_bad_folders_are_one_line(lance_parity, tmp_path, copy_bundle)
         assert result.exit_code == 2
         assert result.stderr.startswith("lance-parity: ") and result.stderr.count("\n") == 1
         assert words in result.stderr
+
+
+def test_check_refuses_them_as_localize_does(lance_parity, stored):
+    path = stored[0].bundle.path
+    path.joinpath(FILE).write_bytes(b"")
+    for command in ("check", "localize"):
+        result = lance_parity(command, path, "--impl", "mlx")
+        assert result.exit_code == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+        assert result.stderr.startswith("lance-parity: ") and "is not a complete file of floors" in result.stderr

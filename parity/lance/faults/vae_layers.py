@@ -77,7 +77,7 @@ FAULTS = [
     _fault(
         "vae-repeats-the-first-frame",
         _CONV1,
-        "the convolution repeats the present's first frame before it",
+        "convolutions repeat the first frame before the start",
         method(CausalConv3d, "__call__", _repeat_first),
         "Convolutions repeat the first frame before the start instead of padding with zeros.",
     ),
