@@ -521,7 +521,7 @@ def _sentence(name: str, difference: Difference) -> str:
     if difference.at is None:
         return f"{name} is equal"
     at = list(difference.at)
-    return f"{name} is {difference.got:.7g} at {at} where the oracle has {difference.expected:.7g}"
+    return f"{name} is {difference.got:.7g} at {at} where it should be {difference.expected:.7g}"
 
 
 def _kind(tap: TapError) -> str:

@@ -9,6 +9,7 @@ from parity.comparison import verdict
 from parity.comparison.trajectory import first_departure
 from parity.localize.findings import EXACT, LOCAL, Explanation, Finding, Localization, TapError
 from parity.model import definition
+from parity.oracle.oracle import UPSTREAM
 
 VERDICTS = {
     verdict.AGREE: "✓ AGREES",
@@ -150,6 +151,8 @@ def counted(localization: Localization) -> str:
     taps, wrong = len(localization.taps), sum(tap.wrong for tap in localization.taps)
     estimated = sum(tap.accuracy is not None for tap in localization.taps)
     said = f"{taps:,} taps"
+    captured = sum(tap.source == UPSTREAM for tap in localization.taps)
+    said += f" ({captured:,} captured, the others as the reference computes them from those)" if captured < taps else ""
     said += f", {estimated:,} of them by sketches" if estimated else ""
     said += f", {wrong:,} of them wrong from the oracle's own input" if wrong else ""
     return "; ".join([said, *_exact(localization.exact)])
