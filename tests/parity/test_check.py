@@ -228,9 +228,8 @@ def test_one_tap_is_too_few(bundle, replayed, monkeypatch):
 
 def test_damaged_floors_are_one_line(bundle, replayed):
     (bundle / "floors.safetensors").write_bytes(b"\0" * 20)
-    result = check(bundle, replayed())
-    assert result.verdict == "inconclusive"
-    assert "floors.safetensors is not a complete file" in result.reason and "\n" not in result.reason
+    with pytest.raises(ParityError, match="^[^\n]*floors.safetensors is not a complete file[^\n]*$"):
+        check(bundle, replayed())
 
 
 def test_an_interrupt_stays_one_whatever_wraps_it():

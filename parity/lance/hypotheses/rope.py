@@ -116,6 +116,10 @@ def in_dtype(dtype: torch.dtype) -> Patch:
     return forward(turned)
 
 
+def order(*axes: int) -> Angles:
+    return Angles(ids=lambda ids: ids[list(axes)])
+
+
 def by_thirds(sections: list[int], half: int) -> list[int]:
     return [half - 2 * (half // 3), half // 3, half // 3]
 
@@ -143,11 +147,17 @@ def rounded_ids(ids: Tensor, places: Tensor) -> Tensor:
     return ids.bfloat16()
 
 
+NAMES = ("t", "h", "w")
+ORDERS = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 HYPOTHESES = [
     Hypothesis("RoPE turns neighbouring pairs instead of halves", ROPES, forward(neighbours)),
     Hypothesis("RoPE gathers neighbouring pairs into halves", ROPES, forward(gathered_pairs)),
     Hypothesis("RoPE exchanges cosines and sines", ROPES, turned_by(lambda x, cos, sin: (x, sin, cos))),
     Hypothesis("RoPE is applied twice", ROPES, forward(twice)),
+    *(Hypothesis(f"RoPE sections follow {', '.join(NAMES[i] for i in axes)}", ROPES, made(order(*axes)))
+      for axes in ORDERS),
+    *(Hypothesis(f"RoPE takes every frequency from the {NAMES[axis]} axis", ROPES, made(order(axis, axis, axis)))
+      for axis in range(3)),
     Hypothesis("RoPE axes alternate frequency by frequency", ROPES, made(Angles(alternating=True))),
     Hypothesis("RoPE gives each axis a third of the frequencies", ROPES, made(Angles(sections=by_thirds))),
     Hypothesis("RoPE sections are twice as long", ROPES, made(Angles(sections=doubled))),
