@@ -344,3 +344,8 @@ def test_integers_are_explained_in_part_and_what_is_left_is_a_finding(localized)
     assert not second.explained and second.detail.startswith(f"{second.part:.1%} of the values that differ are left; ")
     assert first.part + second.part == pytest.approx(1) and 0 < second.part < 0.1
     assert "accounts for" in sentence(found)
+
+
+def test_a_question_in_whole_passes_agrees_with_the_reference_itself(oracles):
+    # Its parts have one row, the passes that they are cut from many.
+    assert localize(oracles / "x2t_image-fp32-nokv", "reference", hypotheses=()).verdict == "agree"
