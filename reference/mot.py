@@ -95,10 +95,10 @@ class Attend(nn.Module):
 
     def __init__(self, numerics: Numerics) -> None:
         super().__init__()
-        self.kind = numerics.attending
+        self.kind, self.draw = numerics.attention, numerics.draw
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return attend(q, k, v, mask, self.kind)
+        return attend(q, k, v, mask, self.kind, self.draw)
 
 
 def by_expert(x: Tensor, gen: Tensor, und_module: nn.Module, gen_module: nn.Module) -> Tensor:

@@ -50,11 +50,6 @@ class Numerics:
         return DTYPES[self.dtype]
 
     @property
-    def attending(self) -> str:
-        """`attention`, with the number of its errors behind it where there are any."""
-        return f"{self.attention} {self.draw}" if self.attention == "disturbed" else self.attention
-
-    @property
     def multiply_dtype(self) -> torch.dtype:
         if self.linear in ("disturbed", "padded") and self.dtype != "float64":
             return torch.float32
@@ -108,14 +103,12 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float64 else x.float()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: str) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: str, draw: int = 0) -> Tensor:
     """Attention of q [n, heads, d] over k, v [m, kv_heads, d]; mask [n, m] bool, True where a query sees a key.
 
-    Query head i reads key/value head i // (heads / kv_heads). `attention` is as Numerics.attending has it.
+    Query head i reads key/value head i // (heads / kv_heads). `attention` and `draw` are as Numerics has them.
     Returns [n, heads, d] in q's dtype.
     """
-    attention, _, number = attention.partition(" ")
-    draw = int(number or 0)
     groups = q.shape[1] // k.shape[1]
     q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
     if attention == "chunked":

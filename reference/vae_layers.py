@@ -119,13 +119,13 @@ class AttentionBlock(nn.Module):
         self.norm = RMSNorm(channels, 2)
         self.to_qkv = Conv2d(channels, 3 * channels, 1, numerics)
         self.proj = Conv2d(channels, channels, 1, numerics)
-        self.kind = numerics.attending
+        self.kind, self.draw = numerics.attention, numerics.draw
 
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
         frames = x[0].transpose(0, 1)  # [T, C, H, W]
         cells = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).contiguous().unflatten(2, (3, 1, -1))
         # One query, key and value a cell, [cells, 1, C] each.
-        seen = [attend(*frame.unbind(1), None, self.kind)[:, 0].transpose(0, 1) for frame in cells]
+        seen = [attend(*frame.unbind(1), None, self.kind, self.draw)[:, 0].transpose(0, 1) for frame in cells]
         return self.proj(torch.stack(seen).reshape(frames.shape)).transpose(0, 1)[None] + x
 
 

@@ -80,12 +80,15 @@ def ways(folder: Path) -> Iterator[Way]:
     llm = f"{bundle.variant}/model.safetensors"
     layer = "language_model.model.layers.1."
     drawn = "sampler.noise" in bundle.taps
-    families = [layer + "mlp.down_proj.weight", layer + "self_attn.q_proj.weight", layer + "input_layernorm.weight",
-                "language_model.model.norm.weight", "language_model.model.embed_tokens.weight"]  # fmt: skip
+    attention = ["q_proj.weight", "v_proj.weight"]
+    families = [layer + "mlp.down_proj.weight", layer + "input_layernorm.weight", "language_model.model.norm.weight",
+                "language_model.model.embed_tokens.weight"]  # fmt: skip
     if drawn:
-        families = [layer + "mlp_moe_gen.down_proj.weight", layer + "self_attn.o_proj_moe_gen.weight",
-                    layer + "self_attn.k_norm_moe_gen.weight", "language_model.model.norm_moe_gen.weight",
-                    "llm2vae.weight", "vae2llm.bias", "time_embedder.mlp.0.weight"]  # fmt: skip
+        attention = ["o_proj_moe_gen.weight", "v_proj_moe_gen.weight", "k_norm_moe_gen.weight"]
+        families = [layer + "mlp_moe_gen.down_proj.weight", layer + "mlp_moe_gen.gate_proj.weight",
+                    "language_model.model.norm_moe_gen.weight", "llm2vae.weight", "vae2llm.bias",
+                    "time_embedder.mlp.0.weight"]  # fmt: skip
+    families += [f"{layer}self_attn.{name}" for name in attention]
     for name in families:
         for factor in (1.001, 1.05, 1.5):
             yield Way(f"{name} times {factor}", WEIGHTS, _weight(llm, name, lambda w, factor=factor: w * factor))
@@ -138,7 +141,9 @@ def _noisy(size: float) -> Callable[[np.ndarray], np.ndarray]:
 def _causal() -> Iterator[None]:
     real = reference.mot.attend
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *how: str) -> torch.Tensor:
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *how: object
+    ) -> torch.Tensor:
         past = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
         return real(q, k, v, past if mask is None else mask & past, *how)
 

@@ -83,7 +83,7 @@ def _trials(path: Path, tell: object) -> Iterator[tuple[str, str, int, bool, str
         for name in _chosen(bounds, got):
             for size in SIZES:
                 noisy = _noisy(held[name], got[name], size * bounds.floor(name), size)
-                found = compare(held[name], noisy, parse(name).most).beyond(bounds.allowed(name))
+                found = bounds.taps[name].exceeded_by(compare(held[name], noisy, parse(name).most))
                 yield command, bundle.dtype, size, found, f"{bundle.name} {name}"
 
 

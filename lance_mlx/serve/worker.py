@@ -97,7 +97,9 @@ class Worker:
             behind = list(self._queue)
         if waits:
             job.end(State.CANCELLED, ApiError(499, "the request was cancelled", "cancelled"))
-        for other in [job, *behind]:
+        else:
+            job.tell()
+        for other in behind if waits else ():
             other.tell()
 
     def _work(self) -> None:

@@ -20,14 +20,13 @@ from parity.comparison.verdict import (
     INCONCLUSIVE,
     MEDIAN,
     UNUSABLE,
-    Limit,
     limits_from,
     median_over_floor,
     median_over_upstream,
 )
 from parity.errors import FloorsRefused, ParityError
 from parity.model import definition
-from parity.oracle.bounds import Alarm
+from parity.oracle.bounds import EQUAL, Alarm, Bound
 from parity.oracle.floors import logits_of, run_free
 from parity.oracle.floors_file import floors_of
 from parity.oracle.judgement import Judgement, clears, judge
@@ -55,12 +54,12 @@ class TapResult:
     shape: tuple[int, ...]
     dtype: str
     difference: Difference
-    limit: Limit
+    limit: Bound
 
     @property
     def diverges(self) -> bool:
         """Whether the tap is farther than its limit, or cannot be close at all."""
-        return self.difference.beyond(self.limit.error)
+        return self.limit.exceeded_by(self.difference)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; what is not finite becomes null."""
@@ -72,7 +71,7 @@ class TapResult:
             "shape": list(self.shape),
             "dtype": self.dtype,
             "rel_l2": finite(d.rel_l2),
-            "limit": finite(self.limit.error),
+            "limit": finite(self.limit.allowed),
             "diverges": self.diverges,
             "max_abs": finite(d.max_abs),
             "max_abs_at": None if d.at is None else list(d.at),
@@ -259,17 +258,15 @@ def check_recording(run: Run, progress: Progress | None = None) -> Result:
     except ParityError as error:
         # Without the reference only what must be equal can be judged.
         reason = reason or str(error)
-        limits = {name: Limit(0.0 if tap.dtype == "int32" else math.inf) for name, tap in bundle.expected.items()}
+        limits = {name: EQUAL if tap.dtype == "int32" else Bound(math.inf) for name, tap in bundle.expected.items()}
     expected = bundle.expected | {name: tap for name, tap in logits.items() if name in recording}
     names = sorted(expected, key=lambda name: bundle.locate(name).place)
     integers = {f"inputs/{name}": tap for name, tap in bundle.inputs.items() if tap.dtype == "int32"}
     integers = dict(sorted(integers.items(), key=lambda item: parse(item[0]).place))
     computed = {f"inputs/{name}": tap for name, tap in recording.items()}
     missing = [name for name in integers if name not in computed] + [name for name in names if name not in recording]
-    inputs = [
-        _compare(parse(m.tap), Tap(m.expected, "float32"), Tap(m.got, "float32"), Limit(0.0)) for m in run.weights
-    ]
-    inputs += [_compare(parse(n), oracle, computed[n], Limit(0.0)) for n, oracle in integers.items() if n in computed]
+    inputs = [_compare(parse(m.tap), Tap(m.expected, "float32"), Tap(m.got, "float32"), EQUAL) for m in run.weights]
+    inputs += [_compare(parse(n), oracle, computed[n], EQUAL) for n, oracle in integers.items() if n in computed]
     inputs += _preprocessed(run)
     taps = [_compare(bundle.locate(n), expected[n], recording[n], limits[n]) for n in names if n in recording]
     differences = {result.tap.name: result.difference for result in taps}
@@ -331,7 +328,7 @@ def trusted_of(bundle: Bundle, progress: Progress | None = None) -> Trusted:
     return _trusted(bundle.path, progress)[0]
 
 
-def limits_of(bundle: Bundle, progress: Progress | None = None) -> tuple[dict[str, Limit], Alarm]:
+def limits_of(bundle: Bundle, progress: Progress | None = None) -> tuple[dict[str, Bound], Alarm]:
     """Return the limit of every tap of a bundle and of an answer's logits, and how often they raise a false alarm.
 
     Raises ParityError when the reference cannot run the bundle.
@@ -339,11 +336,11 @@ def limits_of(bundle: Bundle, progress: Progress | None = None) -> tuple[dict[st
     return _trusted(bundle.path, progress)[1]
 
 
-_KEPT: dict[tuple[Path, int], tuple[Trusted, tuple[dict[str, Limit], Alarm]]] = {}
+_KEPT: dict[tuple[Path, int], tuple[Trusted, tuple[dict[str, Bound], Alarm]]] = {}
 """The trusted sides of the last bundles: two implementations are checked after each other."""
 
 
-def _trusted(path: Path, progress: Progress | None) -> tuple[Trusted, tuple[dict[str, Limit], Alarm]]:
+def _trusted(path: Path, progress: Progress | None) -> tuple[Trusted, tuple[dict[str, Bound], Alarm]]:
     # A bundle that was written anew is another one.
     key = path, (path / "taps.safetensors").stat().st_mtime_ns
     if key not in _KEPT:
@@ -357,14 +354,13 @@ def _trusted(path: Path, progress: Progress | None) -> tuple[Trusted, tuple[dict
     return _KEPT[key]
 
 
-def _blind(trusted: Trusted, recording: Recording, limits: dict[str, Limit]) -> tuple[str, str]:
+def _blind(trusted: Trusted, recording: Recording, limits: dict[str, Bound]) -> tuple[str, str]:
     """Why nothing can be said of a run where the oracle and the reference disagree; else what has to be known."""
     judgement, expected = trusted.judgement, trusted.oracle.bundle.expected
     if judgement.agree:
         return "", ""
     # Only what is far off in a run of its own can be told apart there.
-    allowed = {name: limit.error for name, limit in limits.items()}
-    if clears(judgement, recording, expected, allowed) and not clears(judgement, trusted.own, expected, allowed):
+    if clears(judgement, recording, expected, limits) and not clears(judgement, trusted.own, expected, limits):
         return "", f"{judgement.sentence()}; this run agrees with the oracle there"
     return judgement.sentence(), ""
 
@@ -402,7 +398,7 @@ def _preprocessed(run: Run) -> list[TapResult]:
         expected, ours = inputs[name], Tap(np.ascontiguousarray(got, np.float32), "float32")
         # The same picture but for where it is cut is as good.
         difference = compare(expected, ours if tap in wrong else expected)
-        results.append(TapResult(parse(tap), expected.shape, expected.dtype, difference, Limit(0.0)))
+        results.append(TapResult(parse(tap), expected.shape, expected.dtype, difference, EQUAL))
     return results
 
 
@@ -439,7 +435,7 @@ def _is_weight(result: TapResult) -> bool:
     return result.tap.name.startswith("weights/")
 
 
-def _compare(name: TapName, oracle: Tap | Sketch, ours: Tap, limit: Limit) -> TapResult:
+def _compare(name: TapName, oracle: Tap | Sketch, ours: Tap, limit: Bound) -> TapResult:
     return TapResult(name, oracle.shape, oracle.dtype, compare(oracle, ours, name.most), limit)
 
 

@@ -225,7 +225,7 @@ def _from_result(result: Result, a: Source, b: Source, allow_missing: bool) -> C
     rows = [
         TapComparison(
             *(r.tap.name, r.tap.call, r.tap.component, tuple(r.shape), r.dtype),
-            *(b.taps.shape(r.tap.name), b.taps.dtype(r.tap.name), r.difference, r.limit.error, r.diverges),
+            *(b.taps.shape(r.tap.name), b.taps.dtype(r.tap.name), r.difference, r.limit.allowed, r.diverges),
         )
         for r in [*result.inputs, *result.taps]
     ]

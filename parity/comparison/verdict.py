@@ -9,11 +9,11 @@ where the logits are a rounding apart.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from statistics import median
 
 from parity.bundle.reading import Bundle
-from parity.oracle.bounds import Alarm, bounds_of
+from parity.oracle.bounds import EQUAL, Alarm, Bound, bounds_of
 from parity.oracle.floors import Floors
 from parity.tensors.metrics import Difference
 from parity.tensors.recording import Recording
@@ -23,23 +23,8 @@ MEDIAN = 2**0.5
 AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE = "agree", "diverge", "inconclusive", "unusable"
 
 
-@dataclass(frozen=True)
-class Limit:
-    """The largest relative L2 error with which a tap agrees, and what it comes from.
-
-    Attributes:
-        error: the bound.
-        floor: what equally right orders of rounding do.
-        upstream: how far upstream's bfloat16 is from float32; None for float32.
-    """
-
-    error: float
-    floor: float = 0.0
-    upstream: float | None = None
-
-
-def limits_from(bundle: Bundle, floors: Floors, logits: Recording) -> tuple[dict[str, Limit], Alarm]:
-    """The limit of every tap of a bundle and of the reference's `logits`, and how often they alarm falsely.
+def limits_from(bundle: Bundle, floors: Floors, logits: Recording) -> tuple[dict[str, Bound], Alarm]:
+    """The bound of every tap of a bundle and of the reference's `logits`, and how often they alarm falsely.
 
     Integers must be equal.
     """
@@ -47,13 +32,13 @@ def limits_from(bundle: Bundle, floors: Floors, logits: Recording) -> tuple[dict
     limits = {}
     for name in [*bundle.expected, *logits]:
         if name in bounds.taps:
-            limits[name] = Limit(bounds.allowed(name), bounds.floor(name), floors.upstream.get(name))
+            limits[name] = replace(bounds.taps[name], upstream=floors.upstream.get(name))
         else:
-            limits[name] = Limit(0.0)
+            limits[name] = EQUAL
     return limits, bounds.alarm
 
 
-def median_over_floor(differences: Mapping[str, Difference], limits: Mapping[str, Limit]) -> float | None:
+def median_over_floor(differences: Mapping[str, Difference], limits: Mapping[str, Bound]) -> float | None:
     """The median over the taps of error / floor, None where no tap has a floor."""
     ratios = [
         difference.rel_l2 / limits[name].floor
@@ -63,7 +48,7 @@ def median_over_floor(differences: Mapping[str, Difference], limits: Mapping[str
     return median(ratios) if ratios else None
 
 
-def median_over_upstream(differences: Mapping[str, Difference], limits: Mapping[str, Limit]) -> float | None:
+def median_over_upstream(differences: Mapping[str, Difference], limits: Mapping[str, Bound]) -> float | None:
     """The median over the taps of error / upstream's own rounding error, None where it has none (float32)."""
     ratios = [
         difference.rel_l2 / upstream

@@ -22,6 +22,7 @@ from parity.hypotheses import Hypothesis, attempt
 from parity.hypotheses.tap_probe import site_of
 from parity.localize.findings import EXACT, LOCAL, Finding
 from parity.model import definition
+from parity.oracle.bounds import EQUAL, Bound
 from parity.oracle.oracle import Oracle
 from parity.ports.mending import Mending
 from parity.ports.port import Port
@@ -172,8 +173,8 @@ class Attributing:
         self._planned = len(set(self._subsets()))
         self._own = self._give_sequence()
 
-    def run(self, allowed: Mapping[str, float]) -> Attribution:
-        """Mend the causes in every way, or in some orders; `allowed` is what rounding may do to the results."""
+    def run(self, bounds: Mapping[str, Bound]) -> Attribution:
+        """Mend the causes in every way, or in some orders; `bounds` are of what rounding does to the results."""
         every = frozenset(range(len(self.causes)))
         before, left = self.errors(frozenset()), self.errors(every)
         shares = [self._shapley(number) for number in every]
@@ -188,10 +189,10 @@ class Attributing:
             )
             for number, cause in enumerate(self.causes)
         ]
-        bounds = {name: allowed.get(name, 0.0) for name in left}
+        allowed = {name: bounds.get(name, EQUAL).allowed for name in left}
         last = list(left)[-1] if left else ""
         expected = self.oracle.taps.get(last)
-        return Attribution(before, left, bounds, worths, self.unmended, len(self._orders), last, expected, self._own)
+        return Attribution(before, left, allowed, worths, self.unmended, len(self._orders), last, expected, self._own)
 
     def _give_sequence(self) -> dict[str, float]:
         """Give the tokens that findings which cannot be mended are about, where a run by itself tells less without;

@@ -28,6 +28,9 @@ ALIKE = 1.5
 # An explanation that removes so much computes what was computed, if not rounded in the same places: in bfloat16 right
 # ones were seen to leave up to 5 times what rounding may do.
 NEARLY, ROUNDED_ELSEWHERE = 0.95, 10
+# What is read with more numbers than this describes what was computed, rather than why: it stands back behind any
+# cause that leaves nothing to explain.
+MANY = 32
 _DIGITS = 6
 
 
@@ -113,7 +116,7 @@ def _by_merit(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) 
 def _ordered(site: TapProbe, tried: Sequence[tuple[Hypothesis, float]]) -> list[tuple[Hypothesis, float]]:
     """First those that leave no more than rounding, or nearly as little as the best: of them the smallest before."""
     best = max((share for _, share in tried), default=0.0)
-    near = 1 - ALIKE * (1 - best) if _agrees(site, best) else best
+    near = _alike(site, [(h, share, share) for h, share in tried], 1.0) if _agrees(site, best) else best
     fits = [share >= near or _whole(site, share) for _, share in tried]
     merit = [(0, h.size, -r) if fit else (1, -r) for (h, r), fit in zip(tried, fits, strict=True)]
     return [tried[i] for i in sorted(range(len(tried)), key=merit.__getitem__)]
@@ -134,6 +137,13 @@ def _agrees(site: TapProbe, share: float) -> bool:
     if site.allowed is None:
         return share >= NEARLY
     return left <= _norm(site.expected) * site.allowed * (ROUNDED_ELSEWHERE if share >= NEARLY else 1)
+
+
+def _alike(site: TapProbe, tried: Sequence[tuple[Hypothesis, float, float]], whole: float) -> float:
+    """The merit from which hypotheses do as well as the best; of each what it removes here and its merit are given."""
+    best, _, merit = max(tried, key=lambda item: item[2])
+    few = [m for h, share, m in tried if h.size <= MANY and m >= whole * NEARLY and _agrees(site, share)]
+    return min([whole - ALIKE * (whole - merit), *(few if best.size > MANY else ())])
 
 
 def _read(site: TapProbe, base: Sequence[Hypothesis], failed: Failed) -> list[Hypothesis]:
@@ -267,9 +277,10 @@ def _ranked(
     if second is not None:
         finalists = [item for item in finalists if _holds(site, second, *item)]
         # What was said beforehand does not hold where it does not apply; what was read may say nothing there.
-        both = {id(item): item[1] + _there(*item) for item in finalists}
-        near = 2 - ALIKE * (2 - max(both.values(), default=0.0))
-        finalists.sort(key=lambda item: -min(both[id(item)], near))
+        both = [(h, r, r + _there(h, r, s)) for h, r, s in finalists]
+        near = _alike(site, both, 2.0) if both else 0.0
+        order = sorted(range(len(both)), key=lambda i: -min(both[i][2], near))
+        finalists = [finalists[i] for i in order]
     return [*finalists, *((h, r, None) for h, r in tried[FINALISTS:] if not h.size or second is None)]
 
 

@@ -148,12 +148,12 @@ class Investigation:
             self.tell("trajectory")
             led = self._attempt(lambda: teacher_forced(self.port, self.oracle))[0] if self.thorough else _NOTHING
             preprocessed = self.port.preprocessed(self.bundle.path.parent)
-        wider = settled(self.oracle, forced, bounds.limits()) if self.port.partial else Wider(forced, {}, frozenset())
+        wider = settled(self.oracle, forced, bounds.taps) if self.port.partial else Wider(forced, {}, frozenset())
         forced = wider.forced
         mismatches = [*checked.mismatches, *check_exact(self.exact, forced)]
         mismatches += check_preprocessed(preprocessed, self.bundle.inputs)
         held, blind, remark = self.oracle.own, judgement.sentence(), ""
-        if blind and clears(judgement, led_by_upstream.recording, self.bundle.expected, along.limits()):
+        if blind and clears(judgement, led_by_upstream.recording, self.bundle.expected, along.taps):
             # What the reference computes between upstream's taps is nothing to go by.
             held, bounds, forced = self.bundle.expected, along, led_by_upstream
             blind, remark = "", f"{blind}; {self.port.name} agrees with the oracle there"
@@ -173,7 +173,7 @@ class Investigation:
         attribution = None
         if attribute and self.findings:
             with self.port.broken_by(self.faults) if self.faults else nullcontext():
-                limits = bounds_of(floors[FREE], self.oracle.taps, self.bundle.dtype).limits()
+                limits = bounds_of(floors[FREE], self.oracle.taps, self.bundle.dtype).taps
                 attribution = Attributing(
                     self.port, self.oracle, self.findings, self.hypotheses, forced, self.tell
                 ).run(limits)

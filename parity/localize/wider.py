@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parity.model import definition
+from parity.oracle.bounds import EQUAL, Bound
 from parity.oracle.oracle import Oracle
 from parity.tensors.metrics import compare
 from parity.tensors.names import component_kind
@@ -37,8 +38,8 @@ class Wider:
     beyond: frozenset[str]
 
 
-def settled(oracle: Oracle, forced: Observed, allowed: Mapping[str, float]) -> Wider:
-    """Tell of each wider tap whether it is right in float32; `allowed` is what rounding may do to taps otherwise."""
+def settled(oracle: Oracle, forced: Observed, bounds: Mapping[str, Bound]) -> Wider:
+    """Tell of each wider tap whether it is right in float32; `bounds` are of what rounding does to taps otherwise."""
     wide = [n for n, tap in forced.recording.items() if tap.dtype == "float32" and oracle.own[n].dtype == "bfloat16"]
     if not wide:
         return Wider(forced, {}, frozenset())
@@ -53,7 +54,7 @@ def settled(oracle: Oracle, forced: Observed, allowed: Mapping[str, float]) -> W
         narrow = Tap(rounded(computed.array, "bfloat16"), "bfloat16")
         if _error(single[name], computed) <= APART * levels[component_kind(name)]:
             right[name], recording[name] = computed, own
-            if not _error(own, narrow) <= allowed.get(name, 0.0):
+            if not _error(own, narrow) <= bounds.get(name, EQUAL).allowed:
                 beyond.add(name)
         else:
             recording[name] = narrow

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parity.oracle.floors import Floors
+from parity.tensors.metrics import Difference
 from parity.tensors.recording import Tap
 from parity.tensors.rounding import ULP, step_squares
 from parity.tensors.sketch import ACCURACY, Sketch
@@ -53,10 +54,25 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Bound:
-    """What a tap may be off by, relative L2: the floor that it is judged by, and the largest error that agrees."""
+    """What a tap may be off by.
 
-    floor: float
+    Attributes:
+        allowed: the largest relative L2 error that agrees; 0 where equality is asked for.
+        floor: what equally right orders of rounding do, by which it is judged.
+        upstream: how far upstream's bfloat16 is from float32; None where that is not asked, and in float32.
+    """
+
     allowed: float
+    floor: float = 0.0
+    upstream: float | None = None
+
+    def exceeded_by(self, difference: Difference) -> bool:
+        """Whether a tap is farther, or cannot be close at all."""
+        return difference.beyond(self.allowed)
+
+
+EQUAL = Bound(0.0)
+"""Of what must be equal."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +85,6 @@ class Bounds:
     def allowed(self, name: str) -> float:
         """The largest error with which a tap agrees."""
         return self.taps[name].allowed
-
-    def limits(self) -> dict[str, float]:
-        """The largest errors with which taps agree, by their names."""
-        return {name: bound.allowed for name, bound in self.taps.items()}
 
     def floor(self, name: str) -> float:
         """What rounding alone does to a tap."""
@@ -129,11 +141,11 @@ def _bound(floors: Floors, name: str, scale: Scale, dtype: str, chance: float) -
     if scale.dtype != "bfloat16" or not scale.lump:
         # One rounding, of the largest element, is always allowed for.
         floor = max(level, scale.peak**0.5)
-        return Bound(floor, floor * _apart(spread, chance, dtype) * wider)
+        return Bound(floor * _apart(spread, chance, dtype) * wider, floor)
     square = max(level**2, floors.flips[name] * scale.total)
     counted = poisson_quantile(square / scale.lump, chance) * scale.lump + scale.peak
     far = square**0.5 * _apart(spread, chance, dtype) if square > scale.lump else 0.0
-    return Bound(max(square, scale.peak) ** 0.5, max(counted**0.5, far) * wider)
+    return Bound(max(counted**0.5, far) * wider, max(square, scale.peak) ** 0.5)
 
 
 def _apart(spread: float, chance: float, dtype: str) -> float:
@@ -142,15 +154,21 @@ def _apart(spread: float, chance: float, dtype: str) -> float:
     Under bfloat16 it comes from roundings that fall one way or the other, of which the floor has seen many.
     """
     degrees = max(1 / (2 * spread**2), 1.0) if spread else math.inf
-    beyond = 1 + NormalDist().inv_cdf(1 - chance) / (2 * degrees) ** 0.5
+    beyond = 1 + _far(chance) / (2 * degrees) ** 0.5
     return min(_APART * beyond, _FARTHEST) if dtype == "bfloat16" else _APART * beyond
+
+
+@lru_cache(maxsize=64)
+def _far(chance: float) -> float:
+    """How many standard deviations a normal number exceeds with at most a given chance."""
+    return NormalDist().inv_cdf(1 - chance)
 
 
 @lru_cache(maxsize=65536)
 def poisson_quantile(mean: float, chance: float) -> int:
     """The smallest number that a Poisson number of a mean exceeds with at most a given chance."""
     if mean > 500:
-        far = NormalDist().inv_cdf(1 - chance)
+        far = _far(chance)
         return math.ceil(mean + far * mean**0.5 + far**2 / 2)
     count, term = 0, math.exp(-mean)
     within = term

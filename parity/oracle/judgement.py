@@ -8,7 +8,7 @@ should be: no verdict about a port follows from such a bundle.
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import numpy as np
 
 from parity.bundle.reading import read_bundle
 from parity.model import definition
-from parity.oracle.bounds import Bounds, bounds_of
+from parity.oracle.bounds import EQUAL, Bound, Bounds, bounds_of
+from parity.oracle.common import common_error
 from parity.oracle.floors import Floors
 from parity.oracle.floors_file import floors_of
 from parity.oracle.oracle import SEGMENT, Oracle
@@ -56,18 +57,27 @@ class Departure:
 
     Attributes:
         difference: of the reference's value from the oracle's.
-        allowed: the largest error that rounding explains; 0 for integers.
+        bound: what rounding explains.
+        common: what the errors of all rows have in common, relative L2; see common_error.
     """
 
     tap: TapName
     difference: Difference
-    allowed: float
+    bound: Bound
+    common: float = 0.0
+
+    @property
+    def disagrees(self) -> bool:
+        """Whether that is more than rounding."""
+        return self.bound.exceeded_by(self.difference) or self.common > self.bound.floor
 
     @property
     def said(self) -> str:
         """Where they disagree and by how much, in words."""
-        d = self.difference
-        far = f"error {d.rel_l2:.3g}, rounding allows {self.allowed:.3g}" if self.allowed else "it differs"
+        d, bound = self.difference, self.bound
+        far = f"error {d.rel_l2:.3g}, rounding allows {bound.allowed:.3g}" if bound.allowed else "it differs"
+        if not bound.exceeded_by(d):
+            far = f"error {d.rel_l2:.3g}, of which rounding explains the size, but not what all rows have in common"
         return f"oracle and reference disagree at {self.tap.name} ({d.mismatch or far})"
 
 
@@ -112,8 +122,8 @@ def judge(oracle: Oracle, segment: Floors) -> Judgement:
     arrays, wrong = oracle.layout.arrays(), list[Departure]()
     for name in definition().SEQUENCE:
         difference = compare(oracle.bundle.inputs[name], Tap(np.asarray(arrays[name], np.int32), "int32"))
-        if difference.beyond(0.0):
-            wrong.append(Departure(parse(f"inputs/{name}"), difference, 0.0))
+        if EQUAL.exceeded_by(difference):
+            wrong.append(Departure(parse(f"inputs/{name}"), difference, EQUAL))
     bounds = segment_bounds(oracle, segment)
     places = sorted(oracle.bundle.expected, key=lambda name: oracle.bundle.locate(name).place)
     for name in places:
@@ -122,10 +132,10 @@ def judge(oracle: Oracle, segment: Floors) -> Judgement:
         if name == "tokens":
             wrong += _choices(oracle, bounds)
             continue
-        difference = compare(expected, own, tap.most)
-        allowed = 0.0 if expected.dtype == "int32" or name not in bounds.taps else bounds.allowed(name)
-        if difference.beyond(allowed):
-            wrong.append(Departure(tap, difference, allowed))
+        bound = EQUAL if expected.dtype == "int32" else bounds.taps.get(name, EQUAL)
+        departure = _departure(tap, expected, own, bound)
+        if departure.disagrees:
+            wrong.append(departure)
     if not wrong:
         return Judgement(())
     cause, why = _cause(oracle, wrong)
@@ -142,19 +152,23 @@ def clears(
     judgement: Judgement,
     got: Mapping[str, Tap],
     expected: Mapping[str, Tap | Sketch],
-    allowed: Mapping[str, float],
+    bounds: Mapping[str, Bound],
 ) -> bool:
-    """Whether a run agrees with the oracle wherever the reference does not: then the reference is wrong there.
-
-    `allowed` is the largest error by tap, 0 where there is none.
-    """
+    """Whether a run agrees with the oracle wherever the reference does not: then the reference is wrong there."""
     for departure in judgement.departures:
         name = departure.tap.name
         if name not in got or name not in expected:
             return False
-        if compare(expected[name], got[name], departure.tap.most).beyond(allowed.get(name, 0.0)):
+        if _departure(departure.tap, expected[name], got[name], bounds.get(name, EQUAL)).disagrees:
             return False
     return True
+
+
+def _departure(tap: TapName, expected: Tap | Sketch, got: Tap, bound: Bound) -> Departure:
+    # In float32 the size of an error tells more than what rows have in common, of which rounding leaves some.
+    alike = not isinstance(expected, Sketch) and expected.dtype == got.dtype == "bfloat16"
+    common = common_error(tap, expected.array, got.array) if alike else 0.0
+    return Departure(tap, compare(expected, got, tap.most), bound, common)
 
 
 def _choices(oracle: Oracle, bounds: Bounds) -> list[Departure]:
@@ -171,7 +185,7 @@ def _choices(oracle: Oracle, bounds: Bounds) -> list[Departure]:
             chosen[step] = logits.argmax()
     if np.array_equal(chosen, expected.array):
         return []
-    return [Departure(parse("tokens"), compare(expected, Tap(chosen, "int32")), 0.0)]
+    return [Departure(parse("tokens"), compare(expected, Tap(chosen, "int32")), EQUAL)]
 
 
 def _cause(oracle: Oracle, wrong: Sequence[Departure]) -> tuple[Cause, str]:
@@ -202,7 +216,10 @@ def _cause(oracle: Oracle, wrong: Sequence[Departure]) -> tuple[Cause, str]:
     if re.search(r"velocity|hidden_out", first.name):
         return Cause.WEIGHTS_OR_CODE, "no tap tells which part of the model it is"
     if not _weighs(first.name):
-        return Cause.CODE, f"{first.component} has no weights and differs in {_places(off, peers)}"
+        told = f"{first.component} has no weights and differs in {_places(off, peers)}"
+        if not isinstance(oracle.bundle.expected[first.name], Sketch) and (read := _reads_weights(oracle, first.name)):
+            return Cause.WEIGHTS_OR_CODE, f"{told}; it reads {read}, of which no value was captured"
+        return Cause.CODE, told
     return Cause.WEIGHTS, f"{first.component} differs in {_places(off, peers)}"
 
 
@@ -236,6 +253,23 @@ def _error(expected: Tap | Sketch, got: Tap, most: float | None) -> float:
 def _weighs(name: str) -> bool:
     """Whether what computes a tap has weights."""
     return not _FUNCTIONS.search(parse(name).component)
+
+
+def _reads_weights(oracle: Oracle, name: str) -> str:
+    """The component with weights whose value was not captured and moves a tap most nearly as it is off; or nothing."""
+    tap, names = parse(name), list(oracle.own)
+    own = oracle.own[name].array.astype(np.float64)
+    off, found = oracle.bundle.expected[name].array - own, {}
+    for other in names[: names.index(name)]:
+        near = parse(other)
+        if other in oracle.bundle.expected or (near.call, near.layer) != (tap.call, tap.layer) or not _weighs(other):
+            continue
+        value = oracle.passes[other]
+        given = oracle.bundle.taps | {other: replace(value, array=2 * value.array)}
+        moved = definition().cut(oracle.run, definition().run_passes(oracle.run, given))[name].array - own
+        if moved.any():
+            found[near.component] = abs(float(np.vdot(moved, off))) / float(np.linalg.norm(moved))
+    return max(found, key=found.get, default="")
 
 
 def _between(oracle: Oracle, name: str) -> list[str]:
@@ -276,5 +310,5 @@ def _part_off(oracle: Oracle, departure: Departure) -> float:
     expected, own = oracle.bundle.expected[departure.tap.name], oracle.own[departure.tap.name].array
     if isinstance(expected, Sketch) or expected.array.shape != own.shape or not own.size:
         return 1.0
-    size = departure.allowed * float(np.linalg.norm(own.astype(np.float64))) / own.size**0.5
+    size = departure.bound.allowed * float(np.linalg.norm(own.astype(np.float64))) / own.size**0.5
     return float(np.mean(np.abs(expected.array.astype(np.float64) - own) > 4 * max(size, 1e-30)))

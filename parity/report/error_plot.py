@@ -21,7 +21,7 @@ def error_plot(result: Result) -> str:
     figure, axes = pyplot.subplots(figsize=(11, 5), layout="constrained")
     try:
         places = range(len(taps))
-        bounds = [max(tap.limit.error, LOWEST) for tap in taps]
+        bounds = [max(tap.limit.allowed, LOWEST) for tap in taps]
         axes.step(places, bounds, where="mid", color=LIMIT, lw=1.2, ls="--", label="largest that agrees")
         if any(tap.limit.upstream for tap in taps):
             floors = [max(tap.limit.upstream or 0.0, LOWEST) for tap in taps]

@@ -172,7 +172,7 @@ def _of_localization(found: Localization) -> Iterator[Case]:
 
 def _told(tap: TapResult | TapComparison) -> str:
     d = tap.difference
-    limit = tap.limit.error if isinstance(tap, TapResult) else tap.limit
+    limit = tap.limit.allowed if isinstance(tap, TapResult) else tap.limit
     if d.mismatch:
         return d.mismatch
     text = f"error {significant(d.rel_l2)}, limit {significant(limit)}"
@@ -244,7 +244,7 @@ def _error(tap: TapResult | TapComparison) -> float:
 
 def _tap_line(tap: TapResult | TapComparison) -> tuple[str, ...]:
     d = tap.difference
-    limit = tap.limit.error if isinstance(tap, TapResult) else tap.limit
+    limit = tap.limit.allowed if isinstance(tap, TapResult) else tap.limit
     name = tap.tap.name if isinstance(tap, TapResult) else tap.name
     largest = _plain(d.mismatch) if d.mismatch else significant(d.max_abs)
     equal = "–" if d.bits_equal is None else f"{d.bits_equal:.1%}"

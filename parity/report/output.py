@@ -60,8 +60,10 @@ GENERATOR = '<meta name="generator" content="lance-parity">'
 
 
 def require_own_page(path: Path) -> None:
-    """Raise ParityError where a page would take the place of anything but one of ours."""
+    """Raise ParityError where a page would take the place of anything but one of ours, or no browser would show it."""
     if not path.exists():
+        if path.suffix.lower() not in (".html", ".htm"):
+            raise ParityError(f"{path} is no name of a page: let it end in .html")
         return
     try:
         if path.is_file() and GENERATOR in path.read_text(encoding="utf-8")[:1000]:

@@ -91,7 +91,7 @@ def print_result(result: Result) -> None:
     )
     if first:
         d = first.difference
-        console.print(f"{first.tap.name}: error {error_of(d)}, limit {significant(first.limit.error)}")
+        console.print(f"{first.tap.name}: error {error_of(d)}, limit {significant(first.limit.allowed)}")
         if d.mismatch:
             console.print(d.mismatch)
         elif d.at is not None:

@@ -7,13 +7,13 @@ import pytest
 import reference.sampler as sampler
 from parity.bundle.reading import read_bundle, write_bundle
 from parity.comparison.check import UnsupportedTask, check_bundle, check_recording, limits_of, record_bundle, trusted_of
-from parity.comparison.verdict import MEDIAN, Limit, limits_from
+from parity.comparison.verdict import MEDIAN, limits_from
 from parity.errors import ParityError, one_line
 from parity.lance import replay_torch
 from parity.lance.given import wanted
 from parity.lance.replay_torch import layout_reference
 from parity.lance.trusted import load_run
-from parity.oracle.bounds import FALSE_ALARM, bounds_of, scale_of
+from parity.oracle.bounds import EQUAL, FALSE_ALARM, Bound, bounds_of, scale_of
 from parity.oracle.floors import Floors, logits_of
 from parity.oracle.floors_file import floors_of
 from parity.oracle.oracle import FREE
@@ -60,7 +60,7 @@ def test_the_oracle_agrees_with_itself(detailed_bundle, replayed):
 @pytest.mark.parametrize("tap", ["sampler.x_t1", "velocity_call1", "sampler.timestep3", "velocity_call2", "pixels"])
 def test_a_tap_diverges_beyond_its_bound_and_not_before(bundle, replayed, tap):
     limits, alarm = limits_of(read_bundle(bundle))
-    limit = limits[tap].error
+    limit = limits[tap].allowed
     assert 2 * limits[tap].floor <= limit <= limits[tap].floor * alarm.threshold * (1 + 1e-9)
     result = check(bundle, replayed(changed={tap: moved(0.9 * limit)}))
     assert result.verdict == "agree" and result.alarm == alarm
@@ -212,7 +212,7 @@ def test_one_tap_is_too_few(bundle, replayed, monkeypatch):
     monkeypatch.setattr("parity.comparison.check.trusted_of", lambda bundle, progress: trusted)
     monkeypatch.setattr(
         "parity.comparison.check.limits_of",
-        lambda oracle, progress: (dict.fromkeys(oracle.taps, Limit(1e-6, 1e-6)), None),
+        lambda oracle, progress: (dict.fromkeys(oracle.taps, Bound(1e-6, 1e-6)), None),
     )
     trusted = trusted_of(oracle)
     for names, verdict in ((["pixels"], "inconclusive"), (["pixels", "latent"], "agree")):
@@ -337,10 +337,10 @@ def test_limits_are_bounds_on_what_rounding_does(oracles, oracle_of, name):
     for tap, limit in limits.items():
         value = oracle.taps.get(tap) or logits[tap]
         if value.dtype == "int32":
-            assert limit == Limit(0.0)
+            assert limit == EQUAL
         else:
             assert limit.floor == bounds.floor(tap) >= max(floors.levels[tap], scale_of(value).peak ** 0.5) > 0
-            assert limit.floor <= limit.error == bounds.allowed(tap) <= limit.floor * alarm.threshold * (1 + 1e-9)
+            assert limit.floor <= limit.allowed == bounds.allowed(tap) <= limit.floor * alarm.threshold * (1 + 1e-9)
             assert (limit.upstream is None) == (oracle.dtype == "float32" or tap not in oracle.taps)
     assert alarm == bounds.alarm and alarm.rate == FALSE_ALARM
     assert alarm.taps == sum(tap.dtype != "int32" for tap in (oracle.taps | logits).values())
@@ -385,10 +385,10 @@ def test_an_integer_tap_has_no_limit_and_a_tap_without_a_measured_error_one_roun
     oracle = read_bundle(rounded)
     names = [name for name, tap in oracle.taps.items() if tap.dtype != "int32"]
     limits, alarm = limits_from(oracle, invented(0.0, names), {})
-    assert alarm.samples == 2 and limits["cond.step0/position_ids"] == Limit(0.0)
+    assert alarm.samples == 2 and limits["cond.step0/position_ids"] == EQUAL
     for name in names:
         peak = scale_of(oracle.taps[name]).peak ** 0.5
-        assert limits[name].floor == pytest.approx(peak) and limits[name].error <= 2 * peak * (1 + 1e-9)
+        assert limits[name].floor == pytest.approx(peak) and limits[name].allowed <= 2 * peak * (1 + 1e-9)
 
 
 def test_limits_are_made_once_for_a_bundle_that_stays_the_same(copy_bundle, monkeypatch):

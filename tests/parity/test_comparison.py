@@ -53,7 +53,7 @@ def doubled(array):
 
 def test_a_bundle_and_its_replay_are_judged_by_its_floors():
     result = check_bundle(T2I, "mlx")
-    limits = {tap.tap.name: tap.limit.error for tap in result.taps}
+    limits = {tap.tap.name: tap.limit.allowed for tap in result.taps}
     for a, b in ((T2I, f"{T2I}@mlx"), (f"{T2I}@mlx", T2I), (T2I, "@reference"), (f"{T2I}@reference", "@mlx")):
         compared = parity.compare(a, b)
         assert (compared.judged_by, compared.only_a) == (FLOORS, [])

@@ -9,10 +9,11 @@ import pytest
 
 import parity
 from parity.comparison.check import Result, TapResult
-from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE, Limit
+from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
 from parity.errors import ParityError
 from parity.lance.names import parse
 from parity.localize.findings import EXACT, LOCAL, Explanation, Finding, Localization, TapError
+from parity.oracle.bounds import Bound
 from parity.oracle.oracle import UPSTREAM
 from parity.report.formats import render
 from parity.report.output import Format, emit
@@ -27,7 +28,7 @@ NORM = "cond.step0/language_model.model.layers.1.self_attn.q_norm_moe_gen"
 def tap_result(name, got=VALUES, limit=1e-5, expected=VALUES):
     dtype = "int32" if expected.dtype == np.int32 else "float32"
     difference = compare(Tap(expected, dtype), Tap(got, dtype))
-    return TapResult(parse(name), expected.shape, dtype, difference, Limit(limit))
+    return TapResult(parse(name), expected.shape, dtype, difference, Bound(limit))
 
 
 def result_of(taps, verdict=AGREE, missing=(), first=None, inputs=(), **values):

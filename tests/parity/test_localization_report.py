@@ -461,3 +461,9 @@ def test_multiples_are_short(value, text):
 )
 def test_shares_are_in_percent(share, text):
     assert percent(share) == text
+
+
+def test_a_page_is_named_as_one(tmp_path):
+    with pytest.raises(ParityError, match="report is no name of a page: let it end in .html"):
+        write_localization(tmp_path / "report", CASES["nothing"]())
+    assert not list(tmp_path.iterdir())

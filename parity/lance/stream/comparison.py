@@ -216,8 +216,8 @@ class StreamRun:
         for name in self.measured:
             if name not in self.plan.given or name not in bounds.taps:
                 continue
-            departure = Departure(parse(name), self.measured[name].own, bounds.allowed(name))
-            if departure.difference.beyond(departure.allowed):
+            departure = Departure(parse(name), self.measured[name].own, bounds.taps[name])
+            if departure.bound.exceeded_by(departure.difference):
                 return f"{departure.said}: it is not about {self.impl}"
         return ""
 
