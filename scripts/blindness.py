@@ -1,16 +1,19 @@
 """Make the oracle and the reference disagree in many ways, and see that none of them passes for agreement.
 
     python scripts/blindness.py [--bundle PATH]... [--output FILE]
+    python scripts/blindness.py [--bundle PATH]... --weights FACTOR
 
 Each way changes a copy: a weight of the checkpoint, a tap of the capture, its noise, or what upstream computes (what a
 reference with another mask, stride or guidance computes takes the place of the capture). `check` and `localize` get
 every copy, with lance_mlx, which runs from the same copy; for the first of each kind floors are measured anew, for the
 others those of the bundle are kept with it. A way that leaves the reference's values as they are, to the bit, is no
-disagreement and is left out. Exit status: 0 when every way is refused or called wrong and what was
-changed is named, 1 otherwise.
+disagreement and is left out. With --weights every weight of one layer and one block, and of what is in none, is scaled
+by itself, and the bundle alone is judged; no table is written. Exit status: 0 when every way is refused or called wrong
+and what was changed is named, 1 otherwise.
 """
 
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -24,6 +27,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import typer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tables import README, replace_between
 
@@ -39,7 +43,7 @@ from parity.errors import ParityError
 from parity.lance.trusted import load_run
 from parity.localize.investigation import localize
 from parity.oracle.floors_file import FILE, floors_of, write_floors
-from parity.oracle.judgement import Cause
+from parity.oracle.judgement import Cause, judge_bundle
 from parity.oracle.oracle import Oracle
 from parity.report.runner import limit_threads
 from parity.report.terminal import progress_bar
@@ -111,6 +115,20 @@ def ways(folder: Path) -> Iterator[Way]:
         yield Way("other noise", INPUTS, _tap("sampler.noise", lambda x: np.random.default_rng(1).permuted(x, axis=0)))
     for name, patched in _CODE.items():
         yield Way(f"upstream with {name}", CODE, _recaptured(patched))
+
+
+def every_weight(folder: Path, factor: float) -> Iterator[Way]:
+    """One weight after the other times a factor, of one layer and one block, of the bundle's variant and of the ViT."""
+    checkpoint = folder.parent / "checkpoint-a"
+    for path in (
+        checkpoint / read_bundle(folder).variant / "model.safetensors",
+        *checkpoint.glob("*ViT/*.safetensors"),
+    ):
+        with safe_open(path, framework="pt") as file:
+            names = [n for n in file.keys() if not re.search(r"\.layers\.(?!1\.)|\bblocks\.(?!0\.)", n)]  # noqa: SIM118
+        for name in names:
+            change = _weight(str(path.relative_to(checkpoint)), name, lambda w: w * factor)
+            yield Way(f"{name} times {factor}", WEIGHTS, change)
 
 
 def _part(x: np.ndarray) -> slice:
@@ -245,6 +263,7 @@ def _copied(path: Path) -> Iterator[Path]:
 def main(
     bundle: Annotated[list[Path] | None, typer.Option(metavar="PATH", help="Bundles to try.")] = None,
     output: Annotated[Path, typer.Option(metavar="FILE", help="File that holds the table.")] = README,
+    weights: Annotated[float | None, typer.Option(metavar="FACTOR", help="Scale every weight by itself.")] = None,
 ) -> None:
     """Try every way on every bundle, and write the table."""
     with one_line_errors():
@@ -256,7 +275,7 @@ def main(
                 tell, fresh = start(path.name), set[str]()
                 whole = Oracle.of(read_bundle(path))
                 floors = floors_of(whole, tell)
-                for way in ways(path):
+                for way in ways(path) if weights is None else every_weight(path, weights):
                     tell(way.name)
                     with _copied(path) as copy:
                         try:
@@ -268,7 +287,7 @@ def main(
                         if way.kind in fresh:
                             write_floors(copy / FILE, whole, floors)
                         fresh.add(way.kind)
-                        said = _said(copy)
+                        said = _said(copy) if weights is None else _judged(copy)
                     for command, (verdict, why) in said.items():
                         counted += 1
                         named = any(why.find(f"likely {cause}:") >= 0 for cause in NAMED[way.kind])
@@ -278,7 +297,8 @@ def main(
                             missed.append(f"{path.name}, {command}: {way.name}: {verdict}, {why}")
                 rows += [(path.name, len(fresh))]
         text = f"{counted} trials, {len(missed)} passed for agreement or named wrongly.\n"
-        replace_between(output, "blindness", text)
+        if weights is None:
+            replace_between(output, "blindness", text)
         print(text, end="")
         print("".join(f"{line}\n" for line in missed), end="", file=sys.stderr)
         raise typer.Exit(bool(missed) or not counted)
@@ -308,6 +328,11 @@ def _said(copy: Path) -> dict[str, tuple[str, str]]:
         except ParityError as error:
             said[command] = "refused", str(error)
     return said
+
+
+def _judged(copy: Path) -> dict[str, tuple[str, str]]:
+    found = judge_bundle(copy)
+    return {"judge": (AGREE if found.agree else "refused", found.sentence())}
 
 
 if __name__ == "__main__":
