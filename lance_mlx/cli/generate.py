@@ -188,8 +188,8 @@ def generate(
     scheduler: Annotated[
         Scheduler,
         typer.Option(
-            help="How to step: euler is upstream's; heun (two passes a step) and dpm++2m are of second order, a "
-            "departure from upstream."
+            help="How to step: euler is upstream's; heun (two passes a step), dpm++2m and unipc are of second "
+            "order, a departure from upstream."
         ),
     ] = Scheduler.EULER,
     timestep_shift: Annotated[float, typer.Option(help="Shift of the timesteps towards noise.")] = 3.5,

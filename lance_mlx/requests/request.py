@@ -105,6 +105,7 @@ class Scheduler(StrEnum):
     EULER = "euler"
     HEUN = "heun"
     DPMPP_2M = "dpm++2m"
+    UNIPC = "unipc"
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,48 @@
-"""Solvers: their order against a fine Euler run on a smooth flow, and what they leave as it is."""
+"""Solvers: their order against a fine Euler run, on a smooth flow and on the model's, and what they leave as it is."""
 
-import mlx.core as mx
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from lance_mlx import FLOAT32, Request, Scheduler, Task, load
-from lance_mlx.sampling.flow import advance
-from lance_mlx.sampling.schedule import timesteps
-from lance_mlx.sampling.solvers import make_solver
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+ORDERS = {"euler": 1, "heun": 2, "dpm++2m": 2, "unipc": 2}
 
 
-def field(x: mx.array, t: float) -> mx.array:
-    """A smooth flow in which nothing is linear."""
-    return mx.sin(2 * x + 3 * t) + x * mx.cos(mx.array(4 * t)) + 0.3
+@pytest.fixture(scope="module")
+def measuring() -> SimpleNamespace:
+    """What `scripts/solver_orders.py` measures with."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        return SimpleNamespace(**runpy.run_path(str(SCRIPTS / "solver_orders.py")))
+    finally:
+        sys.path.pop(0)
 
 
-def run(scheduler: Scheduler, steps: int) -> np.ndarray:
-    times = timesteps(steps, 1.0).astype(float).tolist()
-    x, solve = mx.linspace(-2, 2, 192).reshape(4, 48), make_solver(scheduler, field, advance)
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
-        x = advance(x, solve(field(x, t), x, t, t_next), t - t_next)
-    return np.array(x)
+def test_the_error_falls_with_the_order_of_the_solver(measuring):
+    assert set(ORDERS) == set(Scheduler)
+    # The corrector adds one to UniPC's, where the logarithm of the signal-to-noise ratio stays finite.
+    for span, expected in ((measuring.INSIDE, ORDERS | {"unipc": 3}), (measuring.WHOLE, ORDERS)):
+        run = measuring.run_smooth(*span)
+        exact = measuring.limit(run, measuring.FINE)
+        for name, order in expected.items():
+            found = measuring.orders(measuring.errors(run, Scheduler(name), measuring.STEPS, exact))
+            at_most = order + (1 if span is measuring.WHOLE and name == "unipc" else 0.3)
+            assert all(order - 0.3 < each < at_most for each in found), (span, name, found)
 
 
-@pytest.mark.parametrize(("scheduler", "order"), [("euler", 1), ("heun", 2), ("dpm++2m", 2)])
-def test_the_error_falls_with_the_order_of_the_solver(scheduler, order):
-    exact = 2 * run(Scheduler.EULER, 8000) - run(Scheduler.EULER, 4000)
-    errors = [np.abs(run(Scheduler(scheduler), steps) - exact).mean() for steps in (20, 40, 80)]
-    measured = [np.log2(coarse / fine) for coarse, fine in zip(errors[:-1], errors[1:], strict=True)]
-    assert measured == pytest.approx([order, order], abs=0.3)
+def test_it_falls_so_on_the_models_own_flow(measuring, checkpoint):
+    run = measuring.run_model(load(checkpoint, FLOAT32), 0.0)
+    exact = measuring.limit(run, 128)
+    for name, order in ORDERS.items():
+        found = measuring.errors(run, Scheduler(name), measuring.MODEL_STEPS, exact)
+        # Twice as many steps are at most as many as the order promises for an error so much smaller.
+        assert min(measuring.orders(found)) > order - 0.2, (name, found)
 
 
 @pytest.mark.parametrize("entry", ["kv_cache", "full_sequence"])
@@ -42,11 +56,12 @@ def test_a_solver_draws_something_else_and_leaves_given_latents(checkpoint, medi
         made[scheduler] = model.generate(Request.from_dict(values | given | {"visuals": list(given["visuals"])}))
     latents = [np.array(generated.latents) for generated in made.values()]
     assert all(np.array_equal(latents[0][0], other[0]) for other in latents)
-    assert len({other.tobytes() for other in latents}) == 3
+    assert len({other.tobytes() for other in latents}) == 4
     assert [generated.metadata.get("departures") for generated in made.values()] == [
         None,
         ["heun in place of Euler steps"],
         ["dpm++2m in place of Euler steps"],
+        ["unipc in place of Euler steps"],
     ]
 
 
@@ -55,7 +70,7 @@ def test_one_pass_a_step_but_for_heuns_two(checkpoint, monkeypatch):
 
     model, passes, original = load(checkpoint, FLOAT32), [], flow.velocities
     monkeypatch.setattr(flow, "velocities", lambda model, arms, state: passes.append(1) or original(model, arms, state))
-    for scheduler, expected in (("euler", 5), ("heun", 9), ("dpm++2m", 5)):
+    for scheduler, expected in (("euler", 5), ("heun", 9), ("dpm++2m", 5), ("unipc", 5)):
         passes.clear()
         model.generate(Request(Task.T2I, "a bird", 32, 32, num_steps=5, scheduler=scheduler))
         assert len(passes) == expected
