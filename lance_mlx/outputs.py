@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from lance_mlx.checkpoint.streaming import AnyVAE
+from lance_mlx.config import SPATIAL_STRIDE
 from lance_mlx.media.write import check_output, save_image, save_video, to_uint8
 from lance_mlx.model.vae import num_decoded_frames
 from lance_mlx.requests.request import Question, Request, Scheduler, Variant
@@ -73,9 +74,11 @@ class Generated:
             "request": self.request.to_dict(),
             "numerics": self.numerics,
         }
+        tile = (self.vae.tile_for(self.latents.shape[:3], False) or 0) * SPATIAL_STRIDE
         more = {
             "earlier": [request.to_dict() for request in self.earlier],
-            "departures": departures(self.request),
+            "departures": departures(self.request) + ([f"frames decoded in tiles of {tile} pixels"] if tile else []),
+            "vae_tiling": tile,
             "stopped_after": self.stopped_after,
         }
         return values | {name: value for name, value in more.items() if value}

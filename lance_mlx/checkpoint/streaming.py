@@ -17,7 +17,7 @@ from lance_mlx.checkpoint.safetensors import StoredTensor, Tensors
 from lance_mlx.checkpoint.tensors import VIT
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows, KeyValues, LayerInput, MoTDecoderLayer
-from lance_mlx.model.vae import VAE, LatentStatistics
+from lance_mlx.model.vae import VAE, LatentStatistics, TileChooser
 from lance_mlx.model.windows import Grid
 
 _LAYERS = "language_model.model.layers."
@@ -125,7 +125,12 @@ class StreamedVAE:
 
     Args:
         decoder, encoder: VAEs of one half; None for an encoder that is not needed.
+
+    Attributes:
+        tile_for: as VAE's.
     """
+
+    tile_for: TileChooser = staticmethod(lambda grid, encodes: None)
 
     def __init__(self, decoder: Streamed, encoder: Streamed | None) -> None:
         self._decoder = decoder
@@ -134,11 +139,13 @@ class StreamedVAE:
     def decode(self, latents: mx.array) -> Iterator[mx.array]:
         """As `VAE.decode`."""
         with self._decoder.loaded() as vae:
+            vae.tile_for = self.tile_for
             yield from vae.decode(latents)
 
     def encode(self, pixels: np.ndarray) -> LatentStatistics:
         """As `VAE.encode`."""
         with self._encoder.loaded() as vae:
+            vae.tile_for = self.tile_for
             return vae.encode(pixels)
 
 

@@ -18,6 +18,7 @@ from lance_mlx.cli.replay import options_of
 from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE, Settings
 from lance_mlx.cli.several import DEFAULT_SEED, TakesSeeds, choose_seeds, name_outputs, read_prompts
 from lance_mlx.errors import LanceError
+from lance_mlx.estimate.tiling import AUTO
 from lance_mlx.media.preprocess import RESOLUTIONS
 from lance_mlx.requests.files import read_requests
 from lance_mlx.requests.request import Entry, Renorm, Scheduler, Task, Variant, Visual, VisualKind
@@ -241,6 +242,14 @@ def generate(
             "that the model does not fit into. The result is the same.",
         ),
     ] = False,
+    vae_tiling: Annotated[
+        str,
+        typer.Option(
+            help="Code frames in tiles of so many pixels a side, from 384, which come within 0.001 of the whole; auto "
+            "does so where the whole does not fit into memory, none never.",
+            metavar="auto|none|PIXELS",
+        ),
+    ] = AUTO,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Show errors only, and an answer that no --output takes.")
     ] = False,
@@ -282,7 +291,7 @@ def generate(
     used = None if variant is None else Variant.of(variant)
     # Nothing looks again after the one request.
     again = requests is not None or prompts_file is not None or len(prompt or ()) > 1 or len(seeds) > 1
-    opened = partial(load, model, policy(numerics), vit_source, track, used, quiet, low_ram, keep_encoders=again)
+    opened = partial(load, model, policy(numerics), vit_source, track, used, quiet, low_ram, again, vae_tiling)
     if requests is not None:
         refuse(given, _IN_THE_FILE, "goes with a single request, not with --requests")
         if len(seeds) > 1:

@@ -15,9 +15,11 @@ from lance_mlx.checkpoint.layouts import LAYOUTS, check_folder, find_checkpoint,
 from lance_mlx.checkpoint.tensors import Checkpoint, Part, ViTSource
 from lance_mlx.cli.meaning import refuse
 from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE
+from lance_mlx.config import SPATIAL_STRIDE
 from lance_mlx.errors import LanceError
-from lance_mlx.estimate.estimate import OFFICIAL, peak_memory, sizes_of, work_of
-from lance_mlx.estimate.machine import measure, memory, seconds_of
+from lance_mlx.estimate.estimate import OFFICIAL, coders_of, peak_memory, sizes_of, work_of
+from lance_mlx.estimate.machine import budget, measure, memory, seconds_of
+from lance_mlx.estimate.tiling import tile_chooser
 from lance_mlx.requests.request import Question, Request, Task, Variant, Visual, VisualKind
 
 _PROCESS = 90_000_000
@@ -148,10 +150,12 @@ def _estimated(
         checkpoint.check(rounding)
         sizes = sizes_of(checkpoint, looks)
     work = work_of(asked, frames, runs_on_cpu())
-    stages = {
-        name: peak_memory(sizes, rounding, work, low_ram, runs_on_cpu())
-        for name, low_ram in {"kept": False, "low_ram": True}.items()
-    }
+    stages, tiles = {}, {}
+    for name, low_ram in {"kept": False, "low_ram": True}.items():
+        tile_for = tile_chooser(*coders_of(sizes, rounding, low_ram, runs_on_cpu()), budget())
+        stages[name] = peak_memory(sizes, rounding, work, low_ram, runs_on_cpu(), tile_for)
+        tile = tile_for((work.decoded, work.rows, work.columns), False) if work.decoded else None
+        tiles[name] = tile and tile * SPATIAL_STRIDE
     rates = measure(sizes, rounding)
     seconds = seconds_of(sizes, rates, work)
     drawn = isinstance(asked, Request)
@@ -166,6 +170,7 @@ def _estimated(
         "sizes": "official" if model is None else str(model),
         "peak_bytes": {name: _PROCESS + max(found.values()) for name, found in stages.items()},
         "stages": stages,
+        "vae_tiling": tiles,
         "flops": round(rates.product),
         "seconds": seconds._asdict() | {"total": seconds.total},
     }
@@ -190,6 +195,8 @@ def _lines(values: dict[str, Any]) -> list[str]:
 
 
 def _estimate_lines(found: dict[str, Any]) -> list[str]:
+    tiles = [f"{side} pixels" if side else "one piece" for side in found["vae_tiling"].values()]
+    tiled = [f"  the VAE in tiles: {tiles[0]}, with --low-ram {tiles[1]}"] if set(tiles) != {"one piece"} else []
     peak, seconds, steps = found["peak_bytes"], found["seconds"], found["steps"]
     if found["width"] is None:
         what = f"{found['task']}, an answer of {steps} tokens"
@@ -203,6 +210,7 @@ def _estimate_lines(found: dict[str, Any]) -> list[str]:
     return [
         f"{what}, {found['numerics']}: an estimate{sizes}, not a measurement",
         f"  peak memory: {peak['kept'] / 1e9:.2f} GB, with --low-ram {peak['low_ram'] / 1e9:.2f} GB",
+        *tiled,
         f"  time: {_duration(seconds['total'])} without reading the files, {each}, at {speed:.3g} GFLOP/s",
     ]
 

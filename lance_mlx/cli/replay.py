@@ -37,6 +37,7 @@ def options_of(path: Path) -> dict[str, Any]:
         "numerics": metadata.get("numerics"),
         "noise": metadata.get("noise"),
         "reencode": metadata.get("reencode"),
+        "vae_tiling": metadata.get("vae_tiling"),
     }
     del values["visuals"]
     return {name: value for name, value in values.items() if value is not None and means(name, first.task)}

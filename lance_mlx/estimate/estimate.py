@@ -16,12 +16,13 @@ from mlx.utils import tree_flatten
 from lance_mlx.backend.numerics import Numerics
 from lance_mlx.checkpoint.tensors import Checkpoint, ViTSource
 from lance_mlx.checkpoint.weights import decoder_shape, encoder_shape
-from lance_mlx.config import SPATIAL_STRIDE, LanceConfig
+from lance_mlx.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, LanceConfig
 from lance_mlx.estimate.cost import Convolution, decoder_convolutions, encoder_convolutions
+from lance_mlx.estimate.tiling import Coder
 from lance_mlx.media.preprocess import TEMPORAL_PATCH_SIZE, VIT_DIVISOR
 from lance_mlx.model.attention import GPU_SCORE_BUDGET, SCORE_BUDGET
 from lance_mlx.model.lance import Lance
-from lance_mlx.model.vae import VAE
+from lance_mlx.model.vae import VAE, TileChooser
 from lance_mlx.model.vae_decoder import DecoderShape, UpBlockShape
 from lance_mlx.model.vae_encoder import DownBlockShape, EncoderShape
 from lance_mlx.model.vit import ViTConfig
@@ -32,10 +33,8 @@ from lance_mlx.sampling.schedule import timesteps
 
 TEXT_TOKENS = 64
 """Of template and prompt: a few tens, which weigh little beside the latents."""
-# How many such things exist at once, fitted to what was measured, on the CPU and on an H200: MLX runs ahead of what it
-# computes by some ten operations, whose results have their memory already.
-_FRAMES = 18
 _MLP_VALUES_ON_GPU = 12
+"""How many such things exist at once, fitted to what was measured on an H200."""
 
 
 class _Layer(NamedTuple):
@@ -158,7 +157,7 @@ class Work(NamedTuple):
         steps: those of the denoising steps, or of the tokens of an answer.
         cached: tokens in the caches of all arms.
         patches: that the ViT looks at.
-        encoded, decoded: latent frames, and `cells` of each.
+        encoded, decoded: latent frames, of `rows` and `columns` each.
         num_guided: steps that have two arms.
     """
 
@@ -168,8 +167,14 @@ class Work(NamedTuple):
     patches: int
     encoded: int
     decoded: int
-    cells: int
+    rows: int
+    columns: int
     num_guided: int
+
+    @property
+    def cells(self) -> int:
+        """Of a latent frame."""
+        return self.rows * self.columns
 
 
 def work_of(request: Request | Question, num_frames: int, on_cpu: bool) -> Work:
@@ -182,7 +187,7 @@ def work_of(request: Request | Question, num_frames: int, on_cpu: bool) -> Work:
     patches = 4 * max(tokens - 2, 0)
     if isinstance(request, Question):
         answers = Pass(1, 0, read + request.max_new_tokens, request.max_new_tokens)
-        return Work((Pass(read, 0, read),), (answers,), read + request.max_new_tokens, patches, 0, 0, 0, 0)
+        return Work((Pass(read, 0, read),), (answers,), read + request.max_new_tokens, patches, 0, 0, 0, 0, 0)
     frames, rows, columns = request.latent_grid
     latents, clean, encoded = frames * rows * columns, 0, 0
     if request.task is Task.I2V:
@@ -201,11 +206,30 @@ def work_of(request: Request | Question, num_frames: int, on_cpu: bool) -> Work:
     else:
         steps = (Pass(*block, request.num_steps + num_guided),)
     steps = tuple(each for each in steps if each.times)
-    return Work(tuple(reading), steps, arms * prefix, patches, encoded, frames, rows * columns, num_guided)
+    return Work(tuple(reading), steps, arms * prefix, patches, encoded, frames, rows, columns, num_guided)
 
 
-def peak_memory(sizes: Sizes, numerics: Numerics, work: Work, low_ram: bool, on_cpu: bool) -> dict[str, int]:
-    """Bytes of MLX's arrays at the peak of every stage of one request from the command line.
+def coders_of(sizes: Sizes, numerics: Numerics, low_ram: bool, on_cpu: bool) -> tuple[Coder, Coder]:
+    """The VAE's decoder and encoder, with what is in memory while each runs."""
+    weights = weights_of(sizes, numerics)
+    held = weights.others if low_ram else weights.others + weights.layers + weights.decoder
+    decoding, encoding = (weights.decoder, weights.encoder) if low_ram else (0, weights.vit + weights.encoder)
+    pixels = TEMPORAL_STRIDE * SPATIAL_STRIDE**2 * 3
+    return (
+        Coder(decoder_convolutions, sizes.decoder, on_cpu, pixels + sizes.decoder.channels, held + decoding),
+        Coder(encoder_convolutions, sizes.encoder, on_cpu, sizes.encoder.down_blocks[-1].out_channels, held + encoding),
+    )
+
+
+def peak_memory(
+    sizes: Sizes,
+    numerics: Numerics,
+    work: Work,
+    low_ram: bool,
+    on_cpu: bool,
+    tile_for: TileChooser = lambda grid, encodes: None,
+) -> dict[str, int]:
+    """Bytes of MLX's arrays at the peak of every stage of one request from the command line; the VAE may be in tiles.
 
     Within 25 % of `mx.get_peak_memory` where it was compared: hidden size 64 at 256x256, float32 and bfloat16, with and
     without `low_ram`; hidden size 512 with 4 layers at 256x256 and 512x512, both numerics, without.
@@ -228,8 +252,12 @@ def peak_memory(sizes: Sizes, numerics: Numerics, work: Work, low_ram: bool, on_
     vit = sizes.vit
     seeing = (Pass(work.patches, 0, work.patches), vit.num_heads, vit.intermediate_size, vit.hidden_size)
     seeing = _activations(*seeing, kept, numerics, on_cpu) if work.patches else 0
-    encoding = _coding(encoder_convolutions, sizes.encoder, work.cells, work.encoded, on_cpu)
-    decoding = _coding(decoder_convolutions, sizes.decoder, work.cells, work.decoded, on_cpu)
+    decoder, encoder = coders_of(sizes, numerics, low_ram, on_cpu)
+    size = work.rows, work.columns
+    encoding, decoding = (
+        coder.memory((frames, *size), tile_for((frames, *size), encodes) if frames else None)
+        for coder, frames, encodes in ((encoder, work.encoded, True), (decoder, work.decoded, False))
+    )
     if low_ram:
         looking = max(weights.vit + seeing if work.patches else 0, weights.encoder + encoding if work.encoded else 0)
         stages = {"looking": held + looking, "passes": held + caches + weights.layer + largest}
@@ -258,16 +286,6 @@ def _activations(
     # no more than a pass does while MLX runs ahead to the next one.
     mlp = layer.casts * 4 * width * hidden + layer.value * item.rows * width
     return round(max(mlp, layer.score * min(scores, SCORE_BUDGET)))
-
-
-def _coding(convolutions, shape: object, cells: int, frames: int, on_cpu: bool) -> int:
-    """Bytes that exist at once in coding latent frames: the largest matrix that a convolution makes, and frames of the
-    widest stage."""
-    if not frames:
-        return 0
-    chunk = list(convolutions(shape, cells, first=frames == 1))
-    unfolded = 4 * max(conv.unfolded for conv in chunk) if on_cpu else 0
-    return unfolded + _FRAMES * 4 * max(conv.cells * conv.in_channels for conv in chunk)
 
 
 def coded(sizes: Sizes, work: Work) -> Iterator[tuple[int, Convolution]]:

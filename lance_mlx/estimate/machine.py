@@ -66,6 +66,13 @@ def memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def budget() -> int:
+    """Bytes that a request may need by an estimate that comes within 25 %, of Metal's working set or of the memory."""
+    on_gpu = mx.default_device().type == mx.gpu
+    room = mx.device_info().get("max_recommended_working_set_size") if on_gpu else None
+    return (room or memory()) * 4 // 5
+
+
 def measure(sizes: Sizes, numerics: Numerics) -> Rates:
     """Time one layer, attention and a residual block of the VAE at the model's widths, in about a second.
 

@@ -4,7 +4,7 @@ Frames are [t, height, width, channels]; a latent frame stands for one frame at 
 after it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -12,11 +12,18 @@ import mlx.nn as nn
 import numpy as np
 
 from lance_mlx.backend.numerics import Numerics
-from lance_mlx.config import LATENT_CHANNELS, TEMPORAL_STRIDE
+from lance_mlx.config import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lance_mlx.model.vae_constants import LATENT_MEAN, LATENT_STD
 from lance_mlx.model.vae_decoder import Decoder, DecoderShape
 from lance_mlx.model.vae_encoder import Encoder, EncoderShape
 from lance_mlx.model.vae_layers import PATCH, CausalConv3d, StreamState
+from lance_mlx.model.vae_tiles import Tiles
+
+Grid = tuple[int, int, int]
+"""Latent frames, rows and columns."""
+TileChooser = Callable[[Grid, bool], int | None]
+"""Side in cells of the tiles in which latents of a grid are decoded, or encoded where the second is True; None for one
+piece."""
 
 
 class LatentStatistics(NamedTuple):
@@ -34,10 +41,14 @@ class VAE(nn.Module):
     """Decoder, and for tasks that look at pixels the encoder; either may be left out.
 
     Latents are normalised by the statistics of Wan 2.2's 48 channels; the log-variance is not, as upstream leaves it.
+
+    Attributes:
+        tile_for: what is coded in tiles; nothing, unless another choice is put in its place.
     """
 
     def __init__(self, decoder: DecoderShape | None, encoder: EncoderShape | None, numerics: Numerics) -> None:
         super().__init__()
+        self.tile_for: TileChooser = lambda grid, encodes: None
         self._dtype = numerics.dtype
         self._mean = mx.array(LATENT_MEAN).astype(numerics.dtype)
         self._inverse_std = 1.0 / mx.array(LATENT_STD).astype(numerics.dtype)
@@ -58,10 +69,15 @@ class VAE(nn.Module):
             float32 [1 or 4, 16h, 16w, 3] in [-1, 1].
         """
         state = StreamState()
-        for index in range(len(latents)):
-            frame = latents[index : index + 1] / self._inverse_std + self._mean
-            pixels = _unpack(self.decoder(self.conv2(frame, state), state))
-            pixels = mx.clip(pixels.astype(mx.float32), -1.0, 1.0)
+        frames = (latents[index : index + 1] / self._inverse_std + self._mean for index in range(len(latents)))
+        chunks = (self.conv2(frame, state) for frame in frames)
+        tile = self.tile_for(latents.shape[:3], False)
+        if tile is None:
+            decoded = (self.decoder(chunk, state) for chunk in chunks)
+        else:
+            decoded = Tiles(*latents.shape[1:3], tile).decode(self.decoder, chunks)
+        for packed in decoded:
+            pixels = mx.clip(_unpack(packed).astype(mx.float32), -1.0, 1.0)
             mx.eval(pixels, list(state.past.values()))
             yield pixels
 
@@ -73,9 +89,19 @@ class VAE(nn.Module):
                 slices into such arrays will do, so that a long video need not be in memory as floats.
         """
         state = StreamState()
-        for start in range(-3, len(pixels) - 3, TEMPORAL_STRIDE):
-            chunk = mx.array(pixels[max(start, 0) : start + TEMPORAL_STRIDE]).astype(self._dtype)
-            moments = self.conv1(self.encoder(_pack(chunk), state), state)
+
+        def chunks() -> Iterator[mx.array]:
+            for start in range(-3, len(pixels) - 3, TEMPORAL_STRIDE):
+                yield _pack(mx.array(pixels[max(start, 0) : start + TEMPORAL_STRIDE]).astype(self._dtype))
+
+        rows, columns = (side // SPATIAL_STRIDE for side in np.shape(pixels[:1])[1:3])
+        tile = self.tile_for(((len(pixels) - 1) // TEMPORAL_STRIDE + 1, rows, columns), True)
+        if tile is None:
+            encoded = (self.encoder(chunk, state) for chunk in chunks())
+        else:
+            encoded = Tiles(rows, columns, tile).encode(self.encoder, chunks)
+        for features in encoded:
+            moments = self.conv1(features, state)
             mean, logvar = mx.split(moments, 2, axis=-1)
             mean = ((mean - self._mean) * self._inverse_std).astype(mx.float32)
             logvar = logvar.astype(mx.float32)

@@ -101,9 +101,19 @@ class Decoder(nn.Module):
 
     def __call__(self, x: mx.array, state: StreamState) -> mx.array:
         """[1, h, w, 48] -> [1 or 4, 8h, 8w, 12]; updates `state`."""
-        x = self.conv1(x, state)
-        for block in (*self.middle, *self.upsamples):
-            x = block(x, state)
-        x = run_layers(self.head, x, state)
+        x = self.widen(self.mix(x, state), state)
         state.first_chunk = False
         return x
+
+    def mix(self, x: mx.array, state: StreamState) -> mx.array:
+        """What sees the whole frame, the attention among its cells: [1, h, w, 48] -> [1, h, w, c]."""
+        x = self.conv1(x, state)
+        for block in self.middle:
+            x = block(x, state)
+        return x
+
+    def widen(self, x: mx.array, state: StreamState) -> mx.array:
+        """What sees no further than 13 cells, [1, h, w, c] -> [1 or 4, 8h, 8w, 12]."""
+        for block in self.upsamples:
+            x = block(x, state)
+        return run_layers(self.head, x, state)

@@ -118,9 +118,19 @@ class Encoder(nn.Module):
 
     def __call__(self, x: mx.array, state: StreamState) -> mx.array:
         """[1 or 4, 8h, 8w, 12] -> [1, h, w, 96]; updates `state`."""
-        x = self.conv1(x, state)
-        for block in (*self.downsamples, *self.middle):
-            x = block(x, state)
-        x = run_layers(self.head, x, state)
+        x = self.mix(self.narrow(x, state), state)
         state.first_chunk = False
         return x
+
+    def narrow(self, x: mx.array, state: StreamState) -> mx.array:
+        """What sees no further than 9 cells, [1 or 4, 8h, 8w, 12] -> [1, h, w, c]."""
+        x = self.conv1(x, state)
+        for block in self.downsamples:
+            x = block(x, state)
+        return x
+
+    def mix(self, x: mx.array, state: StreamState) -> mx.array:
+        """What sees the whole frame, the attention among its cells: [1, h, w, c] -> [1, h, w, 96]."""
+        for block in self.middle:
+            x = block(x, state)
+        return run_layers(self.head, x, state)

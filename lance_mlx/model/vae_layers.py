@@ -4,18 +4,23 @@ Activations are [frames, height, width, channels]. What a causal convolution has
 in a StreamState, so that memory does not grow with the number of frames.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from lance_mlx.backend.numerics import runs_on_cpu, scaled
+from lance_mlx.errors import LanceError
 from lance_mlx.model.attention import attention
 from lance_mlx.model.layers import SiLU
 
 PATCH = 2
 """Pixels along each side that the first and last convolution see packed into channels."""
 PACKED_CHANNELS = 3 * PATCH * PATCH
+MAX_VALUES = 2**31 - 1
+"""Values of an array that MLX's convolutions address. Beyond, the 32-bit indices of GPU kernels wrap, and the output
+has zeros or values from elsewhere (ml-explore/mlx issues 3248 and 3138)."""
 
 
 @dataclass
@@ -35,7 +40,45 @@ def convolve(
     x: mx.array, weight: mx.array, bias: mx.array, padding: tuple, stride: tuple[int, int, int] = (1, 1, 1)
 ) -> mx.array:
     """Convolution of [frames, h, w, c] with an (o, t, h, w, c) weight; padding = (low, high) for time, height and
-    width."""
+    width.
+
+    Where more values meet the kernel than MLX addresses or a GPU has room for, some rows are computed at a time.
+
+    Raises:
+        LanceError: the input or the output alone has more than `MAX_VALUES`.
+    """
+    sides = zip(x.shape[:3], weight.shape[1:4], padding, stride, strict=True)
+    frames, rows, columns = ((size + sum(pads) - taps) // step + 1 for size, taps, pads, step in sides)
+    unfolded = frames * columns * math.prod(weight.shape[1:])
+    largest = max(x.size, frames * rows * columns * len(weight), unfolded)
+    if largest > MAX_VALUES:
+        raise LanceError(
+            f"a convolution of the VAE holds {largest:,} values, and MLX addresses {MAX_VALUES:,} at most: "
+            "choose a smaller size, or a smaller tile with --vae-tiling"
+        )
+    at_once = max(1, _most_at_once(x.dtype) // unfolded)
+    if at_once >= rows:
+        return _convolve(x, weight, bias, padding, stride)
+    (low, _), taps, step = padding[1], weight.shape[2], stride[1]
+    pieces = []
+    for start in range(0, rows, at_once):
+        first = start * step - low
+        last = (min(start + at_once, rows) - 1) * step - low + taps
+        pads = max(-first, 0), max(last - x.shape[1], 0)
+        seen = x[:, max(first, 0) : min(last, x.shape[1])]
+        pieces.append(_convolve(seen, weight, bias, (padding[0], pads, padding[2]), stride))
+        mx.eval(pieces[-1])
+    return mx.concatenate(pieces, axis=1)
+
+
+def _most_at_once(dtype: mx.Dtype) -> int:
+    """Values that meet a kernel at once. On Metal a quarter of its working set: a convolution that finds no room there
+    leaves zeros and tells nobody (ml-explore/mlx issue 3979)."""
+    room = None if runs_on_cpu() else mx.device_info().get("max_recommended_working_set_size")
+    return min(MAX_VALUES, room // (4 * dtype.size)) if room else MAX_VALUES
+
+
+def _convolve(x: mx.array, weight: mx.array, bias: mx.array, padding: tuple, stride: tuple[int, int, int]) -> mx.array:
     dtype = x.dtype
     if dtype != mx.float32 and runs_on_cpu():
         x, weight, bias = (a.astype(mx.float32) for a in (x, weight, bias))
