@@ -27,9 +27,7 @@ def given(kernel: tuple) -> tuple[mx.array, mx.array, mx.array]:
 def pieces(monkeypatch) -> list[tuple]:
     """Shapes of the input of every convolution that MLX is given."""
     seen, original = [], mx.conv_general
-    monkeypatch.setattr(
-        mx, "conv_general", lambda x, *rest, **named: seen.append(x.shape) or original(x, *rest, **named)
-    )
+    monkeypatch.setattr(mx, "conv_general", lambda x, *rest, **by: seen.append(x.shape) or original(x, *rest, **by))
     return seen
 
 

@@ -32,7 +32,6 @@ def in_tiles(vae, run, tile: int | None) -> list[np.ndarray]:
     try:
         return [np.array(array) for array in run()]
     finally:
-        del vae.tile_for
         vae.tile_for = lambda grid, encodes: None
 
 
@@ -47,10 +46,9 @@ def test_tiles_cover_a_side_and_their_weights_add_up_to_one(size, tile):
     assert total == pytest.approx(np.ones(8 * size))
     for before, after in pairwise(found):
         assert before.stop - after.start >= OVERLAP - 1
-        shared = slice(8 * (after.start - before.start), None)
-        # Linear, and zero where the cut is near.
-        fades = np.diff(before.weights(8)[shared])
-        assert set(np.round(fades[fades != 0], 4)) <= {np.float32(-0.0312), np.float32(-0.0156)}
+        # Linear, over 4 cells of 8 steps, and zero where the cut is near.
+        falls = np.diff(before.weights(8))
+        assert len(falls[falls < 0]) in (32, 33) and falls.min() == pytest.approx(-1 / 32)
         assert before.weights(8)[-8 * (OVERLAP // 2 - 3) :].max() == 0
 
 
@@ -89,7 +87,7 @@ def test_tiles_take_less_memory(vae):
         before = mx.get_active_memory()
         in_tiles(vae, lambda: vae.decode(latents), tile)
         peaks.append(mx.get_peak_memory() - before)
-    assert peaks[1] < peaks[0] / 2
+    assert peaks[1] < 0.7 * peaks[0]
 
 
 def test_tiles_start_where_the_whole_does_not_fit(monkeypatch):
