@@ -51,7 +51,10 @@ class Coder:
     def fits(self, grid: Grid, tile: int | None, budget: int) -> bool:
         """Whether that goes into `budget` bytes, and no convolution makes more values than MLX addresses."""
         convolutions = self.convolutions(self.shape, self._largest(grid, tile), first=grid[0] == 1)
-        addressed = max(conv.cells * max(conv.in_channels, conv.out_channels) for conv in convolutions) <= MAX_VALUES
+        # Before its input are two earlier frames.
+        addressed = (
+            max(conv.cells * max(2 * conv.in_channels, conv.out_channels) for conv in convolutions) <= MAX_VALUES
+        )
         return addressed and self.held + self.memory(grid, tile) <= budget
 
     def _largest(self, grid: Grid, tile: int | None) -> int:

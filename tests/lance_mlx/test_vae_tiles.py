@@ -16,6 +16,7 @@ from lance_mlx.cli.replay import options_of
 from lance_mlx.estimate import tiling
 from lance_mlx.estimate.estimate import OFFICIAL, coders_of, sizes_of
 from lance_mlx.estimate.tiling import tile_chooser
+from lance_mlx.model.vae_layers import StreamState
 from lance_mlx.model.vae_tiles import OVERLAP, SMALLEST, spans
 from lance_mlx.pipeline import load as load_pipeline
 
@@ -74,6 +75,23 @@ def test_encoding_in_tiles_comes_within_a_ten_thousandth_of_the_whole(vae):
     assert all(np.array_equal(a[0], b[0]) for a, b in zip(first, tiled, strict=True))
 
 
+def test_what_tiles_cut_sees_no_further_than_is_said(vae):
+    def changed(run, x: mx.array, places: slice) -> bool:
+        """Whether the first cell comes out otherwise when later columns are changed."""
+        moved = mx.array(x)
+        moved[:, :, places] += 1
+        outputs = [np.array(run(each, StreamState())) for each in (x, moved)]
+        own = outputs[0].shape[1] // 2
+        return not np.array_equal(*(output[:, :, :own] for output in outputs))
+
+    cells = mx.random.normal((1, 2, 16, vae.decoder.conv1.weight.shape[0]), key=mx.random.key(1))
+    assert not changed(vae.decoder.widen, cells, np.s_[14:])
+    assert changed(vae.decoder.widen, cells, np.s_[12:])
+    packed = mx.random.normal((1, 16, 96, 12), key=mx.random.key(1))
+    assert not changed(vae.encoder.narrow, packed, np.s_[8 * 10 :])
+    assert changed(vae.encoder.narrow, packed, np.s_[8 * 8 :])
+
+
 def test_a_tile_that_holds_the_frame_gives_the_same_bits(vae):
     latents = mx.random.normal((2, 2, 2, 48), key=mx.random.key(1))
     pixels = np.random.default_rng(0).uniform(-1, 1, (5, 32, 32, 3)).astype(np.float32)
@@ -108,7 +126,7 @@ def test_tiles_start_where_the_whole_does_not_fit(monkeypatch):
         assert chosen(coder.held + coder.memory(grid, 32)) == 32
         # One frame of the smallest tile's size is never cut.
         assert tile_chooser(decoder, encoder, 0)((13, 24, 24), encodes) is None
-    monkeypatch.setattr(tiling, "MAX_VALUES", 2 * 10**8)
+    monkeypatch.setattr(tiling, "MAX_VALUES", 3 * 10**8)
     assert tile_chooser(decoder, encoder, 10**12)(grid, False) == 32
 
 
