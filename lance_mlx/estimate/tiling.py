@@ -52,10 +52,8 @@ class Coder:
         """Whether that goes into `budget` bytes, and no convolution makes more values than MLX addresses."""
         convolutions = self.convolutions(self.shape, self._largest(grid, tile), first=grid[0] == 1)
         # Before its input are two earlier frames.
-        addressed = (
-            max(conv.cells * max(2 * conv.in_channels, conv.out_channels) for conv in convolutions) <= MAX_VALUES
-        )
-        return addressed and self.held + self.memory(grid, tile) <= budget
+        values = max(conv.cells * max(2 * conv.in_channels, conv.out_channels) for conv in convolutions)
+        return values <= MAX_VALUES and self.held + self.memory(grid, tile) <= budget
 
     def _largest(self, grid: Grid, tile: int | None) -> int:
         rows, columns = (min(side, tile or side) for side in grid[1:])
