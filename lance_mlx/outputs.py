@@ -25,7 +25,7 @@ class Generated:
         request: the request, with the size that its source dictates.
         latents: [t, h, w, 48] in the policy's dtype, normalised.
         numerics: name of the policy.
-        seconds_a_step: mean time of a denoising step.
+        seconds_a_step: mean time of a denoising step; of a batch, its share.
         earlier: the requests of the turns before this one, the first one first.
         vae: what decodes the latents.
         weights: name of the model's folder or repository, and the variant that was used.

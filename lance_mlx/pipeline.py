@@ -19,7 +19,7 @@ from lance_mlx.model.mot import join_projections
 from lance_mlx.requests.request import Question, Request, Task, Variant
 from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by_source
 from lance_mlx.sampling.conditions import Conditions
-from lance_mlx.sampling.flow import Step, Tell, denoise
+from lance_mlx.sampling.flow import Picture, Step, Tell, denoise, denoise_batch
 from lance_mlx.sampling.noise import draw_eps, draw_noise
 from lance_mlx.sampling.preview import fit_preview
 from lance_mlx.sampling.text import AnswerDecoder, answer_tokens, make_decoder, token_budget
@@ -99,6 +99,22 @@ class Pipeline:
             clean.append(statistics.sample(draw_eps(request, index, statistics.mean.shape)))
         return self.prepare_encoded(request, visuals, clean)
 
+    def prepare_batch(self, requests: Sequence[Request], visuals: Sequence[Sequence[PreparedVisual]]) -> list[Prepared]:
+        """The same for requests with their visuals; those that differ in their seed alone share a sequence, which is
+        then read once.
+
+        Raises:
+            LanceError: as `prepare`.
+        """
+        made: dict[Request, Prepared] = {}
+        prepared = []
+        for request, own in zip(requests, visuals, strict=True):
+            key = request if own else replace(request, seed=0)
+            if key not in made:
+                made[key] = self.prepare(request, own)
+            prepared.append(made[key] if own else replace(made[key], request=request))
+        return prepared
+
     def prepare_encoded(
         self, request: Request, visuals: Sequence[PreparedVisual], clean: Sequence[mx.array]
     ) -> Prepared:
@@ -152,6 +168,17 @@ class Pipeline:
             noise = draw_noise(prepared.request, self.model.numerics)
         given = prepared.sequence, noise, prepared.conditions, prepared.negative, tell
         return denoise(self.model, prepared.request, *given)
+
+    def denoise_batch(
+        self, prepared: Sequence[Prepared], tell: Tell = lambda done, total: None
+    ) -> Iterator[list[Step]]:
+        """The same for requests that go together, side by side, from their seeds; yields the steps of all of them."""
+        pictures = [
+            Picture(each.request, each.sequence, draw_noise(each.request, self.model.numerics), each.conditions,
+                    each.negative)
+            for each in prepared
+        ]  # fmt: skip
+        return denoise_batch(self.model, pictures, tell)
 
     def decode(self, request: Request, latents: mx.array) -> Iterator[mx.array]:
         """Yield pixels, float32 [1 or 4, height, width, 3] in [-1, 1], one latent frame of [n, 48] latents at a time.

@@ -23,6 +23,8 @@ from tqdm import tqdm
 # Set before a child loads any library.
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 LATENTS = (256, 1024, 2304, 4096)
+# Latents of a small picture, and as many pictures as are sampled together by default.
+BATCHES = ((16, 8), (64, 8), (256, 4))
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ def cases(quick: bool) -> list[Case]:
     found = [Case(kind, ("t2i", *wide, dtype)) for dtype in ("float32", "bfloat16") for kind in kinds]
     found += [Case("step", ("t2i", n, hidden, layers, "float32")) for n in sizes]
     found += [Case("step, PyTorch", ("t2i", n, hidden, layers, "float32")) for n in sizes]
+    for latents, many in BATCHES[:1] if quick else BATCHES:
+        for shape in ((hidden, layers, "float32"), (*wide[1:], "bfloat16")):
+            found += [Case("batch", (pictures, latents, *shape)) for pictures in (1, many)]
     edit = ("image_edit", sizes[min(1, len(sizes) - 1)], hidden, layers, "float32")
     found += [Case(name, edit) for name in ("step", "step, no prefix cache", "prefix")]
     found += [Case("text", (*texts, dtype)) for dtype in ("float32", "bfloat16")]
@@ -137,6 +142,9 @@ def summary(results: list[Result]) -> list[str]:
             if (other, arguments) in at:
                 ratio = r.seconds / at[other, arguments].seconds
                 lines.append(f"step ({Case(name, arguments).label}): {ratio:.2f} of {what}")
+    for (name, (pictures, *sizes)), r in ((key, r) for key, r in at.items() if key[0] == "batch" and key[1][0] > 1):
+        ratio = r.seconds / pictures / at[name, (1, *sizes)].seconds
+        lines.append(f"batch ({Case(name, r.arguments).label}): a picture takes {ratio:.2f} of one alone")
     for sizes, grown in _over_latents(results, "step").items():
         power = exponent([(r.arguments[1], r.seconds) for r in grown])
         memory = exponent([(r.arguments[1], r.megabytes) for r in grown])

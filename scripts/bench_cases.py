@@ -115,13 +115,14 @@ def _conditions(model: Lance, request: Request, sequence: Sequence) -> Condition
     )
 
 
-def state_of(model: Lance, sequence: Sequence) -> State:
-    """A state of the sampler in the middle of its way, with random latents."""
-    count = len(sequence.target) - 2
+def state_of(model: Lance, sequence: Sequence, pictures: int = 1) -> State:
+    """A state of the sampler in the middle of its way, with random latents; of a batch with several pictures."""
+    count = pictures * (len(sequence.target) - 2)
     x_t = mx.random.normal((count, 48)).astype(model.numerics.dtype)
     timestep = np.full(count, 0.5, np.float32)
-    brackets = model.language_model.model.embed_tokens(mx.array(sequence.target.ids[[0, -1]]))
-    embeds = model.embed_latents(x_t, timestep, model.latent_pos_embed(sequence.target.grid))
+    brackets = model.language_model.model.embed_tokens(mx.array(np.tile(sequence.target.ids[[0, -1]], pictures)))
+    positions = mx.concatenate([model.latent_pos_embed(sequence.target.grid)] * pictures)
+    embeds = model.embed_latents(x_t, timestep, positions)
     mx.eval(embeds, brackets)
     return State(1, 0.5, timestep, x_t, ExpertRows(brackets, embeds))
 
@@ -156,6 +157,16 @@ def step(task: str, latents: int, hidden: int, layers: int, dtype: str) -> Work:
     model, arms, run, prefix = _sampling(task, latents, hidden, layers, dtype)
     prefix()
     return Work(run, step_operations(model.config, [arm.sequence for arm in arms.values()]))
+
+
+def batch(pictures: int, latents: int, hidden: int, layers: int, dtype: str) -> Work:
+    """A guided step of several pictures of one prompt in one pass; its items are pictures."""
+    model, arms, _, prefix = _sampling("t2i", latents, hidden, layers, dtype)
+    prefix()
+    arms = list(arms.values())
+    state = state_of(model, arms[0].sequence, pictures)
+    operations = pictures * step_operations(model.config, [arm.sequence for arm in arms])
+    return Work(lambda: mx.eval(velocities(model, arms * pictures, state)), operations, pictures)
 
 
 def prefix(task: str, latents: int, hidden: int, layers: int, dtype: str) -> Work:
@@ -303,6 +314,7 @@ def torch_step(task: str, latents: int, hidden: int, layers: int, dtype: str) ->
 
 CASES: dict[str, Callable[..., Work]] = {
     "step": step,
+    "batch": batch,
     "step, no prefix cache": step_uncached,
     "step, both experts": step_both_experts,
     "step, PyTorch": torch_step,

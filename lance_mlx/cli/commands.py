@@ -2,10 +2,12 @@
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from lance_mlx.requests.request import Question, Request, Task
 from lance_mlx.requests.results import PROMPT_BEFORE_REWRITING, ResultsFolder
 from lance_mlx.requests.rewriting import Rewriter
 from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by_source
+from lance_mlx.sampling.batch import batches
 from lance_mlx.sampling.flow import Step
 from lance_mlx.sampling.noise import check_noise, read_noise
 from lance_mlx.sampling.preview import clean_estimate, preview
@@ -112,51 +115,86 @@ class _StepPictures:
         save_image(self._path(self._count), preview(self._weights, clean_estimate(step), grid), notes)
 
 
-def draw_all(model: LanceModel, drawings: Sequence[Drawing], rewriter: Rewriter | None, console: Console) -> None:
-    """Make one after the other; raises Interrupted where the user stops after some are written."""
-    done = 0
-    try:
-        for drawing in drawings:
-            draw(model, drawing, rewriter, console)
-            done += 1
-    except KeyboardInterrupt:
-        if done == 0:
-            raise
-        raise Interrupted(f"interrupted; {done} of {len(drawings)} are written") from None
+def draw_all(
+    model: LanceModel,
+    drawings: Iterable[Drawing],
+    size: int | None,
+    rewriter: Rewriter | None,
+    console: Console,
+    tell: Callable[[Drawing, Generated], None] = lambda drawing, generated: None,
+) -> None:
+    """Make all of them, those that go together side by side.
+
+    Args:
+        size: most of a batch; None for as many as pay.
+        tell: called with each that is written.
+    """
+    for batch in in_batches(drawings, size):
+        for drawing, generated in zip(batch, draw(model, batch, rewriter, console), strict=True):
+            tell(drawing, generated)
 
 
-def draw(model: LanceModel, drawing: Drawing, rewriter: Rewriter | None, console: Console) -> Generated:
-    """Make one image or video, edit it again for each later prompt, and write the last result."""
+def in_batches(drawings: Iterable[Drawing], size: int | None) -> Iterator[list[Drawing]]:
+    """Part drawings into those that are made side by side: what goes through turns or from given noise is alone."""
+    for alone, several in groupby(drawings, lambda drawing: bool(drawing.later_prompts) or drawing.noise is not None):
+        yield from batches(
+            several, lambda drawing: sized_by_source(drawing.request, drawing.visuals), 1 if alone else size
+        )
+
+
+def draw(
+    model: LanceModel, batch: Sequence[Drawing], rewriter: Rewriter | None, console: Console
+) -> Iterator[Generated]:
+    """Make images or videos side by side, or one, which is edited again for each later prompt; write the last results
+    and yield each when it is written."""
     started = time.perf_counter()
-    request, notes = drawing.request, drawing.notes
-    if rewriter is not None:
-        request, notes = _rewritten(request, rewriter), notes | {PROMPT_BEFORE_REWRITING: request.prompt}
+    requests, notes = [], []
+    for drawing in batch:
+        request, note = drawing.request, drawing.notes
+        if rewriter is not None:
+            request, note = _rewritten(request, rewriter), note | {PROMPT_BEFORE_REWRITING: request.prompt}
+        requests.append(request)
+        notes.append(note)
+    first = batch[0]
     # Loaded here, so that the bar over the steps begins with the first one.
-    pipeline = model.pipeline(request.variant, looks=bool(drawing.visuals))
-    pictures = None if drawing.steps is None else _StepPictures(pipeline.preview_weights, drawing.steps)
-    grid = sized_by_source(request, drawing.visuals).latent_grid
-    generated = None
-    for prompt in (None, *drawing.later_prompts):
+    pipeline = model.pipeline(requests[0].variant, looks=bool(first.visuals))
+    pictures = [each.steps and _StepPictures(pipeline.preview_weights, each.steps) for each in batch]
+    grid = sized_by_source(requests[0], first.visuals).latent_grid
+    made: list[Generated] = []
+    for prompt in (None, *first.later_prompts):
         with Stages(console) as stages:
 
-            def seen(step: Step, show: Callable[[Step], None] = stages.seen) -> None:
-                show(step)
-                if pictures is not None:
-                    pictures.write(step, grid)
+            def seen(steps: list[Step], show: Callable[[Step], None] = stages.seen) -> None:
+                show(steps[0])
+                for step, written in zip(steps, pictures, strict=True):
+                    if written is not None:
+                        written.write(step, grid)
 
-            if generated is None:
-                generated = model.generate(request, seen, drawing.noise, drawing.visuals, stages.progress)
+            def seen_alone(step: Step, seen: Callable[[list[Step]], None] = seen) -> None:
+                seen([step])
+
+            if made:
+                made = [model.edit_again(made[0], prompt, first.reencode, seen_alone, progress=stages.progress)]
+            elif len(batch) > 1:
+                made = model.generate_batch(requests, seen, [each.visuals for each in batch], stages.progress)
             else:
-                generated = model.edit_again(generated, prompt, drawing.reencode, seen, progress=stages.progress)
-    frames = drawing.frames
+                made = [model.generate(requests[0], seen_alone, first.noise, first.visuals, stages.progress)]
+    shared = (time.perf_counter() - started) / len(batch)
+    for drawing, generated, note in zip(batch, made, notes, strict=True):
+        _write(drawing, generated, note, shared, console)
+        yield generated
+
+
+def _write(drawing: Drawing, generated: Generated, notes: dict[str, Any], seconds: float, console: Console) -> None:
+    """Decode and write a result, and say how long it all took, with the seconds before."""
+    started, frames = time.perf_counter(), drawing.frames
     generated.save(drawing.path, notes, partial(console.bar, total=frames, desc="decoding", unit="frame"))
     size = f"{generated.request.width}x{generated.request.height}, {frames} frame{'s' if frames > 1 else ''}"
-    elapsed = time.perf_counter() - started
+    elapsed = seconds + time.perf_counter() - started
     console.say(
-        f"{drawing.path}: {size}, {model.numerics.name}, {generated.seconds_a_step:.2f} s a step, {elapsed:.1f} s in "
+        f"{drawing.path}: {size}, {generated.numerics}, {generated.seconds_a_step:.2f} s a step, {elapsed:.1f} s in "
         f"all, peak memory {gigabytes()}"
     )
-    return generated
 
 
 def answer(
@@ -186,6 +224,7 @@ def work_through(
     settings: Settings,
     folder: Path,
     overwrite: bool,
+    batch_size: int | None,
     rewriter: Rewriter | None,
     console: Console,
 ) -> None:
@@ -193,6 +232,7 @@ def work_through(
 
     Args:
         overwrite: make anew what is there and was made from another request.
+        batch_size: most images that are made side by side; None for as many as pay.
 
     Raises:
         LanceError: an item cannot be made, or was made from another request; those before it are kept.
@@ -205,31 +245,56 @@ def work_through(
     used = model.variant_for(next(iter(asked.values())))
     made_by = {"model": model.name, "variant": str(used), "numerics": model.numerics.name}
     results = ResultsFolder(folder, requests, asked, made_by, rewriter is not None, overwrite)
-    total, done = len(requests.items), len(requests.items) - len(results.pending)
+    total, pending = len(requests.items), results.pending
+
+    def drawings() -> Iterator[Drawing]:
+        for item in pending:
+            with naming_entry(requests.path, item.key):
+                yield from prepare_drawings([asked[item.key]], partial(results.paths, item), overwrite=True)
+
+    with going_on(console, folder, str(requests.task), total, total - len(pending)) as advance:
+        if not requests.task.answers:
+
+            def written(drawing: Drawing, generated: Generated) -> None:
+                results.drawn(drawing.path, generated.request.prompt)
+                advance()
+
+            draw_all(model, drawings(), batch_size, rewriter, console, written)
+        else:
+            # By one generator, so that questions on one visual share its reading.
+            answers = model.answer_all(asked[item.key] for item in pending)
+            for item in pending:
+                with naming_entry(requests.path, item.key):
+                    answered = next(answers)
+                results.answered(item, answered.raw_text)
+                console.say(f"{item.key}: {' '.join(answered.text.split())}")
+                advance()
+    results.finish()
+
+
+@contextmanager
+def going_on(console: Console, folder: Path, what: str, total: int, done: int) -> Iterator[Callable[[], None]]:
+    """A bar over items that go to a folder, `done` of which are there; gives a function that counts one more.
+
+    Raises:
+        Interrupted: the user stopped the run.
+    """
     if done:
         console.say(f"{folder}: {done} of {total} are there already")
-    bar = console.bar(total=total, initial=done, desc=str(requests.task), unit="item")
-    # Questions are answered by one generator, so that those on one visual share its reading.
-    answers = model.answer_all(asked[item.key] for item in results.pending)
+    bar = console.bar(total=total, initial=done, desc=what, unit="item")
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        bar.update()
+
     try:
         with bar:
-            for item in results.pending:
-                with naming_entry(requests.path, item.key):
-                    if requests.task.answers:
-                        answered = next(answers)
-                        results.answered(item, answered.raw_text)
-                        console.say(f"{item.key}: {' '.join(answered.text.split())}")
-                    else:
-                        (drawing,) = prepare_drawings([asked[item.key]], partial(results.paths, item), overwrite=True)
-                        made = draw(model, drawing, rewriter, console)
-                        results.drawn(drawing.path, made.request.prompt)
-                done += 1
-                bar.update()
+            yield advance
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted; {done} of {total} are in {folder}: the same command goes on from there"
         ) from None
-    results.finish()
 
 
 def _ask(settings: Settings, task: Task, item: Item) -> Request | Question:

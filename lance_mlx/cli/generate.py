@@ -12,7 +12,7 @@ from lance_mlx.api import load
 from lance_mlx.backend.numerics import BFLOAT16, POLICIES, policy
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.cli.commands import answer, draw_all, prepare_drawings, work_through
-from lance_mlx.cli.console import Console
+from lance_mlx.cli.console import Console, Interrupted
 from lance_mlx.cli.meaning import EDITING, check_options, refuse
 from lance_mlx.cli.replay import options_of
 from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE, Settings
@@ -23,6 +23,7 @@ from lance_mlx.media.preprocess import RESOLUTIONS
 from lance_mlx.requests.files import read_requests
 from lance_mlx.requests.request import Entry, Renorm, Scheduler, Task, Variant, Visual, VisualKind
 from lance_mlx.requests.rewriting import Rewriter
+from lance_mlx.sampling.batch import MOST_PICTURES
 
 _IN_THE_FILE = "prompt prompts_file question instruction image video noise reencode config_from auto_seeds".split()
 _IN_THE_FILE += ["stepwise_output_dir"]
@@ -140,6 +141,17 @@ def generate(
     ] = None,
     auto_seeds: Annotated[
         int | None, typer.Option(help="Make so many outputs, with random seeds.", metavar="N", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Most images that are made side by side, of one size and one set of options; 1 for one after the "
+            "other. [default: as many as that is faster for, up to 8 of 128x128 and 4 of 256x256]",
+            metavar="N",
+            min=1,
+            max=MOST_PICTURES,
+            show_default=False,
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 turns guidance off.")] = 4.0,
@@ -299,7 +311,8 @@ def generate(
         read = read_requests(requests, task)
         check_options(given, context.params, read.task)
         rewriter = Rewriter.from_environment() if rewrite else None
-        work_through(opened(), read, settings, output or Path(requests.stem), overwrite, rewriter, console)
+        folder = output or Path(requests.stem)
+        work_through(opened(), read, settings, folder, overwrite, batch_size, rewriter, console)
         return
     if task is None:
         raise LanceError(f"name a task ({', '.join(Task)}), or give a file with --requests")
@@ -332,4 +345,15 @@ def generate(
         stepwise_output_dir,
     )
     rewriter = Rewriter.from_environment() if rewrite else None
-    draw_all(opened(), drawings, rewriter, console)
+    done = 0
+
+    def written(*_: object) -> None:
+        nonlocal done
+        done += 1
+
+    try:
+        draw_all(opened(), drawings, batch_size, rewriter, console, written)
+    except KeyboardInterrupt:
+        if done == 0:
+            raise
+        raise Interrupted(f"interrupted; {done} of {len(drawings)} are written") from None

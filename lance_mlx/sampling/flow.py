@@ -1,8 +1,13 @@
-"""The flow sampler: one arm a condition, a cached prefix each, and a generator of steps."""
+"""The flow sampler: one arm a condition, a cached prefix each, and a generator of steps.
+
+The pictures of a batch are sampled side by side: their latents follow each other, p pictures of n latents each, and
+all arms of all pictures are readings of one pass.
+"""
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -31,6 +36,8 @@ Tell = Callable[[int, int], None]
 class State:
     """Where the sampler stands at the start of a step.
 
+    Of a batch, what the pictures have follows each other, until `split_pictures` parts it.
+
     Attributes:
         index: number of the step, from 0.
         t: time, 1 = noise and 0 = data.
@@ -47,6 +54,17 @@ class State:
 
     def __repr__(self) -> str:
         return f"State({self.index}, t={self.t:.3f}, {len(self.x_t)} latents)"
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures it is of: each has two brackets."""
+        return len(self.inputs_embeds.und) // 2
+
+    def split_pictures(self) -> list["State"]:
+        """The state of every picture by itself."""
+        parts = (np.split(self.timestep, self.pictures), mx.split(self.x_t, self.pictures))
+        embeds = self.inputs_embeds.split_arms(self.pictures)
+        return [State(self.index, self.t, *own) for own in zip(*parts, embeds, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +87,30 @@ class Step:
 
     def __repr__(self) -> str:
         return f"Step({self.state.index}, t={self.state.t:.3f}, {len(self.x_next)} latents)"
+
+    def split_pictures(self) -> list["Step"]:
+        """The step of every picture by itself."""
+        if self.state.pictures == 1:
+            return [self]
+        count = self.state.pictures
+        velocities = (self.velocity_cond, self.velocity_uncond, self.velocity, self.x_next)
+        parts = [[None] * count if array is None else mx.split(array, count) for array in velocities]
+        return [Step(*own) for own in zip(self.state.split_pictures(), *parts, strict=True)]
+
+
+class Picture(NamedTuple):
+    """What a picture of a batch is sampled from.
+
+    Attributes:
+        noise: [n, 48] for the denoised block; cast to the policy's dtype.
+        negative: what guidance steers away from, as for `make_arms`.
+    """
+
+    request: Request
+    sequence: Sequence
+    noise: mx.array
+    conditions: Conditions
+    negative: Sequence | None = None
 
 
 class Arm(GuidanceArm):
@@ -96,14 +138,23 @@ class Arm(GuidanceArm):
         return self.reading(self._block_rotary)
 
 
+def most_in_one_pass(on_cpu: bool) -> int:
+    """Latents of a block, or of the blocks of a batch, up to which their arms are read in one pass."""
+    return _JOINED_ON_CPU if on_cpu else _JOINED_ON_GPU
+
+
 def goes_in_one_pass(latents: int, on_cpu: bool) -> bool:
     """Whether the arms of a block of so many latents are read in one pass."""
-    return latents <= (_JOINED_ON_CPU if on_cpu else _JOINED_ON_GPU)
+    return latents <= most_in_one_pass(on_cpu)
 
 
 def velocities(model: Lance, arms: Items[Arm], state: State) -> list[mx.array]:
-    """Velocity of all latents of the block for each arm, [n, 48] each."""
-    if goes_in_one_pass(len(state.x_t), runs_on_cpu()):
+    """Velocity of all latents of the block for each arm, [n, 48] each.
+
+    Args:
+        arms: of a batch, those of the first picture come first.
+    """
+    if state.pictures > 1 or goes_in_one_pass(len(state.x_t), runs_on_cpu()):
         return velocities_of_pass(model, arms, state)
     return [velocity for arm in arms for velocity in velocities_of_pass(model, [arm], state)]
 
@@ -111,7 +162,8 @@ def velocities(model: Lance, arms: Items[Arm], state: State) -> list[mx.array]:
 def velocities_of_pass(model: Lance, arms: Items[Arm], state: State) -> list[mx.array]:
     """Velocity of all latents of the block for each arm, [n, 48] each, from one pass in which the arms are readings;
     their caches stay as they are."""
-    rows = ExpertRows.concat_arms([state.inputs_embeds] * len(arms))
+    embeds = state.inputs_embeds.split_arms(state.pictures)
+    rows = ExpertRows.concat_arms([own for own in embeds for _ in range(len(arms) // len(embeds))])
     readings = [arm.block for arm in arms]
     hidden, _ = model.language_model.model(rows, readings, causal=False, qk_float32=arms[0].qk_float32, keep=False)
     merged = mx.concatenate([part.interleave() for part in hidden.split_arms(len(arms))])
@@ -141,8 +193,8 @@ def make_arms(
     return arms
 
 
-def _read_prefixes(arms: dict[str, Arm], tell: Tell) -> None:
-    segments = [(arm, index) for arm in arms.values() for index in range(len(arm.prefix))]
+def _read_prefixes(arms: Items[Arm], tell: Tell) -> None:
+    segments = [(arm, index) for arm in arms for index in range(len(arm.prefix))]
     tell(0, len(segments))
     for done, (arm, index) in enumerate(segments, start=1):
         arm.prefill(index)
@@ -197,18 +249,47 @@ def denoise(
     Raises:
         LanceError: `noise` has another shape than the request's latents.
     """
-    check_noise(request, noise)
-    arms = make_arms(model, request, sequence, conditions, negative)
-    _read_prefixes(arms, tell)
-    given = conditions.clean[-1] if sequence.target.clean_tokens else None
-    return _steps(model, request, sequence, arms, initial_state(noise.astype(model.numerics.dtype), given))
+    steps = denoise_batch(model, [Picture(request, sequence, noise, conditions, negative)], tell)
+    return (step for (step,) in steps)
 
 
-def _steps(model: Lance, request: Request, sequence: Sequence, arms: dict[str, Arm], x_t: mx.array) -> Iterator[Step]:
-    block = sequence.target
+def denoise_batch(
+    model: Lance, pictures: Items[Picture], tell: Tell = lambda done, total: None
+) -> Iterator[list[Step]]:
+    """The same for several pictures side by side: yields the steps of all of them.
+
+    Pictures of one sequence, such as several seeds of a prompt, share what is read of it.
+
+    Args:
+        pictures: their requests go together, as `lance_mlx.sampling.batch` has it.
+        tell: called with the segments that are read.
+
+    Raises:
+        LanceError: a noise has another shape than its request's latents.
+    """
+    request, sequence = pictures[0].request, pictures[0].sequence
+    made: dict[tuple[Sequence, Conditions], dict[str, Arm]] = {}
+    arms = []
+    for picture in pictures:
+        check_noise(picture.request, picture.noise)
+        read = picture.sequence, picture.conditions
+        if read not in made:
+            made[read] = make_arms(model, picture.request, *read, picture.negative)
+        arms.append(made[read])
+    _read_prefixes([arm for own in made.values() for arm in own.values()], tell)
+    given = pictures[0].conditions.clean[-1] if sequence.target.clean_tokens else None
+    noise = [initial_state(picture.noise.astype(model.numerics.dtype), given) for picture in pictures]
+    return (step.split_pictures() for step in _steps(model, request, sequence, arms, mx.concatenate(noise)))
+
+
+def _steps(
+    model: Lance, request: Request, sequence: Sequence, arms: Items[dict[str, Arm]], x_t: mx.array
+) -> Iterator[Step]:
+    block, count = sequence.target, len(arms)
+    # With given latents there is one picture.
     given = block.clean_tokens
-    brackets = model.language_model.model.embed_tokens(mx.array(block.ids[[0, -1]]))
-    positions = model.latent_pos_embed(block.grid)
+    brackets = model.language_model.model.embed_tokens(mx.array(np.tile(block.ids[[0, -1]], count)))
+    positions = mx.concatenate([model.latent_pos_embed(block.grid)] * count)
     times = timesteps(request.num_steps, request.timestep_shift)
     # Which rows guidance is applied to, and so normed over, is where the two entries differ once more.
     rows = slice(given, None) if request.entry is Entry.FULL_SEQUENCE else slice(None)
@@ -220,8 +301,15 @@ def _steps(model: Lance, request: Request, sequence: Sequence, arms: dict[str, A
         embeds = ExpertRows(brackets, model.embed_latents(x_t, timestep, positions))
         state = State(index, float(t), timestep, x_t, embeds)
         names = ("cond", "uncond") if guided else ("cond",)
-        found = [velocity[rows] for velocity in velocities(model, [arms[name] for name in names], state)]
-        return state, found[0], found[1] if guided else None, guided_velocity(*found, request) if guided else found[0]
+        found = velocities(model, [own[name] for own in arms for name in names], state)
+        found = [velocity[rows] for velocity in found]
+        cond = mx.concatenate(found[:: len(names)])
+        if not guided:
+            return state, cond, None, cond
+        # Each picture is normed by itself.
+        pairs = zip(found[::2], found[1::2], strict=True)
+        velocity = mx.concatenate([guided_velocity(*pair, request) for pair in pairs])
+        return state, cond, mx.concatenate(found[1::2]), velocity
 
     def moving(velocity: mx.array) -> mx.array:
         # In the full-sequence entry the velocity has no rows but these.
@@ -235,7 +323,8 @@ def _steps(model: Lance, request: Request, sequence: Sequence, arms: dict[str, A
     for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
         if not any(guided[index:]):
             # Guidance is over: nothing looks into that cache any more.
-            arms.pop("uncond", None)
+            for own in arms:
+                own.pop("uncond", None)
         state, cond, uncond, velocity = seen(index, x_t, t, guided[index])
         along = solve(moving(velocity), x_t, float(t), float(t_next))
         x_t = advance(x_t, along, float(t - t_next))

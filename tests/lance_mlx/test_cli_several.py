@@ -36,13 +36,14 @@ def pixels(path: str) -> np.ndarray:
 def test_several_seeds_are_one_load_and_an_output_each(draw, monkeypatch):
     loads, original = [], api.load_pipeline
     monkeypatch.setattr(api, "load_pipeline", lambda *given: loads.append(1) or original(*given))
-    draw("t2i", "--prompt", "a bird", "--seed", 1, 2, 3, "-o", "new/bird.png", *DRAWING)
+    draw("t2i", "--prompt", "a bird", "--seed", 1, 2, 3, "--batch-size", 1, "-o", "new/bird.png", *DRAWING)
     assert sorted(path.name for path in Path("new").iterdir()) == ["bird-1.png", "bird-2.png", "bird-3.png"]
     assert loads == [1]
     assert [read_metadata(f"new/bird-{seed}.png")["request"]["seed"] for seed in (1, 2, 3)] == [1, 2, 3]
     draw("t2i", "--prompt", "a bird", "--seed", 2, "-o", "{seed}.png", *DRAWING)
     assert np.array_equal(pixels("2.png"), pixels("new/bird-2.png"))
-    draw("t2i", "--prompt", "a bird", "--seed", 1, "--seed", 2, "-o", "again-{seed}.webp", *DRAWING)
+    again = ["--seed", 1, "--seed", 2, "--batch-size", 1, "-o", "again-{seed}.webp"]
+    draw("t2i", "--prompt", "a bird", *again, *DRAWING)
     assert np.array_equal(pixels("again-2.webp"), pixels("2.png"))
 
 
@@ -179,8 +180,10 @@ def test_an_interrupt_says_what_is_written(draw, invoke, checkpoint, monkeypatch
         if drawn:
             raise KeyboardInterrupt
         drawn.append(original(*given))
+        return drawn[0]
 
     monkeypatch.setattr(commands, "draw", stop)
-    done = invoke("generate", "t2i", "--model", checkpoint, "--prompt", "a", "--seed", 1, 2, 3, *DRAWING, "-q")
+    given = ["--prompt", "a", "--seed", 1, 2, 3, "--batch-size", 1]
+    done = invoke("generate", "t2i", "--model", checkpoint, *given, *DRAWING, "-q")
     assert (done.returncode, done.stderr) == (130, "lance-mlx: interrupted; 1 of 3 are written\n")
     assert [path.name for path in Path().iterdir()] == ["t2i-1.png"]
