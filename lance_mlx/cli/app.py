@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lance_mlx.cli import benchmark as cli_benchmark
 from lance_mlx.cli import convert as cli_convert
 from lance_mlx.cli import generate as cli_generate
 from lance_mlx.cli import info as cli_info
@@ -39,6 +40,7 @@ def _commands(
 
 
 cli_generate.register(app, _EXIT)
+cli_benchmark.register(app, _EXIT)
 cli_convert.register(app, _EXIT)
 cli_info.register(app, _EXIT)
 cli_serve.register(app, _EXIT)

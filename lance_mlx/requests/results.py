@@ -120,19 +120,8 @@ class ResultsFolder:
 
     def _is_of(self, metadata: Mapping[str, Any], item: Item) -> bool:
         """Whether an image or a video was made from this item, by the same model in the same way."""
-        asked = self._asked[item.key]
-        try:
-            made = Request.from_dict(metadata["request"])
-        except (LanceError, KeyError):
-            return False
-        if asked.task.size_from_source:
-            made = replace(made, height=asked.height, width=asked.width, num_frames=asked.num_frames)
-        prompt = metadata.get(PROMPT_BEFORE_REWRITING)
-        return (
-            (prompt is not None) == self._rewrites
-            and replace(made, prompt=made.prompt if prompt is None else prompt) == asked
-            and all(metadata.get(name, value) == value for name, value in self._made_by.items())
-        )
+        rewritten = PROMPT_BEFORE_REWRITING in metadata
+        return rewritten == self._rewrites and is_made_from(metadata, self._asked[item.key], self._made_by)
 
     def _question(self, item: Item) -> str:
         """What an answer depends on."""
@@ -153,6 +142,22 @@ class ResultsFolder:
 
     def _write(self, name: str, values: object) -> None:
         save_text(self.folder / name, json.dumps(values, ensure_ascii=False, indent=2))
+
+
+def is_made_from(metadata: Mapping[str, Any], asked: Request, made_by: Mapping[str, str]) -> bool:
+    """Whether an image or a video with such metadata was made from a request.
+
+    Args:
+        made_by: names of the model, the variant and the numerics.
+    """
+    try:
+        made = Request.from_dict(metadata["request"])
+    except (LanceError, KeyError):
+        return False
+    if asked.task.size_from_source:
+        made = replace(made, height=asked.height, width=asked.width, num_frames=asked.num_frames)
+    made = replace(made, prompt=metadata.get(PROMPT_BEFORE_REWRITING, made.prompt))
+    return made == asked and all(metadata.get(name, value) == value for name, value in made_by.items())
 
 
 def _read_texts(path: Path) -> dict[str, str]:
