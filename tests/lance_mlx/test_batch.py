@@ -78,6 +78,11 @@ def test_a_batch_takes_the_passes_of_one_picture_and_reads_each_prompt_once(chec
     model.generate_batch(requests())
     assert (len(passes), len(read)) == (alone[0], 2 * alone[1])
     assert set(passes) == {8}
+    # What is asked for goes in one pass, however much it is.
+    monkeypatch.setattr(flow, "goes_in_one_pass", lambda *given: False)
+    passes.clear()
+    model.generate_batch(requests())
+    assert set(passes) == {8}
 
 
 def test_a_callback_sees_every_picture_and_ends_the_batch(checkpoint):
@@ -103,6 +108,19 @@ def test_small_pictures_go_together_by_default_and_large_ones_do_not(monkeypatch
     assert [len(batch) for batch in batches(asked, lambda each: each, 1)] == [1] * 10
     animated = {"task": "i2v", "num_frames": 5, "visuals": [{"path": "a.png", "kind": "image"}]}
     assert [len(each) for each in batches([Request.from_dict(BIRD | animated)] * 2, lambda each: each, 4)] == [1, 1]
+
+
+def test_edits_of_several_turns_are_made_one_after_the_other(invoke, checkpoint, media, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes, original = [], commands.draw
+    monkeypatch.setattr(commands, "draw", lambda *given: sizes.append(len(given[1])) or original(*given))
+    given = ["image_edit", "--model", checkpoint, "--image", media / "logo.png", "--vae-resolution", 64, "--steps", 1]
+    given += ["--vit-resolution", 56, "--prompt", "blue", "--seed", 1, 2, "-o", "hat.png", "--overwrite"]
+    for turns, expected in ((["--prompt", "a hat"], [1, 1]), ([], [2])):
+        sizes.clear()
+        done = invoke("generate", *given, *turns)
+        assert done.returncode == 0, done.stderr
+        assert sizes == expected
 
 
 def test_the_command_makes_batches_of_the_size_that_is_asked_for(invoke, checkpoint, tmp_path, monkeypatch):

@@ -218,7 +218,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(refused, tmp_path, media, monk
     lines("untold.jsonl", {"tag": "x"})
     lines("token.jsonl", {"prompt": "<|video_pad|>"})
     lines("twice.jsonl", {"index": "1", "data": "a"}, {"index": "1", "data": "b"})
-    texts = {"empty": "\n", "bad.jsonl": "{", "array.jsonl": "[]", "slash.txt": "a/b", "long.txt": "a" * 300}
+    texts = {
+        "empty": "\n",
+        "bad.jsonl": "{",
+        "array.jsonl": "[]",
+        "slash.txt": "a/b",
+        "long.txt": f"a bird\n{'a' * 300}",
+    }
     texts["gedit.json"] = json.dumps({"1": edit(media / "logo.png"), "0002": edit(media / "logo.png", "../x")})
     for file, text in texts.items():
         Path(file).write_text(text, encoding="utf-8")
