@@ -146,7 +146,7 @@ def generate(
         int | None,
         typer.Option(
             help="Most images that are made side by side, of one size and one set of options; 1 for one after the "
-            "other. [default: as many as that is faster for, up to 8 of 128x128 and 4 of 256x256]",
+            "other. [default: as many as that is faster for, on a CPU 8 of 128x128 and 4 of 256x256]",
             metavar="N",
             min=1,
             max=MOST_PICTURES,
