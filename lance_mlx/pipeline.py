@@ -65,7 +65,7 @@ class PreparedQuestion:
 
 
 def _shown(question: Question) -> tuple:
-    return question.task, question.visuals, question.instruction, question.vit_resolution
+    return question.task, question.visuals, question.instruction, question.vit_resolution, question.as_upstream
 
 
 class Pipeline:

@@ -307,7 +307,7 @@ def _rewritten(request: Request, rewriter: Rewriter) -> Request:
     """The request with its prompt rewritten, or as it is where that fails, which is said: upstream goes on as well."""
     try:
         image = request.visuals[0].path if request.visuals else None
-        return changed(request, prompt=rewriter.rewrite(request.prompt, image))
+        return changed(request, prompt=rewriter.rewrite(request.prompt, image, request.as_upstream))
     except LanceError as error:
         tqdm.write(f"lance-mlx: the prompt is not rewritten: {error}", file=sys.stderr)
         return request

@@ -180,6 +180,14 @@ def generate(
     vit_resolution: Annotated[
         int | None, typer.Option(help="About this many pixels squared for the ViT, in place of --resolution's.")
     ] = None,
+    as_upstream: Annotated[
+        bool,
+        typer.Option(
+            "--as-upstream",
+            help="Take the stored pixels of images and videos, as upstream does: no EXIF orientation, no colour "
+            "profile, no HDR, neither deinterlaced nor stretched to square pixels.",
+        ),
+    ] = False,
     reencode: Annotated[
         bool, typer.Option("--reencode", help="Between turns, encode the pixels anew instead of keeping the latents.")
     ] = False,
@@ -297,6 +305,7 @@ def generate(
         fps=fps,
         negative_prompt=negative_prompt,
         scheduler=scheduler,
+        as_upstream=as_upstream,
     )
     console = Console(quiet)
     track = partial(console.bar, desc="loading", unit="tensor")

@@ -29,7 +29,7 @@ _TASKS: dict[str, Callable[[Task], bool]] = {
     **dict.fromkeys(("vit_resolution", "vit_source"), _looks),
     "num_frames": lambda task: task in _OF_FRAMES,
     "fps": lambda task: task in (*_OF_FRAMES, Task.VIDEO_EDIT),
-    "resolution": lambda task: task.takes is not None,
+    **dict.fromkeys(("resolution", "as_upstream"), lambda task: task.takes is not None),
     "vae_resolution": lambda task: task.takes is not None and not task.answers,
     "reencode": lambda task: task in EDITING,
     "rewrite": lambda task: task in REWRITABLE,

@@ -38,6 +38,9 @@ def serve(
     low_ram: Annotated[
         bool, typer.Option("--low-ram", help="Hold one layer in memory at a time, as generate --low-ram does.")
     ] = False,
+    as_upstream: Annotated[
+        bool, typer.Option("--as-upstream", help="Read images and videos as generate --as-upstream does.")
+    ] = False,
 ) -> None:
     """Serve an OpenAI-compatible API, and a page for browsers, until Ctrl-C."""
     try:
@@ -58,4 +61,4 @@ def serve(
         check_folder(Path(model))
         variants = variants_in(Path(model))
     opened = partial(load, model, quiet=True, low_ram=low_ram)
-    run(Worker(opened, BOUNDS.waiting, idle_minutes * 60), variants, host, port, token)
+    run(Worker(opened, BOUNDS.waiting, idle_minutes * 60, as_upstream), variants, host, port, token)

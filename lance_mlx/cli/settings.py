@@ -35,6 +35,7 @@ class Settings:
     fps: int
     negative_prompt: str | None
     scheduler: Scheduler
+    as_upstream: bool
 
     def request(self, task: Task, prompt: str, visuals: tuple[Visual, ...], vision_type: str | None = None) -> Request:
         """A request for an image or a video; raises LanceError for a value that cannot be used."""
@@ -64,6 +65,7 @@ class Settings:
             vision_type=vision_type,
             negative_prompt=self.negative_prompt,
             scheduler=self.scheduler,
+            as_upstream=self.as_upstream,
         )
 
     def question(
@@ -84,6 +86,7 @@ class Settings:
             top_p=self.top_p,
             seed=self.seed,
             entry=self.entry,
+            as_upstream=self.as_upstream,
         )
 
     def _resolutions(self) -> tuple[int | None, int | None]:

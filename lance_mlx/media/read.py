@@ -1,11 +1,12 @@
-"""Images and videos in: upright 8-bit RGB frames, a video sampled as upstream samples it."""
+"""Images and videos in: 8-bit sRGB frames as they are shown, a video sampled as upstream samples it."""
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps
 
 from lance_mlx.config import TEMPORAL_STRIDE
 from lance_mlx.errors import LanceError
+from lance_mlx.media.colour import HDR, to_srgb, tone_map
 
 SAMPLE_FPS = 12
 MAX_SECONDS = 6
@@ -32,7 +34,7 @@ class Frames:
     """Frames of one file and where in the file they were.
 
     Attributes:
-        pixels: uint8 [t, H, W, 3], RGB, upright; t is 1 for an image and 4k + 1 for a video.
+        pixels: uint8 [t, H, W, 3], RGB; t is 1 for an image and 4k + 1 for a video.
         path: the file.
         kind: how it was read.
         indices: the t frame numbers in display order; numbers repeat in a video of fewer than 12 frames a second.
@@ -48,14 +50,20 @@ class Frames:
     source_fps: int
 
 
-def read_visual(path: str | os.PathLike[str], kind: Literal["image", "video"]) -> Frames:
-    """Read the image or the sampled frames of the video at `path`.
+def read_visual(path: str | os.PathLike[str], kind: Literal["image", "video"], as_upstream: bool = False) -> Frames:
+    """Read the image or the sampled frames of the video at `path`, as programs that show them do.
 
-    An image is turned upright by its EXIF orientation, which upstream ignores, and put on white where it is
-    transparent, also with grey or a key colour, where upstream drops the transparency; 16-bit grey keeps its high
-    byte, where upstream clips; of an animation the first frame counts. A video is decoded in order, holding only the
-    frames of `sample_indices`, and turned and mirrored by its display matrix; sound is not looked at. Upstream counts
+    An image is turned upright by its EXIF orientation, brought to sRGB by its colour profile, and put on white where
+    it is transparent, also with grey or a key colour; 16-bit grey keeps its high byte; of an animation the first frame
+    counts. A video is decoded in order, holding only the frames of `sample_indices`: interlaced frames are
+    deinterlaced, pixels that are not square are stretched to the larger size, HDR (HLG and PQ) is brought to sRGB by
+    `tone_map`, and the frame is turned and mirrored by its display matrix; sound is not looked at. Upstream counts
     frames, so a variable frame rate is sampled by number, not by time.
+
+    Args:
+        as_upstream: take the stored pixels as upstream does: no orientation, no colour profile, transparency of a
+            palette or of RGBA alone, 16-bit grey clipped; a video neither deinterlaced, stretched nor tone-mapped.
+            Videos are turned all the same: so does decord, with which upstream reads them.
 
     Raises LanceError for a file that is missing, damaged, cut short, of another kind, without a frame, smaller than
     16 pixels or more than 16 times longer than wide. Source: `bytedance/Lance
@@ -68,7 +76,7 @@ def read_visual(path: str | os.PathLike[str], kind: Literal["image", "video"]) -
         raise LanceError(f"{kind} {path} is not a file")
     if path.stat().st_size == 0:
         raise LanceError(f"{kind} {path} is empty")
-    return _read_image(path) if kind == "image" else _read_video(path)
+    return (_read_image if kind == "image" else _read_video)(path, as_upstream)
 
 
 def sample_indices(num_frames: int, fps: int) -> list[int]:
@@ -84,7 +92,7 @@ def sample_indices(num_frames: int, fps: int) -> list[int]:
     return np.linspace(0, num_frames - 1, count, dtype=int).tolist()
 
 
-def _read_image(path: Path) -> Frames:
+def _read_image(path: Path, as_upstream: bool) -> Frames:
     if path.suffix.lower() in _HEIF:
         try:
             from pillow_heif import register_heif_opener
@@ -98,15 +106,22 @@ def _read_image(path: Path) -> Frames:
             _check_size("image", path, image.height, image.width)
             if image.mode == "F":
                 raise LanceError(f"image {path} holds floating-point values, whose white is not known: save it as PNG")
-            pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            shown = _on_white(image, ("P", "RGBA")) if as_upstream else _to_rgb(ImageOps.exif_transpose(image))
+            pixels = np.asarray(shown)
     return Frames(pixels[None], path, "image", (0,), 1, 0)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which TIFF and PNM give as 32
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
+        image = Image.fromarray(grey.astype(np.uint8))
+    image = to_srgb(image)
+    return _on_white(image, (image.mode,) if image.has_transparency_data else ())
+
+
+def _on_white(image: Image.Image, transparent: Sequence[str]) -> Image.Image:
+    """The picture in RGB, on white if it has one of the modes that count as transparent."""
+    if image.mode not in transparent:
         return image.convert("RGB")
     image = image.convert("RGBA")
     white = Image.new("RGB", image.size, (255, 255, 255))
@@ -114,15 +129,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return white
 
 
-def _read_video(path: Path) -> Frames:
+def _read_video(path: Path, as_upstream: bool) -> Frames:
     with _video_errors(path):
-        num_frames, average_rate = _count_frames(path)
+        num_frames, average_rate = _count_frames(path, as_upstream)
     # Below half a frame a second upstream would divide by zero.
     fps = max(round(float(average_rate)), 1) if average_rate else DEFAULT_FPS
     while num_frames:
         indices = sample_indices(num_frames, fps)
         with _video_errors(path):
-            pixels, decoded = _decode(path, indices)
+            pixels, decoded = _decode(path, indices, as_upstream)
         if decoded > indices[-1]:
             return Frames(pixels, path, "video", tuple(indices), num_frames, fps)
         # Some packets gave no frame, such as those before the first key frame: sample what there is.
@@ -130,7 +145,7 @@ def _read_video(path: Path) -> Frames:
     raise LanceError(f"video {path} holds no frame")
 
 
-def _count_frames(path: Path) -> tuple[int, Fraction | None]:
+def _count_frames(path: Path, as_upstream: bool) -> tuple[int, Fraction | None]:
     """Frames that will be shown and their average rate, from the packets: headers may lie or be silent."""
     with av.open(str(path)) as container:
         if not container.streams.video:
@@ -140,25 +155,40 @@ def _count_frames(path: Path) -> tuple[int, Fraction | None]:
         stream = container.streams.video[0]
         if stream.codec_context is None:
             raise LanceError(f"video {path} is in a codec that FFmpeg does not read here: save it as H.264")
-        _check_size("video", path, stream.codec_context.height, stream.codec_context.width)
+        _check_size("video", path, *shown_size(stream, stream.codec_context, as_upstream))
         count = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
         return count, stream.average_rate
 
 
-def _decode(path: Path, indices: Sequence[int]) -> tuple[np.ndarray | None, int]:
+def shown_size(
+    stream: av.VideoStream, stored: av.VideoFrame | av.VideoCodecContext, as_upstream: bool = False
+) -> tuple[int, int]:
+    """Height and width of a video with square pixels, no less than what is stored; not yet turned."""
+    aspect = stream.sample_aspect_ratio
+    if as_upstream or not aspect:
+        return stored.height, stored.width
+    return round(stored.height * max(1 / aspect, 1)), round(stored.width * max(aspect, 1))
+
+
+def _decode(path: Path, indices: Sequence[int], as_upstream: bool) -> tuple[np.ndarray | None, int]:
     """The frames of the non-decreasing `indices`, uint8 [t, H, W, 3], and how many frames were decoded for them."""
     pixels, filled, decoded = None, 0, 0
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        for frame in container.decode(stream):
+        frames = container.decode(stream)
+        for frame in frames if as_upstream else _progressive(frames):
             if decoded == indices[filled]:
                 if pixels is None:
-                    height, width = frame.height, frame.width
+                    height, width = shown_size(stream, frame, as_upstream)
                     turn = _display_axes(frame)
                     pixels = np.empty((len(indices), *_turn(np.empty((height, width, 3)), turn).shape), np.uint8)
                 # A stream may change its size; its first frame decides.
-                rgb = _turn(frame.to_ndarray(format="rgb24", width=width, height=height), turn)
+                if frame.color_trc in HDR and not as_upstream:
+                    rgb = tone_map(frame.to_ndarray(format="rgb48le", width=width, height=height), frame.color_trc)
+                else:
+                    rgb = frame.to_ndarray(format="rgb24", width=width, height=height)
+                rgb = _turn(rgb, turn)
                 while filled < len(indices) and indices[filled] == decoded:
                     pixels[filled] = rgb
                     filled += 1
@@ -166,6 +196,33 @@ def _decode(path: Path, indices: Sequence[int]) -> tuple[np.ndarray | None, int]
             if filled == len(indices):
                 break
     return pixels, decoded
+
+
+def _progressive(frames: Iterable[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """As many frames, those that hold two fields filled up by FFmpeg's bwdif from their neighbours."""
+    # A filter takes frames of one form.
+    for _, alike in groupby(frames, lambda frame: (frame.width, frame.height, frame.format.name)):
+        graph = None
+        for frame in alike:
+            if graph is None and frame.interlaced_frame:
+                graph = av.filter.Graph()
+                source = graph.add_buffer(template=frame)
+                graph.link_nodes(source, graph.add("bwdif", "send_frame:auto:interlaced"), graph.add("buffersink"))
+                graph.configure()
+            if graph is None:
+                yield frame
+            else:
+                graph.push(frame)
+                yield from _filtered(graph)
+        if graph is not None:
+            graph.push(None)
+            yield from _filtered(graph)
+
+
+def _filtered(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
+    with suppress(av.error.BlockingIOError, av.error.EOFError):
+        while True:
+            yield graph.pull()
 
 
 def _display_axes(frame: av.VideoFrame) -> tuple[bool, bool, bool]:

@@ -141,6 +141,7 @@ class Request:
         fps: frames per second written into the video.
         negative_prompt: what guidance steers away from in place of upstream's sequence without the user's text, a
             departure from it; its positions are its own.
+        as_upstream: take the stored pixels of the visuals, see `lance_mlx.media.read.read_visual`.
 
     Enums may be given as strings.
 
@@ -169,6 +170,7 @@ class Request:
     vision_type: str | None = None
     negative_prompt: str | None = None
     scheduler: Scheduler = Scheduler.EULER
+    as_upstream: bool = False
 
     __repr__ = short_repr
 
@@ -252,6 +254,7 @@ class Question:
             does.
         temperature: 0 takes the most probable token; upstream's sampling has 1.
         top_p: sample among the most probable tokens that add up to this.
+        as_upstream: take the stored pixels of the visuals, see `lance_mlx.media.read.read_visual`.
 
     Raises:
         LanceError: a value that upstream could not run, naming it.
@@ -268,6 +271,7 @@ class Question:
     top_p: float = 1.0
     seed: int = 42
     entry: Entry = Entry.KV_CACHE
+    as_upstream: bool = False
 
     __repr__ = short_repr
 

@@ -77,8 +77,10 @@ class Rewriter:
                 raise LanceError(f"rewriting needs {_VARIABLES[field]}, which is not set")
         return cls(values["api_key"], values["model"], values["base_url"] or _DEFAULT_BASE_URL)
 
-    def rewrite(self, prompt: str, image: str | os.PathLike[str] | None = None) -> str:
+    def rewrite(self, prompt: str, image: str | os.PathLike[str] | None = None, as_upstream: bool = False) -> str:
         """A detailed English prompt that means the same, for a video, one that begins with `image` if there is one.
+
+        `as_upstream` is that of the request, which says how the image is read.
 
         Raises:
             LanceError: the prompt is empty, the image cannot be used, or the endpoint gives no usable answer.
@@ -89,7 +91,7 @@ class Rewriter:
         instruction = _INSTRUCTION
         if image is not None:
             instruction = f"{_INSTRUCTION} {_IMAGE_INSTRUCTION}"
-            content.append({"type": "image_url", "image_url": {"url": _data_url(image)}})
+            content.append({"type": "image_url", "image_url": {"url": _data_url(image, as_upstream)}})
         answer = self._post(
             {
                 "model": self.model,
@@ -134,9 +136,9 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _data_url(path: str | os.PathLike[str]) -> str:
-    """The image as the model sees it, upright and on white, no larger than a chat model looks at."""
-    image = Image.fromarray(read_visual(path, "image").pixels[0])
+def _data_url(path: str | os.PathLike[str], as_upstream: bool) -> str:
+    """The image as the model sees it, no larger than a chat model looks at."""
+    image = Image.fromarray(read_visual(path, "image", as_upstream).pixels[0])
     image.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE))
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=90)

@@ -46,7 +46,7 @@ def prepare_visuals(request: Request | Question) -> list[PreparedVisual]:
     """
     prepared = []
     for visual in request.visuals:
-        frames = read_visual(visual.path, visual.kind).pixels
+        frames = read_visual(visual.path, visual.kind, request.as_upstream).pixels
         patches = grid = pixels = None
         if request.task is not Task.I2V:
             patches, grid = vit_patches(frames, request.vit_resolution)

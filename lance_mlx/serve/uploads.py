@@ -11,7 +11,7 @@ import av
 from PIL import Image
 
 from lance_mlx.errors import LanceError
-from lance_mlx.media.read import read_visual
+from lance_mlx.media.read import read_visual, shown_size
 from lance_mlx.requests.request import Visual, VisualKind
 from lance_mlx.serve.bounds import BOUNDS
 from lance_mlx.serve.errors import ApiError
@@ -117,7 +117,7 @@ def _check_bounds(path: Path, kind: VisualKind, shown: str) -> None:
             streams = container.streams.video
             if not streams or streams[0].codec_context is None:
                 return  # which `read_visual` says better
-            width, height = streams[0].codec_context.width, streams[0].codec_context.height
+            height, width = shown_size(streams[0], streams[0].codec_context)
             frames = 0
             for packet in container.demux(streams[0]):
                 frames += packet.size > 0

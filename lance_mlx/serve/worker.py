@@ -33,12 +33,16 @@ class Worker:
         load: opens the model, given as `track` what tracks the reading of its tensors.
         waiting: most jobs in the queue.
         idle_seconds: after so long without a job the model is let go, and loaded again for the next one.
+        as_upstream: take the stored pixels of visuals in every request.
     """
 
-    def __init__(self, load: Callable[..., LanceModel], waiting: int, idle_seconds: float) -> None:
+    def __init__(
+        self, load: Callable[..., LanceModel], waiting: int, idle_seconds: float, as_upstream: bool = False
+    ) -> None:
         self.model = load(track=self._track_loading)
         self._limit = waiting
         self._idle_seconds = idle_seconds
+        self._as_upstream = as_upstream
         self._queue: list[Job] = []
         self._job: Job | None = None
         self._is_stopping = False
@@ -139,10 +143,10 @@ class Worker:
         job.state = State.IN_PROGRESS
         self._tell(Progress("reading"))
         if isinstance(job.work, Question):
-            self._answer(job, job.work)
+            self._answer(job, replace(job.work, as_upstream=self._as_upstream))
         else:
             for index, request in enumerate(job.work):  # as they were asked for
-                job.outputs.append(self._draw(job, request, index))
+                job.outputs.append(self._draw(job, replace(request, as_upstream=self._as_upstream), index))
         job.end(State.COMPLETED)
 
     def _draw(self, job: Job, request: Request, index: int) -> Path:
