@@ -1,5 +1,6 @@
 """PNG and MP4 output: exact pixels, whole files only, metadata that reads back."""
 
+import base64
 import fcntl
 import json
 import os
@@ -92,6 +93,65 @@ def test_video_reads_back(tmp_path):
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 12)
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def tiles() -> np.ndarray:
+    """Colours, uint8 [4, 6, 3], the corners of the cube among them."""
+    corners = [(r, g, b) for r in (0, 255) for g in (0, 255) for b in (0, 255)]
+    others = np.random.default_rng(0).integers(0, 256, (16, 3))
+    return np.array([*corners, *others], np.uint8).reshape(4, 6, 3)
+
+
+def written_tiles(path) -> np.ndarray:
+    save_video(path, [tiles().repeat(32, 0).repeat(32, 1)] * 3, 12, REQUEST)
+    return tiles().astype(float)
+
+
+def middles(frame: np.ndarray) -> np.ndarray:
+    return frame[16::32, 16::32]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov"])
+def test_a_video_says_its_colours_and_keeps_them(tmp_path, suffix):
+    path = tmp_path / f"out{suffix}"
+    colours = written_tiles(path)
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        said = context.color_primaries, context.color_trc, context.colorspace, context.color_range
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    # Primaries of BT.709, sRGB, matrix of BT.601, limited, in the numbers of ITU-T H.273; the container says so too.
+    assert said == (1, 13, 6, 1)
+    assert (b"colrnc" + (b"lx" if suffix == ".mp4" else b"lc") + bytes([0, 1, 0, 13, 0, 6])) in path.read_bytes()
+    for frame, exact in zip(shown, decode(path), strict=True):
+        assert np.abs(middles(exact).clip(0, 255) - colours).max() <= 2
+        assert np.abs(middles(frame) - colours).mean() < 1.2 and np.abs(middles(frame) - colours).max() <= 3
+
+
+_PLAY = """
+const [url, done] = arguments, video = document.createElement('video');
+if (!video.canPlayType('video/mp4; codecs="avc1.64001f"')) return done(null);
+video.onerror = () => done(`error ${video.error.message}`);
+video.requestVideoFrameCallback(() => {
+    const canvas = new OffscreenCanvas(video.videoWidth, video.videoHeight), drawing = canvas.getContext('2d');
+    drawing.drawImage(video, 0, 0);
+    done([...drawing.getImageData(0, 0, canvas.width, canvas.height).data]);
+});
+document.body.append(video);
+video.muted = true;
+video.src = url;
+video.play();
+"""
+
+
+def test_a_browser_shows_the_colours_of_a_video(browser, tmp_path):
+    colours = written_tiles(tmp_path / "out.mp4")
+    browser.get("about:blank")
+    url = f"data:video/mp4;base64,{base64.b64encode((tmp_path / 'out.mp4').read_bytes()).decode()}"
+    shown = browser.execute_async_script(_PLAY, url)
+    if shown is None:
+        pytest.skip("this Chromium plays no H.264")
+    frame = np.array(shown, float).reshape(128, 192, 4)[..., :3]
+    assert np.abs(middles(frame) - colours).max() <= 2
 
 
 def test_long_prompts_fit_into_both_kinds_of_metadata(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image, PngImagePlugin
 
 from lance_mlx.errors import LanceError
@@ -29,6 +29,11 @@ _JPEG_METADATA, _GROWTH = 65_000, 1_000
 """Bytes of a JPEG's EXIF, and what may be added to a request's before it is written."""
 # libx264's scale: 0 is lossless, 23 the default; 18 is commonly taken as visually transparent.
 VIDEO_CRF = 18
+# FFmpeg's SWS_BILINEAR, av's default, and SWS_ACCURATE_RND, for which av 17 has no name; else chroma is a level lower.
+_ROUNDED = 2 | 0x40000
+# ITU-T H.273's number of the matrix: av's `Colorspace.ITU601` is 5, of the same matrix, which QuickTime does not list.
+# Not BT.709's, whose blue Chromium shows wrong by up to 12 where it converts on the CPU.
+_BT601 = 6
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
@@ -107,8 +112,8 @@ def save_video(
 ) -> None:
     """Write a video frame by frame, in the form that the suffix names; the file appears when it is whole.
 
-    MP4 and MOV hold H.264. A GIF has 256 colours a frame, its time in hundredths of a second, and is in memory until it
-    is written. The metadata are kept as JSON in the comment.
+    MP4 and MOV hold H.264, marked as sRGB in the matrix of BT.601. A GIF has 256 colours a frame, its time in
+    hundredths of a second, and is in memory until it is written. The metadata are kept as JSON in the comment.
 
     Args:
         frames: uint8 [H, W, 3] each, all of one size; H and W even for H.264.
@@ -160,6 +165,7 @@ def _encode(part: Path, frames: Iterator[np.ndarray], fps: float, form: str, com
                 stream = _add_stream(container, *frame.shape[:2], Fraction(fps).limit_denominator(1001))
             image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
                 format="yuv420p",
+                interpolation=_ROUNDED,
                 dst_colorspace=Colorspace.ITU601,
                 src_color_range=ColorRange.JPEG,
                 dst_color_range=ColorRange.MPEG,
@@ -181,8 +187,10 @@ def _add_stream(container: av.container.OutputContainer, height: int, width: int
         raise LanceError(f"video frames must have even width and height, not {width}x{height}")
     stream = container.add_stream("libx264", rate=rate, options={"crf": str(VIDEO_CRF)})
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-    # Said in the file, since players otherwise guess the matrix from the height.
-    stream.codec_context.colorspace = Colorspace.ITU601
+    # Players guess what is not said, the matrix from the height; and Apple's show BT.709's transfer paler than sRGB's.
+    stream.codec_context.color_primaries = ColorPrimaries.BT709
+    stream.codec_context.color_trc = ColorTrc.IEC61966_2_1
+    stream.codec_context.colorspace = _BT601
     stream.codec_context.color_range = ColorRange.MPEG
     return stream
 
