@@ -242,11 +242,12 @@ def test_questions_on_one_picture_share_its_reading(model, image, media, looks):
         asking(image, ""),
         asking(image, "what color", temperature=1.5, seed=3),
         asking(other, "what is it"),
+        asking(other, "what is it", as_upstream=True),
         asking(image, "what is it"),
         asking(image, "what is it", instruction="Be brief."),
     ]
     answers = list(model.answer_all(asked))
-    assert len(looks) == 4
+    assert len(looks) == 5
     assert [answer.question for answer in answers] == asked
     for answer, question in zip(answers, asked, strict=True):
         assert answer.tokens == model.answer(question).tokens

@@ -10,7 +10,7 @@ VALUES = {
     "guidance-interval": [0.2, 0.8], "guidance-renorm": ["none"], "guidance-renorm-min": [0.5], "text-template": [],
     "timestep-shift": [2], "noise": ["noise.npy"], "negative-prompt": ["x"], "scheduler": ["heun"], "max-tokens": [5],
     "stepwise-output-dir": ["steps"], "question": ["x"], "instruction": ["x"], "temp": [1], "top-p": [0.5],
-    "rewrite": [],
+    "rewrite": [], "as-upstream": [],
 }  # fmt: skip
 DRAWN, EDITS = {task for task in Task if not task.answers}, {Task.IMAGE_EDIT, Task.VIDEO_EDIT}
 SEEN = {task for task in Task if task.takes}
@@ -18,7 +18,7 @@ MEANT = {
     **dict.fromkeys(VALUES, DRAWN),
     **dict.fromkeys(("question", "instruction", "temp", "top-p", "max-tokens"), {Task.X2T_IMAGE, Task.X2T_VIDEO}),
     "reencode": EDITS,
-    "resolution": SEEN,
+    **dict.fromkeys(("resolution", "as-upstream"), SEEN),
     "vae-resolution": SEEN & DRAWN,
     "vit-resolution": SEEN - {Task.I2V},
     "vit-source": SEEN - {Task.I2V},

@@ -53,6 +53,15 @@ def test_an_edited_video_has_the_shape_and_the_seconds_of_its_source(run, tmp_pa
     assert read_metadata(output)["request"]["task"] == "video_edit"
 
 
+def test_stored_pixels_are_taken_when_asked_for_and_again_when_replayed(run, tmp_path, checkpoint, media):
+    given = ["--model", checkpoint, "--image", media / "phone.jpg", "--prompt", "make the bird blue", "--as-upstream"]
+    run("generate", "image_edit", *given, "-o", tmp_path / "edited.png", *SMALL)
+    run("generate", "--model", checkpoint, "--config-from", tmp_path / "edited.png", "-o", tmp_path / "again.png", "-q")
+    for name in ("edited.png", "again.png"):
+        assert Image.open(tmp_path / name).size == (80, 48)
+        assert read_metadata(tmp_path / name)["request"]["as_upstream"] is True
+
+
 def test_an_image_is_animated_at_its_own_shape(run, tmp_path, checkpoint, media):
     output = tmp_path / "moving.mp4"
     given = ["--model", checkpoint, "--image", media / "logo.png", "--prompt", "the bird flies", "-o", output]

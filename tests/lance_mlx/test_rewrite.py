@@ -88,13 +88,14 @@ def test_a_prompt_is_sent_and_its_rewriting_comes_back(endpoint, environment):
     assert body["messages"][1]["content"] == [{"type": "text", "text": "a bird"}]
 
 
-def test_the_image_goes_along_upright(endpoint, environment, media):
-    Rewriter.from_environment(environment).rewrite("it flies", media / "phone.jpg")
+@pytest.mark.parametrize(("as_upstream", "size"), [(False, (64, 96)), (True, (96, 64))])
+def test_the_image_goes_along_as_the_model_sees_it(endpoint, environment, media, as_upstream, size):
+    Rewriter.from_environment(environment).rewrite("it flies", media / "phone.jpg", as_upstream)
     text, image = endpoint.asked[0]["body"]["messages"][1]["content"]
     assert text["text"] == "it flies"
     kind, encoded = image["image_url"]["url"].split(",")
     assert kind == "data:image/jpeg;base64"
-    assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == (64, 96)
+    assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == size
 
 
 @pytest.mark.parametrize(

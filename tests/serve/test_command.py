@@ -1,5 +1,6 @@
 """`lance-mlx serve`, as a user starts and ends it."""
 
+import io
 import json
 import os
 import re
@@ -14,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+openai = pytest.importorskip("openai", reason="the client of the API: pip install '.[test]'")
 pytest.importorskip("gradio", reason="the server needs its extra: pip install '.[serve,test]'")
 CHECKPOINT = Path(__file__).parents[2] / "oracles" / "checkpoint-a"
 COMMAND = [sys.executable, "-c", "import lance_mlx.cli.main as command; command.main()", "serve"]
@@ -85,6 +88,17 @@ def test_it_serves_writes_a_line_a_request_and_ends_cleanly(tmp_path):
         ("/v1/images/generations", "400"),
         ("/v1/videos", "200"),
     ]
+
+
+def test_stored_pixels_are_taken_when_asked_for(tmp_path):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.new("RGB", (96, 64)).save(file, "PNG", exif=exif)
+    with started(tmp_path, "--as-upstream") as (_, address, _files):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        values = {"num_steps": 1, "resolution": "image_256res"}
+        made = client.images.edit(image=("a.png", file.getvalue()), prompt="make it blue", extra_body=values)
+    assert made.size == "304x224"
 
 
 def test_a_token_comes_from_the_environment(tmp_path):
