@@ -29,7 +29,7 @@ _JPEG_METADATA, _GROWTH = 65_000, 1_000
 """Bytes of a JPEG's EXIF, and what may be added to a request's before it is written."""
 # libx264's scale: 0 is lossless, 23 the default; 18 is commonly taken as visually transparent.
 VIDEO_CRF = 18
-# FFmpeg's SWS_BILINEAR, av's default, and SWS_ACCURATE_RND, for which av 17 has no name; else chroma is a level lower.
+# FFmpeg's SWS_BILINEAR, av's default, and SWS_ACCURATE_RND, for which av 17 has no name; else blue is 0.3 too low.
 _ROUNDED = 2 | 0x40000
 # ITU-T H.273's number of the matrix: av's `Colorspace.ITU601` is 5, of the same matrix, which QuickTime does not list.
 # Not BT.709's, whose blue Chromium shows wrong by up to 12 where it converts on the CPU.

@@ -142,11 +142,12 @@ class Worker:
     def _run(self, job: Job) -> None:
         job.state = State.IN_PROGRESS
         self._tell(Progress("reading"))
-        if isinstance(job.work, Question):
-            self._answer(job, replace(job.work, as_upstream=self._as_upstream))
-        else:
-            for index, request in enumerate(job.work):  # as they were asked for
-                job.outputs.append(self._draw(job, replace(request, as_upstream=self._as_upstream), index))
+        asked = (job.work,) if isinstance(job.work, Question) else job.work
+        for index, work in enumerate(replace(each, as_upstream=self._as_upstream) for each in asked):
+            if isinstance(work, Question):
+                self._answer(job, work)
+            else:
+                job.outputs.append(self._draw(job, work, index))
         job.end(State.COMPLETED)
 
     def _draw(self, job: Job, request: Request, index: int) -> Path:

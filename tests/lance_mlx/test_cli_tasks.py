@@ -62,6 +62,30 @@ def test_stored_pixels_are_taken_when_asked_for_and_again_when_replayed(run, tmp
         assert read_metadata(tmp_path / name)["request"]["as_upstream"] is True
 
 
+def test_a_question_is_about_stored_pixels_when_asked_for(invoke, tmp_path, checkpoint):
+    # So far from square that it is refused as it is shown.
+    with av.open(str(tmp_path / "wide.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(9)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 64, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode(None))
+    given = [
+        "generate",
+        "x2t_video",
+        "--model",
+        checkpoint,
+        "--video",
+        tmp_path / "wide.mp4",
+        "--question",
+        "what is it",
+    ]
+    small = ["--vit-resolution", 56, "--max-tokens", 2, "-q"]
+    shown, stored = (invoke(*given, *small, *more) for more in ([], ["--as-upstream"]))
+    assert shown.returncode == 2 and "is 576x32 pixels" in shown.stderr
+    assert stored.returncode == 0 and stored.stdout
+
+
 def test_an_image_is_animated_at_its_own_shape(run, tmp_path, checkpoint, media):
     output = tmp_path / "moving.mp4"
     given = ["--model", checkpoint, "--image", media / "logo.png", "--prompt", "the bird flies", "-o", output]

@@ -136,13 +136,17 @@ def test_a_stream_that_changes_its_size_and_fields_keeps_its_frames(tmp_path):
     parts = [
         write_video(tmp_path / "0.h264", moving(5)),
         write_video(tmp_path / "1.h264", moving(5), flags=INTERLACED),
-        write_video(tmp_path / "2.h264", moving(5, height=128), flags=INTERLACED),
+        write_video(
+            tmp_path / "2.h264", [np.flip(frame, 1).repeat(2, 1) for frame in moving(5, height=128)], flags=INTERLACED
+        ),
     ]
     path = tmp_path / "a.h264"
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
     frames = read_visual(path, "video")
     assert frames.num_source_frames == 15 and frames.pixels.shape[1:] == (64, 160, 3)
     assert combing(frames.pixels[-1]) < 3
+    # The last bar, mirrored.
+    assert abs(np.flatnonzero(frames.pixels[-1, 32, :, 1] > 125).mean() - (159 - 45.5)) < 2.6
 
 
 @pytest.mark.parametrize("transfer", [ColorTrc.ARIB_STD_B67, ColorTrc.SMPTE2084], ids=["HLG", "PQ"])

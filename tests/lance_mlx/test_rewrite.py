@@ -88,14 +88,17 @@ def test_a_prompt_is_sent_and_its_rewriting_comes_back(endpoint, environment):
     assert body["messages"][1]["content"] == [{"type": "text", "text": "a bird"}]
 
 
+def sent_image(endpoint) -> Image.Image:
+    kind, encoded = endpoint.asked[0]["body"]["messages"][1]["content"][1]["image_url"]["url"].split(",")
+    assert kind == "data:image/jpeg;base64"
+    return Image.open(io.BytesIO(base64.b64decode(encoded)))
+
+
 @pytest.mark.parametrize(("as_upstream", "size"), [(False, (64, 96)), (True, (96, 64))])
 def test_the_image_goes_along_as_the_model_sees_it(endpoint, environment, media, as_upstream, size):
     Rewriter.from_environment(environment).rewrite("it flies", media / "phone.jpg", as_upstream)
-    text, image = endpoint.asked[0]["body"]["messages"][1]["content"]
-    assert text["text"] == "it flies"
-    kind, encoded = image["image_url"]["url"].split(",")
-    assert kind == "data:image/jpeg;base64"
-    assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == size
+    assert endpoint.asked[0]["body"]["messages"][1]["content"][0]["text"] == "it flies"
+    assert sent_image(endpoint).size == size
 
 
 @pytest.mark.parametrize(
@@ -171,12 +174,13 @@ def test_the_command_draws_the_rewritten_prompt(run, endpoint, environment, chec
 def test_the_command_says_so_and_goes_on_where_rewriting_fails(run, endpoint, environment, checkpoint, media, tmp_path):
     endpoint.status = 503
     output = tmp_path / "a.mp4"
-    given = ["--model", checkpoint, "--image", media / "logo.png", "--prompt", "it flies", "-o", output]
-    small = ["--num-frames", 5, "--steps", 1, "--vae-resolution", 64, "-q"]
+    given = ["--model", checkpoint, "--image", media / "phone.jpg", "--prompt", "it flies", "-o", output]
+    small = ["--num-frames", 5, "--steps", 1, "--vae-resolution", 64, "-q", "--as-upstream"]
     done = run("generate", "i2v", *given, *small, "--rewrite", **environment)
     assert done.returncode == 0
     assert "the prompt is not rewritten: " in done.stderr
     assert "answered with status 503" in done.stderr
+    assert sent_image(endpoint).size == (96, 64)
     assert read_metadata(output)["request"]["prompt"] == "it flies"
 
 
