@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 from av.video.reformatter import ColorTrc
-from PIL import Image, ImageCms, ImageFilter
+from PIL import Image, ImageCms
 
 HDR = (ColorTrc.ARIB_STD_B67, ColorTrc.SMPTE2084)
 """Transfers of HDR videos: HLG, which phones record, and PQ."""
@@ -13,12 +13,11 @@ WHITE, PEAK = 203, 1000
 """Nits of a white page in an HDR picture (ITU-R BT.2408), and of the brightest that is told apart."""
 KNEE = 0.6
 """Up to this share of a white page's light, the sRGB value 203, nothing changes: SDR colours in HDR are themselves."""
-_LUMINANCE = (0.2627, 0.6780, 0.0593)
-_TO_BT709 = ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187))
+_LUMINANCE = np.array((0.2627, 0.6780, 0.0593), np.float32)
+_TO_BT709 = np.array(((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)), np.float32)
+_LINEAR_STEPS = 65535
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 """Pillow's modes of what ICC profiles describe."""
-# The most that Pillow takes: every fourth of 256 values.
-_TABLE_SIDE = 65
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
@@ -49,7 +48,7 @@ def _srgb() -> ImageCms.ImageCmsProfile:
 
 
 def tone_map(frame: np.ndarray, transfer: int) -> np.ndarray:
-    """The sRGB frame, uint8 [H, W, 3], to show for a BT.2020 one, uint16 [H, W, 3], with a transfer of `HDR`.
+    """The sRGB frame, uint8 [H, W, 3], to show for a BT.2020 one of 10 bits, uint16 [H, W, 3], of a transfer of `HDR`.
 
     Light up to `KNEE` of a white page's is kept; from there to `PEAK` the largest of red, green and blue goes up to 1
     along Reinhard's extended curve, the other two in proportion, so that a white page is (231, 231, 231). What lies
@@ -57,32 +56,38 @@ def tone_map(frame: np.ndarray, transfer: int) -> np.ndarray:
 
     Source: ITU-R BT.2100 (transfers), BT.2087 (primaries), IEC 61966-2-1 (sRGB).
     """
-    # To 8 bits here, since FFmpeg would round down.
-    rounded = ((frame.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return np.asarray(Image.fromarray(rounded).filter(_tone_table(transfer)))
+    if transfer == ColorTrc.ARIB_STD_B67:
+        scene = _hlg_light()[frame]
+        light = scene * (PEAK / WHITE * (scene @ _LUMINANCE) ** np.float32(0.2))[..., None]
+    else:
+        light = _pq_light()[frame]
+    light = light @ _TO_BT709.T
+    # Some times faster than `max` over so short an axis.
+    brightest = np.maximum(np.maximum(light[..., :1], light[..., 1:2]), np.maximum(light[..., 2:], KNEE))
+    over, most = (brightest - KNEE) / (1 - KNEE), (PEAK / WHITE - KNEE) / (1 - KNEE)
+    light *= (KNEE + (1 - KNEE) * over * (1 + over / most**2) / (1 + over)) / brightest
+    return _srgb_values()[(light.clip(0, 1) * _LINEAR_STEPS + 0.5).astype(np.uint16)]
 
 
 @cache
-def _tone_table(transfer: int) -> ImageFilter.Color3DLUT:
-    axis = np.linspace(0, 1, _TABLE_SIDE)
-    signal = np.stack(np.meshgrid(axis, axis, axis, indexing="ij")[::-1], axis=-1)
-    nits = _hlg_nits(signal) if transfer == ColorTrc.ARIB_STD_B67 else _pq_nits(signal)
-    light = np.maximum(nits / WHITE @ np.transpose(_TO_BT709), 0)
-    brightest = np.clip(light.max(-1, keepdims=True), 1e-9, PEAK / WHITE)
-    over, most = (brightest - KNEE) / (1 - KNEE), (PEAK / WHITE - KNEE) / (1 - KNEE)
-    curve = KNEE + (1 - KNEE) * over * (1 + over / most**2) / (1 + over)
-    light = np.clip(light * np.where(over > 0, curve, brightest) / brightest, 0, 1)
-    values = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    return ImageFilter.Color3DLUT(_TABLE_SIDE, values.astype(np.float32).reshape(-1))
+def _hlg_light() -> np.ndarray:
+    """Light of the scene by HLG's 10-bit signal, 1 at its peak."""
+    signal = np.arange(1024) / 1023
+    above = (np.exp((signal - 0.55991073) / 0.17883277) + 0.28466892) / 12
+    return np.where(signal <= 0.5, signal**2 / 3, above).astype(np.float32)
 
 
-def _hlg_nits(signal: np.ndarray) -> np.ndarray:
-    a, b, c = 0.17883277, 0.28466892, 0.55991073
-    scene = np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
-    return PEAK * (scene @ _LUMINANCE)[..., None] ** 0.2 * scene
-
-
-def _pq_nits(signal: np.ndarray) -> np.ndarray:
+@cache
+def _pq_light() -> np.ndarray:
+    """Light by PQ's 10-bit signal, 1 for a white page."""
     m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
-    root = signal ** (1 / m2)
-    return 10000 * (np.maximum(root - c1, 0) / (c2 - c3 * root)) ** (1 / m1)
+    root = (np.arange(1024) / 1023) ** (1 / m2)
+    return (10000 / WHITE * (np.maximum(root - c1, 0) / (c2 - c3 * root)) ** (1 / m1)).astype(np.float32)
+
+
+@cache
+def _srgb_values() -> np.ndarray:
+    """sRGB's 8 bits by linear light."""
+    light = np.arange(_LINEAR_STEPS + 1) / _LINEAR_STEPS
+    values = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return np.round(255 * values).astype(np.uint8)

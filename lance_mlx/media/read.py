@@ -184,11 +184,10 @@ def _decode(path: Path, indices: Sequence[int], as_upstream: bool) -> tuple[np.n
                     turn = _display_axes(frame)
                     pixels = np.empty((len(indices), *_turn(np.empty((height, width, 3)), turn).shape), np.uint8)
                 # A stream may change its size; its first frame decides.
-                if frame.color_trc in HDR and not as_upstream:
-                    rgb = tone_map(frame.to_ndarray(format="rgb48le", width=width, height=height), frame.color_trc)
-                else:
-                    rgb = frame.to_ndarray(format="rgb24", width=width, height=height)
-                rgb = _turn(rgb, turn)
+                hdr = frame.color_trc in HDR and not as_upstream
+                # Planes for HDR: FFmpeg's packed pixels of more than 8 bits come out wrong in part.
+                rgb = frame.to_ndarray(format="gbrp10le" if hdr else "rgb24", width=width, height=height)
+                rgb = _turn(tone_map(rgb, frame.color_trc) if hdr else rgb, turn)
                 while filled < len(indices) and indices[filled] == decoded:
                     pixels[filled] = rgb
                     filled += 1
