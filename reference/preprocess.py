@@ -36,17 +36,6 @@ Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and deviation of red, green and blue, all pixels being in [0, 1]."""
 VAE_STATISTICS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 VIT_STATISTICS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-ORIENTATION = 0x0112
-# What shows a photo upright, by the EXIF orientation that it has.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +79,11 @@ def _preprocessed(request: Request, element: Element, path: Path, vae: int | Non
 
 
 def frames(path: Path, medium: Medium) -> Iterator[Image.Image]:
-    """Yield an image, or the sampled frames of a video, upright and in 8-bit RGB; raises ReferenceError.
+    """Yield an image, or the sampled frames of a video, in 8-bit RGB; raises ReferenceError.
 
-    Upstream leaves photos and videos turned as they are stored; here, on purpose, the EXIF orientation and the display
-    matrix count. Also on purpose 16-bit grey keeps its high byte, and all transparency is put on white.
+    Images are taken as they are stored, and those with a palette or opacity put on white (bytedance/Lance
+    data/datasets_custom/validation_dataset.py:get_video_tensor_online). Frames of a video are turned by its display
+    matrix, as decord turns them for upstream.
     """
     with reading(path, medium):
         yield from (_image if medium is Medium.IMAGE else _video)(path)
@@ -102,18 +92,13 @@ def frames(path: Path, medium: Medium) -> Iterator[Image.Image]:
 def _image(path: Path) -> Iterator[Image.Image]:
     # Photos may well be larger than what Pillow warns of.
     with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), Image.open(path) as image:
-        turn = UPRIGHT.get(image.getexif().get(ORIENTATION))
-        rgb = _rgb(image, path)
-    yield rgb if turn is None else rgb.transpose(turn)
+        yield _rgb(image, path)
 
 
 def _rgb(image: Image.Image, path: Path) -> Image.Image:
     if image.mode == "F":
         raise ReferenceError(f"{path}: holds floating-point values, whose white is not known")
-    if image.mode.startswith("I"):
-        high = np.asarray(image).astype(np.int64).clip(0, 2**16 - 1) // 2**8
-        return Image.fromarray(high.astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
+    if image.mode not in ("P", "RGBA"):
         return image.convert("RGB")
     rgba = np.asarray(image.convert("RGBA")).astype(np.int64)
     colour, opacity = rgba[..., :3], rgba[..., 3:]

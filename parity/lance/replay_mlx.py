@@ -64,7 +64,7 @@ def request_from_bundle(request: dict, entry: str, media: Path | None = None) ->
         instruction, question, answer = texts[0]
         given = {"instruction": instruction, "question": question, "answer": answer}
         given |= {key: request[key] for key in ("vit_resolution", "max_new_tokens") if key in request}
-        return Question.from_dict({"task": task, "entry": entry, "visuals": visuals, **given})
+        return Question.from_dict({"task": task, "entry": entry, "visuals": visuals, "as_upstream": True, **given})
     values = {ours: request[theirs] for theirs, ours in _REQUEST_KEYS.items() if theirs in request}
     if "cfg_renorm_type" in request:
         kind = request["cfg_renorm_type"]
@@ -73,6 +73,7 @@ def request_from_bundle(request: dict, entry: str, media: Path | None = None) ->
         values["num_frames"] = 1
     if visuals:
         values["vision_type"] = request["spec"]["element_dtype_array"][-1]
+        values["as_upstream"] = True
     return Request.from_dict(values | {"task": task, "prompt": texts[0], "entry": entry, "visuals": visuals})
 
 

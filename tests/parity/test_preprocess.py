@@ -18,6 +18,7 @@ from parity.lance.components.visuals import IMAGENET
 from parity.lance.ports import ReferencePort
 from parity.lance.record import record
 from parity.lance.record_options import Options, build_request
+from parity.lance.replay_mlx import preprocess_mlx
 from reference.errors import ReferenceError
 from reference.preprocess import _displayed, aspect_box, frames, preprocess
 from reference.request import Medium, Request
@@ -64,12 +65,23 @@ def test_both_sides_make_the_same_of_every_kind_of_image(tmp_path):
     paths = varied(tmp_path)
     assert len(paths) == 17
     for path in paths:
-        ours = media_in.read_visual(path, "image").pixels
+        ours = media_in.read_visual(path, "image", as_upstream=True).pixels
         (visual,) = preprocess(edit_of(path), Path())
         assert np.array_equal(np.asarray(next(frames(path, Medium.IMAGE)))[None], ours), path.name
         assert np.array_equal(visual.vae_pixels, lance_mlx.media.preprocess.vae_pixels(ours, 64).transpose(3, 0, 1, 2))
         patches, grid = lance_mlx.media.preprocess.vit_patches(ours, 56)
         assert np.array_equal(visual.vit_patches, patches) and visual.vit_grid == grid
+
+
+def test_what_is_compared_is_read_as_upstream_reads(tmp_path):
+    # By itself lance_mlx turns the one upright and puts the other on white.
+    varied(tmp_path)
+    for path in (tmp_path / "turned6.png", tmp_path / "LA.png"):
+        request = build_request("image_edit", Options("blue", images=(path,), vae_resolution=64, vit_resolution=56))
+        arrays = preprocess_mlx(request, "kv_cache", Path())
+        (visual,) = preprocess(edit_of(path), Path())
+        assert np.array_equal(arrays["vae_pixels0"], visual.vae_pixels)
+        assert np.array_equal(arrays["vit_patches0"], visual.vit_patches)
 
 
 def test_both_sides_cut_pictures_of_any_size_alike():
