@@ -2,14 +2,16 @@
 
     python scripts/blind_table.py ROWS.jsonl [--bundles FOLDER...] [--only PATTERN]... [--every N]
     python scripts/blind_table.py ROWS.jsonl --ungraded FILE.json
-    python scripts/blind_table.py ROWS.jsonl --grades FILE.json... [--output FILE.md]
+    python scripts/blind_table.py ROWS.jsonl --grades FILE.json... [--output FILE.md] [--confidence FILE.json]
 
 The first form tries every blind fault on two bundles, of another task or dtype where there are such, and appends one
 JSON object a trial to ROWS.jsonl; trials that are in the file already are left out, so that it may be interrupted. The
 second writes a list of {fault, bundle, about, told, grade} of what was told and is not graded yet, for a reader to fill
 in grade with "right" (the text says what the fault does), "wrong" (it says something else) or "none" (it names no
 cause). The third makes the table by kind in Markdown. A grade holds for the very text that was told; where nothing was
-told none is needed. Exit status: 0 done, 1 something told has no grade, 2 a file or bundle cannot be used.
+told none is needed. With --confidence it also counts how many of the explanations were right, said beforehand or read
+from the data, by kind of component, of the trials in which one alone was told: what parity/lance/confidence.json holds.
+Exit status: 0 done, 1 something told has no grade, 2 a file or bundle cannot be used.
 """
 
 import argparse
@@ -30,10 +32,12 @@ from parity import memory
 from parity.bundle.reading import Bundle, find_bundles, read_bundle
 from parity.comparison.verdict import DIVERGE
 from parity.errors import ParityError
+from parity.localize.confidence import counted
 from parity.localize.findings import Localization
 from parity.localize.investigation import localize
 from parity.report.runner import limit_threads
 from parity.tensors.metrics import finite
+from parity.tensors.names import starred
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "oracles"
@@ -84,6 +88,8 @@ def main() -> int:
         text = summary(rows, grades)
         if args.output:
             args.output.write_text(text, encoding="utf-8")
+        if args.confidence:
+            args.confidence.write_text(json.dumps(confidence(rows, grades), indent=1) + "\n", encoding="utf-8")
         print(text, end="")
         return 1 if left else 0
     except ParityError as error:
@@ -102,6 +108,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ungraded", type=Path, metavar="FILE", help="write what a reader has still to grade")
     parser.add_argument("--grades", type=Path, nargs="+", metavar="FILE", help="make the table with these grades")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there as well")
+    parser.add_argument("--confidence", type=Path, metavar="FILE", help="write how many explanations were right")
     return parser.parse_args()
 
 
@@ -177,6 +184,7 @@ def told_of(fault: BlindFault, found: Localization) -> Row:
                 "removed": first and finite(first.residual_removed),
                 "second": first and finite(first.second),
                 "certain": finding.certain,
+                "read": first and first.read,
                 "support": finding.support,
             }
         )
@@ -218,6 +226,16 @@ def _json(path: Path) -> list[Row]:
 
 def _to_grade(row: Row) -> Row:
     return {key: row[key] for key in ("fault", "bundle", "about", "told")} | {"grade": ""}
+
+
+def confidence(rows: Sequence[Row], grades: Grades) -> dict[str, dict[str, list[int]]]:
+    """How many explanations were right, by sort and kind of component, of trials in which one alone was told."""
+    graded = []
+    for row in rows:
+        told = [finding for finding in row["findings"] if finding["certain"]]
+        if len(told) == 1 and (grade := grades.of(row)) in ("right", "wrong"):
+            graded.append((told[0]["read"], starred(told[0]["component"]), grade == "right"))
+    return counted(graded)
 
 
 def summary(rows: Sequence[Row], grades: Grades) -> str:

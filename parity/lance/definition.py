@@ -1,5 +1,8 @@
 """Lance, as the engine asks for it: every name here is one that parity.model.definition() may be asked."""
 
+import json
+from pathlib import Path
+
 from parity.lance.components import component_of
 from parity.lance.derive import derive, require_consistent
 from parity.lance.diagnosis import name_component
@@ -23,6 +26,9 @@ from parity.lance.trusted import (
 )
 from parity.lance.variants import exact_variant, run_variant, variants_of
 from parity.lance.weight_sums import changed_weights, has_weights, require_weights
+
+CONFIDENCE = json.loads(Path(__file__).with_name("confidence.json").read_text(encoding="utf-8"))
+"""How many explanations were right and told, by sort and kind of component; see parity/localize/confidence.py."""
 
 __all__ = [
     # Names of taps, and requests.
@@ -67,6 +73,7 @@ __all__ = [
     # Ports, hypotheses, and faults to try both on.
     "PORTS",
     "HYPOTHESES",
+    "CONFIDENCE",
     "CATALOGUE",
     "PROFILES",
     "load_fault",

@@ -267,7 +267,9 @@ def _removed_of_activation(site: TapProbe, array: np.ndarray) -> float | None:
 
 def _told(site: TapProbe, hypothesis: Hypothesis, share: float, second: float | None = None) -> Explanation:
     left = max(_floors(site, share), 0.0) if _rounding(site) else None
-    return Explanation(hypothesis.name, share, second, left, _agrees(site, share), hypothesis.figure)
+    return Explanation(
+        hypothesis.name, share, second, left, _agrees(site, share), hypothesis.figure, bool(hypothesis.size)
+    )
 
 
 def _ranked(

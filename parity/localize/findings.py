@@ -9,9 +9,10 @@ import numpy as np
 
 from parity.comparison.trajectory import Departure, Margin
 from parity.laws import Figure
+from parity.localize.confidence import Record, record_of
 from parity.oracle.bounds import Alarm
 from parity.tensors.metrics import finite
-from parity.tensors.names import TapName
+from parity.tensors.names import TapName, starred
 
 if TYPE_CHECKING:
     from parity.localize.attribution import Attribution
@@ -94,7 +95,8 @@ class Explanation:
 
     `residual_removed` is 1 when the hypothesis reproduces what was computed, 0 (or less) when it does not help.
     `second` is None where there is no second input of the kind. `left` is what remains, in floors; None where rounding
-    may do nothing; `agrees` whether that is no more than agrees. `figure` is what a page may draw of a law.
+    may do nothing; `agrees` whether that is no more than agrees. `figure` is what a page may draw of a law;
+    `read` whether it was read from the data rather than said beforehand.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Explanation:
     left: float | None = None
     agrees: bool = True
     figure: Figure | None = field(default=None, repr=False, compare=False)
+    read: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,8 +152,15 @@ class Finding:
 
     @property
     def certain(self) -> bool:
-        """Whether nothing is left beside the first explanation but what agrees; else it is a hint, or a part of it."""
-        return self.explained and self.explanations[0].agrees
+        """Whether nothing is left beside the first explanation but what agrees, and such explanations are mostly right;
+        else it is a hint, or a part of it."""
+        good = self.record is None or self.record.good
+        return self.explained and self.explanations[0].agrees and good
+
+    @property
+    def record(self) -> Record | None:
+        """How often explanations such as the first were right; None where there is none, or too few are known."""
+        return record_of(self.explanations[0].read, starred(self.component)) if self.explained else None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; what is not finite becomes null."""
@@ -167,7 +177,7 @@ class Finding:
                        for s in self.slices],
             "explanations": [
                 {"name": e.name, "residual_removed": finite(e.residual_removed), "second": finite(e.second),
-                 "left": finite(e.left), "agrees": e.agrees}
+                 "left": finite(e.left), "agrees": e.agrees, "read": e.read}
                 for e in self.explanations
             ],
             "also": list(self.also),
@@ -175,6 +185,7 @@ class Finding:
             "detail": self.detail,
             "part": finite(self.part),
             "support": self.support,
+            "record": self.record and self.record._asdict(),
         }  # fmt: skip
 
 

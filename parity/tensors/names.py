@@ -38,5 +38,10 @@ def parse(name: str) -> TapName:
 
 @cache
 def component_kind(name: str) -> str:
-    """What computes a tap, whichever layer or block it is: its component with a star for every number."""
-    return ".".join("*" if part.isdigit() else part for part in parse(name).component.split("."))
+    """What computes a tap, whichever layer or block it is."""
+    return starred(parse(name).component)
+
+
+def starred(component: str) -> str:
+    """A component with a star for every number."""
+    return ".".join("*" if part.isdigit() else part for part in component.split("."))

@@ -1,0 +1,58 @@
+"""How often explanations were right: counted by sort and kind, and told of a kind by what the others say."""
+
+from dataclasses import replace
+
+import pytest
+
+from parity.lance import definition
+from parity.localize import confidence
+from parity.localize.confidence import FEWEST, Record, counted, record_of
+from parity.localize.findings import LOCAL, Explanation, Finding
+
+
+@pytest.fixture
+def graded(monkeypatch):
+    """Makes record_of tell of these."""
+
+    def given(*graded):
+        monkeypatch.setattr(definition, "CONFIDENCE", counted(list(graded)))
+        record_of.cache_clear()
+
+    yield given
+    record_of.cache_clear()
+
+
+def trials(kind, right, wrong, read=True):
+    return [(read, kind, True)] * right + [(read, kind, False)] * wrong
+
+
+def test_a_kind_is_told_by_the_others(graded):
+    graded(*trials("layers.*.mlp", 30, 0), *trials("euler", 10, 20), *trials("euler", 5, 0, read=False))
+    assert record_of(True, "euler") == Record(30, 30) and record_of(True, "layers.*.mlp") == Record(10, 30)
+    assert record_of(True, "norm") == Record(40, 60)
+    assert record_of(False, "norm") is None
+
+
+def test_too_few_tell_nothing(graded):
+    graded(*trials("euler", FEWEST - 1, 0))
+    assert record_of(True, "norm") is None
+    graded(*trials("euler", FEWEST, 0))
+    assert record_of(True, "norm") == Record(FEWEST, FEWEST)
+
+
+def test_an_explanation_of_a_sort_that_is_often_wrong_is_a_hint(graded):
+    explanation = Explanation("the scale is 2", 1.0, read=True)
+    finding = Finding("layers.0.mlp", "cond.step0/x", "cond.step0", LOCAL, 1.0, 0.1, explanations=[explanation])
+    graded(*trials("euler", 90, 10))
+    assert finding.certain and finding.record == Record(90, 100) and finding.to_json()["record"]["right"] == 90
+    graded(*trials("euler", 80, 20))
+    assert finding.explained and not finding.certain
+    said = replace(finding, explanations=[replace(explanation, read=False)])
+    assert said.certain and said.record is None
+    assert replace(finding, explanations=[]).record is None
+
+
+def test_what_is_kept_is_what_is_counted():
+    kept = definition.CONFIDENCE
+    assert set(kept) == set(confidence._SORTS.values())
+    assert all(0 <= right <= told for counts in kept.values() for right, told in counts.values())
