@@ -62,6 +62,7 @@ def test_what_was_tried_is_not_tried_again(tmp_path, monkeypatch, capsys):
 def test_the_table_counts_by_kind_and_grades_hold_for_one_text(tmp_path, monkeypatch, capsys):
     plain, small = (next(fault for fault in BLIND if fault.kind == kind) for kind in ("plain", "small"))
     rows = [row(plain, told="a: b"), row(plain, "t2v-fp32-kv", told="a: c"), row(small, verdict="agree", named=False)]
+    rows[0]["findings"] = [{"component": "layers.1.mlp", "certain": True, "read": True}]
     path, grades = tmp_path / "rows.jsonl", tmp_path / "grades.json"
     path.write_text("".join(json.dumps(each) + "\n" for each in rows))
 
@@ -74,7 +75,8 @@ def test_the_table_counts_by_kind_and_grades_hold_for_one_text(tmp_path, monkeyp
     assert [each["told"] for each in listed] == ["a: b", "a: c"] and listed[0]["about"] == plain.about
     listed[0]["grade"], listed[1]["grade"] = "right", "wrong"
     grades.write_text(json.dumps(listed))
-    assert run("--grades", grades) == 0
+    assert run("--grades", grades, "--confidence", tmp_path / "confidence.json") == 0
+    assert json.loads((tmp_path / "confidence.json").read_text()) == {"said": {}, "read": {"layers.*.mlp": [1, 1]}}
     text = capsys.readouterr().out
     assert "| plain | 1 | 2 | 2 (100%) | 2 (100%) | 1 (50%) | 0 (0%) | 1 (50%) | 0 (0%) |" in text
     assert f"Not detected: {small.name} on t2i-fp32-kv, agree." in text
