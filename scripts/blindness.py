@@ -57,8 +57,8 @@ BUNDLES = tuple((SHARED if SHARED.is_dir() else ORACLES) / name for name in (
 WEIGHTS, CAPTURE, INPUTS, CODE = "weights", "capture", "inputs", "code"
 NAMED = {
     WEIGHTS: (Cause.WEIGHTS, Cause.WEIGHTS_OR_CODE, Cause.CAPTURE_OR_WEIGHTS),
-    CODE: (Cause.CODE, Cause.WEIGHTS_OR_CODE, Cause.INPUTS),
-    INPUTS: (Cause.INPUTS,),
+    CODE: (Cause.CODE, Cause.WEIGHTS_OR_CODE, Cause.INPUTS, Cause.INPUTS_OR_CODE),
+    INPUTS: (Cause.INPUTS, Cause.INPUTS_OR_CODE),
     CAPTURE: (Cause.CAPTURE, Cause.CAPTURE_OR_WEIGHTS),
 }
 """What may be named of each kind: where no tap lies between, weights and code look alike, and so do a wrong tap and

@@ -110,6 +110,8 @@ def read_bundle(path: Path) -> Bundle:
     for name in FILES:
         _inside(path / name, root, f"{path.name}/{name}")
         if not (path / name).is_file():
+            if held := sorted(p.parent.name for p in path.glob("*/manifest.json")):
+                raise ParityError(f"{path} holds {len(held)} bundles: name one of them, such as {path / held[0]}")
             raise ParityError(f"bundle {path.name} has no {name}: copy the bundle again")
     manifest = _read_manifest(path / "manifest.json")
     # Plain names cannot leave the folder; a link that its owner put there may, as the files of a hub's cache do.

@@ -44,7 +44,7 @@ def deliver(items: object, form: Format | None, output: Path | None) -> bool:
 
     if form is None:
         endings = {".md": Format.MD, ".json": Format.JSON, ".csv": Format.CSV, ".xml": Format.JUNIT}
-        if output.suffix not in endings:
+        if output.suffix.lower() not in endings:
             raise ParityError(f"{output} ends in none of {', '.join(endings)}: say --format {', '.join(Format)}")
         form = endings[output.suffix]
     emit(render(items, form), output)

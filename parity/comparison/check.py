@@ -373,7 +373,8 @@ def _settled(oracle: Oracle, recording: Recording) -> Recording:
     ties = [
         margin.step
         for margin in margins(oracle, recording)
-        if margin.tie and _behind(oracle, margin.step, int(got.array[margin.step])) <= 2 * margin.error
+        if margin.tie
+        and all(_behind(oracle, margin.step, int(t.array[margin.step])) <= 2 * margin.error for t in (got, expected))
     ]
     settled = got.array.copy()
     settled[ties] = expected.array[ties]

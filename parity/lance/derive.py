@@ -7,6 +7,7 @@ roundings of the few operations in between.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,11 +40,12 @@ _EXPERTS = ("", "_moe_gen")
 
 @dataclass(frozen=True)
 class Derived:
-    """One tensor that was derived anew; `problem` is None where it is what it must be."""
+    """One tensor that was derived anew; `problem` is None where it is what it must be, `few` where most of it is."""
 
     quantity: str
     tensor: str
     problem: str | None
+    few: bool = False
 
 
 def derive(bundle: Bundle) -> Iterator[Derived]:
@@ -74,20 +76,27 @@ def require_consistent(bundle: Bundle) -> None:
     a model: then nothing else that is said of it means anything.
     """
     if problem := _contradiction(bundle):
+        likely = "the inputs: the request, the numerics or the tokenizer is not the capture's: restore manifest.json"
+        if problem.damaged:
+            likely = "the captured file: most of its values fit: copy it again"
         raise ParityError(
-            f"bundle {bundle.name} does not fit its request: {problem}; likely the inputs: the request, the numerics "
-            "or the tokenizer is not the capture's: restore manifest.json, or capture it again"
+            f"bundle {bundle.name} does not fit its request: {problem.what}; likely {likely}, or capture it again"
         )
 
 
-def _contradiction(bundle: Bundle) -> str | None:
+class _Contradiction(NamedTuple):
+    what: str
+    damaged: bool = False
+
+
+def _contradiction(bundle: Bundle) -> _Contradiction | None:
     taps, noise = bundle.expected, bundle.taps.get("sampler.noise")
     if noise is not None and noise.dtype != bundle.dtype:
-        return f"it says {bundle.dtype} and sampler.noise is {noise.dtype}"
+        return _Contradiction(f"it says {bundle.dtype} and sampler.noise is {noise.dtype}")
     whole = [name for name in taps if name.startswith("velocity_call")]
     parts_of_it = [name for name in taps if name.startswith(("cond.", "uncond."))]
     if not bundle.task.startswith("x2t") and (whole if bundle.entry == "kv_cache" else parts_of_it and not whole):
-        return f"it says {bundle.entry} and holds {(whole or parts_of_it)[0]}"
+        return _Contradiction(f"it says {bundle.entry} and holds {(whole or parts_of_it)[0]}")
     try:
         facts = DerivedRequest(bundle)
         facts.layout  # noqa: B018 -- everything else starts from it
@@ -95,8 +104,12 @@ def _contradiction(bundle: Bundle) -> str | None:
         # What cannot be laid out cannot be run either, and whoever runs it says why.
         return None
     parts = [_integers] if facts.request.understanding else [_integers, _schedule]
-    found = next((item for item in _all_of(parts, facts) if item.problem), None)
-    return found and f"{found.tensor} {found.problem}"
+    wrong = [item for item in _all_of(parts, facts) if item.problem]
+    if not wrong:
+        return None
+    # Another request moves every step.
+    damaged = len(wrong) == 1 and wrong[0].few
+    return _Contradiction(f"{wrong[0].tensor} {wrong[0].problem}", damaged)
 
 
 def _integers(facts: DerivedRequest) -> Iterator[Derived]:
@@ -357,4 +370,5 @@ def _near(quantity: str, tensor: str, tap: Tap, expected: Tensor, scale: Tensor,
     at = np.unravel_index(np.argmax(excess), excess.shape)
     place, count = [int(i) for i in at], int((excess > 0).sum())
     values = f"{tap.array[at]:.7g} at {place}, derived is {float(expected[tuple(place)]):.7g}"
-    return Derived(quantity, tensor, f"holds {values}" + (f" ({count} elements differ)" if count > 1 else ""))
+    more = f" ({count} elements differ)" if count > 1 else ""
+    return Derived(quantity, tensor, f"holds {values}{more}", count <= excess.size / 2)

@@ -37,16 +37,21 @@ class Cause(StrEnum):
     CAPTURE = "the captured file"
     WEIGHTS_OR_CODE = "the weights, upstream's commit or the reference"
     CAPTURE_OR_WEIGHTS = "the captured file or the weights"
+    INPUTS_OR_CODE = "the inputs, upstream's commit or the reference"
 
 
 # Components that compute without weights: if these differ throughout, the code does.
-_FUNCTIONS = re.compile(r"sdpa|_rope|positions|euler|schedule|guidance|sequence|grids|tokens|frames|latent_pos_embed|"
-                        r"layers\.\d+(\.self_attn)?$|vae\.pixels|vae\.encoder\.sample")  # fmt: skip
+_FUNCTIONS = re.compile(r"noise|sdpa|_rope|positions|euler|schedule|guidance|sequence|grids|tokens|frames|"
+                        r"latent_pos_embed|layers\.\d+(\.self_attn)?$|vae\.pixels|vae\.encoder\.sample")  # fmt: skip
+# What is computed with the numbers of a request.
+_SETTINGS = re.compile(r"euler|schedule|guidance")
 _GIVEN = re.compile(r"sampler\.x_init|sampler\.x_t0|sampler\.noise|vae\.latent\d+|vae\.encode\d+\.eps")
 # Where no more than this part of what a component computed is wrong, the rest shows that it computes rightly.
 _SOME = 0.5
 _NOTHING = 1e-2
 _FEW_UNITS = 8.0
+# A file that was damaged is wrong in few taps.
+_FEW = 4
 # Two right runs are at most two floors apart: of two errors the smaller one is told from the other by more than that.
 _APART = 2.0
 
@@ -212,18 +217,28 @@ def _cause(oracle: Oracle, wrong: Sequence[Departure]) -> tuple[Cause, str]:
             return Cause.CAPTURE, "most of its values agree"
         if not any(map(_weighs, _between(oracle, first.name))):
             return Cause.CAPTURE, "it follows from the tap before it without any weight"
+        if len(names) > _FEW:
+            return Cause.WEIGHTS_OR_CODE, f"{len(names) - 1} other taps do not follow from those before them either"
         return Cause.CAPTURE_OR_WEIGHTS, "there is no second tap of its kind to tell by"
+    between = dict.fromkeys(parse(n).component for n in _between(oracle, first.name) if _weighs(n) and n != first.name)
     if re.search(r"velocity|hidden_out", first.name):
-        return Cause.WEIGHTS_OR_CODE, "no tap tells which part of the model it is"
+        if len(between) != 1:
+            return Cause.WEIGHTS_OR_CODE, "no tap tells which part of the model it is"
+        return Cause.WEIGHTS, f"{next(iter(between))} differs in {_places(off, peers)}"
+    if _SETTINGS.match(first.component) and not between:
+        return Cause.INPUTS_OR_CODE, f"{first.component} follows from captured values and the numbers of the request"
     if not _weighs(first.name):
         told = f"{first.component} has no weights and differs in {_places(off, peers)}"
         if not isinstance(oracle.bundle.expected[first.name], Sketch) and (read := _reads_weights(oracle, first.name)):
             return Cause.WEIGHTS_OR_CODE, f"{told}; it reads {read}, of which no value was captured"
         return Cause.CODE, told
-    return Cause.WEIGHTS, f"{first.component} differs in {_places(off, peers)}"
+    feeds = "" if not _unheld(oracle, first) else ", or what feeds it that no tap holds"
+    return Cause.WEIGHTS, f"{first.component}{feeds}; it differs in {_places(off, peers)}"
 
 
 def _places(off: Sequence[str], peers: Sequence[str]) -> str:
+    if len(peers) == 1:
+        return "its only place"
     return f"all {len(off)} places" if len(off) == len(peers) else f"{len(off)} of {len(peers)} places"
 
 
@@ -257,19 +272,22 @@ def _weighs(name: str) -> bool:
 
 def _reads_weights(oracle: Oracle, name: str) -> str:
     """The component with weights whose value was not captured and moves a tap most nearly as it is off; or nothing."""
-    tap, names = parse(name), list(oracle.own)
     own = oracle.own[name].array.astype(np.float64)
     off, found = oracle.bundle.expected[name].array - own, {}
-    for other in names[: names.index(name)]:
-        near = parse(other)
-        if other in oracle.bundle.expected or (near.call, near.layer) != (tap.call, tap.layer) or not _weighs(other):
-            continue
+    for other in _unheld(oracle, parse(name)):
         value = oracle.passes[other]
         given = oracle.bundle.taps | {other: replace(value, array=2 * value.array)}
         moved = definition().cut(oracle.run, definition().run_passes(oracle.run, given))[name].array - own
         if moved.any():
-            found[near.component] = abs(float(np.vdot(moved, off))) / float(np.linalg.norm(moved))
+            found[parse(other).component] = abs(float(np.vdot(moved, off))) / float(np.linalg.norm(moved))
     return max(found, key=found.get, default="")
+
+
+def _unheld(oracle: Oracle, tap: TapName) -> list[str]:
+    """Taps before one in its call and layer that have weights and were not captured."""
+    names = list(oracle.own)
+    before = {name: parse(name) for name in names[: names.index(tap.name)] if name not in oracle.bundle.expected}
+    return [n for n, near in before.items() if (near.call, near.layer) == (tap.call, tap.layer) and _weighs(n)]
 
 
 def _between(oracle: Oracle, name: str) -> list[str]:

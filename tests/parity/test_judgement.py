@@ -131,6 +131,34 @@ def test_another_request_is_an_input(copy_bundle):
         localize(bundle)
 
 
+def test_another_guidance_is_a_setting_of_the_request(copy_bundle):
+    bundle = copy_bundle(SMALL)
+    edited(bundle, lambda m: m["request"].update(cfg_text_scale=4.01))
+    (bundle / "floors.safetensors").unlink()
+    judgement = judged(bundle)
+    assert judgement.departures[0].tap.component == "euler" and judgement.cause is Cause.INPUTS_OR_CODE
+
+
+def test_what_lies_alone_between_two_taps_is_named(copy_bundle):
+    bundle = copy_bundle("x2t_image-bf16-kv")
+    reweighted(bundle, "language_model.model.norm.weight", 1.001)
+    judgement = judged(bundle)
+    assert judgement.cause is Cause.WEIGHTS and judgement.why == "norm differs in all 3 places"
+
+
+def test_one_damaged_element_of_a_schedule_is_no_other_request(copy_bundle):
+    bundle = copy_bundle(SMALL)
+    with_tap(bundle, "sampler.timestep2", lambda t: np.where(np.arange(len(t)) == 3, 1.001 * t, t).astype(np.float32))
+    with pytest.raises(ParityError, match="likely the captured file: most of its values fit"):
+        check_bundle(bundle, "mlx")
+
+
+def test_a_token_that_is_not_likely_is_settled_for_no_port(copy_bundle):
+    bundle = copy_bundle("x2t_image-bf16-kv")
+    with_tap(bundle, "tokens", lambda tokens: np.append(tokens[:-1], tokens[-1] + 1).astype(np.int32))
+    assert check_bundle(bundle, "mlx").verdict == "inconclusive"
+
+
 def edited(bundle, change):
     path = bundle / "manifest.json"
     manifest = json.loads(path.read_text())
