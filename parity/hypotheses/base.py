@@ -50,6 +50,7 @@ class Hypothesis:
         anew: whether `transform` makes the value anew, so that it has to come before those that change it.
         size: how many numbers and choices were read from the data to say it; 0 for what was said beforehand.
         figure: what a page may draw of it.
+        describes: whether it says what was computed, number by number, rather than why.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Hypothesis:
     anew: bool = False
     size: float = 0.0
     figure: Figure | None = field(default=None, repr=False, compare=False)
+    describes: bool = False
 
     def about(self, component: str) -> bool:
         """Whether a component is one of those that this is about."""

@@ -228,9 +228,17 @@ def _numbers(fit: Fit) -> Iterator[Found]:
         if least <= LEFT_BENEATH * whole:
             enough = max(0.5 * _share(small, fit), 1.05 * least)
             number = snapped(float(value), lambda c, f=family, most=enough: _least(small, f, c) <= most)
-            yield sentence.format(told(number)), 1, family(np.float64(number)), None
+            yield _zero_keys(family, number) or sentence.format(told(number)), 1, family(np.float64(number)), None
         if small.heads.sum() > 1 and least > max(_share(small, fit), 0.05 * whole):
             yield from _each_head(small, fit, sentence, family, grid, lefts, whole)
+
+
+def _zero_keys(family: Family, number: float) -> str:
+    """As many keys and values of 0 add to the softmax what one score of the logarithm of their number adds: that said,
+    where the number is a logarithm rather than one that somebody wrote."""
+    count = round(np.exp(min(number, 20.0)))
+    logarithm = count > 1 and abs(number - np.log(count)) < 5e-4 and told(number) != told(round(number, 1))
+    return f"{count} more keys and values of 0 are seen" if family is sink and logarithm else ""
 
 
 def _each_head(

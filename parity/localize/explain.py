@@ -1,6 +1,7 @@
 """Trying hypotheses at a place that is wrong by itself, alone and together, and ranking what they explain."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from parity.hypotheses import Hypothesis, attempt, unpatched
 from parity.hypotheses.tap_probe import TapProbe
 from parity.laws import Law, fitted
 from parity.localize.findings import EXPLAINS, Explanation
+from parity.tensors.rounding import ULP
 
 # As many causes may meet in one place.
 DEPTH = 3
@@ -31,6 +33,8 @@ NEARLY, ROUNDED_ELSEWHERE = 0.95, 10
 # What is read with more numbers than this describes what was computed, rather than why: it stands back behind any
 # cause that leaves nothing to explain.
 MANY = 32
+# Laws that put other numbers in the place of the right ones.
+_DESCRIPTION = re.compile(r"another (number|factor|function|matrix|vector)|kernel is another")
 _DIGITS = 6
 
 
@@ -42,6 +46,7 @@ Failed = dict[str, str]
 class Causes:
     """What explains a place: the hypotheses that together do, first cause first, and all tried, best first.
 
+    Of those in `beside` each moves what is computed by no more than rounding: they say how the others round.
     `failed` holds what hypotheses raised, by their names; whoever tries the causes elsewhere adds to it. Where integers
     are explained in part, `parts` holds the part of those that differ which each cause accounts for. `agrees`
     says whether what the causes leave would agree.
@@ -53,6 +58,7 @@ class Causes:
     failed: Failed = field(default_factory=dict)
     parts: tuple[float, ...] = ()
     agrees: bool = True
+    beside: tuple[Hypothesis, ...] = ()
 
 
 Tried = tuple[Hypothesis, float, float | None]
@@ -101,11 +107,16 @@ def _caused(
         stack, reached = _stacked(site, [(h, r) for h, r, _ in ranked], failed, reads)
         if reached >= enough:
             together, amount = _needed(site, stack, reached, failed)
+            if second is not None:
+                together, amount = _confirmed(site, second, together, amount, failed)
     listed = tuple(_told(site, h, r, s) for h, r, s in ranked[:LISTED] if r > UNFIT)
     if _integral(site) and amount < 1 - 1e-9 and (found := _in_part(site, [h for h, _ in tried], failed)):
         together, parts = zip(*found, strict=True)
         return Causes(together, sum(parts), listed, failed, parts)
-    return Causes(together if amount >= enough else (), amount, listed, failed, agrees=_agrees(site, amount))
+    together = together if amount >= enough else ()
+    beside = tuple(h for h in together if _moves_little(site, h)) if len(together) > 1 else ()
+    beside = beside if len(beside) < len(together) else ()
+    return Causes(together, amount, listed, failed, agrees=_agrees(site, amount), beside=beside)
 
 
 def _by_merit(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> list[tuple[Hypothesis, float]]:
@@ -167,7 +178,8 @@ def _of_law(law: Law, kind: str) -> Hypothesis:
         component = site.known(array)
         return law.apply(component) if component is not None and component.kind == kind else None
 
-    return Hypothesis(law.sentence, ("*",), transform=transform, size=law.size, figure=law.figure)
+    describes = bool(_DESCRIPTION.search(law.sentence))
+    return Hypothesis(law.sentence, ("*",), transform=transform, size=law.size, figure=law.figure, describes=describes)
 
 
 def _beyond(site: TapProbe, others: Sequence[Hypothesis], known: Sequence[Hypothesis], failed: Failed) -> Causes:
@@ -268,7 +280,14 @@ def _removed_of_activation(site: TapProbe, array: np.ndarray) -> float | None:
 def _told(site: TapProbe, hypothesis: Hypothesis, share: float, second: float | None = None) -> Explanation:
     left = max(_floors(site, share), 0.0) if _rounding(site) else None
     return Explanation(
-        hypothesis.name, share, second, left, _agrees(site, share), hypothesis.figure, bool(hypothesis.size)
+        hypothesis.name,
+        share,
+        second,
+        left,
+        _agrees(site, share),
+        hypothesis.figure,
+        bool(hypothesis.size),
+        hypothesis.describes,
     )
 
 
@@ -342,6 +361,30 @@ def _needed(
         if alone >= reached or (not site.exact and _whole(site, alone, max(ALIKE, ALIKE * _floors(site, reached)))):
             return _needed(site, fewer, alone, failed)
     return stack, reached
+
+
+def _confirmed(
+    site: TapProbe, second: TapProbe, stack: tuple[Hypothesis, ...], reached: float, failed: Failed
+) -> tuple[tuple[Hypothesis, ...], float]:
+    """Those of a combination but for what was read here and makes nothing better where the same component is wrong
+    again."""
+    there = removed(second, stack, failed) if len(stack) > 1 and second.component == site.component else None
+    for one in stack if there is not None else ():
+        fewer = tuple(other for other in stack if other is not one)
+        without = removed(second, fewer, failed) if one.size else None
+        if without is not None and without >= there:
+            return _confirmed(site, second, fewer, removed(site, fewer, failed) or 0.0, failed)
+    return stack, reached
+
+
+def _moves_little(site: TapProbe, hypothesis: Hypothesis) -> bool:
+    """Whether a hypothesis by itself changes what is computed by no more than rounding in other places does: a unit in
+    bfloat16's last place, or what two right runs may be apart."""
+    array = None if site.exact or site.allowed is None else attempt(site, [hypothesis])
+    if array is None or array.shape != site.expected.shape:
+        return False
+    far = max(2 * site.allowed, ULP["bfloat16"] if site.dtype == "bfloat16" else 0.0)
+    return _distance(array, unpatched(site)) <= far * _norm(site.expected)
 
 
 def _floors(site: TapProbe, share: float) -> float:

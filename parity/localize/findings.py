@@ -96,7 +96,7 @@ class Explanation:
     `residual_removed` is 1 when the hypothesis reproduces what was computed, 0 (or less) when it does not help.
     `second` is None where there is no second input of the kind. `left` is what remains, in floors; None where rounding
     may do nothing; `agrees` whether that is no more than agrees. `figure` is what a page may draw of a law;
-    `read` whether it was read from the data rather than said beforehand.
+    `read` whether it was read from the data rather than said beforehand, `describes` whether it only describes them.
     """
 
     name: str
@@ -106,6 +106,7 @@ class Explanation:
     agrees: bool = True
     figure: Figure | None = field(default=None, repr=False, compare=False)
     read: bool = False
+    describes: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Finding:
         """Whether nothing is left beside the first explanation but what agrees, and such explanations are mostly right;
         else it is a hint, or a part of it."""
         good = self.record is None or self.record.good
-        return self.explained and self.explanations[0].agrees and good
+        return self.explained and self.explanations[0].agrees and not self.explanations[0].describes and good
 
     @property
     def record(self) -> Record | None:
@@ -177,7 +178,7 @@ class Finding:
                        for s in self.slices],
             "explanations": [
                 {"name": e.name, "residual_removed": finite(e.residual_removed), "second": finite(e.second),
-                 "left": finite(e.left), "agrees": e.agrees, "read": e.read}
+                 "left": finite(e.left), "agrees": e.agrees, "read": e.read, "describes": e.describes}
                 for e in self.explanations
             ],
             "also": list(self.also),

@@ -386,9 +386,10 @@ class Investigation:
             self._join_or_append(finding)
             return
         for hypothesis in causes.together:
-            own = Explanation(
-                hypothesis.name, causes.removed, None, None, causes.agrees, hypothesis.figure, bool(hypothesis.size)
-            )
+            if hypothesis in causes.beside:
+                continue
+            how = causes.agrees, hypothesis.figure, bool(hypothesis.size), hypothesis.describes
+            own = Explanation(hypothesis.name, causes.removed, None, None, *how)
             others = [e for e in causes.ranked if e.name != hypothesis.name]
             self.findings.append(replace(finding, explanations=(own, *others)))
 
@@ -406,11 +407,8 @@ class Investigation:
     def _add_parts(self, finding: Finding, causes: Causes) -> None:
         """Add a finding for the cause of each part of some integers, and one for those that are left."""
         for hypothesis, part in zip(causes.together, causes.parts, strict=True):
-            self.findings.append(
-                replace(
-                    finding, explanations=(Explanation(hypothesis.name, 1.0, read=bool(hypothesis.size)),), part=part
-                )
-            )
+            whole = Explanation(hypothesis.name, 1.0, read=bool(hypothesis.size), describes=hypothesis.describes)
+            self.findings.append(replace(finding, explanations=(whole,), part=part))
         if (left := 1 - sum(causes.parts)) > 1e-9:
             others = [e for e in causes.ranked if e.name not in {h.name for h in causes.together}]
             unexplained = [replace(e, residual_removed=min(e.residual_removed, 0.0)) for e in others]

@@ -1,6 +1,7 @@
 """What explains a place: alone, on a second input, together, beyond what is known, or nothing."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -192,3 +193,27 @@ def test_patches_are_nested_and_undone_and_the_transforms_composed():
     removed(site, [patching("a"), patching("b")], {})
     # Computed once under both, and once as it is.
     assert order == ["+a", "+b", "a", "b", "-b", "-a"] and site.computed == 2
+
+
+def test_of_causes_that_meet_one_that_moves_no_more_than_rounding_says_how_the_other_rounds():
+    def placed(amount):
+        small = at(5, "rounded otherwise", amount)
+        site = caused_by(ALL[3], small)
+        site.allowed, site.dtype = 1e-4, "bfloat16"
+        return explain(site, None, [*ALL[:5], small, *ALL[6:]])
+
+    # What is left beside the first has to be told, or there is nothing to see.
+    few = placed(0.007)
+    assert set(names(few)) == {"h3", "rounded otherwise"} and [h.name for h in few.beside] == ["rounded otherwise"]
+    many = placed(0.1)
+    assert set(names(many)) == {"h3", "rounded otherwise"} and not many.beside
+
+
+def test_what_was_read_and_is_no_better_where_the_component_is_wrong_again_is_not_told():
+    read = replace(at(5), size=1.0)
+    first, second = caused_by(ALL[3], at(5)), caused_by(ALL[3])
+    assert set(names(explain(first, None, [ALL[3], read]))) == {"h3", "h5"}
+    # A law about a layer is true of its other calls.
+    assert names(explain(first, second, [ALL[3], read])) == []
+    assert set(names(explain(first, caused_by(ALL[3], at(5)), [ALL[3], read]))) == {"h3", "h5"}
+    assert set(names(explain(first, second, [ALL[3], at(5)]))) == {"h3", "h5"}

@@ -160,6 +160,7 @@ CHANGES = {
     "scores are 1/sqrt(2) times as large, head 2 alone": in_head(scoring.scaled(np.float64(0.5**0.5)), 2),
     "what is attended is 1.01 times as large, head 2 alone": in_head(scoring.larger(np.float64(1.01)), 2),
     "the softmax has one more score of 1": scoring.sink(1.0),
+    "4 more keys and values of 0 are seen": scoring.sink(np.log(4.0)),
     "scores fall by 0.05 for every token between query and key": scoring.biased(np.float64(0.05)),
     "only the 8 highest scores of a query count": scoring.highest(np.float64(8)),
     "the value of key 5 is 0": lambda s: replace(s, v=s.v * (np.arange(s.v.shape[1]) != 5)[:, None]).attended(),
