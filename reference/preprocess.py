@@ -1,6 +1,7 @@
 """What upstream's preprocessing makes of images and videos: pixels for the VAE, patches for the ViT."""
 
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -125,7 +126,14 @@ def _video(path: Path) -> Iterator[Image.Image]:
 
 def _displayed(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     """Turn and mirror a frame [H, W, 3] by its display matrix."""
-    stored = frame.side_data.get(SideData.DISPLAYMATRIX)
+    try:
+        stored = frame.side_data.get(SideData.DISPLAYMATRIX)
+    except ValueError as unnamed:
+        # PyAV reads no side data where one is of a type without a name there, as EXIF: FFmpeg drops it by its number.
+        number = re.match(r"\d+", str(unnamed))
+        if number is None:
+            raise
+        return _displayed(pixels, _without_side_data(frame, number[0]))
     if stored is None:
         return pixels
     # Column and row of where a pixel is shown are (column, row) @ matrix.
@@ -134,6 +142,19 @@ def _displayed(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
         pixels, matrix = pixels.transpose(1, 0, 2), matrix[::-1]
     across, down = np.diag(matrix)
     return np.flip(pixels, [axis for axis, direction in enumerate((down, across)) if direction < 0])
+
+
+def _without_side_data(frame: av.VideoFrame, number: str) -> av.VideoFrame:
+    chain = av.filter.Graph()
+    ends = (
+        chain.add_buffer(template=frame),
+        chain.add("sidedata", f"mode=delete:type={number}"),
+        chain.add("buffersink"),
+    )
+    chain.link_nodes(*ends)
+    chain.configure()
+    chain.push(frame)
+    return chain.pull()
 
 
 def aspect_box(width: int, height: int, aspect: float) -> Box:

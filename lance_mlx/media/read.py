@@ -12,6 +12,7 @@ from typing import Literal
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideDataType
 from PIL import Image, ImageOps
 
@@ -27,6 +28,8 @@ DEFAULT_FPS = 24
 MIN_SIDE = 16
 MAX_ASPECT = 16
 _HEIF = (".heic", ".heif")
+_SIDE_DATA_KINDS = 64
+"""More than FFmpeg has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +229,7 @@ def _filtered(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
 
 def _display_axes(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """Whether to swap rows and columns, then to reverse the rows, then the columns, to show `frame` upright."""
-    data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    data = _side_data(frame).get(SideDataType.DISPLAYMATRIX)
     if data is None:
         return False, False, False
     # A pixel at (x, y) is shown at (a * x + c * y, b * x + d * y).
@@ -234,6 +237,19 @@ def _display_axes(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     if abs(b) > abs(a):
         return True, b < 0, c < 0
     return False, d < 0, a < 0
+
+
+def _side_data(frame: av.VideoFrame) -> SideDataContainer:
+    """What goes with a frame, but for the kinds that PyAV cannot name, such as EXIF: with one it can read none."""
+    with suppress(ValueError):
+        return frame.side_data
+    named = {kind.value for kind in SideDataType}
+    graph = av.filter.Graph()
+    source = graph.add_buffer(template=frame)
+    without = (graph.add("sidedata", f"delete:{kind}") for kind in range(_SIDE_DATA_KINDS) if kind not in named)
+    graph.link_nodes(source, *without, graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull().side_data
 
 
 def _turn(pixels: np.ndarray, axes: tuple[bool, bool, bool]) -> np.ndarray:

@@ -114,6 +114,27 @@ def test_pixels_that_are_not_square_are_stretched(tmp_path, stored, aspect, show
     assert np.abs(pixels.astype(int) - halves(*shown)).mean() < 4
 
 
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "mov", "avi"])
+def test_frames_with_exif_are_turned_as_it_says(tmp_path, suffix, turn):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = turn, "a maker"
+    photo, path = tmp_path / "photo.jpg", tmp_path / f"frame.{suffix}"
+    Image.fromarray(halves(48, 64)).save(photo, exif=exif, subsampling=0, quality=95)
+    if suffix == "jpg":
+        path = photo
+    else:
+        with av.open(str(photo)) as source, av.open(str(path), "w") as container:
+            stream = container.add_stream_from_template(source.streams.video[0])
+            (packet,) = (packet for packet in source.demux() if packet.size)
+            packet.stream = stream
+            container.mux(packet)
+    (upright,) = read_visual(photo, "image").pixels
+    (shown,) = read_visual(path, "video").pixels
+    assert shown.shape == upright.shape
+    assert np.abs(shown.astype(int) - upright).mean() < 4
+
+
 def test_a_shape_that_shows_nothing_is_refused_as_it_is_shown(tmp_path):
     path = write_video(tmp_path / "a.mp4", [halves(32, 64)], "9")
     with pytest.raises(LanceError, match="is 576x32 pixels, one side more than 16 times the other"):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 from av.sidedata.sidedata import Type
@@ -132,3 +133,17 @@ def test_both_sides_turn_and_mirror_frames_alike():
         frame = SimpleNamespace(side_data={Type.DISPLAYMATRIX: matrix.tobytes()})
         expected = media_in._turn(pixels, media_in._display_axes(frame))
         assert np.array_equal(_displayed(pixels, frame), expected), (a, b, c, d)
+
+
+def test_both_sides_read_frames_with_exif(tmp_path):
+    shown = set()
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112], exif[0x010F] = turn, "a maker"
+        Image.open(GARDEN).convert("RGB").crop((0, 0, 48, 32)).save(path := tmp_path / f"{turn}.jpg", exif=exif)
+        with av.open(str(path)) as container:
+            (frame,) = container.decode(video=0)
+        (expected,) = media_in.read_visual(path, "video").pixels
+        assert np.array_equal(_displayed(frame.to_ndarray(format="rgb24"), frame), expected)
+        shown.add(expected.tobytes())
+    assert len(shown) == 8
