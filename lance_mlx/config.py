@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lance_mlx.errors import LanceError
+from lance_mlx.errors import LanceError, reason
 from lance_mlx.files import read_json
 
 Config = TypeVar("Config")
@@ -127,7 +127,7 @@ def read_config(path: Path, build: Callable[[dict[str, Any]], Config], remedy: s
     except FileNotFoundError:
         raise LanceError(f"{path} is missing: {remedy}") from None
     except (OSError, ValueError) as error:
-        raise LanceError(f"{path} is not readable JSON ({error}): fetch it again") from None
+        raise LanceError(f"{path} is not readable JSON ({reason(error)}): fetch it again") from None
     if not isinstance(values, dict):
         raise LanceError(f"{path} must hold a JSON object")
     try:

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from lance_mlx.errors import LanceError
+from lance_mlx.errors import LanceError, reason
 from lance_mlx.files import opened
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -153,7 +153,7 @@ def read_header(path: Path) -> Tensors:
     except OSError as error:
         raise LanceError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise LanceError(f"{path} is not a readable safetensors file ({error}): fetch it again") from None
+        raise LanceError(f"{path} is not a readable safetensors file ({reason(error)}): fetch it again") from None
     return tensors
 
 

@@ -16,7 +16,7 @@ from lance_mlx.backend.numerics import BFLOAT16, POLICIES, policy
 from lance_mlx.cli.commands import Drawing, draw_all, going_on, prepare_drawings
 from lance_mlx.cli.console import Console
 from lance_mlx.cli.several import DEFAULT_SEED
-from lance_mlx.errors import LanceError
+from lance_mlx.errors import LanceError, reason
 from lance_mlx.files import check_place, whole
 from lance_mlx.media.write import read_metadata, save_image, save_text
 from lance_mlx.requests.benchmarks import Benchmark, Entry, read_benchmark
@@ -185,7 +185,7 @@ class _Work:
                 upright = ImageOps.exif_transpose(image)
                 (upright if image.mode in _OF_PNG else upright.convert("RGB")).save(part, format="PNG")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise LanceError(f"its picture cannot be copied to {path} ({error})") from None
+            raise LanceError(f"its picture cannot be copied to {path} ({reason(error)})") from None
 
     def done(self, path: Path) -> None:
         """Note that a file has been made."""

@@ -15,7 +15,7 @@ from lance_mlx.cli.commands import answer, draw_all, prepare_drawings, work_thro
 from lance_mlx.cli.console import Console, Interrupted
 from lance_mlx.cli.meaning import EDITING, check_options, refuse
 from lance_mlx.cli.replay import options_of
-from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE, Settings
+from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE, GuidanceInterval, Settings
 from lance_mlx.cli.several import DEFAULT_SEED, TakesSeeds, choose_seeds, name_outputs, read_prompts
 from lance_mlx.errors import LanceError
 from lance_mlx.estimate.tiling import AUTO
@@ -214,10 +214,7 @@ def generate(
         ),
     ] = Scheduler.EULER,
     timestep_shift: Annotated[float, typer.Option(help="Shift of the timesteps towards noise.")] = 3.5,
-    guidance_interval: Annotated[tuple[float, float], typer.Option(help="Guidance acts while LOW < t <= HIGH.")] = (
-        0.4,
-        1.0,
-    ),
+    guidance_interval: GuidanceInterval = (0.4, 1.0),
     guidance_renorm: Annotated[Renorm, typer.Option(help="How a guided velocity is scaled back.")] = Renorm.GLOBAL,
     guidance_renorm_min: Annotated[float, typer.Option(help="Least factor of the renorm.")] = 0.0,
     text_template: Annotated[bool, typer.Option(help="Wrap the prompt in the trained template.")] = True,

@@ -14,7 +14,7 @@ from lance_mlx.checkpoint.hub import is_repository
 from lance_mlx.checkpoint.layouts import LAYOUTS, check_folder, find_checkpoint, variants_in
 from lance_mlx.checkpoint.tensors import Checkpoint, Part, ViTSource
 from lance_mlx.cli.meaning import refuse
-from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE
+from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE, GuidanceInterval
 from lance_mlx.config import SPATIAL_STRIDE
 from lance_mlx.errors import LanceError
 from lance_mlx.estimate.estimate import OFFICIAL, coders_of, peak_memory, sizes_of, work_of
@@ -48,10 +48,7 @@ def info(
     ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 turns guidance off.")] = 4.0,
-    guidance_interval: Annotated[tuple[float, float], typer.Option(help="Guidance acts while LOW < t <= HIGH.")] = (
-        0.4,
-        1.0,
-    ),
+    guidance_interval: GuidanceInterval = (0.4, 1.0),
     variant: Annotated[
         VisualKind | None,
         typer.Option(help="Which model. [default: the one trained for the task]", show_default=False),

@@ -26,13 +26,17 @@ def main(arguments: list[str] | None = None) -> None:
         signal.signal(signal.SIGINT, _leave)
     from lance_mlx.cli.app import app
     from lance_mlx.cli.console import Interrupted
+    from lance_mlx.cli.meaning import in_options
+    from lance_mlx.cli.usage import UsageError, usage_line
 
     if interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments, prog_name="lance-mlx")
-    except LanceError as error:
-        print(f"lance-mlx: {error}", file=sys.stderr)
+        sys.exit(app(given or ["--help"], prog_name="lance-mlx", standalone_mode=False))
+    except (LanceError, UsageError) as error:
+        line = in_options(str(error)) if isinstance(error, LanceError) else usage_line(error)
+        print(f"lance-mlx: {line}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stopped:
         print(f"lance-mlx: {stopped}", file=sys.stderr)

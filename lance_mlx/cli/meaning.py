@@ -1,12 +1,22 @@
 """Which options mean something to which task: one that would be ignored is refused, with a line that says why."""
 
+import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from typing import Any
 
 from lance_mlx.errors import LanceError
-from lance_mlx.requests.request import Renorm, Task
+from lance_mlx.requests.request import Question, Renorm, Request, Task
 from lance_mlx.requests.rewriting import REWRITABLE
 
+OPTIONS = {"num_steps": "steps", "guidance_scale": "guidance", "max_new_tokens": "max_tokens", "temperature": "temp"}
+"""Parameters of the commands that are not called as the request's fields."""
+_NUMBERS = "|".join(
+    value.name
+    for kind in (Request, Question)
+    for value in fields(kind)
+    if value.type in (int, float, int | None, tuple[float, float])
+)
 EDITING = (Task.IMAGE_EDIT, Task.VIDEO_EDIT)
 _SIZED = (Task.T2I, Task.T2V, Task.SUBJECT)
 _OF_FRAMES = (Task.T2V, Task.I2V, Task.SUBJECT)
@@ -89,5 +99,10 @@ def refuse(given: Collection[str], options: Collection[str], why: str) -> None:
 
 
 def spelt(name: str) -> str:
-    """A parameter as the command line spells it."""
-    return f"--{name.replace('_', '-')}"
+    """A parameter, or a field of a request, as the command line spells it."""
+    return f"--{OPTIONS.get(name, name).replace('_', '-')}"
+
+
+def in_options(message: str) -> str:
+    """An error about a field of a request, as one about the option that sets it."""
+    return re.sub(rf"(^|: )({_NUMBERS}) ", lambda found: f"{found[1]}{spelt(found[2])} ", message)

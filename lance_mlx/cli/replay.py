@@ -3,13 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from lance_mlx.cli.meaning import means
+from lance_mlx.cli.meaning import OPTIONS, means
 from lance_mlx.errors import LanceError
 from lance_mlx.media.write import read_metadata
 from lance_mlx.requests.request import Request, Variant, VisualKind
-
-_OPTIONS = {"num_steps": "steps", "guidance_scale": "guidance"}
-"""Options that are not called as the request's fields."""
 
 
 def options_of(path: Path) -> dict[str, Any]:
@@ -27,7 +24,7 @@ def options_of(path: Path) -> dict[str, Any]:
     except (LanceError, KeyError, TypeError, ValueError) as error:
         raise LanceError(f"{path} holds no request that can be replayed ({error})") from None
     first = requests[0]
-    values = {_OPTIONS.get(name, name): value for name, value in first.to_dict().items()}
+    values = {OPTIONS.get(name, name): value for name, value in first.to_dict().items()}
     values |= {
         "prompt": [request.prompt for request in requests],
         "seed": [first.seed],

@@ -1,11 +1,20 @@
 """The options that hold for everything that a run makes."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+import typer
 
 from lance_mlx.media.preprocess import RESOLUTIONS
 from lance_mlx.requests.files import caption_instruction
 from lance_mlx.requests.request import Entry, Question, Renorm, Request, Scheduler, Task, Visual
 
+GuidanceInterval = Annotated[
+    tuple[float, float],
+    typer.Option(
+        help="Guidance acts while LOW < t <= HIGH. [default: 0.4 1.0]", metavar="LOW HIGH", show_default=False
+    ),
+]
 DEFAULT_SIDE = 768
 DEFAULT_FRAMES = 50
 

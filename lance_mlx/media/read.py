@@ -17,7 +17,7 @@ from av.sidedata.sidedata import Type as SideDataType
 from PIL import Image, ImageOps
 
 from lance_mlx.config import TEMPORAL_STRIDE
-from lance_mlx.errors import LanceError
+from lance_mlx.errors import LanceError, reason
 from lance_mlx.media.colour import HDR, to_srgb, tone_map
 
 SAMPLE_FPS = 12
@@ -297,7 +297,7 @@ def _image_errors(path: Path) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise LanceError(f"image {path} has too many pixels: make it smaller") from error
     except Exception as error:  # Pillow passes on whatever its parsers stumble over
-        raise LanceError(f"cannot read image {path}, it may be damaged or cut short: {_one_line(error)}") from error
+        raise LanceError(f"cannot read image {path}, it may be damaged or cut short: {reason(error)}") from error
 
 
 @contextmanager
@@ -305,8 +305,4 @@ def _video_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, av.error.FFmpegError) as error:
-        raise LanceError(f"cannot read video {path}, it may be damaged or cut short: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+        raise LanceError(f"cannot read video {path}, it may be damaged or cut short: {reason(error)}") from error

@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from lance_mlx.errors import LanceError
+from lance_mlx.errors import LanceError, reason
 from lance_mlx.files import check_place, opened, whole, write_text
 
 METADATA_KEY = "lance-mlx"
@@ -204,10 +204,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with opened(path) as file:
             metadata = json.loads(_comment(path, file) or "null")
-    except (OSError, av.error.FFmpegError) as error:
-        raise LanceError(f"cannot read {path}: {_reason(error)}") from error
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, UnidentifiedImageError):
         metadata = None
+    except (OSError, av.error.FFmpegError) as error:
+        raise LanceError(f"cannot read {path}: {reason(error)}") from error
     if path.suffix.lower() != ".png" and isinstance(metadata, dict):
         metadata = metadata.get(METADATA_KEY)
     if not isinstance(metadata, dict):
@@ -237,8 +237,4 @@ def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, av.error.FFmpegError) as error:
-        raise LanceError(f"cannot write {path}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+        raise LanceError(f"cannot write {path}: {reason(error)}") from error

@@ -20,7 +20,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from lance_mlx.errors import LanceError
+from lance_mlx.errors import LanceError, reason
 from lance_mlx.files import opened, read_json
 from lance_mlx.requests.files import naming_entry, read_requests
 from lance_mlx.requests.request import Task
@@ -104,7 +104,7 @@ def read_benchmark(benchmark: Benchmark, path: Path, samples: int | None = None)
     except FileNotFoundError:
         raise LanceError(f"prompts {path} do not exist") from None
     except (OSError, ValueError) as error:
-        raise LanceError(f"prompts {path} are not readable ({error})") from None
+        raise LanceError(f"prompts {path} are not readable ({reason(error)})") from None
     if not entries:
         raise LanceError(f"prompts {path} hold no prompt of {benchmark}")
     names: dict[str, str] = {}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lance_mlx.errors import LanceError
+from lance_mlx.errors import LanceError, reason
 from lance_mlx.files import read_json
 from lance_mlx.requests.prompt_data import PROMPT_DATA
 from lance_mlx.requests.request import Task, Visual, VisualKind
@@ -105,7 +105,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except LanceError as error:
         raise LanceError(f"request file {path}: {error}") from None
     except (OSError, ValueError) as error:
-        raise LanceError(f"request file {path} is not readable JSON ({error})") from None
+        raise LanceError(f"request file {path} is not readable JSON ({reason(error)})") from None
     if not isinstance(entries, dict):
         raise LanceError(f"request file {path} must hold a JSON object: name -> prompt, or id -> entry")
     if not entries:

@@ -201,15 +201,15 @@ class Request:
         for name in ("num_steps", "fps", "vae_resolution", "vit_resolution", "seed"):
             check_number(name, getattr(self, name))
         for name in ("timestep_shift", "guidance_scale", "guidance_renorm_min"):
-            if not math.isfinite(getattr(self, name)):
-                raise LanceError(f"{name} must be a finite number")
+            if not math.isfinite(value := getattr(self, name)):
+                raise LanceError(f"{name} {value} must be a finite number")
         if self.timestep_shift <= 0:
             raise LanceError(f"timestep_shift {self.timestep_shift} must be greater than 0")
         if not 0 <= self.guidance_renorm_min <= 1:
             raise LanceError(f"guidance_renorm_min {self.guidance_renorm_min} must be between 0 and 1")
         low, high = self.guidance_interval
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise LanceError("guidance_interval must be two finite numbers")
+            raise LanceError(f"guidance_interval {low} {high} must be two finite numbers")
         if not (low < high and low < 1 and high > 0):
             raise LanceError(f"guidance_interval {low} {high} holds no t between 0 and 1: give LOW, then HIGH")
         if self.negative_prompt is not None and self.guidance_scale <= 1:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lance_mlx.errors import LanceError
+from lance_mlx.errors import LanceError, reason
 from lance_mlx.files import read_json
 from lance_mlx.media.write import read_metadata, save_text
 from lance_mlx.requests.files import Item, RequestsFile
@@ -166,7 +166,9 @@ def _read_texts(path: Path) -> dict[str, str]:
     try:
         texts = read_json(path)
     except (OSError, ValueError) as error:
-        raise LanceError(f"{path} is not readable JSON ({error}): choose another --output, or remove it") from None
+        raise LanceError(
+            f"{path} is not readable JSON ({reason(error)}): choose another --output, or remove it"
+        ) from None
     if not (isinstance(texts, Mapping) and all(isinstance(text, str) for text in texts.values())):
         raise LanceError(f"{path} does not map names to texts: choose another --output, or remove it")
     return dict(texts)

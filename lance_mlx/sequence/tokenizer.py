@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lance_mlx.config import LanceConfig
-from lance_mlx.errors import LanceError
+from lance_mlx.errors import LanceError, reason
 from lance_mlx.files import read_json
 from lance_mlx.requests.prompt_data import PROMPT_DATA
 
@@ -33,7 +33,7 @@ class LanceTokenizer:
             if not all(isinstance(content, str) for _, content, _ in specials):
                 raise TypeError("the content of an added token is no text")
         except Exception as error:  # the tokenizers library raises bare Exception for malformed files
-            raise LanceError(f"tokenizer files in {folder} are not usable ({error})") from None
+            raise LanceError(f"tokenizer files in {folder} are not usable ({reason(error)})") from None
         self._tokenizer = Tokenizer(bpe)
         self._tokenizer.normalizer = normalizers.NFC()
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -151,6 +151,9 @@ def test_a_file_without_a_request_cannot_be_replayed(refused, tmp_path, media):
     given = ["generate", "--model", tmp_path, "--config-from"]
     assert "holds no request written by lance-mlx" in refused(*given, media / "logo.png")
     assert "cannot read nowhere.png" in refused(*given, "nowhere.png")
+    (tmp_path / "answer.txt").write_text("a bird")
+    line = refused(*given, tmp_path / "answer.txt")
+    assert line == f"lance-mlx: {tmp_path}/answer.txt holds no request written by lance-mlx"
 
 
 def test_every_step_is_shown(draw):
