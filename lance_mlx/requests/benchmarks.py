@@ -109,7 +109,7 @@ def read_benchmark(benchmark: Benchmark, path: Path, samples: int | None = None)
         raise LanceError(f"prompts {path} hold no prompt of {benchmark}")
     names: dict[str, str] = {}
     for entry in entries:
-        for name in entry.outputs:
+        for name in (entry.grid,) if entry.grid else entry.outputs:
             if name in names:
                 raise LanceError(f"{path}: entries '{names[name]}' and '{entry.key}' would both be written as {name}")
             names[name] = entry.key
@@ -138,6 +138,8 @@ def _dpg(path: Path, samples: int, default: bool) -> Iterator[Entry]:
     for key, record in prompts:
         with naming_entry(path, key):
             name = _part(_text(record, "index"))
+            if path.is_dir() and not record["data"]:
+                raise LanceError("it is empty: write the prompt into it")
             outputs = tuple(f".samples/{name}-{index}.png" for index in range(samples))
             yield Entry(key, _text(record, "data"), outputs, grid=f"{name}.png")
 

@@ -197,12 +197,14 @@ def test_what_was_made_in_another_way_is_refused_and_made_anew_when_that_is_said
         ("geneval", "untold.jsonl", [], "untold.jsonl: entry 'line 1': it needs a text 'prompt'"),
         ("geneval", "good.jsonl", ["--num-frames", 5], "--num-frames means nothing to geneval"),
         ("geneval", "good.jsonl", ["--vae-resolution", 64], "--vae-resolution means nothing to geneval"),
-        ("geneval", "good.jsonl", ["--width", 33], "entry 'line 1': width 33 must be a multiple of 16"),
+        ("geneval", "good.jsonl", ["--width", 33], "entry 'line 1': --width 33 must be a multiple of 16"),
         ("geneval", "token.jsonl", [], "entry 'line 1': the prompt contains the control token <|video_pad|>"),
         ("geneval", "good.jsonl", ["-o", "good.jsonl"], "good.jsonl is not a folder"),
+        ("geneval", "there", [], "prompts there are not readable (Is a directory)"),
+        ("dpg", "texts", [], "texts: entry 'bird.txt': it is empty: write the prompt into it"),
         ("dpg", "good.jsonl", ["--samples", 5], "--samples 5 must be between 1 and 4 for dpg"),
         ("dpg", "good.jsonl", ["--width", 32], "give the same --width and --height"),
-        ("dpg", "twice.jsonl", [], "entries 'line 1' and 'line 2' would both be written as .samples/1-0.png"),
+        ("dpg", "twice.jsonl", [], "entries 'line 1' and 'line 2' would both be written as 1.png"),
         ("gedit", "gedit.json", ["--width", 64], "--width means nothing to gedit"),
         ("gedit", "gedit.json", [], "entry '0002': '../x' cannot be the name of a file"),
         ("gedit", "there", [], "prompts there hold no prompt of gedit"),
@@ -229,6 +231,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(refused, tmp_path, media, monk
     for file, text in texts.items():
         Path(file).write_text(text, encoding="utf-8")
     Path("there").mkdir()
+    Path("texts").mkdir()
+    Path("texts/bird.txt").write_text("\n", encoding="utf-8")
     before = sorted(tmp_path.iterdir())
     # The folder holds no model: nothing is computed.
     output = [] if "-o" in options else ["-o", "out"]

@@ -18,7 +18,7 @@ from lance_mlx.config import LanceConfig
         ({"num_frames": 122}, "num_frames 122 must be between 1 and 121"),
         ({"num_steps": 0}, "num_steps 0 must be at least 1"),
         ({"timestep_shift": 0.0}, "timestep_shift 0.0 must be greater than 0"),
-        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale nan must be a finite number"),
         ({"guidance_renorm_min": 1.5}, "guidance_renorm_min 1.5 must be between 0 and 1"),
         ({"fps": 0}, "fps 0 must be at least 1"),
         ({"seed": -1}, "seed -1 must be at least 0"),
