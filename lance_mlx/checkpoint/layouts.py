@@ -225,6 +225,8 @@ def _variant_of(tensors: Tensors, has_vit: bool) -> Variant:
 
 def check_folder(path: Path) -> None:
     """Raise LanceError unless there is such a folder, which costs nothing before a model is read."""
+    if path.exists() and not path.is_dir():
+        raise LanceError(f"model {path} is no folder: {_GIVE_ONE}")
     if not path.is_dir():
         raise LanceError(f"model folder {path} does not exist: {_GIVE_ONE}, or a repository as OWNER/NAME")
 

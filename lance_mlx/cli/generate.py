@@ -14,7 +14,7 @@ from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.cli.commands import answer, draw_all, prepare_drawings, work_through
 from lance_mlx.cli.console import Console, Interrupted
 from lance_mlx.cli.meaning import EDITING, check_options, refuse
-from lance_mlx.cli.replay import options_of
+from lance_mlx.cli.replay import check_sources, options_of
 from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE, GuidanceInterval, Settings
 from lance_mlx.cli.several import DEFAULT_SEED, TakesSeeds, choose_seeds, name_outputs, read_prompts
 from lance_mlx.errors import LanceError
@@ -169,7 +169,8 @@ def generate(
     resolution: Annotated[
         str | None,
         typer.Option(
-            help=f"Size of what is looked at, and so of what is made from it: {', '.join(RESOLUTIONS)}. "
+            help=f"Size of what is looked at, and in i2v, image_edit and video_edit of what is made: "
+            f"{', '.join(RESOLUTIONS)}. "
             "[default: image_768res or video_480p]",
             show_default=False,
         ),
@@ -279,6 +280,9 @@ def generate(
         if not 0 <= cache_limit_gb < 2**20:
             raise LanceError(f"--cache-limit-gb {cache_limit_gb} must be 0 or more gigabytes")
         mx.set_cache_limit(round(cache_limit_gb * 1e9))
+    if "resolution" in given:  # Which goes before what a file was made with, but not before what is given besides.
+        vae_resolution = vae_resolution if "vae_resolution" in given else None
+        vit_resolution = vit_resolution if "vit_resolution" in given else None
     seeds = choose_seeds(seed, auto_seeds)
     settings = Settings(
         height=height,
@@ -320,9 +324,12 @@ def generate(
         folder = output or Path(requests.stem)
         work_through(opened(), read, settings, folder, overwrite, batch_size, rewriter, console)
         return
+    sources = {"image": image or (), "video": video or (), "noise": [noise] if noise else ()}
     if task is None:
         raise LanceError(f"name a task ({', '.join(Task)}), or give a file with --requests")
     check_options(given, context.params, task)
+    if config_from is not None:
+        check_sources(config_from, {name: paths for name, paths in sources.items() if name not in given})
     visuals = (
         *(Visual(str(path), VisualKind.IMAGE) for path in image or ()),
         *(Visual(str(path), VisualKind.VIDEO) for path in video or ()),

@@ -46,11 +46,16 @@ _TASKS: dict[str, Callable[[Task], bool]] = {
 }
 """The tasks of each option that is not for all."""
 _INSTEAD = {
-    **dict.fromkeys(("width", "height"), (lambda task: task.size_from_source, "it takes its size from the source")),
-    "num_frames": (lambda task: task is Task.VIDEO_EDIT, "it takes its frames from the source"),
-    "rewrite": (lambda task: True, f"it is for {' and '.join(REWRITABLE)}"),
+    **dict.fromkeys(
+        ("width", "height"),
+        (lambda task: task.size_from_source, "it takes its size from the source, about as large as --resolution says"),
+    ),
+    **dict.fromkeys(("prompt", "prompts_file"), (lambda task: task.answers, "give --question")),
+    **dict.fromkeys(("question", "instruction"), (lambda task: not task.answers, "give --prompt")),
+    "num_frames": (lambda task: task is Task.VIDEO_EDIT, "it takes its frames from the source; leave it out"),
+    "rewrite": (lambda task: True, f"it is for {' and '.join(REWRITABLE)}; leave it out"),
 }
-"""Why not, where there is more to say."""
+"""What to do, and why, where there is more to say than to leave it out."""
 
 
 def means(name: str, task: Task) -> bool:
@@ -67,10 +72,9 @@ def check_options(given: Collection[str], values: Mapping[str, Any], task: Task)
     """
     for name in given:
         if not means(name, task):
-            applies, why = _INSTEAD.get(name, (lambda task: False, ""))
-            raise LanceError(
-                f"{spelt(name)} means nothing to task {task}: {f'{why}; ' if applies(task) else ''}leave it out"
-            )
+            applies, instead = _INSTEAD.get(name, (lambda task: False, ""))
+            remedy = instead if applies(task) else "leave it out"
+            raise LanceError(f"{spelt(name)} means nothing to task {task}: {remedy}")
     one_frame = task is Task.SUBJECT and (values["num_frames"] or 1) == 1
     greedy = task.answers and values["temp"] == 0
     refusals = {

@@ -1,5 +1,6 @@
 """What the metadata of a picture or video say of the options that made it."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,9 @@ from lance_mlx.cli.meaning import OPTIONS, means
 from lance_mlx.errors import LanceError
 from lance_mlx.media.write import read_metadata
 from lance_mlx.requests.request import Request, Variant, VisualKind
+
+_DICTATED = "width", "height", "num_frames"
+"""What a source may tell, and another source otherwise."""
 
 
 def options_of(path: Path) -> dict[str, Any]:
@@ -37,4 +41,16 @@ def options_of(path: Path) -> dict[str, Any]:
         "vae_tiling": metadata.get("vae_tiling"),
     }
     del values["visuals"]
-    return {name: value for name, value in values.items() if value is not None and means(name, first.task)}
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and (name not in _DICTATED or means(name, first.task))
+    }
+
+
+def check_sources(file: Path, sources: Mapping[str, Iterable[Path]]) -> None:
+    """Raise LanceError for a source of `file`, by the option that would name another, that is no longer there."""
+    for option, paths in sources.items():
+        for path in paths:
+            if not path.exists():
+                raise LanceError(f"{option} {path}, named by the metadata of {file}, does not exist: give --{option}")

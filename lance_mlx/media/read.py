@@ -156,6 +156,8 @@ def _count_frames(path: Path, as_upstream: bool) -> tuple[int, Fraction | None]:
         if "mp4" in container.format.name:
             _check_whole(path)
         stream = container.streams.video[0]
+        if stream.codec_context is not None and stream.codec_context.width == 0:
+            raise _no_video(path)
         if stream.codec_context is None:
             raise LanceError(f"video {path} is in a codec that FFmpeg does not read here: save it as H.264")
         _check_size("video", path, *shown_size(stream, stream.codec_context, as_upstream))
@@ -293,6 +295,8 @@ def _image_errors(path: Path) -> Iterator[None]:
     except LanceError:
         raise
     except Image.UnidentifiedImageError as error:
+        if _is_video(path):
+            raise LanceError(f"image {path} is a video: x2t_video and video_edit take one") from None
         raise LanceError(f"image {path} is in no format that Pillow reads: save it as PNG or JPEG") from error
     except Image.DecompressionBombError as error:
         raise LanceError(f"image {path} has too many pixels: make it smaller") from error
@@ -300,9 +304,21 @@ def _image_errors(path: Path) -> Iterator[None]:
         raise LanceError(f"cannot read image {path}, it may be damaged or cut short: {reason(error)}") from error
 
 
+def _is_video(path: Path) -> bool:
+    with suppress(LanceError), _video_errors(path):
+        return _count_frames(path, as_upstream=True)[0] > 0
+    return False
+
+
+def _no_video(path: Path) -> LanceError:
+    return LanceError(f"{path} is no video, or it is damaged or cut short")
+
+
 @contextmanager
 def _video_errors(path: Path) -> Iterator[None]:
     try:
         yield
+    except av.error.InvalidDataError:
+        raise _no_video(path) from None
     except (OSError, ValueError, av.error.FFmpegError) as error:
         raise LanceError(f"cannot read video {path}, it may be damaged or cut short: {reason(error)}") from error

@@ -306,6 +306,14 @@ class Question:
         return from_plain(cls, values)
 
 
+_OF_OTHER_KIND = {
+    Task.X2T_IMAGE: Task.X2T_VIDEO,
+    Task.X2T_VIDEO: Task.X2T_IMAGE,
+    Task.IMAGE_EDIT: Task.VIDEO_EDIT,
+    Task.VIDEO_EDIT: Task.IMAGE_EDIT,
+}
+
+
 def _check_visuals(task: Task, visuals: tuple[Visual, ...]) -> None:
     if task.takes is None and visuals:
         raise LanceError(f"task {task} takes no image or video")
@@ -314,11 +322,9 @@ def _check_visuals(task: Task, visuals: tuple[Visual, ...]) -> None:
         raise LanceError(f"task {task} needs {article} {task.takes}: name its file")
     for visual in visuals:
         if visual.kind is not task.takes:
-            raise LanceError(
-                f"task {task} takes an image or images, not a video"
-                if visual.kind is VisualKind.VIDEO
-                else f"task {task} takes a video, not an image: {visual.path}"
-            )
+            wanted = "an image or images, not a video" if visual.kind is VisualKind.VIDEO else "a video, not an image"
+            other = f"; {_OF_OTHER_KIND[task]} takes it" if task in _OF_OTHER_KIND else ""
+            raise LanceError(f"task {task} takes {wanted}: {visual.path}{other}")
 
 
 def _set_resolutions(request: "Request | Question") -> None:

@@ -179,6 +179,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_video(folder / "portrait.mp4", 96, 54, 15, Fraction(30))
     _write_video(folder / "still.mp4", 64, 64, 1, Fraction(30))
     (folder / "text.png").write_text("not an image")
+    (folder / "text.mp4").write_text("not a video")
     Image.new("RGB", (1, 1)).save(folder / "dot.png")
     Image.new("RGB", (20000, 10)).save(folder / "ribbon.png")
     whole = (folder / "clip30.mp4").read_bytes()

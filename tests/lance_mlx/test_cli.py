@@ -83,6 +83,7 @@ def test_three_thousand_tokens_and_an_empty_prompt_both_draw(run, tmp_path, chec
         (["--num-frames", "0"], "--num-frames 0 must be between 1 and 121"),
         (["--steps", "0"], "--steps 0 must be at least 1"),
         (["--model", "nowhere"], "model folder nowhere does not exist"),
+        (["--model", __file__], f"model {__file__} is no folder"),
         (["--numerics", "float8"], "unknown numerics 'float8'"),
         (["--noise", "nowhere.npy"], "noise file nowhere.npy does not exist"),
         (["--output", "bird.bmp"], "bird.bmp"),

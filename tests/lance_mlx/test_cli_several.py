@@ -3,6 +3,7 @@
 import io
 import sys
 from pathlib import Path
+from shutil import copyfile
 
 import av
 import numpy as np
@@ -13,6 +14,7 @@ import lance_mlx.api as api
 import lance_mlx.cli.commands as commands
 from lance_mlx.media.write import read_metadata
 
+TINY = ["--vae-resolution", 64, "--vit-resolution", 56]
 DRAWING = ["--width", 48, "--height", 32, "--steps", 2, "--numerics", "float32"]
 
 
@@ -145,6 +147,29 @@ def test_turns_of_an_edit_are_replayed(draw, media):
     draw("--config-from", "hat.png", "-o", "again.png")
     assert np.array_equal(pixels("again.png"), pixels("hat.png"))
     assert read_metadata("again.png") == read_metadata("hat.png")
+
+
+def test_all_that_made_a_video_is_replayed(draw, media):
+    copyfile(media / "logo.png", "bird.png")
+    options = ["--num-frames", 5, "--steps", 2, "--resolution", "image_256res", "--vae-resolution", 64]
+    draw("i2v", "--image", "bird.png", "--prompt", "a", *options, "-o", "a.mp4")
+    draw("--config-from", "a.mp4", "-o", "again.mp4")
+    told = read_metadata("a.mp4")["request"]
+    assert read_metadata("again.mp4")["request"] == told
+    draw("--config-from", "a.mp4", "--resolution", "image_512res", "--vae-resolution", 48, "-o", "other.mp4")
+    changed = {name: value for name, value in read_metadata("other.mp4")["request"].items() if value != told[name]}
+    assert changed.items() >= {"vae_resolution": 48, "vit_resolution": 448}.items()
+    assert changed.keys() <= {"vae_resolution", "vit_resolution", "width", "height"}
+
+
+def test_a_source_that_is_gone_is_said_to_be_the_files(draw, refused, media):
+    copyfile(media / "logo.png", "bird.png")
+    draw("image_edit", "--image", "bird.png", "--prompt", "a", "--steps", 2, *TINY, "-o", "a.png")
+    Path("bird.png").unlink()
+    line = refused("generate", "--config-from", "a.png", "--model", "x", "-o", "b.png")
+    assert line == "lance-mlx: image bird.png, named by the metadata of a.png, does not exist: give --image"
+    line = refused("generate", "--config-from", "a.png", "--image", "none.png", "--model", "x", "-o", "b.png")
+    assert line == "lance-mlx: image none.png does not exist"
 
 
 def test_a_file_without_a_request_cannot_be_replayed(refused, tmp_path, media):

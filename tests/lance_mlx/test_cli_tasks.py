@@ -156,28 +156,39 @@ def test_each_further_prompt_edits_the_result_of_the_one_before(run, tmp_path, c
     [
         (["image_edit", "--image", "text.png"], "text.png is in no format that Pillow reads"),
         (["video_edit", "--video", "cut.mp4"], "cut.mp4"),
+        (["video_edit", "--video", "text.png"], "text.png is no video"),
+        (["video_edit", "--video", "text.mp4"], "text.mp4 is no video"),
+        (["image_edit", "--image", "clip30.mp4"], "clip30.mp4 is a video: x2t_video and video_edit take one"),
         (["image_edit", "--image", "dot.png"], "dot.png is 1x1 pixels"),
         (["image_edit", "--image", "ribbon.png"], "ribbon.png is 20000x10 pixels"),
         (["image_edit", "--image", "nowhere.png"], "nowhere.png does not exist"),
         (["image_edit"], "task image_edit needs an image"),
-        (["image_edit", "--video", "clip30.mp4"], "task image_edit takes an image"),
-        (["video_edit", "--image", "logo.png"], "task video_edit takes a video"),
+        (
+            ["image_edit", "--video", "clip30.mp4"],
+            "takes an image or images, not a video: {media}/clip30.mp4; video_edit takes it",
+        ),
+        (["video_edit", "--image", "logo.png"], "takes a video, not an image: {media}/logo.png; image_edit takes it"),
         (["i2v", "--image", "logo.png", "--image", "logo.png"], "takes one image, not 2"),
-        (["image_edit", "--image", "logo.png", "--width", "64"], "takes its size from the source"),
+        (
+            ["image_edit", "--image", "logo.png", "--width", "64"],
+            "takes its size from the source, about as large as --resolution says",
+        ),
         (["image_edit", "--image", "logo.png", "--resolution", "8k"], "unknown resolution '8k'"),
         (["image_edit", "--image", "logo.png", "--vae-resolution", "1"], "--vae-resolution 1 must be at least 16"),
         (["image_edit", "--image", "logo.png", "--prompt", "<|image_pad|>"], "control token <|image_pad|>"),
         (["image_edit", "--image", "logo.png", "--output", "a.mp4"], "one frame is an image"),
         (["image_edit", "--image", "logo.png", "--rewrite"], "it is for t2v and i2v; leave it out"),
         (["video_edit", "--video", "clip30.mp4", "--num-frames", "9"], "takes its frames from the source"),
-        (["i2v", "--image", "logo.png", "--question", "what"], "--question means nothing to task i2v"),
+        (["i2v", "--image", "logo.png", "--question", "what"], "--question means nothing to task i2v: give --prompt"),
     ],
 )
 def test_bad_input_to_drawing_is_one_line(refused, tmp_path, media, monkeypatch, arguments, line):
     monkeypatch.chdir(tmp_path)
     arguments = [media / value if (media / value).is_file() else value for value in arguments]
     # The folder holds no model: whatever is wrong with the request is found before one is read.
-    assert line in refused("generate", *arguments, "--model", tmp_path, "--prompt", "make the bird blue")
+    assert line.format(media=media) in refused(
+        "generate", *arguments, "--model", tmp_path, "--prompt", "make the bird blue"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -187,12 +198,17 @@ def test_bad_input_to_drawing_is_one_line(refused, tmp_path, media, monkeypatch,
         (["x2t_image", "--question", "what"], "task x2t_image needs an image"),
         (["x2t_image", "--image", "text.png"], "text.png is in no format that Pillow reads"),
         (["x2t_video", "--video", "cut.mp4"], "cut.mp4"),
-        (["x2t_image", "--image", "logo.png", "--prompt", "what"], "--prompt means nothing to task x2t_image"),
+        (
+            ["x2t_image", "--image", "logo.png", "--prompt", "what"],
+            "--prompt means nothing to task x2t_image: give --question",
+        ),
         (["x2t_image", "--image", "logo.png", "--steps", "3"], "--steps means nothing to task x2t_image"),
         (["x2t_image", "--image", "logo.png", "--max-tokens", "0"], "--max-tokens 0 must be at least 1"),
         (["x2t_image", "--image", "logo.png", "--temp", "1", "--top-p", "0"], "--top-p 0.0 must be above 0"),
         (["x2t_image", "--image", "logo.png", "--temp", "-1"], "--temp -1.0 must be 0 or more"),
         (["x2t_image", "--image", "logo.png", "--output", "a.png"], "an answer is text"),
+        (["x2t_image", "--image", "clip30.mp4"], "clip30.mp4 is a video: x2t_video and video_edit take one"),
+        (["x2t_image", "--video", "clip30.mp4"], "clip30.mp4; x2t_video takes it"),
         ([], "name a task"),
         (["t2i"], "task t2i needs a --prompt"),
     ],
