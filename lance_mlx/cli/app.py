@@ -13,7 +13,7 @@ from lance_mlx.cli import serve as cli_serve
 
 _EXIT = (
     "Exit status: 0 done, 2 bad input, or an output that is there already (one line on stderr says what and how to "
-    "mend it), 130 interrupted."
+    "mend it), 128 and its number where a signal ends it: 130 for Ctrl-C, 143 for SIGTERM."
 )
 app = typer.Typer(
     help=f"Lance on MLX: make and edit images and videos, and ask about them. {_EXIT}",

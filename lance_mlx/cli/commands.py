@@ -40,7 +40,7 @@ class Drawing:
     Attributes:
         later_prompts: of the turns that edit what `request` makes.
         notes: what to write beside the metadata.
-        steps: file of the picture of a step, from its number; None for no pictures.
+        steps: where pictures of the steps go; None for no pictures.
     """
 
     request: Request
@@ -51,7 +51,7 @@ class Drawing:
     reencode: bool = False
     noise: mx.array | None = None
     notes: dict[str, Any] = field(default_factory=dict)
-    steps: Callable[[int], Path] | None = None
+    steps: "StepPictures | None" = None
 
 
 def prepare_drawings(
@@ -89,30 +89,31 @@ def prepare_drawings(
         for prompt in later_prompts:
             turns.append(next_turn(turns[-1], prompt))
         check_output(path, frames, overwrite, notes | {"turns": [turn.to_dict() for turn in turns]})
-        steps = None if steps_folder is None else partial(_step_path, steps_folder, path.stem)
+        steps = None if steps_folder is None else StepPictures(steps_folder, path.stem)
         if steps is not None:
-            check_place(steps(1), overwrite)
+            check_place(steps.next, overwrite)
         drawings.append(Drawing(request, visuals, path, frames, later_prompts, reencode, given, notes, steps))
     return drawings
 
 
-def _step_path(folder: Path, stem: str, number: int) -> Path:
-    return folder / f"{stem}-{number:04}.png"
-
-
-class _StepPictures:
+@dataclass
+class StepPictures:
     """Pictures of the steps of one output, numbered on through its turns."""
 
-    def __init__(self, weights: np.ndarray, path: Callable[[int], Path]) -> None:
-        self._weights = weights
-        self._path = path
-        self._count = 0
+    folder: Path
+    stem: str
+    written: int = 0
 
-    def write(self, step: Step, grid: tuple[int, int, int]) -> None:
-        """Write what the step's latents are heading for."""
-        self._count += 1
+    @property
+    def next(self) -> Path:
+        """The file of the next one."""
+        return self.folder / f"{self.stem}-{self.written + 1:04}.png"
+
+    def write(self, weights: np.ndarray, step: Step, grid: tuple[int, int, int]) -> None:
+        """Write what the step's latents are heading for, by the weights of a preview."""
         notes = {"step": step.state.index + 1, "t": step.state.t}
-        save_image(self._path(self._count), preview(self._weights, clean_estimate(step), grid), notes)
+        save_image(self.next, preview(weights, clean_estimate(step), grid), notes)
+        self.written += 1
 
 
 def draw_all(
@@ -158,7 +159,7 @@ def draw(
     first = batch[0]
     # Loaded here, so that the bar over the steps begins with the first one.
     pipeline = model.pipeline(requests[0].variant, looks=bool(first.visuals))
-    pictures = [each.steps and _StepPictures(pipeline.preview_weights, each.steps) for each in batch]
+    weights = pipeline.preview_weights if first.steps else None
     grid = sized_by_source(requests[0], first.visuals).latent_grid
     made: list[Generated] = []
     for prompt in (None, *first.later_prompts):
@@ -166,9 +167,9 @@ def draw(
 
             def seen(steps: list[Step], show: Callable[[Step], None] = stages.seen) -> None:
                 show(steps[0])
-                for step, written in zip(steps, pictures, strict=True):
-                    if written is not None:
-                        written.write(step, grid)
+                for step, drawing in zip(steps, batch, strict=True):
+                    if drawing.steps is not None:
+                        drawing.steps.write(weights, step, grid)
 
             def seen_alone(step: Step, seen: Callable[[list[Step]], None] = seen) -> None:
                 seen([step])
@@ -200,22 +201,43 @@ def _write(drawing: Drawing, generated: Generated, notes: dict[str, Any], second
 def answer(
     model: LanceModel, questions: Sequence[Question], outputs: Sequence[Path | None], overwrite: bool, console: Console
 ) -> None:
-    """Answer questions: each text goes to stdout as it comes, and to its output file if there is one."""
+    """Answer questions: each text goes to stdout as it comes, and to its output file if there is one.
+
+    Raises:
+        Interrupted: the user stopped the run after the first file.
+    """
     paths = [check_text_output(output, overwrite) if output else None for output in outputs]
-    with Stages(console) as stages:
-        for question, path in zip(questions, paths, strict=True):
-            started = time.perf_counter()
-            shown = path is None or not console.quiet
-            answered = model.answer(question, _print if shown else None, stages.progress)
-            if shown:
-                _print("\n")
-            if path is not None:
-                save_text(path, f"{answered.text}\n")
-            count, elapsed = len(answered.tokens), time.perf_counter() - started
-            console.note(
-                f"{count} token{'s' if count > 1 else ''}, {model.numerics.name}, {answered.seconds_reading:.1f} s to "
-                f"read, {answered.seconds_a_token:.3f} s a token, {elapsed:.1f} s in all, peak memory {gigabytes()}"
-            )
+    within_a_line, written = False, 0
+
+    def show(piece: str) -> None:
+        nonlocal within_a_line
+        within_a_line = not piece.endswith("\n")
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    try:
+        with Stages(console) as stages:
+            for question, path in zip(questions, paths, strict=True):
+                started = time.perf_counter()
+                shown = path is None or not console.quiet
+                answered = model.answer(question, show if shown else None, stages.progress)
+                if shown:
+                    show("\n")
+                if path is not None:
+                    save_text(path, f"{answered.text}\n")
+                    written += 1
+                count, elapsed = len(answered.tokens), time.perf_counter() - started
+                console.note(
+                    f"{count} token{'s' if count > 1 else ''}, {model.numerics.name}, {answered.seconds_reading:.1f} s "
+                    f"to read, {answered.seconds_a_token:.3f} s a token, {elapsed:.1f} s in all, peak memory "
+                    f"{gigabytes()}"
+                )
+    except KeyboardInterrupt:
+        if within_a_line:
+            show("\n")
+        if written:
+            raise Interrupted(f"interrupted; {written} of {len(paths)} are written") from None
+        raise
 
 
 def work_through(
@@ -311,8 +333,3 @@ def _rewritten(request: Request, rewriter: Rewriter) -> Request:
     except LanceError as error:
         tqdm.write(f"lance-mlx: the prompt is not rewritten: {error}", file=sys.stderr)
         return request
-
-
-def _print(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()

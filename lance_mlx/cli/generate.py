@@ -367,6 +367,9 @@ def generate(
     try:
         draw_all(opened(), drawings, batch_size, rewriter, console, written)
     except KeyboardInterrupt:
-        if done == 0:
+        told = [f"{done} of {len(drawings)} are written"] if done else []
+        if shown := sum(each.steps.written for each in drawings if each.steps):
+            told.append(f"{shown} picture{'s' if shown > 1 else ''} of steps in {stepwise_output_dir}")
+        if not told:
             raise
-        raise Interrupted(f"interrupted; {done} of {len(drawings)} are written") from None
+        raise Interrupted(f"interrupted; {', '.join(told)}") from None

@@ -1,5 +1,6 @@
 """The `lance-mlx` command, as a user runs it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -139,7 +140,8 @@ def test_the_command_alone_tells_what_there_is(invoke):
     assert "Commands:" in invoke().stdout
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path, checkpoint):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_an_interrupted_run_leaves_nothing(tmp_path, checkpoint, number, status):
     arguments = ["--width", "512", "--height", "512", "--num-frames", "49", "--steps", "1000"]
     command = [COMMAND, "generate", "t2v", "--model", checkpoint, "--prompt", "a", "-o", tmp_path / "a.mp4", *arguments]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -147,12 +149,26 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, checkpoint):
     while "denoising" not in shown:
         assert running.poll() is None, shown
         shown += running.stderr.read(1)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     _, errors = running.communicate(timeout=600)
-    assert running.returncode == 130
+    assert running.returncode == status
     assert "interrupted, nothing written" in errors
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_half_written_file_goes_when_the_run_is_terminated(invoke, tmp_path, checkpoint, monkeypatch):
+    def save(image: Image.Image, path: Path, **options: object) -> None:
+        assert path.is_file()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    before = signal.getsignal(signal.SIGTERM)
+    given = ["--model", checkpoint, "--prompt", "a", "-o", tmp_path / "a.png", "-q"]
+    done = invoke("generate", "t2i", *given, *SMALL)
+    assert (done.returncode, done.stderr) == (143, "lance-mlx: interrupted, nothing written\n")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_vae_converts_once(run, refused, tmp_path, checkpoint):

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from shutil import copyfile
 
@@ -215,3 +216,38 @@ def test_an_interrupt_says_what_is_written(draw, invoke, checkpoint, monkeypatch
     done = invoke("generate", "t2i", "--model", checkpoint, *given, *DRAWING, "-q")
     assert (done.returncode, done.stderr) == (130, "lance-mlx: interrupted; 1 of 3 are written\n")
     assert [path.name for path in Path().iterdir()] == ["t2i-1.png"]
+
+
+def test_an_interrupt_says_where_pictures_of_steps_are(draw, invoke, checkpoint, monkeypatch):
+    original = commands.save_image
+
+    def save(path: Path, *given: object) -> None:
+        if path.name == "a-0002.png":
+            raise KeyboardInterrupt
+        original(path, *given)
+
+    monkeypatch.setattr(commands, "save_image", save)
+    given = ["--prompt", "a", "--stepwise-output-dir", "steps", "-o", "a.png", *DRAWING, "-q"]
+    done = invoke("generate", "t2i", "--model", checkpoint, *given)
+    assert (done.returncode, done.stderr) == (130, "lance-mlx: interrupted; 1 picture of steps in steps\n")
+    assert [str(path) for path in Path().rglob("*.png")] == ["steps/a-0001.png"]
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_an_interrupted_answer_ends_its_line(draw, invoke, checkpoint, media, monkeypatch, file):
+    original = api.LanceModel.answer
+
+    def stopped(model: api.LanceModel, question: api.Question, show: Callable[[str], None], *given: object) -> object:
+        if question.seed == 1:
+            return original(model, question, show, *given)
+        show("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api.LanceModel, "answer", stopped)
+    given = ["--image", media / "logo.png", "--vit-resolution", 56, "--max-tokens", 4, "--temp", 1, "--seed", 1, 2]
+    output = ["-o", "{seed}.txt"] if file else []
+    done = invoke("generate", "x2t_image", "--model", checkpoint, *given, *output)
+    assert done.returncode == 130
+    assert done.stdout.endswith("\nhalf\n")
+    told = "interrupted; 1 of 2 are written" if file else "interrupted, nothing written"
+    assert done.stderr.endswith(f"lance-mlx: {told}\n")
