@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -139,16 +139,17 @@ def benchmark(
             with naming_entry(prompts, each.entry.key):
                 for path, request in list(each.pending.items()):
                     each.copy_source()
-                    yield from prepare_drawings([request], lambda frames, path=path: [path], overwrite=True)
+                    (drawing,) = prepare_drawings([request], lambda frames, path=path: [path], overwrite=True)
+                    yield replace(drawing, passing=each.entry.grid is not None)
 
     with going_on(console, output, str(name), total, total - len(left)) as advance:
 
         def written(drawing: Drawing, generated: Generated) -> None:
-            left[drawing.path].done(drawing.path)
+            left[drawing.path].done(drawing.path, console)
             advance()
 
         for each in work:
-            each.finish()
+            each.finish(console)
         draw_all(opened, drawings(), batch_size, None, console, written)
 
 
@@ -187,12 +188,12 @@ class _Work:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise LanceError(f"its picture cannot be copied to {path} ({reason(error)})") from None
 
-    def done(self, path: Path) -> None:
+    def done(self, path: Path, console: Console) -> None:
         """Note that a file has been made."""
         del self.pending[path]
-        self.finish()
+        self.finish(console)
 
-    def finish(self) -> None:
+    def finish(self, console: Console) -> None:
         """Once all samples are there, put them into a grid where there is one, and write what goes with them."""
         if self.pending or self.finished:
             return
@@ -206,6 +207,7 @@ class _Work:
                 path.unlink()
             if not any(paths[0].parent.iterdir()):
                 paths[0].parent.rmdir()
+            console.say(f"{self.folder / self.entry.grid}: {len(paths)} sample{'s' if len(paths) > 1 else ''}")
         for name, text in self.entry.texts.items():
             save_text(self.folder / name, text)
 

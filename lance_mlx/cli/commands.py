@@ -41,6 +41,7 @@ class Drawing:
         later_prompts: of the turns that edit what `request` makes.
         notes: what to write beside the metadata.
         steps: where pictures of the steps go; None for no pictures.
+        passing: another file takes its place, so that no line is said of it.
     """
 
     request: Request
@@ -52,6 +53,7 @@ class Drawing:
     noise: mx.array | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     steps: "StepPictures | None" = None
+    passing: bool = False
 
 
 def prepare_drawings(
@@ -190,6 +192,8 @@ def _write(drawing: Drawing, generated: Generated, notes: dict[str, Any], second
     """Decode and write a result, and say how long it all took, with the seconds before."""
     started, frames = time.perf_counter(), drawing.frames
     generated.save(drawing.path, notes, partial(console.bar, total=frames, desc="decoding", unit="frame"))
+    if drawing.passing:
+        return
     size = f"{generated.request.width}x{generated.request.height}, {frames} frame{'s' if frames > 1 else ''}"
     elapsed = seconds + time.perf_counter() - started
     console.say(

@@ -48,7 +48,7 @@ def serve(
         from lance_mlx.serve.guard import is_loopback
         from lance_mlx.serve.worker import Worker
     except ModuleNotFoundError as error:
-        raise LanceError(f"{error.name} is not installed: pip install 'lance-mlx[serve]'") from None
+        raise LanceError(f"{error.name} is not installed: pip install '.[serve]' in the checkout") from None
     from lance_mlx.serve.bounds import BOUNDS
 
     if token is not None and not (token and token.isascii() and token.isprintable()):

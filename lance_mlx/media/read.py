@@ -100,7 +100,9 @@ def _read_image(path: Path, as_upstream: bool) -> Frames:
         try:
             from pillow_heif import register_heif_opener
         except ImportError:
-            raise LanceError(f"image {path} is HEIC, which needs pillow-heif: pip install 'lance-mlx[heif]'") from None
+            raise LanceError(
+                f"image {path} is HEIC, which needs pillow-heif: pip install '.[heif]' in the checkout"
+            ) from None
         register_heif_opener()
     # Above Pillow's warning, but below its error, lie the pictures that today's phones take.
     with warnings.catch_warnings(), _image_errors(path):

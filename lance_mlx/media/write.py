@@ -23,6 +23,7 @@ IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 VIDEOS = {".mp4": "mp4", ".mov": "mov", ".gif": "gif"}
 """FFmpeg's and Pillow's names of the forms of a video, by suffix."""
 _IMAGE_SUFFIX, _VIDEO_SUFFIX = ".png, .jpg or .webp for an image", ".mp4, .mov or .gif for a video"
+_TEXTS = ".txt", ".md", ""
 _DESCRIPTION = 0x010E
 """EXIF's ImageDescription."""
 _JPEG_METADATA, _GROWTH = 65_000, 1_000
@@ -74,10 +75,10 @@ def check_output(
 
 
 def check_text_output(path: str | os.PathLike[str], overwrite: bool = True) -> Path:
-    """Return `path` if a text can go there; raises LanceError as `check_output`, and for the suffix of a picture."""
+    """Return `path` if a text can go there; raises LanceError as `check_output`, and for a suffix of something else."""
     path = Path(path)
-    if path.suffix.lower() in (*IMAGES, *VIDEOS):
-        raise LanceError(f"output {path}: an answer is text; use .txt")
+    if path.suffix.lower() not in _TEXTS:
+        raise LanceError(f"output {path}: an answer is text; use .txt or .md")
     return check_place(path, overwrite)
 
 

@@ -201,7 +201,9 @@ def _read_table(file: Path, columns: list[str]) -> Any:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise LanceError(f"{file} is Parquet, which needs pyarrow: pip install 'lance-mlx[benchmark]'") from None
+        raise LanceError(
+            f"{file} is Parquet, which needs pyarrow: pip install '.[benchmark]' in the checkout"
+        ) from None
     table = parquet.read_table(file, columns=columns)
     missing = next((name for name in columns if name not in table.column_names), None)
     if missing is not None:

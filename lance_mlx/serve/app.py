@@ -1,5 +1,6 @@
 """The server: API and page in one app, before one worker."""
 
+import errno
 import logging
 import os
 import socket
@@ -88,12 +89,16 @@ def make_app(worker: Worker, root: Path, variants: Iterable[Variant], token: str
 
 
 def serve(worker: Worker, variants: Iterable[Variant], host: str, port: int, token: str | None) -> None:
-    """Serve until interrupted; temporary files are gone afterwards. Raises LanceError for a port that is taken."""
+    """Serve until interrupted; temporary files are gone afterwards. Raises LanceError for a host or port that cannot
+    be listened on."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
-        raise LanceError(f"cannot listen on {host}, port {port} ({error.strerror}): choose another --port") from None
+        option = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host"
+        raise LanceError(
+            f"cannot listen on {host}, port {port} ({error.strerror}): choose another --{option}"
+        ) from None
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
     LOG.setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="lance-serve-", ignore_cleanup_errors=True) as root:

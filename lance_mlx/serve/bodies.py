@@ -1,5 +1,6 @@
 """What clients send: OpenAI's parameters, and this model's own under the names of `Request` and `Question`."""
 
+import json
 import re
 import secrets
 from collections.abc import Mapping
@@ -22,10 +23,26 @@ Parsed = TypeVar("Parsed", bound="Body")
 _INERT = set(
     "background metadata moderation output_compression quality safety_identifier service_tier store user".split()
 )
+# OpenAI's own that would have a consequence, at the values at which they have none.
+_NEUTRAL = {
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "logprobs": False,
+    "top_logprobs": 0,
+    "stop": [],
+    "tools": [],
+    "tool_choice": "none",
+    "parallel_tool_calls": True,
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "style": "vivid",
+    "input_fidelity": "low",
+}
 
 
 class Body(BaseModel):
-    """Parameters of one request; one that is not known is refused."""
+    """Parameters of one request; one that is not known is refused, as is OpenAI's own where it would do something."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,7 +53,11 @@ class Body(BaseModel):
     @classmethod
     def _leave_out(cls, values: Any) -> Any:
         if isinstance(values, Mapping):
-            return {name: value for name, value in values.items() if name not in _INERT and value is not None}
+            return {
+                name: value
+                for name, value in values.items()
+                if not (name in _INERT or value is None or (name in _NEUTRAL and value == _NEUTRAL[name]))
+            }
         return values
 
     @model_validator(mode="after")
@@ -171,6 +192,9 @@ def parse(kind: type[Parsed], values: Any) -> Parsed:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden" and name in _NEUTRAL:
+            only = json.dumps(_NEUTRAL[name])
+            raise ApiError(400, f"{name} can only be {only} here: leave it out", "invalid_value", name) from None
         if first["type"] == "extra_forbidden":
             raise ApiError(400, f"unknown parameter '{name[:60]}'", "unknown_parameter", name[:60]) from None
         raise ApiError(400, f"{name}: {first['msg']}".lstrip(": "), "invalid_value", name or None) from None

@@ -34,6 +34,12 @@ def edit(picture: object, key: str = "4a7d", task: str = "background_change") ->
     }
 
 
+def test_what_is_said_to_be_there_is_there(make, invoke, checkpoint):
+    prompts = lines("prompts.jsonl", {"index": "7", "data": "a bird"}, {"index": "8", "data": "a cow"})
+    given = ["dpg", "--prompts", prompts, "-o", "out", "--model", checkpoint, "--samples", 2, *DRAWING]
+    assert invoke("benchmark", *given).stdout.splitlines() == ["out/7.png: 2 samples", "out/8.png: 2 samples"]
+
+
 @pytest.fixture
 def make(invoke, checkpoint, tmp_path, monkeypatch):
     """Run `benchmark` in an empty working folder into `out`; returns the files that are there."""
@@ -127,7 +133,7 @@ def test_parquet_without_pyarrow_is_one_line(refused, checkpoint, tmp_path, monk
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     Path("a.parquet").write_bytes(b"PAR1")
     line = refused("benchmark", "gedit", "--prompts", "a.parquet", "-o", "out", "--model", checkpoint)
-    assert line.endswith("needs pyarrow: pip install 'lance-mlx[benchmark]'")
+    assert line.endswith("needs pyarrow: pip install '.[benchmark]' in the checkout")
 
 
 def test_vbench_names_videos_by_their_prompts(make):

@@ -1,6 +1,7 @@
 """Request files from the command line: all seven of upstream's forms, what is written, and going on after a stop."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -249,3 +250,18 @@ def test_requests_take_one_seed(refused, checkpoint, folder):
     path = write("t2i", {"1.png": "a bird"})
     given = ["generate", "--requests", path, "--model", checkpoint]
     assert "--requests takes one --seed" in refused(*given, "--seed", 1, 2)
+
+
+def test_the_examples_of_the_documentation_run(invoke, checkpoint, folder):
+    text = (Path(__file__).parents[2] / "docs/generating.md").read_text(encoding="utf-8")
+    section = text.partition("## Request files\n")[2].partition("\n## ")[0]
+    examples = re.findall(r"^    \{\n.*?^    \}\n", section, re.MULTILINE | re.DOTALL)
+    shutil.copyfile("media/logo.png", "cat.png")
+    runs = (("t2i", DRAWING, ["000001.png", "000002.png", "prompt.json"]),
+            ("image_edit", LOOKING, ["000001.png", "prompt.json"]),
+            ("x2t_image", ASKING, ["prompt.json", "result.json"]))  # fmt: skip
+    for example, (task, options, files) in zip(examples, runs, strict=True):
+        Path(f"{task}.json").write_text(example, encoding="utf-8")
+        done = invoke("generate", "--requests", f"{task}.json", "--model", checkpoint, "-o", task, *options)
+        assert done.returncode == 0, done.stderr
+        assert set(files) <= {path.name for path in Path(task).iterdir()}

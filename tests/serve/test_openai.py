@@ -160,7 +160,7 @@ def test_questions_about_an_image_and_about_a_video(server, picture, clip, data_
         ({"model": "dall-e-3"}, "NotFoundError", "there is no model 'dall-e-3'"),
         ({"extra_body": {"stepz": 3}}, "BadRequestError", "unknown parameter 'stepz'"),
         ({"extra_body": {"num_steps": 10**6}}, "BadRequestError", "num_steps"),
-        ({"extra_body": {"guidance_scale": "NaN"}}, "BadRequestError", "guidance_scale must be a finite number"),
+        ({"extra_body": {"guidance_scale": "NaN"}}, "BadRequestError", "guidance_scale nan must be a finite number"),
         ({"prompt": "<|video_pad|>"}, "BadRequestError", "control token"),
         ({"prompt": "x" * 40000}, "BadRequestError", "prompt"),
         ({"response_format": "url"}, "BadRequestError", "response_format"),

@@ -15,11 +15,37 @@ from pathlib import Path  # noqa: E402 - only where there is a server
 
 from lance_mlx import FLOAT32, Request, Task, load  # noqa: E402
 from lance_mlx.media.preprocess import RESOLUTIONS  # noqa: E402
+from lance_mlx.serve.bodies import ChatBody, ImageBody, parse  # noqa: E402
+from lance_mlx.serve.errors import ApiError  # noqa: E402
 from lance_mlx.serve.sizes import ASPECTS, size_of  # noqa: E402
 from lance_mlx.serve.uploads import check, from_data_url, from_file  # noqa: E402
 from lance_mlx.serve.worker import predicted, previewed_steps  # noqa: E402
 
 CHECKPOINT = Path(__file__).parents[2] / "oracles" / "checkpoint-a"
+
+
+MESSAGES = {"messages": [{"role": "user", "content": "what"}]}
+
+
+def test_openais_parameters_are_taken_where_they_do_nothing():
+    chat = {"presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": False, "response_format": {"type": "text"}}
+    assert parse(ChatBody, MESSAGES | chat) == parse(ChatBody, MESSAGES)
+    assert parse(ImageBody, {"prompt": "a", "style": "vivid"}) == parse(ImageBody, {"prompt": "a"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("presence_penalty", 0.5, "presence_penalty can only be 0 here: leave it out"),
+        ("logprobs", True, "logprobs can only be false here: leave it out"),
+        ("tools", [{"type": "function"}], "tools can only be \\[\\] here: leave it out"),
+        ("verbosity", "high", "unknown parameter 'verbosity'"),
+    ],
+)
+def test_openais_parameters_are_refused_where_they_would_do_something(name, value, told):
+    with pytest.raises(ApiError, match=told) as refused:
+        parse(ChatBody, MESSAGES | {name: value})
+    assert refused.value.param == name
 
 
 def test_sizes_are_those_of_upstreams_demo():
