@@ -205,10 +205,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with opened(path) as file:
             metadata = json.loads(_comment(path, file) or "null")
-    except (ValueError, RecursionError, UnidentifiedImageError):
+    except UnidentifiedImageError:
         metadata = None
     except (OSError, av.error.FFmpegError) as error:
         raise LanceError(f"cannot read {path}: {reason(error)}") from error
+    except (ValueError, RecursionError):
+        metadata = None
     if path.suffix.lower() != ".png" and isinstance(metadata, dict):
         metadata = metadata.get(METADATA_KEY)
     if not isinstance(metadata, dict):

@@ -382,7 +382,7 @@ def test_heic_without_its_library_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     path = tmp_path / "phone.HEIC"
     path.write_bytes(b"anything")
-    with pytest.raises(LanceError, match=r"is HEIC, which needs pillow-heif: pip install 'lance-mlx\[heif\]'"):
+    with pytest.raises(LanceError, match=r"is HEIC, which needs pillow-heif: pip install '\.\[heif\]' in"):
         read_visual(path, "image")
 
 
