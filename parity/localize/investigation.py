@@ -385,10 +385,12 @@ class Investigation:
         if len(causes.together) < 2:
             self._join_or_append(finding)
             return
+        # Of causes that meet, none is more certain than what describes the rest.
+        describes = any(hypothesis.describes for hypothesis in causes.together)
         for hypothesis in causes.together:
             if hypothesis in causes.beside:
                 continue
-            how = causes.agrees, hypothesis.figure, bool(hypothesis.size), hypothesis.describes
+            how = causes.agrees, hypothesis.figure, bool(hypothesis.size), describes
             own = Explanation(hypothesis.name, causes.removed, None, None, *how)
             others = [e for e in causes.ranked if e.name != hypothesis.name]
             self.findings.append(replace(finding, explanations=(own, *others)))

@@ -57,7 +57,7 @@ def _print_finding(console: Console, number: int, finding: Finding) -> None:
     if not finding.explained:
         lines.append("no hypothesis explains it")
     if finding.record:
-        lines.append(f"such explanations: {finding.record.right} of {finding.record.told} were right, of unread faults")
+        lines.append(f"such explanations were right in {finding.record.right} of {finding.record.told} blind trials")
     lines.append(failures(finding))
     for line in lines:
         if line:
