@@ -34,7 +34,7 @@ NEARLY, ROUNDED_ELSEWHERE = 0.95, 10
 # cause that leaves nothing to explain.
 MANY = 32
 # Laws that put other numbers in the place of the right ones.
-_DESCRIPTION = re.compile(r"another (number|factor|function|matrix|vector)|kernel is another")
+_DESCRIPTION = re.compile(r"another (number|factor|function|matrix|vector|in \d+ channels)|kernel is another")
 _DIGITS = 6
 
 
