@@ -268,14 +268,14 @@ def test_files_are_copied_beside_the_bundle_once_and_under_names_of_their_own(sm
     assert shown(small("out/d", options=within, task="x2t_image")) == "media/garden.png"
 
 
-def test_a_photo_is_turned_upright(small, tmp_path, unjudged):
+def test_a_photo_is_taken_as_it_is_stored_as_upstream_takes_it(small, tmp_path, unjudged):
     turned = Image.open(GARDEN)
     turned.getexif()[0x0112] = 6
     turned.save(tmp_path / "turned.png", exif=turned.getexif())
     options = Options(prompt="a hat", images=(tmp_path / "turned.png",), vae_resolution=64, vit_resolution=56, steps=1)
     bundle = small("turned", options=options, task="image_edit")
     height, width = read_bundle(bundle).inputs["vae_pixels0"].array.shape[2:]
-    assert height > width and verify_bundle(bundle).verdict == SOUND
+    assert width > height and verify_bundle(bundle).verdict == SOUND
 
 
 def test_requests_have_the_launchers_defaults():

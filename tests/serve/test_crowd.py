@@ -240,7 +240,7 @@ def files(picture: bytes) -> dict[str, bytes]:
         "too many pixels": bomb,
         "crop it": ribbon.getvalue(),
         "may be damaged": picture[: len(picture) // 2],
-        "cannot read video": b"\x00\x00\x00 ftypisom" + b"\x00" * 64,
+        "is no video": b"\x00\x00\x00 ftypisom" + b"\x00" * 64,
     }
 
 
