@@ -15,6 +15,7 @@ from lance_mlx.api import Generated, load
 from lance_mlx.backend.numerics import BFLOAT16, POLICIES, policy
 from lance_mlx.cli.commands import Drawing, draw_all, going_on, prepare_drawings
 from lance_mlx.cli.console import Console
+from lance_mlx.cli.meaning import spelt
 from lance_mlx.cli.several import DEFAULT_SEED
 from lance_mlx.errors import LanceError, reason
 from lance_mlx.files import check_place, whole
@@ -240,6 +241,6 @@ def _check(name: Benchmark, given: dict[str, Any]) -> None:
     )
     for option in refused:
         if option in given:
-            raise LanceError(f"--{option.replace('_', '-')} means nothing to {name}: leave it out")
+            raise LanceError(f"{spelt(option)} means nothing to {name}: leave it out")
     if name is Benchmark.DPG and given.get("width", 768) != given.get("height", 768):
         raise LanceError("dpg's evaluator cuts squares out of a grid: give the same --width and --height")

@@ -366,7 +366,8 @@ def _blind(trusted: Trusted, recording: Recording, limits: dict[str, Bound]) -> 
 
 
 def _settled(oracle: Oracle, recording: Recording) -> Recording:
-    """An answer whose choices are the oracle's wherever those chosen instead are a rounding behind the likeliest."""
+    """An answer whose choices are the oracle's wherever both it and the one chosen instead are a rounding behind the
+    likeliest."""
     expected, got = oracle.taps.get("tokens"), recording.get("tokens")
     if expected is None or got is None or expected.array.shape != got.array.shape:
         return {}

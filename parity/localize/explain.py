@@ -114,7 +114,7 @@ def _caused(
         together, parts = zip(*found, strict=True)
         return Causes(together, sum(parts), listed, failed, parts)
     together = together if amount >= enough else ()
-    beside = tuple(h for h in together if _moves_little(site, h)) if len(together) > 1 else ()
+    beside = tuple(h for h in together if _moves_little(site, h, failed)) if len(together) > 1 else ()
     beside = beside if len(beside) < len(together) else ()
     return Causes(together, amount, listed, failed, agrees=_agrees(site, amount), beside=beside)
 
@@ -220,14 +220,10 @@ def _accounted(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed)
     return 0.0 if np.any(~differs & ~alike) or not differs.any() else float(np.mean(alike[differs]))
 
 
-def removed(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> float | None:
-    """The part of the residual norm that hypotheses remove.
-
-    None where they do not apply or explain nothing, UNFIT where they make a sequence of another length. What they raise
-    is added to `failed`.
-    """
+def _attempted(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> np.ndarray | None:
+    """What is computed under hypotheses; None where they do not apply, or raise, which is added to `failed`."""
     try:
-        array = attempt(site, hypotheses)
+        return attempt(site, hypotheses)
     except Exception as error:
         if interrupted(error):
             raise
@@ -235,6 +231,15 @@ def removed(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) ->
         name = " and ".join(hypothesis.name for hypothesis in hypotheses)
         failed.setdefault(name, f"{type(error).__name__}: {reason}".removesuffix(": "))
         return None
+
+
+def removed(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> float | None:
+    """The part of the residual norm that hypotheses remove.
+
+    None where they do not apply or explain nothing, UNFIT where they make a sequence of another length. What they raise
+    is added to `failed`.
+    """
+    array = _attempted(site, hypotheses, failed)
     if array is None:
         return None
     if array.shape != site.got.shape:
@@ -279,16 +284,7 @@ def _removed_of_activation(site: TapProbe, array: np.ndarray) -> float | None:
 
 def _told(site: TapProbe, hypothesis: Hypothesis, share: float, second: float | None = None) -> Explanation:
     left = max(_floors(site, share), 0.0) if _rounding(site) else None
-    return Explanation(
-        hypothesis.name,
-        share,
-        second,
-        left,
-        _agrees(site, share),
-        hypothesis.figure,
-        bool(hypothesis.size),
-        hypothesis.describes,
-    )
+    return Explanation.of(hypothesis, share, second, left, _agrees(site, share))
 
 
 def _ranked(
@@ -377,10 +373,10 @@ def _confirmed(
     return stack, reached
 
 
-def _moves_little(site: TapProbe, hypothesis: Hypothesis) -> bool:
+def _moves_little(site: TapProbe, hypothesis: Hypothesis, failed: Failed) -> bool:
     """Whether a hypothesis by itself changes what is computed by no more than rounding in other places does: a unit in
     bfloat16's last place, or what two right runs may be apart."""
-    array = None if site.exact or site.allowed is None else attempt(site, [hypothesis])
+    array = None if site.exact or site.allowed is None else _attempted(site, [hypothesis], failed)
     if array is None or array.shape != site.expected.shape:
         return False
     far = max(2 * site.allowed, ULP["bfloat16"] if site.dtype == "bfloat16" else 0.0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from parity.comparison.trajectory import Departure, Margin
+from parity.hypotheses import Hypothesis
 from parity.laws import Figure
 from parity.localize.confidence import Record, record_of
 from parity.oracle.bounds import Alarm
@@ -107,6 +108,15 @@ class Explanation:
     figure: Figure | None = field(default=None, repr=False, compare=False)
     read: bool = False
     describes: bool = False
+
+    @classmethod
+    def of(
+        cls, hypothesis: Hypothesis, removed: float, second: float | None = None, left: float | None = None,
+        agrees: bool = True,
+    ) -> "Explanation":  # fmt: skip
+        """What a hypothesis explains, with what is known of the hypothesis."""
+        known = hypothesis.figure, bool(hypothesis.size), hypothesis.describes
+        return cls(hypothesis.name, removed, second, left, agrees, *known)
 
 
 @dataclass(frozen=True)

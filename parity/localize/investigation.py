@@ -390,8 +390,7 @@ class Investigation:
         for hypothesis in causes.together:
             if hypothesis in causes.beside:
                 continue
-            how = causes.agrees, hypothesis.figure, bool(hypothesis.size), describes
-            own = Explanation(hypothesis.name, causes.removed, None, None, *how)
+            own = replace(Explanation.of(hypothesis, causes.removed, agrees=causes.agrees), describes=describes)
             others = [e for e in causes.ranked if e.name != hypothesis.name]
             self.findings.append(replace(finding, explanations=(own, *others)))
 
@@ -409,7 +408,7 @@ class Investigation:
     def _add_parts(self, finding: Finding, causes: Causes) -> None:
         """Add a finding for the cause of each part of some integers, and one for those that are left."""
         for hypothesis, part in zip(causes.together, causes.parts, strict=True):
-            whole = Explanation(hypothesis.name, 1.0, read=bool(hypothesis.size), describes=hypothesis.describes)
+            whole = replace(Explanation.of(hypothesis, 1.0), figure=None)
             self.findings.append(replace(finding, explanations=(whole,), part=part))
         if (left := 1 - sum(causes.parts)) > 1e-9:
             others = [e for e in causes.ranked if e.name not in {h.name for h in causes.together}]

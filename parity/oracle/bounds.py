@@ -154,12 +154,12 @@ def _apart(spread: float, chance: float, dtype: str) -> float:
     Under bfloat16 it comes from roundings that fall one way or the other, of which the floor has seen many.
     """
     degrees = max(1 / (2 * spread**2), 1.0) if spread else math.inf
-    beyond = 1 + _far(chance) / (2 * degrees) ** 0.5
+    beyond = 1 + far_quantile(chance) / (2 * degrees) ** 0.5
     return min(_APART * beyond, _FARTHEST) if dtype == "bfloat16" else _APART * beyond
 
 
 @lru_cache(maxsize=64)
-def _far(chance: float) -> float:
+def far_quantile(chance: float) -> float:
     """How many standard deviations a normal number exceeds with at most a given chance."""
     return NormalDist().inv_cdf(1 - chance)
 
@@ -168,7 +168,7 @@ def _far(chance: float) -> float:
 def poisson_quantile(mean: float, chance: float) -> int:
     """The smallest number that a Poisson number of a mean exceeds with at most a given chance."""
     if mean > 500:
-        far = _far(chance)
+        far = far_quantile(chance)
         return math.ceil(mean + far * mean**0.5 + far**2 / 2)
     count, term = 0, math.exp(-mean)
     within = term

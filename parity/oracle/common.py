@@ -5,10 +5,9 @@ times the root of their number. A cause that acts on all rows alike, such as a w
 the dtype resolves, sums up to more, and shows in bfloat16 long before its size does.
 """
 
-from statistics import NormalDist
-
 import numpy as np
 
+from parity.oracle.bounds import far_quantile
 from parity.tensors.names import TapName
 
 CHANCE = 1e-7
@@ -36,4 +35,4 @@ def common_error(tap: TapName, expected: np.ndarray, got: np.ndarray) -> float:
 def _quantile(degrees: float) -> float:
     """What the mean square of so many normal numbers exceeds by CHANCE, by Wilson and Hilferty's approximation."""
     part = 2 / (9 * degrees)
-    return (1 - part + NormalDist().inv_cdf(1 - CHANCE) * part**0.5) ** 3
+    return (1 - part + far_quantile(CHANCE) * part**0.5) ** 3

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from parity.hypotheses import DoesNotApply, Hypothesis
+from parity.localize import explain as explaining
 from parity.localize.explain import BASES, DEPTH, FINALISTS, LISTED, explain, removed
 from parity.localize.findings import EXPLAINS
 
@@ -217,3 +218,18 @@ def test_what_was_read_and_is_no_better_where_the_component_is_wrong_again_is_no
     assert names(explain(first, second, [ALL[3], read])) == []
     assert set(names(explain(first, caused_by(ALL[3], at(5)), [ALL[3], read]))) == {"h3", "h5"}
     assert set(names(explain(first, second, [ALL[3], at(5)]))) == {"h3", "h5"}
+
+
+def test_what_is_read_on_top_of_a_cause_may_have_no_meaning_alone(monkeypatch):
+    def on_top(site, array):
+        if np.array_equal(array, site.expected):
+            raise ValueError("nothing to change")
+        return at(5).transform(site, array)
+
+    late = Hypothesis("on top", ("*",), transform=on_top, size=1.0)
+    monkeypatch.setattr(explaining, "_read", lambda site, base, failed: [late] if base else [])
+    site = caused_by(ALL[3], at(5))
+    site.allowed, site.dtype = 1e-4, "float32"
+    causes = explain(site, None, ALL[:5])
+    assert names(causes) == ["h3", "on top"] and not causes.beside
+    assert causes.failed == {"on top": "ValueError: nothing to change"}
