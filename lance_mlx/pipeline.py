@@ -1,6 +1,6 @@
 """Load a checkpoint once, then turn requests into steps, latents and frames, and questions into tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -71,15 +71,27 @@ def _shown(question: Question) -> tuple:
 class Pipeline:
     """A loaded Lance: tokenizer, transformer and VAE under one numeric policy."""
 
-    def __init__(self, model: Lance, vae: AnyVAE, tokenizer: LanceTokenizer) -> None:
+    def __init__(
+        self,
+        model: Lance,
+        vae: AnyVAE,
+        tokenizer: LanceTokenizer,
+        rgb_factors: Callable[[], np.ndarray | None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            rgb_factors: gives what was stored with the VAE for `preview_weights`.
+        """
         self.model = model
         self.vae = vae
         self.tokenizer = tokenizer
+        self._rgb_factors = rgb_factors
 
     @cached_property
     def preview_weights(self) -> np.ndarray:
-        """What `preview` makes pictures of unfinished latents with, fitted when it is first asked for."""
-        return fit_preview(self.vae)
+        """What `preview` makes pictures of unfinished latents with: stored with the VAE, or fitted to it now."""
+        stored = self._rgb_factors()
+        return fit_preview(self.vae) if stored is None else stored
 
     def prepare(self, request: Request, visuals: Sequence[PreparedVisual] | None = None) -> Prepared:
         """Encode what the request refers to; its latents are sampled from the request's seed.
@@ -262,4 +274,4 @@ def load(
     tokenizer.check(model.config)
     if not low_ram:
         vae = load_vae(checkpoint.vae(), numerics, looks)
-    return Pipeline(model, vae, tokenizer)
+    return Pipeline(model, vae, tokenizer, checkpoint.rgb_factors)

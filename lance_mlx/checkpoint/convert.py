@@ -16,18 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from lance_mlx.backend.numerics import policy
+from lance_mlx.backend.numerics import BFLOAT16, policy
 from lance_mlx.checkpoint.converted_config import converted_config
-from lance_mlx.checkpoint.layouts import INDEX, VAE
+from lance_mlx.checkpoint.layouts import INDEX, VAE, find_checkpoint, read_vae
 from lance_mlx.checkpoint.model_card import model_card
-from lance_mlx.checkpoint.pth import check_pth, read_pth
+from lance_mlx.checkpoint.preview import RGB_FACTORS, to_text
+from lance_mlx.checkpoint.pth import check_pth
 from lance_mlx.checkpoint.safetensors import StoredTensor, TensorInfo, read_header, write_safetensors
-from lance_mlx.checkpoint.tensors import POSITION_TABLE, Checkpoint, ViTSource
-from lance_mlx.checkpoint.weights import check_tensors, decoder_shape, encoder_shape, inspect_lance
+from lance_mlx.checkpoint.tensors import POSITION_TABLE, Checkpoint, Part, ViTSource
+from lance_mlx.checkpoint.weights import check_tensors, decoder_shape, encoder_shape, inspect_lance, load_vae
 from lance_mlx.errors import LanceError
 from lance_mlx.files import check_place, whole
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.vae import VAE as VAEModel
+from lance_mlx.sampling.preview import fit_preview
 from lance_mlx.sequence.tokenizer import TOKENIZER_FILES, LanceTokenizer
 
 REPORT = "conversion_report.json"
@@ -125,8 +127,12 @@ class Conversion:
         report = self._report(entries)
         total = sum(TensorInfo(self.dtype, tensor.shape).nbytes for tensor in tensors.values())
         weight_map = {t: entry["converted"]["file"] for t, entry in entries.items()}
-        _save(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _save(staging / INDEX, index)
         _save(staging / "config.json", config)
+        # It is whole now, and its VAE can be read as it will be.
+        index["metadata"][RGB_FACTORS] = self._rgb_factors(find_checkpoint(staging, self.checkpoint.variant).vae())
+        _save(staging / INDEX, index)
         _save(staging / REPORT, report)
         card = model_card(self.checkpoint.variant, self.dtype, self.source)
         (staging / "README.md").write_text(card, encoding="utf-8")
@@ -136,6 +142,11 @@ class Conversion:
             path.unlink()
         staging.rename(self.destination)
         return report
+
+    def _rgb_factors(self, vae: Part) -> str:
+        """The map of latents to colours that goes with the VAE that was written."""
+        stored = self.checkpoint.rgb_factors()
+        return to_text(fit_preview(load_vae(vae, policy(self.dtype))) if stored is None else stored, vae.tensors)
 
     def _plan(self, tensors: dict[str, StoredTensor]) -> dict[str, Any]:
         """What a staged shard depends on."""
@@ -209,24 +220,26 @@ def prepare(
 
 
 def convert_vae(source: Path, destination: Path, overwrite: bool = True) -> int:
-    """Write the tensors of a .pth file to a safetensors file, unchanged; returns their number.
+    """Write the VAE's tensors in a .pth file to a safetensors file, unchanged, with the map of its latents to colours;
+    returns their number.
 
     Raises:
-        LanceError: the source is not what its checksums say, or the destination cannot be written, or is there and must
-            not be overwritten.
+        LanceError: the source is no VAE or not what its checksums say, or the destination cannot be written, or is
+            there and must not be overwritten.
     """
     if destination.suffix != ".safetensors":
         raise LanceError(f"{destination} must end in .safetensors")
     check_place(destination, overwrite)
-    tensors = read_pth(source)
+    vae = read_vae(source)
     check_pth(source)
+    notes = {"format": "pt", RGB_FACTORS: to_text(fit_preview(load_vae(vae, BFLOAT16)), vae.tensors)}
     try:
         with whole(destination) as part, part.open("wb") as file:
-            infos = {name: tensor.info for name, tensor in tensors.items()}
-            write_safetensors(file, infos, lambda name: tensors[name].stored_blocks(), {"format": "pt"})
+            infos = {name: tensor.info for name, tensor in vae.tensors.items()}
+            write_safetensors(file, infos, lambda name: vae.tensors[name].stored_blocks(), notes)
     except OSError as error:
         raise LanceError(f"{destination} cannot be written ({error.strerror})") from None
-    return len(tensors)
+    return len(vae.tensors)
 
 
 def _shards(tensors: dict[str, StoredTensor], dtype: str, shard_size: int) -> list[list[str]]:

@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lance_mlx.checkpoint.converted_config import MODEL_TYPE, check_facts, check_vae
+from lance_mlx.checkpoint.preview import RGB_FACTORS, from_text
 from lance_mlx.checkpoint.pth import read_pth
-from lance_mlx.checkpoint.safetensors import Tensors, read_header
+from lance_mlx.checkpoint.safetensors import Tensors, read_header, read_notes
 from lance_mlx.checkpoint.tensors import (
     POSITION_TABLE,
     VIT,
@@ -91,6 +94,11 @@ class OfficialCheckpoint(Checkpoint):
     def vae(self) -> Part:
         return read_vae(self._vae)
 
+    def rgb_factors(self) -> np.ndarray | None:
+        if self._vae.suffix == ".pth":
+            return None
+        return from_text(read_notes(self._vae).get(RGB_FACTORS), self.vae().tensors)
+
     def _vit_file(self, name: str) -> Path:
         path = (self._vit or self.folder.parent / _VIT_FOLDER) / name
         if not path.is_file():
@@ -133,9 +141,15 @@ class ConvertedCheckpoint(Checkpoint):
         check_vae(self._vae_config, decoder_shape(part), encoder_shape(part), path / _CONFIG)
         return part
 
+    def rgb_factors(self) -> np.ndarray | None:
+        notes = self._index("metadata")
+        return from_text(notes.get(RGB_FACTORS), self.vae().tensors) if isinstance(notes, dict) else None
+
+    def _index(self, key: str) -> Any:
+        return read_config(self.folder / INDEX, lambda values: values.get(key), "convert the checkpoint again")
+
     def _part(self, belongs: Callable[[str], bool]) -> Part:
-        path = self.folder / INDEX
-        places = read_config(path, lambda values: values.get("weight_map"), "convert the checkpoint again")
+        path, places = self.folder / INDEX, self._index("weight_map")
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
             raise LanceError(f"{path} has no weight_map: convert the checkpoint again")
         names = [name for name in places if belongs(name)]

@@ -157,6 +157,11 @@ def read_header(path: Path) -> Tensors:
     return tensors
 
 
+def read_notes(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file that `read_header` can read."""
+    return mx.load(str(path), format="safetensors", return_metadata=True)[1]
+
+
 def _stored(path: Path, name: str, entry: dict, start: int) -> StoredTensor:
     code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if code not in _DTYPES:

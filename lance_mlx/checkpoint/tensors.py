@@ -6,6 +6,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from lance_mlx.backend.numerics import Numerics
 from lance_mlx.checkpoint.safetensors import Tensors
 from lance_mlx.errors import LanceError
@@ -71,6 +73,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def vae(self) -> Part:
         """The VAE, kernels (o, ..., i) and a norm's gamma as a vector."""
+
+    def rgb_factors(self) -> np.ndarray | None:
+        """The map of latents to colours that is stored with the VAE, float32 [49, 3]; None where there is none."""
+        return None
 
     def check(self, numerics: Numerics) -> None:
         """Raise LanceError for a policy that would be given rounded weights without knowing."""

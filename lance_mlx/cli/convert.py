@@ -98,6 +98,6 @@ def convert_vae_command(
     ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over a file that is there.")] = False,
 ) -> None:
-    """Write the VAE alone as safetensors, unchanged, once its checksums are found right."""
+    """Write the VAE alone as safetensors, its tensors unchanged, once its checksums are found right."""
     count = convert_vae(source, destination, overwrite)
     typer.echo(f"{destination}: {count} tensors")

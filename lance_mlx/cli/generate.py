@@ -243,7 +243,7 @@ def generate(
         Path | None,
         typer.Option(
             help="Write a small picture of where the latents are heading after every step, by a linear map to colours "
-            "that is fitted to the VAE when the model is loaded: a moment on a GPU, some 14 s on a CPU.",
+            "that comes with a converted VAE, and is fitted to others: a moment on a GPU, some 14 s on a CPU.",
             metavar="DIR",
         ),
     ] = None,

@@ -4,9 +4,12 @@ import mlx.core as mx
 import numpy as np
 
 from lance_mlx.config import LATENT_CHANNELS, SPATIAL_STRIDE
+from lance_mlx.errors import LanceError
 from lance_mlx.media.write import to_uint8
 from lance_mlx.sampling.flow import Step
 
+FACTORS = LATENT_CHANNELS + 1, 3
+"""Shape of the map: a row for each channel, and the colour where all of them are 0."""
 _SIDE = 16
 """Cells a side of the latents that the map is fitted on: 256 of them for 49 unknowns a colour."""
 _SCALE = SPATIAL_STRIDE // 2
@@ -16,11 +19,16 @@ def fit_preview(vae) -> np.ndarray:
     """The map that comes closest, by least squares, to the mean colour of the pixels of a cell, float32 [49, 3].
 
     It is fitted on what the VAE decodes from one frame of noise, 256x256 pixels: a moment on a GPU, some 14 seconds of
-    one core at the official size. The last row is the colour where all channels are 0.
+    one core at the official size.
+
+    Raises:
+        LanceError: the VAE makes no pixels of noise.
     """
     latents = mx.random.normal((1, _SIDE, _SIDE, LATENT_CHANNELS), key=mx.random.key(0))
     (pixels,) = vae.decode(latents)
     cells = np.array(pixels)[0].reshape(_SIDE, SPATIAL_STRIDE, _SIDE, SPATIAL_STRIDE, 3).mean(axis=(1, 3))
+    if not np.isfinite(cells).all():
+        raise LanceError("the VAE decodes noise to NaN or infinite values: fetch the checkpoint again")
     return np.linalg.lstsq(_with_ones(np.array(latents)), cells.reshape(-1, 3), rcond=None)[0].astype(np.float32)
 
 
