@@ -8,17 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-import mlx.core as mx
-import numpy as np
 from PIL import Image
 
 from lance_mlx.api import LanceModel
 from lance_mlx.errors import LanceError
-from lance_mlx.media.write import to_uint8
 from lance_mlx.model.vae import num_decoded_frames
 from lance_mlx.requests.request import Question, Request
 from lance_mlx.requests.visuals import prepare_visuals, sized_by_source
 from lance_mlx.sampling.flow import Step
+from lance_mlx.sampling.preview import clean_estimate, preview
 from lance_mlx.serve.errors import ApiError
 from lance_mlx.serve.jobs import Cancelled, Job, Progress, State
 
@@ -162,9 +160,8 @@ class Worker:
         def follow(step: Step) -> None:
             done = step.state.index + 1
             if done in shown:
-                latents = predicted(step).reshape(*sized.latent_grid, -1)
                 number = job.preview[0] + 1 if job.preview else 1
-                job.preview = number, self._preview(request, latents)
+                job.preview = number, self._preview(sized, step)
             self._tell(Progress("denoising", done, request.num_steps))
 
         self.model.pipeline(request.variant, looks=bool(visuals))
@@ -178,12 +175,13 @@ class Worker:
         generated.save(path, track=lambda made: self._tracked(made, "decoding", frames))
         return path
 
-    def _preview(self, request: Request, latents: mx.array) -> bytes:
-        """A PNG of the first frame of latents, [t, h, w, 48]."""
-        vae = self.model.pipeline(request.variant, looks=False).vae
-        frame = to_uint8(np.array(next(iter(vae.decode(latents[:1])))))[0]
+    def _preview(self, request: Request, step: Step) -> bytes:
+        """A PNG of what the first frame is heading for, in the size that it will have."""
+        weights = self.model.pipeline(request.variant, looks=False).preview_weights
+        _, rows, columns = request.latent_grid
+        frame = preview(weights, clean_estimate(step)[: rows * columns], (1, rows, columns))
         encoded = io.BytesIO()
-        Image.fromarray(frame).save(encoded, "PNG")
+        Image.fromarray(frame).resize((request.width, request.height)).save(encoded, "PNG")
         return encoded.getvalue()
 
     def _answer(self, job: Job, question: Question) -> None:
@@ -215,9 +213,3 @@ class Worker:
 def previewed_steps(num_steps: int, previews: int) -> set[int]:
     """After which steps, counted from 1, a preview is due: evenly spread, and none after the last."""
     return {num_steps * (k + 1) // (previews + 1) for k in range(previews)} - {0, num_steps}
-
-
-def predicted(step: Step) -> mx.array:
-    """Where a step's velocity ends, [n, 48]: latents at t = 0, as far as they can be told."""
-    timestep = mx.array(step.state.timestep)[:, None].astype(step.velocity.dtype)
-    return step.state.x_t - timestep * step.velocity

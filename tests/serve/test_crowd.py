@@ -30,7 +30,7 @@ class Stub:
         self.pause, self.made, self.released = 0.0, [], 0
 
     def pipeline(self, variant, looks):
-        return SimpleNamespace(vae=SimpleNamespace(decode=lambda latents: iter([mx.zeros((1, 16, 16, 3))])))
+        return SimpleNamespace(preview_weights=np.zeros((49, 3), np.float32))
 
     def release(self) -> None:
         self.released += 1

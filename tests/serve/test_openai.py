@@ -7,8 +7,12 @@ import time
 import urllib.request
 
 import av
+import numpy as np
 import pytest
 from PIL import Image
+
+from lance_mlx import Variant
+from lance_mlx.model.vae import VAE
 
 pytest.importorskip("gradio", reason="the server needs its extra: pip install '.[serve,test]'")
 openai = pytest.importorskip("openai", reason="the client of the API: pip install '.[test]'")
@@ -56,9 +60,16 @@ def test_images_are_drawn_with_seeds_that_follow_each_other(server):
     server.settle()
 
 
-def test_an_image_is_streamed_with_previews(server):
+def test_an_image_is_streamed_with_previews(server, monkeypatch):
+    client = server.client()
+    client.images.generate(prompt="a bird", size="64x48", extra_body=FAST)
+    pipeline, decoded = server.worker.model.pipeline(Variant.IMAGE, looks=False), []
+    pipeline.preview_weights = np.ones((49, 3), np.float32)
+    monkeypatch.setattr(
+        type(pipeline.vae), "decode", lambda vae, latents, of=VAE.decode: decoded.append(1) or of(vae, latents)
+    )
     events = list(
-        server.client().images.generate(
+        client.images.generate(
             prompt="a bird", size="64x48", stream=True, partial_images=2, extra_body={"num_steps": 6}
         )
     )
@@ -66,6 +77,10 @@ def test_an_image_is_streamed_with_previews(server):
     # One that comes before the one ahead of it was read takes its place.
     assert kinds in ([*["partial_image"] * count, "completed"] for count in range(3))
     assert all(image_of(event.b64_json).size == (64, 48) for event in events)
+    # By the map alone, whose three colours are one here.
+    assert decoded == [1]
+    assert all(np.ptp(np.asarray(image_of(event.b64_json)), axis=-1).max() == 0 for event in events[:-1])
+    del pipeline.preview_weights
     server.settle()
 
 
