@@ -21,6 +21,7 @@ from lance_mlx.estimate.estimate import OFFICIAL, coders_of, peak_memory, sizes_
 from lance_mlx.estimate.machine import budget, measure, memory, seconds_of
 from lance_mlx.estimate.tiling import tile_chooser
 from lance_mlx.requests.request import Question, Request, Task, Variant, Visual, VisualKind
+from lance_mlx.sampling.batch import default_size
 
 _PROCESS = 90_000_000
 """Bytes of Python and its libraries."""
@@ -168,6 +169,7 @@ def _estimated(
         "peak_bytes": {name: _PROCESS + max(found.values()) for name, found in stages.items()},
         "stages": stages,
         "vae_tiling": tiles,
+        "batch_size": default_size(asked) if drawn else 1,
         "flops": round(rates.product),
         "seconds": seconds._asdict() | {"total": seconds.total},
     }
@@ -203,11 +205,15 @@ def _estimate_lines(found: dict[str, Any]) -> list[str]:
         what += f" ({found['guided_steps']} guided)"
     each = f"{_duration(seconds['steps'] / steps)} a {'token' if found['width'] is None else 'step'}"
     speed = found["flops"] / 1e9
+    batch = (
+        [f"  of several seeds or prompts, {found['batch_size']} are drawn at a time"] if found["batch_size"] > 1 else []
+    )
     sizes = " of the official model" if found["sizes"] == "official" else ""
     return [
         f"{what}, {found['numerics']}: an estimate{sizes}, not a measurement",
         f"  peak memory: {peak['kept'] / 1e9:.2f} GB, with --low-ram {peak['low_ram'] / 1e9:.2f} GB",
         *tiled,
+        *batch,
         f"  time: {_duration(seconds['total'])} without reading the files, {each}, at {speed:.3g} GFLOP/s",
     ]
 

@@ -27,7 +27,9 @@ def go_together(first: Request, second: Request) -> bool:
 
 def default_size(request: Request) -> int:
     """How many pictures of that size are sampled together by default: as many as go in one pass, which then needs no
-    more memory than that of one larger picture; 1 where that gains nothing."""
+    more memory than that of one larger picture; 1 where that gains nothing, or cannot be."""
+    if not go_together(request, request):
+        return 1
     frames, rows, columns = request.latent_grid
     return max(1, min(_MOST_BY_DEFAULT, most_in_one_pass(runs_on_cpu()) // (frames * rows * columns)))
 

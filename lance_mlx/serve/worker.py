@@ -3,7 +3,7 @@
 import io
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +14,8 @@ from lance_mlx.api import LanceModel
 from lance_mlx.errors import LanceError
 from lance_mlx.model.vae import num_decoded_frames
 from lance_mlx.requests.request import Question, Request
-from lance_mlx.requests.visuals import prepare_visuals, sized_by_source
+from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by_source
+from lance_mlx.sampling.batch import batches
 from lance_mlx.sampling.flow import Step
 from lance_mlx.sampling.preview import clean_estimate, preview
 from lance_mlx.serve.errors import ApiError
@@ -140,40 +141,43 @@ class Worker:
     def _run(self, job: Job) -> None:
         job.state = State.IN_PROGRESS
         self._tell(Progress("reading"))
-        asked = (job.work,) if isinstance(job.work, Question) else job.work
-        for index, work in enumerate(replace(each, as_upstream=self._as_upstream) for each in asked):
-            if isinstance(work, Question):
-                self._answer(job, work)
-            else:
-                job.outputs.append(self._draw(job, work, index))
+        if isinstance(job.work, Question):
+            self._answer(job, replace(job.work, as_upstream=self._as_upstream))
+        else:
+            self._draw(job, [replace(each, as_upstream=self._as_upstream) for each in job.work])
         job.end(State.COMPLETED)
 
-    def _draw(self, job: Job, request: Request, index: int) -> Path:
+    def _draw(self, job: Job, requests: Sequence[Request]) -> None:
+        """Make all images of a job, which differ in their seeds alone, side by side where that is faster."""
         try:
-            visuals = prepare_visuals(request)
-            sized = sized_by_source(request, visuals)
+            visuals = prepare_visuals(requests[0])
+            job.work = tuple(sized_by_source(request, visuals) for request in requests)
         except LanceError as error:
             raise ApiError(400, str(error).replace(f"{job.folder}/", "")) from None
-        job.work = (*job.work[:index], sized, *job.work[index + 1 :])
-        shown = previewed_steps(request.num_steps, job.previews)
+        self.model.pipeline(requests[0].variant, looks=bool(visuals))
+        for batch in batches(job.work, lambda request: request, None):
+            self._draw_together(job, batch, visuals)
 
-        def follow(step: Step) -> None:
-            done = step.state.index + 1
+    def _draw_together(self, job: Job, batch: Sequence[Request], visuals: Sequence[PreparedVisual]) -> None:
+        total = batch[0].num_steps
+        shown = previewed_steps(total, job.previews)
+
+        def follow(steps: list[Step]) -> None:
+            done = steps[0].state.index + 1
             if done in shown:
                 number = job.preview[0] + 1 if job.preview else 1
-                job.preview = number, self._preview(sized, step)
-            self._tell(Progress("denoising", done, request.num_steps))
+                job.preview = number, self._preview(batch[0], steps[0])
+            self._tell(Progress("denoising", done, total))
 
-        self.model.pipeline(request.variant, looks=bool(visuals))
-        self._tell(Progress("denoising", 0, request.num_steps))
-        generated = self.model.generate(request, follow, visuals=visuals)
-        # What is written into the file does not tell where the server keeps its own.
-        given = tuple(replace(visual, path=Path(visual.path).name) for visual in request.visuals)
-        generated = replace(generated, request=replace(generated.request, visuals=given))
-        frames = num_decoded_frames(sized.latent_grid[0])
-        path = job.folder / f"{request.task}-{index}{'.mp4' if frames > 1 else '.png'}"
-        generated.save(path, track=lambda made: self._tracked(made, "decoding", frames))
-        return path
+        self._tell(Progress("denoising", 0, total))
+        for made in self.model.generate_batch(batch, follow, [visuals] * len(batch)):
+            # What is written into the file does not tell where the server keeps its own.
+            given = tuple(replace(visual, path=Path(visual.path).name) for visual in made.request.visuals)
+            made = replace(made, request=replace(made.request, visuals=given))
+            frames = num_decoded_frames(made.request.latent_grid[0])
+            path = job.folder / f"{made.request.task}-{len(job.outputs)}{'.mp4' if frames > 1 else '.png'}"
+            made.save(path, track=lambda pixels, frames=frames: self._tracked(pixels, "decoding", frames))
+            job.outputs.append(path)
 
     def _preview(self, request: Request, step: Step) -> bytes:
         """A PNG of what the first frame is heading for, in the size that it will have."""

@@ -85,6 +85,9 @@ def test_an_estimate_says_that_it_is_one(checkpoint):
     found = told(*given, "--guidance", 1, "--numerics", "float32")["estimate"]
     assert (found["guided_steps"], found["numerics"]) == (0, "float32")
     assert found["peak_bytes"]["low_ram"] <= found["peak_bytes"]["kept"]
+    assert "of several seeds or prompts, 8 are drawn at a time" in text and found["batch_size"] == 8
+    alone = (["t2i"], ["i2v", "--num-frames", 5, "--width", 32, "--height", 32], ["x2t_image"])
+    assert [told("--task", *each, "--model", checkpoint)["estimate"]["batch_size"] for each in alone] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,13 @@ class Stub:
     def release(self) -> None:
         self.released += 1
 
-    def generate(self, request, callback, visuals):
-        for index in range(request.num_steps):
+    def generate_batch(self, requests, callback, visuals):
+        for index in range(requests[0].num_steps):
             time.sleep(self.pause)
             state = SimpleNamespace(index=index, timestep=np.ones(1, np.float32), x_t=mx.zeros((1, 48)))
-            callback(SimpleNamespace(state=state, velocity=mx.zeros((1, 48))))
-        self.made.append(request.prompt)
-        return Drawn(request)
+            callback([SimpleNamespace(state=state, velocity=mx.zeros((1, 48)))] * len(requests))
+        self.made += [request.prompt for request in requests]
+        return [Drawn(request) for request in requests]
 
     def answer(self, question, callback):
         for word in question.question.split():
@@ -195,7 +195,7 @@ def test_what_the_model_stumbles_over_is_told_and_the_next_request_is_served(ser
     def fail(*given, **named):
         raise MemoryError
 
-    monkeypatch.setattr(server.worker.model, "generate", fail)
+    monkeypatch.setattr(server.worker.model, "generate_batch", fail)
     with pytest.raises(openai.InternalServerError, match="the model failed: MemoryError"):
         small(server.client(), "a")
     monkeypatch.undo()
