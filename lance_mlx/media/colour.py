@@ -1,20 +1,25 @@
-"""Colours that are not sRGB's, brought to sRGB: pictures by their ICC profile, HDR videos by a tone curve."""
+"""Colours that are not sRGB's, brought to sRGB: pictures by their ICC profile, HDR by a tone curve."""
 
 import io
 from functools import cache
 
 import numpy as np
-from av.video.reformatter import ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorTrc
 from PIL import Image, ImageCms
 
 HDR = (ColorTrc.ARIB_STD_B67, ColorTrc.SMPTE2084)
-"""Transfers of HDR videos: HLG, which phones record, and PQ."""
+"""Transfers of HDR: HLG, which phones record, and PQ."""
 WHITE, PEAK = 203, 1000
 """Nits of a white page in an HDR picture (ITU-R BT.2408), and of the brightest that is told apart."""
 KNEE = 0.6
 """Up to this share of a white page's light, the sRGB value 203, nothing changes: SDR colours in HDR are themselves."""
 _LUMINANCE = np.array((0.2627, 0.6780, 0.0593), np.float32)
-_TO_BT709 = np.array(((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)), np.float32)
+_TO_BT709 = {
+    ColorPrimaries.BT2020: ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)),
+    ColorPrimaries.SMPTE432: ((1.2249, -0.2249, 0), (-0.0421, 1.0421, 0), (-0.0196, -0.0786, 1.0983)),
+    ColorPrimaries.BT709: ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+}
+"""From the primaries of BT.2020, of Display P3, and its own."""
 _LINEAR_STEPS = 65535
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 """Pillow's modes of what ICC profiles describe."""
@@ -47,8 +52,10 @@ def _srgb() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
-def tone_map(frame: np.ndarray, transfer: int) -> np.ndarray:
-    """The sRGB frame, uint8 [H, W, 3], to show for a BT.2020 one of 10 bits, uint16 [H, W, 3], of a transfer of `HDR`.
+def tone_map(frame: np.ndarray, transfer: int, primaries: int = ColorPrimaries.BT2020) -> np.ndarray:
+    """The sRGB frame, uint8 [H, W, 3], to show for one of 10 bits, uint16 [H, W, 3], of a transfer of `HDR`.
+
+    Primaries are ITU-T H.273's numbers; those that are neither Display P3's nor BT.709's count as BT.2020's.
 
     Light up to `KNEE` of a white page's is kept; from there to `PEAK` the largest of red, green and blue goes up to 1
     along Reinhard's extended curve, the other two in proportion, so that a white page is (231, 231, 231). What lies
@@ -61,7 +68,7 @@ def tone_map(frame: np.ndarray, transfer: int) -> np.ndarray:
         light = scene * (PEAK / WHITE * (scene @ _LUMINANCE) ** np.float32(0.2))[..., None]
     else:
         light = _pq_light()[frame]
-    light = light @ _TO_BT709.T
+    light = light @ np.array(_TO_BT709.get(primaries, _TO_BT709[ColorPrimaries.BT2020]), np.float32).T
     # Some times faster than `max` over so short an axis.
     brightest = np.maximum(np.maximum(light[..., :1], light[..., 1:2]), np.maximum(light[..., 2:], KNEE))
     over, most = (brightest - KNEE) / (1 - KNEE), (PEAK / WHITE - KNEE) / (1 - KNEE)

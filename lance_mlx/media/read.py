@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from lance_mlx.config import TEMPORAL_STRIDE
 from lance_mlx.errors import LanceError, reason
 from lance_mlx.media.colour import HDR, to_srgb, tone_map
+from lance_mlx.media.hdr import to_sdr
 
 SAMPLE_FPS = 12
 MAX_SECONDS = 6
@@ -27,7 +28,7 @@ DEFAULT_FPS = 24
 # Upstream would blow smaller pictures up and keep a sliver of narrower ones, which nobody means.
 MIN_SIDE = 16
 MAX_ASPECT = 16
-_HEIF = (".heic", ".heif")
+_HEIF = (".heic", ".heif", ".hif")
 _SIDE_DATA_KINDS = 64
 """More than FFmpeg has."""
 
@@ -56,16 +57,16 @@ class Frames:
 def read_visual(path: str | os.PathLike[str], kind: Literal["image", "video"], as_upstream: bool = False) -> Frames:
     """Read the image or the sampled frames of the video at `path`, as programs that show them do.
 
-    An image is turned upright by its EXIF orientation, brought to sRGB by its colour profile, and put on white where
-    it is transparent, also with grey or a key colour; 16-bit grey keeps its high byte; of an animation the first frame
-    counts. A video is decoded in order, holding only the frames of `sample_indices`: interlaced frames are
-    deinterlaced, pixels that are not square are stretched to the larger size, HDR (HLG and PQ) is brought to sRGB by
-    `tone_map`, and the frame is turned and mirrored by its display matrix; sound is not looked at. Upstream counts
-    frames, so a variable frame rate is sampled by number, not by time.
+    HDR (HLG and PQ) is brought to sRGB by `tone_map`. An image is turned upright by its EXIF orientation, brought to
+    sRGB by its colour profile, and put on white where it is transparent, also with grey or a key colour; 16-bit grey
+    keeps its high byte; of an animation the first frame counts. A video is decoded in order, holding only the frames of
+    `sample_indices`: interlaced frames are deinterlaced, pixels that are not square are stretched to the larger size,
+    and the frame is turned and mirrored by its display matrix; sound is not looked at. Upstream counts frames, so a
+    variable frame rate is sampled by number, not by time.
 
     Args:
-        as_upstream: take the stored pixels as upstream does: no orientation, no colour profile, transparency of a
-            palette or of RGBA alone, 16-bit grey clipped; a video neither deinterlaced, stretched nor tone-mapped.
+        as_upstream: take the stored pixels as upstream does: nothing tone-mapped, no orientation, no colour profile,
+            transparency of a palette or of RGBA alone, 16-bit grey clipped; a video neither deinterlaced nor stretched.
             Videos are turned all the same: so does decord, with which upstream reads them.
 
     Raises LanceError for a file that is missing, damaged, cut short, of another kind, without a frame, smaller than
@@ -111,7 +112,11 @@ def _read_image(path: Path, as_upstream: bool) -> Frames:
             _check_size("image", path, image.height, image.width)
             if image.mode == "F":
                 raise LanceError(f"image {path} holds floating-point values, whose white is not known: save it as PNG")
-            shown = _on_white(image, ("P", "RGBA")) if as_upstream else _to_rgb(ImageOps.exif_transpose(image))
+            shown = (
+                _on_white(image, ("P", "RGBA"))
+                if as_upstream
+                else _to_rgb(ImageOps.exif_transpose(to_sdr(path, image)))
+            )
             pixels = np.asarray(shown)
     return Frames(pixels[None], path, "image", (0,), 1, 0)
 
@@ -194,7 +199,8 @@ def _decode(path: Path, indices: Sequence[int], as_upstream: bool) -> tuple[np.n
                 hdr = frame.color_trc in HDR and not as_upstream
                 # Planes for HDR: FFmpeg's packed pixels of more than 8 bits come out wrong in part.
                 rgb = frame.to_ndarray(format="gbrp10le" if hdr else "rgb24", width=width, height=height)
-                rgb = _turn(tone_map(rgb, frame.color_trc) if hdr else rgb, turn)
+                primaries = stream.codec_context.color_primaries
+                rgb = _turn(tone_map(rgb, frame.color_trc, primaries) if hdr else rgb, turn)
                 while filled < len(indices) and indices[filled] == decoded:
                     pixels[filled] = rgb
                     filled += 1

@@ -1,6 +1,7 @@
 """Media as people have them are read as they are shown, and with `as_upstream` as they are stored."""
 
 import struct
+import zlib
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -36,9 +37,9 @@ def linear(rgb: tuple) -> np.ndarray:
     return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
 
 
-def hdr_signal(rgb: tuple, transfer: ColorTrc) -> np.ndarray:
-    """An sRGB colour in an HDR picture whose white page has 203 nits: BT.2020 in [0, 1]."""
-    nits = 203 * np.linalg.solve(to_xyz(BT2020), to_xyz(BT709) @ np.maximum(linear(rgb), 1e-9))
+def hdr_signal(rgb: tuple, transfer: ColorTrc, primaries: tuple = BT2020) -> np.ndarray:
+    """An sRGB colour in an HDR picture whose white page has 203 nits, in [0, 1]."""
+    nits = 203 * np.linalg.solve(to_xyz(primaries), to_xyz(BT709) @ np.maximum(linear(rgb), 1e-9))
     if transfer is ColorTrc.SMPTE2084:
         power = (nits / 10000) ** 0.1593017578125
         return ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
@@ -209,6 +210,101 @@ def test_hdr_keeps_what_is_brighter_than_white_apart(tmp_path, transfer):
     peak = signal[-1] if transfer is ColorTrc.ARIB_STD_B67 else 0.7518  # PQ's of 1000 nits
     between = np.interp(np.linspace(hdr_signal((255, 255, 255), transfer)[0], peak, 5), signal, grey)
     assert (np.diff(between) >= 2).all()
+
+
+def write_png(path: Path, pixels: np.ndarray, cicp: bytes, *more: bytes) -> Path:
+    """A PNG of 8 or 16 bits a value with a chunk cICP, and further chunks."""
+    height, width, channels = pixels.shape
+    kind, big = {1: 0, 2: 4, 3: 2, 4: 6}[channels], pixels.astype(pixels.dtype.newbyteorder(">"))
+    head = struct.pack(">2I5B", width, height, 8 * pixels.itemsize, kind, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in big)
+    chunks = (b"IHDR" + head, *more, b"cICP" + cicp, b"IDAT" + zlib.compress(rows), b"IEND")
+    packed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    return path
+
+
+def write_still(path: Path, signal: np.ndarray, transfer: ColorTrc) -> Path:
+    """An HDR still of BT.2020: 16 bits in a PNG, 10 in an AVIF or a HEIC."""
+    if path.suffix == ".png":
+        return write_png(path, np.round(signal * 65535).astype(np.uint16), bytes((9, transfer, 0, 1)))
+    if path.suffix == ".avif":
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libsvtav1", options={"crf": "1"})
+            stream.height, stream.width, stream.pix_fmt = *signal.shape[:2], "yuv420p10le"
+            context = stream.codec_context
+            context.color_trc, context.color_primaries = transfer, ColorPrimaries.BT2020
+            context.colorspace = BT2020_MATRIX
+            container.mux(stream.encode(hdr_frame(signal)))
+            container.mux(stream.encode(None))
+        return path
+    heif = pytest.importorskip("pillow_heif", reason="HEIC needs its extra: pip install '.[heif]'")
+    said = {"color_primaries": 9, "transfer_characteristics": int(transfer), "matrix_coefficients": 9}
+    image = heif.from_bytes("RGB;16", signal.shape[1::-1], np.round(signal * 65535).astype("<u2").tobytes())
+    image.save(path, quality=100, full_range_flag=1, **said)
+    return path
+
+
+@pytest.mark.parametrize("transfer", [ColorTrc.ARIB_STD_B67, ColorTrc.SMPTE2084], ids=["HLG", "PQ"])
+@pytest.mark.parametrize("suffix", [".png", ".avif", ".heic"])
+@pytest.mark.parametrize("rgb", [(200, 60, 40), (30, 40, 190), (128, 128, 128), (0, 0, 0)])
+def test_hdr_stills_show_colours_of_sdr_as_they_are(tmp_path, suffix, transfer, rgb):
+    signal = hdr_signal(rgb, transfer)
+    path = write_still(tmp_path / f"a{suffix}", np.full((64, 96, 3), signal), transfer)
+    assert np.abs(read_visual(path, "image").pixels.astype(int) - rgb).max() <= 3
+    stored = read_visual(path, "image", as_upstream=True).pixels
+    assert np.array_equal(stored[0], np.asarray(Image.open(path).convert("RGB")))
+
+
+def test_an_hdr_still_is_shown_as_a_video_of_it(tmp_path):
+    light = np.broadcast_to(np.linspace(0, 1, 33).repeat(16)[:, None], (64, 528, 3))
+    (still,) = read_visual(write_still(tmp_path / "a.png", light, ColorTrc.SMPTE2084), "image").pixels.astype(int)
+    video = write_video(tmp_path / "a.mp4", [light], transfer=ColorTrc.SMPTE2084)
+    assert np.abs(still[:, 8::16] - read_visual(video, "video").pixels[0, :, 8::16]).max() <= 3
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_an_hdr_png_is_turned_and_put_on_white(tmp_path, dtype, channels):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb, most = (128, 128, 128) if channels < 3 else (200, 60, 40), np.iinfo(dtype).max
+    signal = np.round(hdr_signal(rgb, ColorTrc.SMPTE2084) * most).astype(dtype)
+    pixels = np.zeros((32, 48, channels), dtype)
+    pixels[..., : min(channels, 3) if channels != 2 else 1] = signal[: 3 if channels > 2 else 1]
+    if channels in (2, 4):
+        pixels[:16, :, -1] = most
+    turned = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    path = write_png(tmp_path / "a.png", pixels, bytes((9, 16, 0, 1)), turned)
+    (shown,) = read_visual(path, "image").pixels.astype(int)
+    # Of PQ's 8 bits one is four of sRGB's here.
+    assert shown.shape == (48, 32, 3) and np.abs(shown[:, 16:] - rgb).max() <= (6 if dtype is np.uint8 else 2)
+    if channels in (2, 4):
+        assert (shown[:, :16] == 255).all()
+
+
+def test_an_hdr_png_of_8_bits_is_that_of_16_with_the_same_light(tmp_path):
+    pixels = np.arange(256, dtype=np.uint8).repeat(32).reshape(256, 32, 1).repeat(3, -1)
+    few, many = (
+        read_visual(write_png(tmp_path / "a.png", each, bytes((9, 16, 0, 1))), "image").pixels.astype(int)
+        for each in (pixels, pixels.astype(np.uint16) * 257)
+    )
+    assert np.abs(few - many).max() <= 1
+
+
+@pytest.mark.parametrize(("number", "primaries"), [(1, BT709), (9, BT2020), (12, P3)])
+def test_an_hdr_png_has_the_primaries_that_it_says(tmp_path, number, primaries):
+    signal = hdr_signal((200, 60, 40), ColorTrc.SMPTE2084, primaries)
+    pixels = np.round(np.full((32, 32, 3), signal) * 65535).astype(np.uint16)
+    shown = read_visual(write_png(tmp_path / "a.png", pixels, bytes((number, 16, 0, 1))), "image").pixels
+    assert np.abs(shown.astype(int) - (200, 60, 40)).max() <= 2
+
+
+def test_a_png_that_is_not_hdr_stays_what_it_is(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    for cicp in (bytes((1, 13, 0, 1)), b"", bytes((9, 16))):
+        path = write_png(tmp_path / "a.png", pixels, cicp)
+        assert np.array_equal(read_visual(path, "image").pixels[0], pixels)
 
 
 def profile(space: bytes, tags: Mapping[str, bytes]) -> bytes:
