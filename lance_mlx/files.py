@@ -4,10 +4,13 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import stat
+import tempfile
 import time
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +18,8 @@ from typing import Any, BinaryIO
 from lance_mlx.errors import LanceError
 
 _PART = ".lance-mlx-*.part"
+_REFUSED = re.compile(r'[\x00-\x1f<>:"\\|?*]|[ .](/|$)')
+"""What disks in Windows' formats take in no name of a file, whichever system writes to them."""
 _SECONDS_TO_LOCK = 60
 """A file that young may not have been locked yet by the process that made it."""
 
@@ -59,7 +64,7 @@ def check_place(path: Path, overwrite: bool = True) -> Path:
         raise LanceError(f"output {path} is a pipe or a device, whose place a file would take; choose another name")
     if there is not None and not overwrite:
         raise LanceError(f"output {path} is there already; choose another name, or give --overwrite")
-    folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    folder = _nearest(path.absolute().parent)
     if not folder.is_dir():
         raise LanceError(f"output {path}: {folder} is not a folder; choose another one")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -67,7 +72,44 @@ def check_place(path: Path, overwrite: bool = True) -> Path:
     # Below a folder that is missing, names have not been looked at yet.
     if max(len(os.fsencode(name)) for name in path.parts) > os.pathconf(folder, "PC_NAME_MAX"):
         raise _unusable(path, errno.ENAMETOOLONG)
+    name = str(path.absolute().relative_to(folder))
+    if there is None and _REFUSED.search(name):
+        try:
+            _try(folder, [name])
+        except OSError as error:
+            raise _unusable(path, error.errno) from None
     return path
+
+
+def taken_for_one(folder: Path, names: Iterable[str]) -> tuple[str, str] | None:
+    """Two names that the disk of a folder, which need not be there yet, does not tell apart, such as by their capitals;
+    None where it tells all apart."""
+    alike: dict[str, set[str]] = {}
+    for name in names:
+        alike.setdefault(unicodedata.normalize("NFC", name).casefold(), set()).add(name)
+    for first, *others in map(sorted, alike.values()):
+        for other in others:
+            try:
+                _try(_nearest(folder.absolute()), [first, other])
+            except FileExistsError:
+                return first, other
+            except OSError:  # which `check_place` says better
+                pass
+    return None
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or what is there above it."""
+    return next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+
+
+def _try(folder: Path, names: Iterable[str]) -> None:
+    """Make files of these names below a folder, and remove them; raises OSError for the first that cannot be made."""
+    with tempfile.TemporaryDirectory(prefix=".lance-mlx-", dir=folder) as beside:
+        for name in names:
+            path = Path(beside, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(exist_ok=False)
 
 
 def _unusable(path: Path, number: int) -> LanceError:

@@ -1,9 +1,12 @@
 """PNG and MP4 output: exact pixels, whole files only, metadata that reads back."""
 
 import base64
+import errno
 import fcntl
 import json
 import os
+import unicodedata
+from pathlib import Path
 
 import av
 import numpy as np
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from lance_mlx.errors import LanceError
-from lance_mlx.files import check_place
+from lance_mlx.files import check_place, taken_for_one
 from lance_mlx.media.write import check_output, read_metadata, save_image, save_video, to_uint8
 
 REQUEST = {
@@ -249,6 +252,44 @@ def test_a_file_that_is_there_is_kept_unless_it_may_go(tmp_path):
     for check in (lambda: check_output(path, 1, overwrite=False), lambda: check_place(path, overwrite=False)):
         with pytest.raises(LanceError, match="is there already; choose another name, or give --overwrite"):
             check()
+
+
+def test_a_name_that_the_disk_does_not_take_is_found_before_the_work(tmp_path, monkeypatch):
+    names = ["a:b.png", "new/what?/a.png", "end. /a.png", "tab\t.png"]
+    for name in names:
+        assert check_output(tmp_path / name, 1) == tmp_path / name
+    touch = Path.touch
+
+    def of_windows(path: Path, mode: int = 0o666, exist_ok: bool = True) -> None:
+        if set(':?\t"') & set(str(path)) or "end. /" in str(path):
+            raise OSError(errno.EINVAL, "Invalid argument", str(path))
+        touch(path, mode, exist_ok)
+
+    monkeypatch.setattr(Path, "touch", of_windows)
+    for name in names:
+        with pytest.raises(LanceError, match=r"cannot be written \(Invalid argument\); choose another name"):
+            check_output(tmp_path / name, 1)
+    assert check_output(tmp_path / "a b.png", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_names_that_the_disk_does_not_tell_apart_are_found(tmp_path, monkeypatch, there):
+    folder = tmp_path if there else tmp_path / "new" / "folder"
+    names = ["a/Bird.png", "b/bird.png", "a/cat.png", "a/bird.png", "caf\u00e9.png", "a:b.png", "A:b.png"]
+    assert taken_for_one(folder, [*names, "cafe\u0301.png"]) is None
+    touch = Path.touch
+    monkeypatch.setattr(Path, "touch", lambda path, exist_ok: touch(folded(path), exist_ok=exist_ok))
+
+    def folded(path: Path) -> Path:
+        if ":" in path.name:
+            raise OSError(errno.EINVAL, "Invalid argument", str(path))
+        return path.with_name(unicodedata.normalize("NFD", path.name).casefold())
+
+    assert taken_for_one(folder, names) == ("a/Bird.png", "a/bird.png")
+    assert taken_for_one(folder, names[:3]) is None
+    assert taken_for_one(folder, ["cafe\u0301.png", *names[:3], names[4]]) == ("cafe\u0301.png", "caf\u00e9.png")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".webp", ".JPG"])

@@ -18,7 +18,7 @@ from lance_mlx.cli.console import Console
 from lance_mlx.cli.meaning import spelt
 from lance_mlx.cli.several import DEFAULT_SEED
 from lance_mlx.errors import LanceError, reason
-from lance_mlx.files import check_place, whole
+from lance_mlx.files import check_place, taken_for_one, whole
 from lance_mlx.media.write import read_metadata, save_image, save_text
 from lance_mlx.requests.benchmarks import Benchmark, Entry, read_benchmark
 from lance_mlx.requests.files import naming_entry
@@ -116,6 +116,10 @@ def benchmark(
     _check(name, given)
     values = name.settings | given | {"guidance_scale": guidance, "scheduler": scheduler}
     entries = read_benchmark(name, prompts, samples)[:limit]
+    if alike := taken_for_one(output, (file for entry in entries for file in entry.names)):
+        taken = f"the disk of {output} takes {alike[0]!r} and {alike[1]!r} for one file"
+        remedy = "choose an --output on a disk that tells capitals apart, or leave one of the two out of"
+        raise LanceError(f"{taken}: {remedy} {prompts}")
     asked = []
     for entry in entries:
         with naming_entry(prompts, entry.key):

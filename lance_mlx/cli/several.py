@@ -1,7 +1,8 @@
 """Several outputs of one run: their prompts, their seeds, and their names."""
 
-import secrets
+import random
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def choose_seeds(seeds: Sequence[int] | None, auto_seeds: int | None) -> list[in
             raise LanceError("give --seed or --auto-seeds, not both")
         if not 1 <= auto_seeds <= MAX_OUTPUTS:
             raise LanceError(f"--auto-seeds {auto_seeds} must be between 1 and {MAX_OUTPUTS}, the most of one run")
-        return [secrets.randbelow(2**32) for _ in range(auto_seeds)]
+        return random.SystemRandom().sample(range(2**32), auto_seeds)
     repeated = next((seed for seed in seeds or () if seeds.count(seed) > 1), None)
     if repeated is not None:
         raise LanceError(f"--seed {repeated} is given twice: it would make the same again")
@@ -93,7 +94,7 @@ def name_outputs(output: Path | None, default: str, prompts: int, seeds: Sequenc
         default: the name without an output, `TASK.SUFFIX`.
 
     Raises:
-        LanceError: there are too many.
+        LanceError: there are too many, or two would have one name.
     """
     if prompts * len(seeds) > MAX_OUTPUTS:
         raise LanceError(f"{prompts} prompts with {len(seeds)} seeds are more than {MAX_OUTPUTS} outputs of one run")
@@ -101,8 +102,14 @@ def name_outputs(output: Path | None, default: str, prompts: int, seeds: Sequenc
     for field, needed in (("index", prompts > 1), ("seed", len(seeds) > 1 or output is None)):
         if needed and f"{{{field}}}" not in str(template):
             template = template.with_name(f"{template.stem}-{{{field}}}{template.suffix}")
-    return [
+    paths = [
         Path(str(template).replace("{seed}", str(seed)).replace("{index}", str(index)))
         for index in range(1, prompts + 1)
         for seed in seeds
     ]
+    path, count = Counter(paths).most_common(1)[0]
+    if count > 1:
+        raise LanceError(
+            f"--output {output} names {path} {count} times: part {{index}} and {{seed}} by a letter or a dash"
+        )
+    return paths

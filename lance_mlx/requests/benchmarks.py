@@ -81,6 +81,11 @@ class Entry:
     source: str | None = None
     read_source: Callable[[], bytes] = bytes
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of all files that are left in the end."""
+        return (*((self.grid,) if self.grid else self.outputs), *self.texts, *((self.source,) if self.source else ()))
+
 
 def read_benchmark(benchmark: Benchmark, path: Path, samples: int | None = None) -> list[Entry]:
     """The entries of a prompt file, or of a folder of them.
@@ -109,7 +114,7 @@ def read_benchmark(benchmark: Benchmark, path: Path, samples: int | None = None)
         raise LanceError(f"prompts {path} hold no prompt of {benchmark}")
     names: dict[str, str] = {}
     for entry in entries:
-        for name in (entry.grid,) if entry.grid else entry.outputs:
+        for name in entry.names:
             if name in names:
                 raise LanceError(f"{path}: entries '{names[name]}' and '{entry.key}' would both be written as {name}")
             names[name] = entry.key
@@ -251,6 +256,7 @@ def _text(record: Any, key: str) -> str:
 
 def _part(name: str) -> str:
     """A name that becomes that of a file or folder."""
-    if "/" in name or "\0" in name or name in (".", ".."):
+    unwritable = "/" in name or "\0" in name or name.encode(errors="ignore").decode() != name
+    if unwritable or name in (".", ".."):
         raise LanceError(f"{name!r} cannot be the name of a file")
     return name

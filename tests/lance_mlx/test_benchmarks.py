@@ -217,6 +217,7 @@ def test_what_was_made_in_another_way_is_refused_and_made_anew_when_that_is_said
         ("vbench", "good.jsonl", [], "entry 'line 1': it needs a text 'prompt_en'"),
         ("vbench", "slash.txt", [], "'a/b' cannot be the name of a file"),
         ("vbench", "long.txt", [], "File name too long"),
+        ("vbench", "lone.json", [], "entry 'number 1': 'a \\ud800' cannot be the name of a file"),
         ("vbench", "gedit.json", [], "an array of objects with prompt_en is needed"),
     ],
 )
@@ -232,6 +233,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(refused, tmp_path, media, monk
         "array.jsonl": "[]",
         "slash.txt": "a/b",
         "long.txt": f"a bird\n{'a' * 300}",
+        "lone.json": json.dumps([{"prompt_en": "a \ud800"}]),
     }
     texts["gedit.json"] = json.dumps({"1": edit(media / "logo.png"), "0002": edit(media / "logo.png", "../x")})
     for file, text in texts.items():
@@ -244,6 +246,29 @@ def test_bad_input_is_one_line_and_leaves_nothing(refused, tmp_path, media, monk
     output = [] if "-o" in options else ["-o", "out"]
     assert line in refused("benchmark", name, "--prompts", prompts, "--model", tmp_path, *output, *options)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "pair"),
+    [
+        ("vbench", "all.txt", "'a Bird-0.mp4' and 'a bird-0.mp4'"),
+        ("dpg", "all.jsonl", "'A.png' and 'a.png'"),
+        ("gedit", "all.json", "'fullset/background_change/en/4A.png' and 'fullset/background_change/en/4a.png'"),
+    ],
+)
+def test_prompts_that_differ_in_capitals_alone_are_told_where_the_disk_takes_them_for_one(
+    refused, tmp_path, media, monkeypatch, name, prompts, pair
+):
+    monkeypatch.chdir(tmp_path)
+    Path("all.txt").write_text("a Bird\na bird\n", encoding="utf-8")
+    lines("all.jsonl", {"index": "A", "data": "a bird"}, {"index": "a", "data": "a cow"})
+    edits = {f"000{n}": edit(media / "logo.png", key) for n, key in enumerate(("4A", "4a"))}
+    Path("all.json").write_text(json.dumps(edits), encoding="utf-8")
+    touch, before = Path.touch, sorted(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "touch", lambda path, exist_ok: touch(path.parent / path.name.lower(), exist_ok=exist_ok))
+    line = refused("benchmark", name, "--prompts", prompts, "-o", "out", "--model", tmp_path)
+    assert f"the disk of out takes {pair} for one file: choose an --output on a disk that tells capitals apart" in line
+    assert line.endswith(f"leave one of the two out of {prompts}") and sorted(tmp_path.iterdir()) == before
 
 
 def test_a_picture_that_cannot_be_read_is_one_line(refused, checkpoint, tmp_path, media, monkeypatch):

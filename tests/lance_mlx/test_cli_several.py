@@ -50,6 +50,14 @@ def test_several_seeds_are_one_load_and_an_output_each(draw, monkeypatch):
     assert np.array_equal(pixels("again-2.webp"), pixels("2.png"))
 
 
+def test_names_that_would_run_into_each_other_are_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a\n" * 11, encoding="utf-8")
+    given = ["--prompts-file", "prompts.txt", "--seed", 1, 11, "--model", tmp_path, *DRAWING]
+    line = refused("generate", "t2i", *given, "-o", "{index}{seed}.png")
+    assert "--output {index}{seed}.png names 111.png 2 times: part {index} and {seed} by a letter or a dash" in line
+
+
 def test_automatic_seeds_differ(draw):
     draw("t2i", "--prompt", "a bird", "--auto-seeds", 2, *DRAWING)
     made = sorted(Path().glob("t2i-*.png"))
