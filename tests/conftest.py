@@ -4,6 +4,8 @@ import gc
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +52,25 @@ def give_back() -> Iterator[None]:
     yield
     gc.collect()
     allocator.release()
+
+
+@pytest.fixture
+def wide_video(tmp_path: Path) -> Callable[[int, int, int], Path]:
+    """Writes wide.mp4, one black frame of a width and a height in pixels that are so many times wider than high."""
+    import av
+    import numpy as np
+
+    def write(width: int, height: int, aspect: int) -> Path:
+        with av.open(str(tmp_path / "wide.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=12)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+            black = np.zeros((height, width, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(black, format="rgb24")))
+            container.mux(stream.encode(None))
+        return tmp_path / "wide.mp4"
+
+    return write
 
 
 @pytest.fixture(scope="module")

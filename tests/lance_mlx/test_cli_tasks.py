@@ -62,21 +62,15 @@ def test_stored_pixels_are_taken_when_asked_for_and_again_when_replayed(run, tmp
         assert read_metadata(tmp_path / name)["request"]["as_upstream"] is True
 
 
-def test_a_question_is_about_stored_pixels_when_asked_for(invoke, tmp_path, checkpoint):
+def test_a_question_is_about_stored_pixels_when_asked_for(invoke, checkpoint, wide_video):
     # So far from square that it is refused as it is shown.
-    with av.open(str(tmp_path / "wide.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=12)
-        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
-        stream.codec_context.sample_aspect_ratio = Fraction(9)
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 64, 3), np.uint8), format="rgb24")))
-        container.mux(stream.encode(None))
     given = [
         "generate",
         "x2t_video",
         "--model",
         checkpoint,
         "--video",
-        tmp_path / "wide.mp4",
+        wide_video(64, 32, aspect=9),
         "--question",
         "what is it",
     ]
