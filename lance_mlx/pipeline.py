@@ -19,7 +19,7 @@ from lance_mlx.model.mot import join_projections
 from lance_mlx.requests.request import Question, Request, Task, Variant
 from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by_source
 from lance_mlx.sampling.conditions import Conditions
-from lance_mlx.sampling.flow import Picture, Step, Tell, denoise, denoise_batch
+from lance_mlx.sampling.flow import Picture, Step, Tell, denoise
 from lance_mlx.sampling.noise import draw_eps, draw_noise
 from lance_mlx.sampling.preview import fit_preview
 from lance_mlx.sampling.text import AnswerDecoder, answer_tokens, make_decoder, token_budget
@@ -176,21 +176,18 @@ class Pipeline:
         Raises:
             LanceError: the noise does not fit the request.
         """
-        if noise is None:
-            noise = draw_noise(prepared.request, self.model.numerics)
-        given = prepared.sequence, noise, prepared.conditions, prepared.negative, tell
-        return denoise(self.model, prepared.request, *given)
+        return (step for (step,) in denoise(self.model, [self._picture(prepared, noise)], tell))
 
     def denoise_batch(
         self, prepared: Sequence[Prepared], tell: Tell = lambda done, total: None
     ) -> Iterator[list[Step]]:
         """The same for requests that go together, side by side, from their seeds; yields the steps of all of them."""
-        pictures = [
-            Picture(each.request, each.sequence, draw_noise(each.request, self.model.numerics), each.conditions,
-                    each.negative)
-            for each in prepared
-        ]  # fmt: skip
-        return denoise_batch(self.model, pictures, tell)
+        return denoise(self.model, [self._picture(each, None) for each in prepared], tell)
+
+    def _picture(self, prepared: Prepared, noise: mx.array | None) -> Picture:
+        if noise is None:
+            noise = draw_noise(prepared.request, self.model.numerics)
+        return Picture(prepared.request, prepared.sequence, noise, prepared.conditions, prepared.negative)
 
     def decode(self, request: Request, latents: mx.array) -> Iterator[mx.array]:
         """Yield pixels, float32 [1 or 4, height, width, 3] in [-1, 1], one latent frame of [n, 48] latents at a time.

@@ -7,6 +7,7 @@ all arms of all pictures are readings of one pass.
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import numpy as np
 from lance_mlx.backend.numerics import runs_on_cpu, scaled
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ArmInput, ExpertRows
+from lance_mlx.model.rope import RotaryTable
 from lance_mlx.requests.request import Entry, Request
 from lance_mlx.sampling.conditions import Conditions, GuidanceArm, embed_prefix
 from lance_mlx.sampling.guidance import guided_velocity, is_guided
@@ -119,23 +121,15 @@ class Arm(GuidanceArm):
     The closing segment after the block influences nothing that is sampled and is never computed.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: Lance,
-        sequence: Sequence,
-        positions: np.ndarray,
-        prefix: list[ExpertRows],
-        qk_float32: bool,
-    ) -> None:
-        super().__init__(name, model, sequence, positions, prefix, qk_float32)
-        start = sequence.starts[sequence.target_index]
-        self._block_rotary = self.rotary(start, start + len(sequence.target))
-
     @property
     def block(self) -> ArmInput:
         """The denoised block as this arm reads it."""
         return self.reading(self._block_rotary)
+
+    @cached_property
+    def _block_rotary(self) -> RotaryTable:
+        start = self.sequence.starts[self.sequence.target_index]
+        return self.rotary(start, start + len(self.sequence.target))
 
 
 def most_in_one_pass(on_cpu: bool) -> int:
@@ -228,37 +222,12 @@ def advance(x_t: mx.array, velocity: mx.array, interval: float) -> mx.array:
     return mx.concatenate([x_t[:given], moved]) if given else moved
 
 
-def denoise(
-    model: Lance,
-    request: Request,
-    sequence: Sequence,
-    noise: mx.array,
-    conditions: Conditions,
-    negative: Sequence | None = None,
-    tell: Tell = lambda done, total: None,
-) -> Iterator[Step]:
-    """Read what comes before the denoised block, then yield every step from noise to latents.
+def denoise(model: Lance, pictures: Items[Picture], tell: Tell = lambda done, total: None) -> Iterator[list[Step]]:
+    """Read what comes before the denoised block, then yield every step from noise to latents, of all pictures side by
+    side.
 
-    The caller shows progress and may stop at any time.
-
-    Args:
-        noise: [n, 48] for the denoised block; cast to the policy's dtype.
-        negative: what guidance steers away from, as for `make_arms`.
-        tell: called with the segments that are read.
-
-    Raises:
-        LanceError: `noise` has another shape than the request's latents.
-    """
-    steps = denoise_batch(model, [Picture(request, sequence, noise, conditions, negative)], tell)
-    return (step for (step,) in steps)
-
-
-def denoise_batch(
-    model: Lance, pictures: Items[Picture], tell: Tell = lambda done, total: None
-) -> Iterator[list[Step]]:
-    """The same for several pictures side by side: yields the steps of all of them.
-
-    Pictures of one sequence, such as several seeds of a prompt, share what is read of it.
+    Pictures of one sequence, such as several seeds of a prompt, share what is read of it. The caller shows progress and
+    may stop at any time.
 
     Args:
         pictures: their requests go together, as `lance_mlx.sampling.batch` has it.
