@@ -11,7 +11,8 @@ import av
 from PIL import Image
 
 from lance_mlx.errors import LanceError
-from lance_mlx.media.read import read_visual, shown_size
+from lance_mlx.media.read import read_visual
+from lance_mlx.media.video import shown_size
 from lance_mlx.requests.request import Visual, VisualKind
 from lance_mlx.serve.bounds import BOUNDS
 from lance_mlx.serve.errors import ApiError

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lance_mlx.errors import LanceError
-from lance_mlx.media.read import read_visual, sample_indices
+from lance_mlx.media.read import read_visual
+from lance_mlx.media.video import sample_indices
 
 ORIENTATION = 0x0112
 # How the stored pixels of each EXIF orientation become upright.

@@ -11,6 +11,7 @@ from PIL import Image
 
 import lance_mlx.media.preprocess
 from lance_mlx.media import read as media_in
+from lance_mlx.media import video
 from parity.bundle.reading import read_bundle
 from parity.comparison.check import check_bundle
 from parity.comparison.exact import check_preprocessed
@@ -131,7 +132,7 @@ def test_both_sides_turn_and_mirror_frames_alike():
     ]:
         matrix = np.array([a, b, 0, c, d, 0, 0, 0, 1 << 14], np.int32) * (1 << 16)
         frame = SimpleNamespace(side_data={Type.DISPLAYMATRIX: matrix.tobytes()})
-        expected = media_in._turn(pixels, media_in._display_axes(frame))
+        expected = video._turn(pixels, video._display_axes(frame))
         assert np.array_equal(_displayed(pixels, frame), expected), (a, b, c, d)
 
 
