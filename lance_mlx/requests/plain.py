@@ -3,7 +3,7 @@
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from enum import StrEnum
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from lance_mlx.errors import LanceError
 
@@ -11,9 +11,23 @@ Record = TypeVar("Record")
 Choice = TypeVar("Choice", bound=StrEnum)
 
 
-def to_plain(record: Any) -> dict[str, Any]:
-    """The fields of a dataclass as JSON values, tuples as lists."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(record).items()}
+class Plain:
+    """What a frozen dataclass inherits to become JSON values and to come from them."""
+
+    def __repr__(self) -> str:
+        """With the fields that are not at their defaults, texts cut off at 40 characters."""
+        given = [(field, getattr(self, field.name)) for field in fields(self)]
+        shown = [f"{field.name}={_short(value)}" for field, value in given if value != field.default]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values under the field names."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from JSON values under the field names; raises LanceError for an unknown key or a bad value."""
+        return from_plain(cls, values)
 
 
 def from_plain(kind: type[Record], values: dict[str, Any]) -> Record:
@@ -47,13 +61,6 @@ def as_enum(kind: type[Choice], name: str, value: str) -> Choice:
         return kind(value)
     except ValueError:
         raise LanceError(f"{name} '{value}' is not supported: choose one of {', '.join(kind)}") from None
-
-
-def short_repr(record: Any) -> str:
-    """A dataclass with those of its fields that are not at their defaults, texts cut off at 40 characters."""
-    given = [(field, getattr(record, field.name)) for field in fields(record)]
-    shown = [f"{field.name}={_short(value)}" for field, value in given if value != field.default]
-    return f"{type(record).__name__}({', '.join(shown)})"
 
 
 def _short(value: Any) -> str:

@@ -3,13 +3,12 @@
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from lance_mlx.config import MAX_LATENT_SIDE, MAX_NUM_FRAMES, SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lance_mlx.errors import LanceError
 from lance_mlx.media.preprocess import RESOLUTIONS
 from lance_mlx.requests.limits import check_number, check_text
-from lance_mlx.requests.plain import from_plain, set_enums, short_repr, to_plain
+from lance_mlx.requests.plain import Plain, set_enums
 
 
 class Task(StrEnum):
@@ -119,8 +118,8 @@ class Visual:
         set_enums(self)
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, repr=False)
+class Request(Plain):
     """One request for an image or a video, with upstream's launcher defaults.
 
     Attributes:
@@ -171,8 +170,6 @@ class Request:
     negative_prompt: str | None = None
     scheduler: Scheduler = Scheduler.EULER
     as_upstream: bool = False
-
-    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         set_enums(self)
@@ -231,18 +228,9 @@ class Request:
         frames = (self.num_frames - 1) // TEMPORAL_STRIDE + 1
         return frames, self.height // SPATIAL_STRIDE, self.width // SPATIAL_STRIDE
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values under the field names."""
-        return to_plain(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Request":
-        """Build from JSON values under the field names; raises LanceError for an unknown key or a bad value."""
-        return from_plain(cls, values)
-
-
-@dataclass(frozen=True)
-class Question:
+@dataclass(frozen=True, repr=False)
+class Question(Plain):
     """One question about images or a video, with upstream's launcher defaults.
 
     Attributes:
@@ -273,8 +261,6 @@ class Question:
     entry: Entry = Entry.KV_CACHE
     as_upstream: bool = False
 
-    __repr__ = short_repr
-
     def __post_init__(self) -> None:
         set_enums(self)
         _set_resolutions(self)
@@ -295,15 +281,6 @@ class Question:
     def variant(self) -> Variant:
         """The model that was trained for this."""
         return Variant.VIDEO if self.task.is_for_video else Variant.IMAGE
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values under the field names."""
-        return to_plain(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Question":
-        """Build from JSON values under the field names; raises LanceError for an unknown key or a bad value."""
-        return from_plain(cls, values)
 
 
 _OF_OTHER_KIND = {
