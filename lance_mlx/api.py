@@ -23,7 +23,7 @@ from lance_mlx.estimate.machine import budget
 from lance_mlx.estimate.tiling import AUTO, NONE, fixed_tiles, read_tiling, tile_chooser
 from lance_mlx.media.preprocess import vae_pixels, vit_patches
 from lance_mlx.outputs import Answer, Generated
-from lance_mlx.pipeline import Pipeline, Prepared, PreparedQuestion
+from lance_mlx.pipeline import Pipeline, PreparedQuestion
 from lance_mlx.pipeline import load as load_pipeline
 from lance_mlx.requests.plain import as_enum
 from lance_mlx.requests.request import Question, Request, Task, Variant, Visual, VisualKind
@@ -128,7 +128,7 @@ class LanceModel:
         """
         if visuals is None:
             visuals = prepare_visuals(request)
-        return self._generate(request, visuals, None, callback, noise, (), progress)
+        return self._draw([request], [visuals], None, _of_one(callback), noise, (), progress)[0]
 
     def generate_batch(
         self,
@@ -155,14 +155,7 @@ class LanceModel:
         sized = [sized_by_source(*given) for given in zip(requests, visuals, strict=True)]
         if not all(go_together(sized[0], other) for other in sized[1:]):
             raise LanceError("a batch is of one size and one set of options, and not of task i2v: draw one by one")
-        pipeline = self.pipeline(requests[0].variant, looks=bool(visuals[0]))
-        if visuals[0]:
-            progress("looking", 0, 1)
-        prepared = pipeline.prepare_batch(requests, visuals)
-        if visuals[0]:
-            self._looked(pipeline, progress, [(each.conditions.vit, each.conditions.clean) for each in prepared])
-        steps = pipeline.denoise_batch(prepared, partial(progress, "reading"))
-        return self._sample(pipeline, prepared, steps, callback, (), progress)
+        return self._draw(requests, visuals, None, callback, None, (), progress)
 
     def edit_again(
         self,
@@ -192,43 +185,32 @@ class LanceModel:
             pixels, clean = generated.frames.astype(np.float32) / 127.5 - 1, generated.latents
         visuals = [PreparedVisual(patches, grid, pixels)]
         earlier = (*generated.earlier, generated.request)
-        return self._generate(request, visuals, clean, callback, noise, earlier, progress)
+        return self._draw([request], [visuals], clean, _of_one(callback), noise, earlier, progress)[0]
 
-    def _generate(
+    def _draw(
         self,
-        request: Request,
-        visuals: Sequence[PreparedVisual],
+        requests: Sequence[Request],
+        visuals: Sequence[Sequence[PreparedVisual]],
         clean: mx.array | None,
-        callback: Callable[[Step], bool | None] | None,
+        callback: Callable[[list[Step]], bool | None] | None,
         noise: mx.array | None,
         earlier: tuple[Request, ...],
         progress: Progress,
-    ) -> Generated:
+    ) -> list[Generated]:
         if noise is not None:
-            check_noise(sized_by_source(request, visuals), noise)
-        pipeline = self.pipeline(request.variant, looks=bool(visuals))
-        if visuals:
+            check_noise(sized_by_source(requests[0], visuals[0]), noise)
+        looks = bool(visuals[0])
+        pipeline = self.pipeline(requests[0].variant, looks)
+        if looks:
             progress("looking", 0, 1)
         if clean is None:
-            prepared = pipeline.prepare(request, visuals)
+            prepared = pipeline.prepare_batch(requests, visuals)
         else:
-            prepared = pipeline.prepare_encoded(request, visuals, [clean])
-        if visuals:
-            self._looked(pipeline, progress, prepared.conditions.vit, prepared.conditions.clean)
-        steps = ([step] for step in pipeline.denoise(prepared, noise, partial(progress, "reading")))
-        told = None if callback is None else lambda steps: callback(steps[0])
-        return self._sample(pipeline, [prepared], steps, told, earlier, progress)[0]
-
-    def _sample(
-        self,
-        pipeline: Pipeline,
-        prepared: Sequence[Prepared],
-        steps: Iterable[list[Step]],
-        callback: Callable[[list[Step]], bool | None] | None,
-        earlier: tuple[Request, ...],
-        progress: Progress,
-    ) -> list[Generated]:
-        total, started = prepared[0].request.num_steps, time.perf_counter()
+            prepared = [pipeline.prepare_encoded(requests[0], visuals[0], [clean])]
+        if looks:
+            self._looked(pipeline, progress, [(each.conditions.vit, each.conditions.clean) for each in prepared])
+        steps = pipeline.denoise_batch(prepared, noise, partial(progress, "reading"))
+        total, started = requests[0].num_steps, time.perf_counter()
         progress("denoising", 0, total)
         for each in steps:
             done = each[0].state.index + 1
@@ -353,6 +335,10 @@ def load(
         check_folder(Path(name))
     tiling = read_tiling(vae_tiling)
     return LanceModel(name, numerics, vit_source, track, variant, quiet, low_ram, keep_encoders, tiling)
+
+
+def _of_one(callback: Callable[[Step], bool | None] | None) -> Callable[[list[Step]], bool | None] | None:
+    return None if callback is None else lambda steps: callback(steps[0])
 
 
 def next_turn(request: Request, prompt: str) -> Request:

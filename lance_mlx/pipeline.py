@@ -176,18 +176,21 @@ class Pipeline:
         Raises:
             LanceError: the noise does not fit the request.
         """
-        return (step for (step,) in denoise(self.model, [self._picture(prepared, noise)], tell))
+        return (step for (step,) in self.denoise_batch([prepared], noise, tell))
 
     def denoise_batch(
-        self, prepared: Sequence[Prepared], tell: Tell = lambda done, total: None
+        self, prepared: Sequence[Prepared], noise: mx.array | None = None, tell: Tell = lambda done, total: None
     ) -> Iterator[list[Step]]:
-        """The same for requests that go together, side by side, from their seeds; yields the steps of all of them."""
-        return denoise(self.model, [self._picture(each, None) for each in prepared], tell)
+        """The same for requests that go together, side by side; yields the steps of all of them.
 
-    def _picture(self, prepared: Prepared, noise: mx.array | None) -> Picture:
-        if noise is None:
-            noise = draw_noise(prepared.request, self.model.numerics)
-        return Picture(prepared.request, prepared.sequence, noise, prepared.conditions, prepared.negative)
+        Args:
+            noise: to start from, of one request alone.
+        """
+        pictures = []
+        for each in prepared:
+            own = draw_noise(each.request, self.model.numerics) if noise is None else noise
+            pictures.append(Picture(each.request, each.sequence, own, each.conditions, each.negative))
+        return denoise(self.model, pictures, tell)
 
     def decode(self, request: Request, latents: mx.array) -> Iterator[mx.array]:
         """Yield pixels, float32 [1 or 4, height, width, 3] in [-1, 1], one latent frame of [n, 48] latents at a time.
