@@ -6,25 +6,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from lance_mlx.backend.allocator import release
-from lance_mlx.backend.numerics import BFLOAT16, Numerics, policy, runs_on_cpu
-from lance_mlx.checkpoint.hub import fetch, is_repository
-from lance_mlx.checkpoint.layouts import check_folder, find_checkpoint
+from lance_mlx.backend.numerics import BFLOAT16, Numerics, policy
+from lance_mlx.checkpoint.hub import is_repository
+from lance_mlx.checkpoint.layouts import check_folder
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.checkpoint.weights import Tracker
 from lance_mlx.errors import LanceError
-from lance_mlx.estimate.estimate import coders_of, sizes_of
-from lance_mlx.estimate.machine import budget
-from lance_mlx.estimate.tiling import AUTO, NONE, fixed_tiles, read_tiling, tile_chooser
+from lance_mlx.estimate.tiling import AUTO, read_tiling
+from lance_mlx.loaded import Loaded
 from lance_mlx.media.preprocess import vae_pixels, vit_patches
 from lance_mlx.outputs import Answer, Generated
 from lance_mlx.pipeline import Pipeline, PreparedQuestion
-from lance_mlx.pipeline import load as load_pipeline
 from lance_mlx.requests.plain import as_enum
 from lance_mlx.requests.request import Question, Request, Task, Variant, Visual, VisualKind
 from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by_source
@@ -38,72 +35,8 @@ PREVIOUS_TURN = "previous turn"
 """Path of the visual of a request that goes on from what was generated before it."""
 
 
-class LanceModel:
+class LanceModel(Loaded):
     """A checkpoint, whose two models are loaded when a task first needs one; one is in memory at a time."""
-
-    def __init__(
-        self,
-        model: str,
-        numerics: Numerics,
-        vit_source: ViTSource,
-        track: Tracker,
-        variant: Variant | None,
-        quiet: bool,
-        low_ram: bool,
-        keep_encoders: bool,
-        vae_tiling: str | int,
-    ) -> None:
-        self.model = model
-        self.numerics = numerics
-        self._vit_source = vit_source
-        self._variant = variant
-        self._quiet = quiet
-        self._track = track
-        self._low_ram = low_ram
-        self._keep_encoders = keep_encoders
-        self._vae_tiling = vae_tiling
-        self._pipeline: Pipeline | None = None
-        self._loaded: tuple[Variant, bool] | None = None
-
-    def __repr__(self) -> str:
-        return f"LanceModel({self.model!r}, {self.numerics.name})"
-
-    @property
-    def name(self) -> str:
-        """What the model is called: its repository, or its folder without the way there."""
-        return self.model if is_repository(self.model) else Path(self.model).resolve().name
-
-    def variant_for(self, request: Request | Question) -> Variant:
-        """The model that is used for a request."""
-        return self._variant or request.variant
-
-    def pipeline(self, variant: Variant, looks: bool) -> Pipeline:
-        """The loaded model for a variant; with `looks` the ViT and the VAE's encoder are loaded too.
-
-        Raises:
-            LanceError: a file of the checkpoint is missing or wrong.
-        """
-        variant = self._variant or variant
-        if self._pipeline is not None and self._loaded in ((variant, looks), (variant, True)):
-            return self._pipeline
-        # The other model goes first, so that two are never in memory.
-        self.release()
-        path = fetch(self.model, variant, self._quiet) if is_repository(self.model) else Path(self.model)
-        source, track, low_ram = self._vit_source, self._track, self._low_ram
-        self._pipeline = load_pipeline(path, variant, self.numerics, looks, source, track, low_ram)
-        self._loaded = variant, looks
-        if self._vae_tiling == AUTO:
-            sizes = sizes_of(find_checkpoint(path, variant), looks=False)
-            coders = coders_of(sizes, self.numerics, low_ram, runs_on_cpu())
-            self._pipeline.vae.tile_for = tile_chooser(*coders, budget())
-        elif self._vae_tiling != NONE:
-            self._pipeline.vae.tile_for = fixed_tiles(self._vae_tiling)
-        return self._pipeline
-
-    def release(self) -> None:
-        """Let the model that is in memory go; the next task loads it again."""
-        self._pipeline = self._loaded = None
-        release()
 
     def generate(
         self,
@@ -208,7 +141,8 @@ class LanceModel:
         else:
             prepared = [pipeline.prepare_encoded(requests[0], visuals[0], [clean])]
         if looks:
-            self._looked(pipeline, progress, [(each.conditions.vit, each.conditions.clean) for each in prepared])
+            self._looked([(each.conditions.vit, each.conditions.clean) for each in prepared])
+            progress("looking", 1, 1)
         steps = pipeline.denoise_batch(prepared, noise, partial(progress, "reading"))
         total, started = requests[0].num_steps, time.perf_counter()
         progress("denoising", 0, total)
@@ -229,16 +163,6 @@ class LanceModel:
             given = self.numerics.name, seconds, earlier, pipeline.vae, weights, stopped
             made.append(Generated(own.request, latents, *given))
         return made
-
-    def _looked(self, pipeline: Pipeline, progress: Progress, *seen: Any) -> None:
-        """Compute what the encoders made, and free them where they are not to be kept."""
-        mx.eval(*seen)
-        progress("looking", 1, 1)
-        variant, looks = self._loaded
-        if looks and not self._keep_encoders and not self._low_ram:
-            pipeline.drop_encoders()
-            self._loaded = variant, False
-        release()
 
     def answer(
         self,
@@ -288,7 +212,8 @@ class LanceModel:
                 progress("looking", 0, 1)
             earlier = pipeline.prepare_question(question, visuals, earlier)
             if visuals:
-                self._looked(pipeline, progress, [rows.und for rows in earlier.reader.prefix])
+                self._looked([rows.und for rows in earlier.reader.prefix])
+                progress("looking", 1, 1)
             earlier.reader.read(partial(progress, "reading"))
             yield _answer(pipeline, earlier, callback or (lambda piece: None), time.perf_counter() - started)
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lance_mlx
-import lance_mlx.api as api
+import lance_mlx.loaded as loaded
 from lance_mlx import FLOAT32, Entry, LanceError, LanceModel, Question, Request, Task, Variant, Visual, VisualKind, load
 from lance_mlx.media.write import read_metadata
 from lance_mlx.model.vit import VisionTransformer
@@ -50,13 +50,13 @@ def test_a_folder_that_is_not_there_is_refused_at_once(tmp_path):
 
 
 def test_one_model_is_in_memory_at_a_time(checkpoint, monkeypatch):
-    held, original = [], api.load_pipeline
+    held, original = [], loaded.load_pipeline
 
     def watch(path, variant, numerics, looks, *rest):
         held.append((variant, looks, model._pipeline))
         return original(path, variant, numerics, looks, *rest)
 
-    monkeypatch.setattr(api, "load_pipeline", watch)
+    monkeypatch.setattr(loaded, "load_pipeline", watch)
     model = load(checkpoint, FLOAT32)
     assert held == []
     first = model.pipeline(Variant.IMAGE, looks=False)

@@ -13,6 +13,7 @@ from PIL import Image
 
 import lance_mlx.api as api
 import lance_mlx.cli.commands as commands
+import lance_mlx.loaded as loaded
 from lance_mlx.media.write import read_metadata
 
 TINY = ["--vae-resolution", 64, "--vit-resolution", 56]
@@ -37,8 +38,8 @@ def pixels(path: str) -> np.ndarray:
 
 
 def test_several_seeds_are_one_load_and_an_output_each(draw, monkeypatch):
-    loads, original = [], api.load_pipeline
-    monkeypatch.setattr(api, "load_pipeline", lambda *given: loads.append(1) or original(*given))
+    loads, original = [], loaded.load_pipeline
+    monkeypatch.setattr(loaded, "load_pipeline", lambda *given: loads.append(1) or original(*given))
     draw("t2i", "--prompt", "a bird", "--seed", 1, 2, 3, "--batch-size", 1, "-o", "new/bird.png", *DRAWING)
     assert sorted(path.name for path in Path("new").iterdir()) == ["bird-1.png", "bird-2.png", "bird-3.png"]
     assert loads == [1]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lance_mlx import FLOAT32, LanceError, Request, Task, Variant, api, load
+from lance_mlx import FLOAT32, LanceError, Request, Task, Variant, load, loaded
 from lance_mlx.backend.numerics import runs_on_cpu
 from lance_mlx.checkpoint.layouts import find_checkpoint
 from lance_mlx.cli.replay import options_of
@@ -141,7 +141,7 @@ def test_what_fits_is_the_same_bit_for_bit_and_what_does_not_is_told(checkpoint,
     assert plain.frames.tobytes() == never.frames.tobytes()
     assert "vae_tiling" not in plain.metadata and "departures" not in plain.metadata
     asked = drawn(load(checkpoint, FLOAT32, low_ram=low_ram, vae_tiling=384))
-    monkeypatch.setattr(api, "budget", lambda: 0)
+    monkeypatch.setattr(loaded, "budget", lambda: 0)
     small = drawn(load(checkpoint, FLOAT32, low_ram=low_ram))
     assert small.frames.tobytes() == asked.frames.tobytes() != plain.frames.tobytes()
     assert np.abs(small.frames.astype(int) - plain.frames).max() <= 1
