@@ -12,19 +12,27 @@ import typer
 from PIL import Image, ImageOps
 
 from lance_mlx.api import Generated, load
-from lance_mlx.backend.numerics import BFLOAT16, POLICIES, policy
+from lance_mlx.backend.numerics import BFLOAT16, policy
 from lance_mlx.cli.commands import Drawing, draw_all, going_on, prepare_drawings
 from lance_mlx.cli.console import Console
 from lance_mlx.cli.meaning import spelt
+from lance_mlx.cli.options import (
+    BatchSizeOption,
+    GuidanceOption,
+    LowRamOption,
+    ModelOption,
+    NumericsOption,
+    SchedulerOption,
+    VariantOption,
+)
 from lance_mlx.cli.several import DEFAULT_SEED
 from lance_mlx.errors import LanceError, reason
 from lance_mlx.files import check_place, taken_for_one, whole
 from lance_mlx.media.write import read_metadata, save_image, save_text
 from lance_mlx.requests.benchmarks import Benchmark, Entry, read_benchmark
 from lance_mlx.requests.files import naming_entry
-from lance_mlx.requests.request import Request, Scheduler, Task, Variant, Visual, VisualKind
+from lance_mlx.requests.request import Request, Scheduler, Task, Visual, VisualKind
 from lance_mlx.requests.results import is_made_from
-from lance_mlx.sampling.batch import MOST_PICTURES
 
 _SEEDS = "seeds"
 """Key of a grid's metadata that holds the seeds of its pictures."""
@@ -40,7 +48,7 @@ def register(app: typer.Typer, epilog: str) -> None:
 
 def benchmark(
     name: Annotated[Benchmark, typer.Argument(help="Whose prompts are drawn.", metavar="BENCHMARK")],
-    model: Annotated[str, typer.Option(help="Folder of a checkpoint in any layout, or OWNER/NAME on the hub.")],
+    model: ModelOption,
     prompts: Annotated[
         Path,
         typer.Option(
@@ -71,19 +79,16 @@ def benchmark(
     seed: Annotated[int, typer.Option(help="Seed of each prompt's first sample; the next ones count up.")] = (
         DEFAULT_SEED
     ),
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="Most images that are made side by side, as for generate.", min=1, max=MOST_PICTURES),
-    ] = None,
+    batch_size: BatchSizeOption = None,
     steps: Annotated[
         int | None, typer.Option(help="Denoising steps. [default: 50, vbench 30]", show_default=False)
     ] = None,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 4.0,
+    guidance: GuidanceOption = 4.0,
     timestep_shift: Annotated[
         float | None,
         typer.Option(help="Shift of the timesteps towards noise. [default: 3.5, vbench 3.0]", show_default=False),
     ] = None,
-    scheduler: Annotated[Scheduler, typer.Option(help="How to step, as for generate.")] = Scheduler.EULER,
+    scheduler: SchedulerOption = Scheduler.EULER,
     width: Annotated[int | None, typer.Option(help="Pixels. [default: 768, vbench 848]", show_default=False)] = None,
     height: Annotated[int | None, typer.Option(help="Pixels. [default: 768, vbench 480]", show_default=False)] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames of a video. [default: 50]", show_default=False)] = None,
@@ -93,12 +98,9 @@ def benchmark(
     vit_resolution: Annotated[
         int | None, typer.Option(help="About this many pixels squared of gedit's sources for the ViT. [default: 672]")
     ] = None,
-    variant: Annotated[
-        VisualKind | None,
-        typer.Option(help="Use the model for images, or the one for videos.", show_default=False),
-    ] = None,
-    numerics: Annotated[str, typer.Option(help=f"Where to round: {' or '.join(POLICIES)}.")] = BFLOAT16.name,
-    low_ram: Annotated[bool, typer.Option("--low-ram", help="Hold one layer in memory at a time.")] = False,
+    variant: VariantOption = None,
+    numerics: NumericsOption = BFLOAT16.name,
+    low_ram: LowRamOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
 ) -> None:
     """Draw the prompts of a benchmark into the files that its evaluator reads, with the settings of bytedance/Lance's
@@ -128,8 +130,7 @@ def benchmark(
             asked.append([Request(name.task, entry.prompt, seed=each, visuals=visuals, **values) for each in seeds])
     console = Console(quiet)
     track = partial(console.bar, desc="loading", unit="tensor")
-    used = None if variant is None else Variant.of(variant)
-    opened = load(model, policy(numerics), track=track, variant=used, quiet=quiet, low_ram=low_ram)
+    opened = load(model, policy(numerics), track=track, variant=variant, quiet=quiet, low_ram=low_ram)
     made_by = {
         "model": opened.name,
         "variant": str(opened.variant_for(asked[0][0])),

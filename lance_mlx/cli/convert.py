@@ -12,6 +12,7 @@ from lance_mlx.checkpoint.hub import fetch, is_repository
 from lance_mlx.checkpoint.layouts import check_folder, find_checkpoint, variants_in
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.cli.console import Console, Interrupted, gigabytes
+from lance_mlx.cli.options import ViTSourceOption
 from lance_mlx.errors import LanceError
 from lance_mlx.requests.request import Variant, VisualKind
 
@@ -40,9 +41,7 @@ def convert(
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Of all weights; bfloat16 is the launcher's.")] = DType.BFLOAT16,
     shard_size: Annotated[float, typer.Option(metavar="GB", help="Most gigabytes of a file.")] = 4.0,
-    vit_source: Annotated[
-        ViTSource, typer.Option(help="Whose ViT is taken where the Lance file and the ViT file both hold one.")
-    ] = ViTSource.LANCE,
+    vit_source: ViTSourceOption = ViTSource.LANCE,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
 ) -> None:
     """Write one model with its VAE and ViT as safetensors for MLX, in bounded memory.

@@ -9,21 +9,34 @@ import mlx.core as mx
 import typer
 
 from lance_mlx.api import load
-from lance_mlx.backend.numerics import BFLOAT16, POLICIES, policy
+from lance_mlx.backend.numerics import BFLOAT16, policy
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.cli.commands import answer, draw_all, prepare_drawings, work_through
 from lance_mlx.cli.console import Console, Interrupted
 from lance_mlx.cli.meaning import EDITING, check_options, refuse
+from lance_mlx.cli.options import (
+    DEFAULT_FRAMES,
+    DEFAULT_SIDE,
+    AsUpstreamOption,
+    BatchSizeOption,
+    GuidanceIntervalOption,
+    GuidanceOption,
+    LowRamOption,
+    ModelOption,
+    NumericsOption,
+    SchedulerOption,
+    VariantOption,
+    ViTSourceOption,
+)
 from lance_mlx.cli.replay import check_sources, options_of
-from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE, GuidanceInterval, Settings
+from lance_mlx.cli.settings import Settings
 from lance_mlx.cli.several import DEFAULT_SEED, TakesSeeds, choose_seeds, name_outputs, read_prompts
 from lance_mlx.errors import LanceError
 from lance_mlx.estimate.tiling import AUTO
 from lance_mlx.media.preprocess import RESOLUTIONS
 from lance_mlx.requests.files import read_requests
-from lance_mlx.requests.request import Entry, Renorm, Scheduler, Task, Variant, Visual, VisualKind
+from lance_mlx.requests.request import Entry, Renorm, Scheduler, Task, Visual, VisualKind
 from lance_mlx.requests.rewriting import Rewriter
-from lance_mlx.sampling.batch import MOST_PICTURES
 
 _IN_THE_FILE = "prompt prompts_file question instruction image video noise reencode config_from auto_seeds".split()
 _IN_THE_FILE += ["stepwise_output_dir"]
@@ -52,13 +65,7 @@ def _task(name: str) -> Task:
 
 def generate(
     context: typer.Context,
-    model: Annotated[
-        str,
-        typer.Option(
-            help="Folder of an official checkpoint, or of one of its variants; of a converted one; of one by "
-            "mlx-community; or any of these on the hub, as OWNER/NAME."
-        ),
-    ],
+    model: ModelOption,
     task: Annotated[
         Task | None,
         typer.Argument(
@@ -142,19 +149,9 @@ def generate(
     auto_seeds: Annotated[
         int | None, typer.Option(help="Make so many outputs, with random seeds.", metavar="N", show_default=False)
     ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Most images that are made side by side, of one size and one set of options; 1 for one after the "
-            "other. [default: as many as that is faster for, on a CPU 8 of 128x128 and 4 of 256x256]",
-            metavar="N",
-            min=1,
-            max=MOST_PICTURES,
-            show_default=False,
-        ),
-    ] = None,
+    batch_size: BatchSizeOption = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 turns guidance off.")] = 4.0,
+    guidance: GuidanceOption = 4.0,
     width: Annotated[
         int | None,
         typer.Option(help=f"Pixels, a multiple of 16 up to 1024. [default: {DEFAULT_SIDE}]", show_default=False),
@@ -181,14 +178,7 @@ def generate(
     vit_resolution: Annotated[
         int | None, typer.Option(help="About this many pixels squared for the ViT, in place of --resolution's.")
     ] = None,
-    as_upstream: Annotated[
-        bool,
-        typer.Option(
-            "--as-upstream",
-            help="Take the stored pixels of images and videos, as upstream does: no EXIF orientation, no colour "
-            "profile, no HDR, neither deinterlaced nor stretched to square pixels.",
-        ),
-    ] = False,
+    as_upstream: AsUpstreamOption = False,
     reencode: Annotated[
         bool, typer.Option("--reencode", help="Between turns, encode the pixels anew instead of keeping the latents.")
     ] = False,
@@ -207,34 +197,18 @@ def generate(
             "LANCE_REWRITE_MODEL_NAME and LANCE_REWRITE_BASE_URL name it.",
         ),
     ] = False,
-    scheduler: Annotated[
-        Scheduler,
-        typer.Option(
-            help="How to step: euler is upstream's; heun (two passes a step), dpm++2m and unipc are of second "
-            "order, a departure from upstream."
-        ),
-    ] = Scheduler.EULER,
+    scheduler: SchedulerOption = Scheduler.EULER,
     timestep_shift: Annotated[float, typer.Option(help="Shift of the timesteps towards noise.")] = 3.5,
-    guidance_interval: GuidanceInterval = (0.4, 1.0),
+    guidance_interval: GuidanceIntervalOption = (0.4, 1.0),
     guidance_renorm: Annotated[Renorm, typer.Option(help="How a guided velocity is scaled back.")] = Renorm.GLOBAL,
     guidance_renorm_min: Annotated[float, typer.Option(help="Least factor of the renorm.")] = 0.0,
     text_template: Annotated[bool, typer.Option(help="Wrap the prompt in the trained template.")] = True,
     entry: Annotated[
         Entry, typer.Option(help="Which of upstream's two sampling functions to follow.")
     ] = Entry.KV_CACHE,
-    variant: Annotated[
-        VisualKind | None,
-        typer.Option(
-            help="Use the model for images, or the one for videos. [default: the one trained for the task]",
-            show_default=False,
-        ),
-    ] = None,
-    vit_source: Annotated[
-        ViTSource, typer.Option(help="Whose ViT is used where the Lance file and the ViT file both hold one.")
-    ] = ViTSource.LANCE,
-    numerics: Annotated[
-        str, typer.Option(help=f"Where to round: {' or '.join(POLICIES)}; bfloat16 is the launcher's.")
-    ] = BFLOAT16.name,
+    variant: VariantOption = None,
+    vit_source: ViTSourceOption = ViTSource.LANCE,
+    numerics: NumericsOption = BFLOAT16.name,
     noise: Annotated[
         Path | None,
         typer.Option(help="Start from this noise, [n, 48] in a .npy or .safetensors file, not from the seed."),
@@ -252,14 +226,7 @@ def generate(
         typer.Option(help="Most gigabytes of freed memory that MLX keeps. [default: MLX's]", show_default=False),
     ] = None,
     vision_type: Annotated[str | None, typer.Option(hidden=True)] = None,
-    low_ram: Annotated[
-        bool,
-        typer.Option(
-            "--low-ram",
-            help="Hold one layer in memory at a time and read the layers anew in every pass: slower, for machines "
-            "that the model does not fit into. The result is the same.",
-        ),
-    ] = False,
+    low_ram: LowRamOption = False,
     vae_tiling: Annotated[
         str,
         typer.Option(
@@ -280,40 +247,16 @@ def generate(
         if not 0 <= cache_limit_gb < 2**20:
             raise LanceError(f"--cache-limit-gb {cache_limit_gb} must be 0 or more gigabytes")
         mx.set_cache_limit(round(cache_limit_gb * 1e9))
+    options = context.params
     if "resolution" in given:  # Which goes before what a file was made with, but not before what is given besides.
-        vae_resolution = vae_resolution if "vae_resolution" in given else None
-        vit_resolution = vit_resolution if "vit_resolution" in given else None
+        options = options | {name: None for name in ("vae_resolution", "vit_resolution") if name not in given}
     seeds = choose_seeds(seed, auto_seeds)
-    settings = Settings(
-        height=height,
-        width=width,
-        num_frames=num_frames,
-        resolution=resolution,
-        vae_resolution=vae_resolution,
-        vit_resolution=vit_resolution,
-        num_steps=steps,
-        timestep_shift=timestep_shift,
-        guidance_scale=guidance,
-        guidance_interval=guidance_interval,
-        guidance_renorm=guidance_renorm,
-        guidance_renorm_min=guidance_renorm_min,
-        text_template=text_template,
-        max_new_tokens=max_tokens,
-        temperature=temp,
-        top_p=top_p,
-        entry=entry,
-        seed=seeds[0],
-        fps=fps,
-        negative_prompt=negative_prompt,
-        scheduler=scheduler,
-        as_upstream=as_upstream,
-    )
+    settings = Settings.of(options, seeds[0])
     console = Console(quiet)
     track = partial(console.bar, desc="loading", unit="tensor")
-    used = None if variant is None else Variant.of(variant)
     # Nothing looks again after the one request.
     again = requests is not None or prompts_file is not None or len(prompt or ()) > 1 or len(seeds) > 1
-    opened = partial(load, model, policy(numerics), vit_source, track, used, quiet, low_ram, again, vae_tiling)
+    opened = partial(load, model, policy(numerics), vit_source, track, variant, quiet, low_ram, again, vae_tiling)
     if requests is not None:
         refuse(given, _IN_THE_FILE, "goes with a single request, not with --requests")
         if len(seeds) > 1:

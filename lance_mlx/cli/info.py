@@ -9,12 +9,19 @@ import mlx.core as mx
 import typer
 
 from lance_mlx.backend import blas, precision
-from lance_mlx.backend.numerics import BFLOAT16, POLICIES, policy, runs_on_cpu
+from lance_mlx.backend.numerics import BFLOAT16, policy, runs_on_cpu
 from lance_mlx.checkpoint.hub import is_repository
 from lance_mlx.checkpoint.layouts import LAYOUTS, check_folder, find_checkpoint, variants_in
 from lance_mlx.checkpoint.tensors import Checkpoint, Part, ViTSource
 from lance_mlx.cli.meaning import refuse
-from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE, GuidanceInterval
+from lance_mlx.cli.options import (
+    DEFAULT_FRAMES,
+    DEFAULT_SIDE,
+    GuidanceIntervalOption,
+    GuidanceOption,
+    NumericsOption,
+    VariantOption,
+)
 from lance_mlx.config import SPATIAL_STRIDE
 from lance_mlx.errors import LanceError
 from lance_mlx.estimate.estimate import OFFICIAL, coders_of, peak_memory, sizes_of, work_of
@@ -48,13 +55,10 @@ def info(
         typer.Option(help=f"Frames of a video. [default: {DEFAULT_FRAMES}]", show_default=False),
     ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 turns guidance off.")] = 4.0,
-    guidance_interval: GuidanceInterval = (0.4, 1.0),
-    variant: Annotated[
-        VisualKind | None,
-        typer.Option(help="Which model. [default: the one trained for the task]", show_default=False),
-    ] = None,
-    numerics: Annotated[str, typer.Option(help=f"{' or '.join(POLICIES)}.")] = BFLOAT16.name,
+    guidance: GuidanceOption = 4.0,
+    guidance_interval: GuidanceIntervalOption = (0.4, 1.0),
+    variant: VariantOption = None,
+    numerics: NumericsOption = BFLOAT16.name,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
 ) -> None:
     """Show versions, device, BLAS and precision in use; what a checkpoint holds; and what a task would need.

@@ -9,6 +9,7 @@ import typer
 from lance_mlx.api import load
 from lance_mlx.checkpoint.hub import is_repository
 from lance_mlx.checkpoint.layouts import check_folder, variants_in
+from lance_mlx.cli.options import AsUpstreamOption, LowRamOption, ModelOption
 from lance_mlx.errors import LanceError
 from lance_mlx.requests.request import Variant
 
@@ -19,7 +20,7 @@ def register(app: typer.Typer, epilog: str) -> None:
 
 
 def serve(
-    model: Annotated[str, typer.Option(help="Folder of a checkpoint in any layout, or OWNER/NAME on the hub.")],
+    model: ModelOption,
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's need a token.")] = (
         "127.0.0.1"
     ),
@@ -35,12 +36,8 @@ def serve(
     idle_minutes: Annotated[
         float, typer.Option(min=0.01, help="Let the model go after so long without a request.")
     ] = 15.0,
-    low_ram: Annotated[
-        bool, typer.Option("--low-ram", help="Hold one layer in memory at a time, as generate --low-ram does.")
-    ] = False,
-    as_upstream: Annotated[
-        bool, typer.Option("--as-upstream", help="Read images and videos as generate --as-upstream does.")
-    ] = False,
+    low_ram: LowRamOption = False,
+    as_upstream: AsUpstreamOption = False,
 ) -> None:
     """Serve an OpenAI-compatible API, and a page for browsers, until Ctrl-C."""
     try:

@@ -1,22 +1,14 @@
 """The options that hold for everything that a run makes."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
-import typer
-
+from lance_mlx.cli.meaning import OPTIONS
+from lance_mlx.cli.options import DEFAULT_FRAMES, DEFAULT_SIDE
 from lance_mlx.media.preprocess import RESOLUTIONS
 from lance_mlx.requests.files import caption_instruction
 from lance_mlx.requests.request import Entry, Question, Renorm, Request, Scheduler, Task, Visual
-
-GuidanceInterval = Annotated[
-    tuple[float, float],
-    typer.Option(
-        help="Guidance acts while LOW < t <= HIGH. [default: 0.4 1.0]", metavar="LOW HIGH", show_default=False
-    ),
-]
-DEFAULT_SIDE = 768
-DEFAULT_FRAMES = 50
 
 
 @dataclass(frozen=True)
@@ -46,36 +38,15 @@ class Settings:
     scheduler: Scheduler
     as_upstream: bool
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any], seed: int) -> Self:
+        """Those among the parameters of the command, by name, and a seed."""
+        names = [field.name for field in fields(cls) if field.name != "seed"]
+        return cls(**{name: options[OPTIONS.get(name, name)] for name in names}, seed=seed)
+
     def request(self, task: Task, prompt: str, visuals: tuple[Visual, ...], vision_type: str | None = None) -> Request:
         """A request for an image or a video; raises LanceError for a value that cannot be used."""
-        num_frames = self.num_frames
-        if num_frames is None:
-            num_frames = DEFAULT_FRAMES if task.is_for_video else 1
-        vae_resolution, vit_resolution = self._resolutions()
-        return Request(
-            task=task,
-            prompt=prompt,
-            height=DEFAULT_SIDE if self.height is None else self.height,
-            width=DEFAULT_SIDE if self.width is None else self.width,
-            num_frames=num_frames,
-            num_steps=self.num_steps,
-            timestep_shift=self.timestep_shift,
-            guidance_scale=self.guidance_scale,
-            guidance_interval=self.guidance_interval,
-            guidance_renorm=self.guidance_renorm,
-            guidance_renorm_min=self.guidance_renorm_min,
-            text_template=self.text_template,
-            entry=self.entry,
-            seed=self.seed,
-            fps=self.fps,
-            visuals=visuals,
-            vae_resolution=vae_resolution,
-            vit_resolution=vit_resolution,
-            vision_type=vision_type,
-            negative_prompt=self.negative_prompt,
-            scheduler=self.scheduler,
-            as_upstream=self.as_upstream,
-        )
+        return Request(task, prompt, visuals=visuals, vision_type=vision_type, **self._values(Request, task))
 
     def question(
         self, task: Task, question: str, visuals: tuple[Visual, ...], instruction: str | None, answer: str = ""
@@ -83,23 +54,13 @@ class Settings:
         """A question; one without words asks for a description."""
         if instruction is None and not question:
             instruction = caption_instruction(task)
-        return Question(
-            task=task,
-            question=question,
-            visuals=visuals,
-            instruction=instruction,
-            answer=answer,
-            vit_resolution=self._resolutions()[1],
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            entry=self.entry,
-            as_upstream=self.as_upstream,
-        )
+        return Question(task, question, visuals, instruction, answer, **self._values(Question, task))
 
-    def _resolutions(self) -> tuple[int | None, int | None]:
-        """Of the VAE and of the ViT, None for the task's own."""
-        named = RESOLUTIONS[self.resolution] if self.resolution else (None, None)
-        given = (self.vae_resolution, self.vit_resolution)
-        return tuple(named[i] if given[i] is None else given[i] for i in range(2))
+    def _values(self, kind: type[Request] | type[Question], task: Task) -> dict[str, Any]:
+        """Of the fields that are here and there, with the task's defaults for None."""
+        vae, vit = RESOLUTIONS[self.resolution] if self.resolution else (None, None)
+        frames = DEFAULT_FRAMES if task.is_for_video else 1
+        defaults = {"height": DEFAULT_SIDE, "width": DEFAULT_SIDE, "num_frames": frames}
+        defaults |= {"vae_resolution": vae, "vit_resolution": vit}
+        own = {name: defaults.get(name) if value is None else value for name, value in vars(self).items()}
+        return {field.name: own[field.name] for field in fields(kind) if field.name in own}
