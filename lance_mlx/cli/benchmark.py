@@ -13,8 +13,9 @@ from PIL import Image, ImageOps
 
 from lance_mlx.api import Generated, load
 from lance_mlx.backend.numerics import BFLOAT16, policy
-from lance_mlx.cli.commands import Drawing, draw_all, going_on, prepare_drawings
+from lance_mlx.cli.commands import going_on
 from lance_mlx.cli.console import Console
+from lance_mlx.cli.drawing import Drawing, draw_all, prepare_drawings
 from lance_mlx.cli.meaning import spelt
 from lance_mlx.cli.options import (
     BatchSizeOption,

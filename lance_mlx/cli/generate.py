@@ -11,8 +11,9 @@ import typer
 from lance_mlx.api import load
 from lance_mlx.backend.numerics import BFLOAT16, policy
 from lance_mlx.checkpoint.tensors import ViTSource
-from lance_mlx.cli.commands import answer, draw_all, prepare_drawings, work_through
+from lance_mlx.cli.commands import answer, work_through
 from lance_mlx.cli.console import Console, Interrupted
+from lance_mlx.cli.drawing import draw_all, prepare_drawings
 from lance_mlx.cli.meaning import EDITING, check_options, refuse
 from lance_mlx.cli.options import (
     DEFAULT_FRAMES,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lance_mlx import LanceError, Request, load
-from lance_mlx.cli import commands
+from lance_mlx.cli import drawing as cli_drawing
 from lance_mlx.media.write import read_metadata
 from lance_mlx.sampling import flow
 from lance_mlx.sampling.batch import batches, default_size
@@ -112,8 +112,8 @@ def test_small_pictures_go_together_by_default_and_large_ones_do_not(monkeypatch
 
 def test_edits_of_several_turns_are_made_one_after_the_other(invoke, checkpoint, media, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sizes, original = [], commands.draw
-    monkeypatch.setattr(commands, "draw", lambda *given: sizes.append(len(given[1])) or original(*given))
+    sizes, original = [], cli_drawing.draw
+    monkeypatch.setattr(cli_drawing, "draw", lambda *given: sizes.append(len(given[1])) or original(*given))
     given = ["image_edit", "--model", checkpoint, "--image", media / "logo.png", "--vae-resolution", 64, "--steps", 1]
     given += ["--vit-resolution", 56, "--prompt", "blue", "--seed", 1, 2, "-o", "hat.png", "--overwrite"]
     for turns, expected in ((["--prompt", "a hat"], [1, 1]), ([], [2])):
@@ -125,8 +125,8 @@ def test_edits_of_several_turns_are_made_one_after_the_other(invoke, checkpoint,
 
 def test_the_command_makes_batches_of_the_size_that_is_asked_for(invoke, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sizes, original = [], commands.draw
-    monkeypatch.setattr(commands, "draw", lambda *given: sizes.append(len(given[1])) or original(*given))
+    sizes, original = [], cli_drawing.draw
+    monkeypatch.setattr(cli_drawing, "draw", lambda *given: sizes.append(len(given[1])) or original(*given))
     drawing = ["--width", 48, "--height", 32, "--steps", 2, "--model", checkpoint, "-q"]
     for option, expected in (([], [3]), (["--batch-size", 2], [2, 1]), (["--batch-size", 1], [1, 1, 1])):
         sizes.clear()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import lance_mlx.cli.commands as commands
+import lance_mlx.cli.drawing as cli_drawing
 from lance_mlx.cli.benchmark import _grid
 from lance_mlx.media.write import read_metadata
 from lance_mlx.requests.benchmarks import Benchmark, read_benchmark
@@ -159,15 +159,15 @@ def test_a_run_that_was_stopped_goes_on_and_makes_nothing_again(make, invoke, ch
     for name in "ab":
         Path(f"prompts/{name}.txt").write_text(f"a {name}", encoding="utf-8")
     given = ["dpg", "--prompts", "prompts", "-o", "out", "--model", checkpoint, *DRAWING]
-    original, drawn = commands._write, []
+    original, drawn = cli_drawing._write, []
 
-    def write(drawing: commands.Drawing, *rest: object) -> None:
+    def write(drawing: cli_drawing.Drawing, *rest: object) -> None:
         if len(drawn) == 6:
             raise KeyboardInterrupt
         drawn.append(drawing.path.name)
         original(drawing, *rest)
 
-    monkeypatch.setattr(commands, "_write", write)
+    monkeypatch.setattr(cli_drawing, "_write", write)
     done = invoke("benchmark", *given)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (
         130,

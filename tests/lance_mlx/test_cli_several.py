@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import lance_mlx.api as api
-import lance_mlx.cli.commands as commands
+import lance_mlx.cli.drawing as cli_drawing
 import lance_mlx.loaded as loaded
 from lance_mlx.media.write import read_metadata
 
@@ -212,7 +212,7 @@ def test_answers_are_drawn_with_several_seeds(draw, media):
 
 
 def test_an_interrupt_says_what_is_written(draw, invoke, checkpoint, monkeypatch):
-    drawn, original = [], commands.draw
+    drawn, original = [], cli_drawing.draw
 
     def stop(*given: object) -> object:
         if drawn:
@@ -220,7 +220,7 @@ def test_an_interrupt_says_what_is_written(draw, invoke, checkpoint, monkeypatch
         drawn.append(original(*given))
         return drawn[0]
 
-    monkeypatch.setattr(commands, "draw", stop)
+    monkeypatch.setattr(cli_drawing, "draw", stop)
     given = ["--prompt", "a", "--seed", 1, 2, 3, "--batch-size", 1]
     done = invoke("generate", "t2i", "--model", checkpoint, *given, *DRAWING, "-q")
     assert (done.returncode, done.stderr) == (130, "lance-mlx: interrupted; 1 of 3 are written\n")
@@ -228,14 +228,14 @@ def test_an_interrupt_says_what_is_written(draw, invoke, checkpoint, monkeypatch
 
 
 def test_an_interrupt_says_where_pictures_of_steps_are(draw, invoke, checkpoint, monkeypatch):
-    original = commands.save_image
+    original = cli_drawing.save_image
 
     def save(path: Path, *given: object) -> None:
         if path.name == "a-0002.png":
             raise KeyboardInterrupt
         original(path, *given)
 
-    monkeypatch.setattr(commands, "save_image", save)
+    monkeypatch.setattr(cli_drawing, "save_image", save)
     given = ["--prompt", "a", "--stepwise-output-dir", "steps", "-o", "a.png", *DRAWING, "-q"]
     done = invoke("generate", "t2i", "--model", checkpoint, *given)
     assert (done.returncode, done.stderr) == (130, "lance-mlx: interrupted; 1 picture of steps in steps\n")
