@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -157,9 +157,11 @@ def read_header(path: Path) -> Tensors:
     return tensors
 
 
-def read_notes(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file that `read_header` can read."""
-    return mx.load(str(path), format="safetensors", return_metadata=True)[1]
+def read_notes(path: Path) -> dict[str, Any]:
+    """The metadata of a safetensors file that `read_header` can read, whatever they are: MLX reads texts alone."""
+    with opened(path) as file:
+        notes = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__")
+    return notes if isinstance(notes, dict) else {}
 
 
 def _stored(path: Path, name: str, entry: dict, start: int) -> StoredTensor:

@@ -108,6 +108,16 @@ def test_what_is_no_map_is_left_out_of_account(checkpoint):
         assert from_text(spoilt, vae) is None, spoilt
 
 
+@pytest.mark.parametrize("notes", [{"a": 1}, {"latent_rgb_factors": {"x": 1}}, [], 3, None])
+def test_a_file_with_whatever_notes_has_no_map(checkpoint, tmp_path, fits, notes):
+    path = with_vae_of_its_own(checkpoint, tmp_path / "written") / "Wan2.2_VAE.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]) | {"__metadata__": notes}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    assert load(path.parent, Variant.IMAGE, FLOAT32).preview_weights.shape == (49, 3) and len(fits) == 2
+
+
 def test_a_vae_that_makes_no_pixels_is_one_line():
     vae = Linear()
     vae.weights[0] = np.nan
