@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from parity.comparison.compare import Comparison
     from parity.errors import ParityError
 
-__all__ = ["Comparison", "ParityError", "assert_agrees", "compare"]
+__all__ = ["Comparison", "Pair", "ParityError", "assert_agrees", "compare"]
 
-_PLACES = {"Comparison": "comparison.compare", "ParityError": "errors"}
+_PLACES = {"Comparison": "comparison.compare", "Pair": "pairs.pair", "ParityError": "errors"}
 
 
 class _InOrder(MetaPathFinder):

@@ -1,0 +1,1 @@
+"""Pairs of models: any PyTorch model that is trusted, and a port of it to MLX."""

@@ -1,0 +1,90 @@
+"""What a porter says of a pair of models: a trusted one of PyTorch, a port of it to MLX, and what both are given."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from parity.errors import ParityError
+from parity.python_file import failure, import_file
+
+DTYPES = ("float32", "bfloat16")
+
+Call = Callable[[str], None]
+"""Begins a part of a run that is told apart by its name, such as "prefill" or "decode0"."""
+Run = Callable[[Any, Any, Call], object]
+"""Runs a model: given it, the pair's inputs and what begins a call. The first array of what it returns is compared."""
+
+
+def _run_torch(model: nn.Module, inputs: Mapping[str, np.ndarray], call: Call) -> object:
+    return model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+
+
+def _run_mlx(model: Any, inputs: Mapping[str, np.ndarray], call: Call) -> object:
+    import mlx.core as mx
+
+    return model(*(mx.array(array) for array in inputs.values()))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A trusted model and its port, holding the same weights.
+
+    Attributes:
+        trusted: the PyTorch model, in eval mode.
+        port: the MLX model.
+        inputs: NumPy arrays by name, or whatever the runs take.
+        run_trusted, run_port: run a model on the inputs; by default the trusted one is given them by name, the port in
+            their order.
+        names: paths in the port and what they are called in the trusted model, where the two differ: the beginnings of
+            paths, with a `*` for any one part of them. A tuple of trusted paths stands for their outputs (and the rows
+            of their weights) one behind the other, as of a fused projection.
+        lacks: patterns (fnmatch) of trusted or port paths that have no counterpart on purpose.
+    """
+
+    trusted: nn.Module
+    port: Any
+    inputs: Any
+    run_trusted: Run = _run_torch
+    run_port: Run = _run_mlx
+    names: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    lacks: Sequence[str] = ()
+
+    def trusted_paths(self, path: str) -> tuple[str, ...]:
+        """What a path of the port is called in the trusted model; several where it holds several parts."""
+        parts, best, length = path.split("."), (path,), 0
+        for pattern, theirs in self.names.items():
+            ours = pattern.split(".")
+            matches = len(ours) <= len(parts) and all(a in ("*", b) for a, b in zip(ours, parts, strict=False))
+            if matches and len(ours) > length:
+                stars = [part for a, part in zip(ours, parts, strict=False) if a == "*"]
+                rest, length = parts[len(ours) :], len(ours)
+                several = (theirs,) if isinstance(theirs, str) else theirs
+                best = tuple(".".join([*_filled(name, stars), *rest]) for name in several)
+        return best
+
+
+def _filled(pattern: str, stars: Sequence[str]) -> list[str]:
+    left = iter(stars)
+    return [next(left, part) if part == "*" else part for part in pattern.split(".") if part]
+
+
+def load_pair(path: Path, dtype: str = "float32") -> Pair:
+    """The pair that a Python file makes in `pair(dtype)`, or holds; raises ParityError where it holds none or fails."""
+    if dtype not in DTYPES:
+        raise ParityError(f"dtype {dtype!r} cannot be compared: choose one of {', '.join(DTYPES)}")
+    module = import_file(path, "a function pair(dtype) that returns a parity.Pair")
+    made = getattr(module, "pair", None)
+    if callable(made):
+        try:
+            made = made(dtype) if signature(made).parameters else made()
+        except Exception as error:
+            raise failure(f"{path}: pair() failed", error, path) from error
+    if not isinstance(made, Pair):
+        raise ParityError(f"{path} makes no pair: let its function pair(dtype) return a parity.Pair")
+    return made
