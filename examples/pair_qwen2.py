@@ -1,12 +1,11 @@
 """mlx-lm's Qwen2 against transformers', with random weights: `lance-parity port examples/pair_qwen2.py`."""
 
-import mlx.core as mx
 import numpy as np
 import torch
 from mlx_lm.models import qwen2
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from parity import Pair
+from parity.pairs import Pair, copy_weights
 
 SIZES = {
     "hidden_size": 64,
@@ -29,6 +28,6 @@ def pair(dtype: str) -> Pair:
         parameter.data += 0.05 * torch.randn_like(parameter)
     trusted = trusted.to(getattr(torch, dtype))
     port = qwen2.Model(qwen2.ModelArgs("qwen2", **SIZES, rope_theta=1e6))
-    weights = {name: mx.array(tensor.float().numpy()) for name, tensor in trusted.state_dict().items()}
-    port.load_weights([(name, array.astype(getattr(mx, dtype))) for name, array in weights.items()])
-    return Pair(trusted, port, {"input_ids": np.random.default_rng(0).integers(0, 512, (1, 24))})
+    made = Pair(trusted, port, {"input_ids": np.random.default_rng(0).integers(0, 512, (1, 24))})
+    copy_weights(made)
+    return made

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parity.hypotheses import Hypothesis
+from parity.hypotheses.base import Transform
 from parity.pairs.names import distance, relative
+from parity.tensors.rounding import rounded
 
 if TYPE_CHECKING:
     from parity.pairs.probe import PairProbe
@@ -42,10 +44,30 @@ def _exchanged(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
     return (f(inputs["up"].astype(np.float64)) * inputs["gate"]).astype(np.float32)
 
 
+def _narrow(*rounded_too: str) -> Transform:
+    """A norm of which the weight, which is added to 1 or kept wider than the rest, or what is normed is rounded."""
+
+    def transform(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+        x, weight = site.part.inputs.get("x"), site.part.facts.get("weight")
+        if site.part.kind != "norm" or site.dtype != "bfloat16":
+            return None
+        wide = x.astype(np.float64)
+        normed = wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + site.part.facts["eps"])
+        weight = rounded(weight, "bfloat16") if "weight" in rounded_too else weight
+        return rounded((rounded(normed, "bfloat16") if "normed" in rounded_too else normed) * weight, "bfloat16")
+
+    return transform
+
+
 HYPOTHESES = (
     Hypothesis("the part is left out", ("*",), transform=_passed, anew=True),
     Hypothesis("the part's input is added to its result", ("*",), transform=_beside),
     Hypothesis("neighbouring channels are turned together", ("*",), transform=_neighbours, anew=True),
+    Hypothesis("the weight is rounded to bfloat16", ("*",), transform=_narrow("weight"), anew=True),
+    Hypothesis("what is normed is rounded to bfloat16", ("*",), transform=_narrow("normed"), anew=True),
+    Hypothesis(
+        "what is normed and the weight are rounded to bfloat16", ("*",), transform=_narrow("normed", "weight"), anew=True
+    ),
     Hypothesis("gate and up are exchanged", ("*",), transform=_exchanged, anew=True),
 )
 

@@ -1,7 +1,8 @@
 """Which part of a port of any model is wrong by itself, by how much more than rounding, and what it does instead."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -29,6 +30,11 @@ from parity.tensors.recording import Recording
 
 # Parts that are named where more have no counterpart.
 SHOWN = 8
+# Kinds of parts that differ of which it is looked at what comes of them.
+TRIED = 16
+# How many times what is allowed a part has to be off for it to be seen whether anything comes of that, and how far what
+# comes of it may be, which also has the part's own rounding.
+FAR, PASSED_ON = 20, 2
 Progress = Callable[[str], None]
 
 
@@ -59,14 +65,12 @@ class _Investigation:
         with one_line(f"the port of {self.name} cannot run"):
             self.tell("port")
             weights = check_weights(self.pair)
-            free = MlxSide(self.pair, self.taps, force=False).run()
-            with weights.right():
-                steered = MlxSide(self.pair, self.taps, force=True).run()
-        with one_line(f"the trusted model of {self.name} cannot run"):
-            self.tell("rounding")
-            floors = measured(self.pair, self.own.taps, free.taps.keys())
+            free = MlxSide(self.pair, self.taps, {}).run()
         dtype = "bfloat16" if any(tap.dtype == "bfloat16" for tap in self.taps.values()) else "float32"
-        bounds = bounds_of(floors, self.taps, dtype)
+        with weights.right():
+            steered, bounds = self._steered(free.taps.keys(), dtype)
+            if elsewhere := self._elsewhere(steered, bounds):
+                steered, bounds = self._steered(free.taps.keys() - elsewhere, dtype)
         self.more = {name: array for name, array in steered.more.items()
                      if IN not in name and name.partition("#")[0] in self.taps}  # fmt: skip
         for mismatch in weights.mismatches:
@@ -84,7 +88,7 @@ class _Investigation:
             dtype=dtype,
             verdict=verdict,
             reason=reason,
-            remark=self._left_out(steered),
+            remark=self._left_out(steered, bounds),
             findings=self.findings,
             taps=errors,
             exact=weights.compared,
@@ -92,6 +96,39 @@ class _Investigation:
             seconds=time.perf_counter() - started,
             peak_bytes=memory.peak(),
         )
+
+    def _steered(self, told: Set[str], dtype: str) -> tuple[MlxSide, Bounds]:
+        """The port given the trusted values at the taps that it tells, and how far it may be then."""
+        given = {name: tap for name, tap in self.taps.items() if name in told}
+        with one_line(f"the port of {self.name} cannot run"):
+            self.tell("steered port")
+            steered = MlxSide(self.pair, self.taps, given).run()
+        with one_line(f"the trusted model of {self.name} cannot run"):
+            self.tell("rounding")
+            floors = measured(self.pair, self.own.taps, given)
+        return steered, bounds_of(floors, given, dtype)
+
+    def _elsewhere(self, steered: MlxSide, bounds: Bounds) -> set[str]:
+        """Taps that differ and of which all that comes is right: the port parts its work elsewhere than the trusted
+        model, as one that scales its embeddings after it looked them up."""
+        wrong = {error.tap.name: error for error in self._errors(bounds, {}, steered.taps) if error.wrong}
+        groups: dict[str, set[str]] = {}
+        for name, error in wrong.items():
+            # What is off by little would be lost in the rounding of what comes of it.
+            if error.mismatch or error.allowed is None or error.local > FAR * error.allowed:
+                groups.setdefault(kind_of(name).partition(" (")[0], set()).add(name)
+        found: set[str] = set()
+        for kind, names in list(groups.items())[:TRIED]:
+            if kind == OUTPUT:
+                continue
+            given = {name: tap for name, tap in self.taps.items() if name in bounds.taps and name not in names}
+            self.tell(f"what comes of {kind}")
+            with one_line(f"the port of {self.name} cannot run"):
+                left = MlxSide(self.pair, self.taps, given).run()
+            still = {error.tap.name: error for error in self._errors(bounds, {}, left.taps) if error.wrong}
+            if all(name in wrong or _rounds(error) for name, error in still.items()):
+                found |= names | (wrong.keys() - still.keys())
+        return found
 
     def _errors(self, bounds: Bounds, free: Recording, steered: Recording) -> Iterator[TapError]:
         for name, expected in self.taps.items():
@@ -195,16 +232,21 @@ class _Investigation:
     def _unmatched(self, steered: MlxSide, weights: Sequence[str]) -> list[str]:
         """Parts and parameters of one side that the other has no counterpart of, but for what it lacks on purpose."""
         reached = {parse(name).path for name in steered.taps}
-        holders = {path for path, module in self.pair.trusted.named_modules() if path and [*module.parameters(False)]}
-        outputs = [tap.array for name, tap in self.taps.items() if name in steered.taps and parse(name).path == OUTPUT]
-        lost = [name for name, tap in self.taps.items() if IN not in name and parse(name).path in holders - reached
-                and not any(np.array_equal(tap.array, output) for output in outputs)]  # fmt: skip
-        return [name for name in dict.fromkeys([*(parse(name).path for name in lost), *weights])
+        tied = Counter(id(p) for _, p in self.pair.trusted.named_parameters(remove_duplicate=False))
+        # A head that is the embedding again is no part of its own: the output tells of it.
+        holders = {path for path, module in self.pair.trusted.named_modules()
+                   if path and any(tied[id(p)] == 1 for p in module.parameters(False))}  # fmt: skip
+        called = {parse(name).path for name in self.taps}
+        return [name for name in sorted({*(holders & called - reached), *weights})
                 if not any(fnmatchcase(name, pattern) for pattern in self.pair.lacks)]  # fmt: skip
 
-    def _left_out(self, steered: MlxSide) -> str:
-        kinds = dict.fromkeys(kind_of(name) for name in self.taps if name not in steered.taps)
-        return f"not compared, for the port computes no such thing: {_listed(list(kinds))}" if kinds else ""
+    def _left_out(self, steered: MlxSide, bounds: Bounds) -> str:
+        absent = dict.fromkeys(kind_of(name) for name in self.taps if name not in steered.taps)
+        elsewhere = dict.fromkeys(kind_of(name) for name in steered.taps if name not in bounds.taps)
+        said = [f"not compared, for the port computes no such thing: {_listed(list(absent))}"] if absent else []
+        if elsewhere:
+            said.append(f"differs, but all that comes of it is right: {_listed(list(elsewhere))}")
+        return "; ".join(said)
 
     def _verdict(self, errors: Sequence[TapError], unmatched: Sequence[str]) -> tuple[str, str]:
         if self.findings:
@@ -217,6 +259,11 @@ class _Investigation:
         if not errors:
             return INCONCLUSIVE, "nothing was compared: no path of the port is one of the trusted model's; see Pair.names"
         return AGREE, ""
+
+
+def _rounds(error: TapError) -> bool:
+    """Whether a tap is off by no more than its own rounding and that of what was not given its value."""
+    return error.mismatch is None and error.allowed is not None and error.local <= PASSED_ON * error.allowed
 
 
 def _listed(names: list[str]) -> str:

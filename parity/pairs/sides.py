@@ -54,11 +54,22 @@ class Side:
 
 
 class TorchSide(Side):
-    """A PyTorch model, watched by hooks; `wide`: one of float64, whose parts are given all floats as such."""
+    """A PyTorch model, watched by hooks.
 
-    def __init__(self, force: Mapping[str, Tap] | None = None, wide: bool = False) -> None:
+    Args:
+        force: values to go on with at taps.
+        wide: whether it is one of float64, whose parts are given all floats as such.
+        attend: what computes attention in the place of PyTorch's own function.
+    """
+
+    def __init__(
+        self,
+        force: Mapping[str, Tap] | None = None,
+        wide: bool = False,
+        attend: Callable[..., Tensor] = nn.functional.scaled_dot_product_attention,
+    ) -> None:
         super().__init__(force)
-        self._wide = wide
+        self._wide, self._attend = wide, attend
 
     def run(self, pair: Pair, model: nn.Module | None = None) -> "TorchSide":
         """Run the pair's trusted model, or another instance of it."""
@@ -115,15 +126,13 @@ class TorchSide(Side):
     @contextmanager
     def _attention(self) -> Iterator[None]:
         """Watches PyTorch's attention, and the function that turns queries and keys, wherever a library has it."""
-        original = nn.functional.scaled_dot_product_attention
-
         def attend(*args: Any, **values: Any) -> Tensor:
             named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | values
             name = self.name(f"{self._path[-1]}.{SDPA}".lstrip("."))
             for short, key in zip(QKV, ("query", "key", "value"), strict=True):
                 named[key] = self._seen(f"{name}:{short}", named[key])
             self.given[name] = (), named
-            return self._seen(name, original(**named))
+            return self._seen(name, self._attend(**named))
 
         with Attached() as attached:
             attached.wrap(nn.functional, "scaled_dot_product_attention", lambda _, *args, **values: attend(*args, **values))
@@ -143,8 +152,8 @@ class MlxSide(Side):
         more: results of parts, or of further calls of them, that the trusted model has none of, by name.
     """
 
-    def __init__(self, pair: Pair, expected: Mapping[str, Tap], force: bool) -> None:
-        super().__init__(expected if force else None)
+    def __init__(self, pair: Pair, expected: Mapping[str, Tap], force: Mapping[str, Tap]) -> None:
+        super().__init__(force)
         self._pair, self._expected = pair, expected
         self.more: dict[str, np.ndarray] = {}
 
@@ -213,9 +222,9 @@ class MlxSide(Side):
         for name, part, tap in zip(names, parts, wanted, strict=True):
             there = laid_out(part, tap.shape)
             self.taps[name] = Tap(np.ascontiguousarray(part if there is None else there), held.dtype)
-        if not self._force:
+        if not all(name in self._force for name in names):
             return array
-        given = [put_back(tap.array, part.shape) for tap, part in zip(wanted, parts, strict=True)]
+        given = [put_back(self._force[name].array, part.shape) for name, part in zip(names, parts, strict=True)]
         if any(part is None for part in given):
             return array
         return mx.array(np.concatenate(given, -1)).astype(array.dtype)
@@ -237,10 +246,17 @@ def put_back(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _in_groups(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """An array as it is or without axes of one; or with heads [batch, heads, n, d] in equal groups, once or again."""
+    """An array as it is or without axes of one; of four axes (batch, heads, n, d) with heads and n exchanged, with the
+    heads of a group one behind the other, or in equal groups, once or again."""
     if _long(array.shape) == _long(shape):
         return array.reshape(shape)
-    if array.ndim != 4 or len(shape) != 4 or not array.size or array.shape[0] != shape[0] or array.shape[2:] != shape[2:]:
+    if array.ndim != 4 or len(shape) != 4 or not array.size or array.shape[::3] != shape[::3]:
+        return None
+    if array.shape[1:3] == (shape[2], shape[1]):
+        return np.ascontiguousarray(array.swapaxes(1, 2))
+    if array.size == int(np.prod(shape)):
+        return array.reshape(shape)
+    if array.shape[2] != shape[2]:
         return None
     heads, wanted = array.shape[1], shape[1]
     if wanted > heads:
