@@ -127,7 +127,7 @@ def _by_merit(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) 
 def _ordered(site: TapProbe, tried: Sequence[tuple[Hypothesis, float]]) -> list[tuple[Hypothesis, float]]:
     """First those that leave no more than rounding, or nearly as little as the best: of them the smallest before."""
     best = max((share for _, share in tried), default=0.0)
-    near = _alike(site, [(h, share, share) for h, share in tried], 1.0) if _agrees(site, best) else best
+    near = _alike(site, [(h, share, share) for h, share in tried], 1.0) if tried and _agrees(site, best) else best
     fits = [share >= near or _whole(site, share) for _, share in tried]
     merit = [(0, h.size, -r) if fit else (1, -r) for (h, r), fit in zip(tried, fits, strict=True)]
     return [tried[i] for i in sorted(range(len(tried)), key=merit.__getitem__)]

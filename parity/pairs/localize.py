@@ -1,7 +1,6 @@
 """Which part of a port of any model is wrong by itself, by how much more than rounding, and what it does instead."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -79,7 +78,7 @@ class _Investigation:
         wrong = [error for error in errors if error.wrong]
         while wrong:
             wrong = self._finding(wrong, steered.taps)
-        verdict, reason = self._verdict(errors, self._unmatched(steered, weights.unmatched))
+        verdict, reason = self._verdict(errors, self._unmatched(weights.unmatched))
         return Localization(
             bundle=self.name,
             impl="port",
@@ -91,7 +90,7 @@ class _Investigation:
             remark=self._left_out(steered, bounds),
             findings=self.findings,
             taps=errors,
-            exact=weights.compared,
+            exact=[f"{WEIGHTS}{name}" for name in weights.compared],
             alarm=bounds.alarm,
             seconds=time.perf_counter() - started,
             peak_bytes=memory.peak(),
@@ -210,7 +209,7 @@ class _Investigation:
              causes: Causes, also: Sequence[str], detail: str) -> None:  # fmt: skip
         finding = Finding(
             tap.component, tap.name, tap.call, kind, error, floor, explanations=causes.ranked, also=also, detail=detail,
-            failed=tuple(causes.failed.items()), allowed=allowed,
+            failed=tuple(causes.failed.items()), allowed=allowed, rated=False,
         )  # fmt: skip
         together = [hypothesis for hypothesis in causes.together if hypothesis not in causes.beside]
         if len(causes.together) < 2:
@@ -223,27 +222,26 @@ class _Investigation:
         """Append a finding; what one part reads that is wrong for one reason, as its queries and keys, is one."""
         for place, other in enumerate(self.findings):
             alike = kind_of(other.tap).partition(" (")[0] == kind_of(finding.tap).partition(" (")[0]
-            if alike and finding.explained and other.explained:
-                if finding.explanations[0].name == other.explanations[0].name:
-                    self.findings[place] = replace(other, also=[*other.also, finding.tap, *finding.also])
-                    return
+            both = finding.explained and other.explained
+            same = both and finding.explanations[0].name == other.explanations[0].name
+            # Of weights that differ for no reason each layer's are as much one finding.
+            none = finding.kind == other.kind == EXACT and not finding.explained and not other.explained
+            if alike and (same or none):
+                self.findings[place] = replace(other, also=[*other.also, finding.tap, *finding.also])
+                return
         self.findings.append(finding)
 
-    def _unmatched(self, steered: MlxSide, weights: Sequence[str]) -> list[str]:
-        """Parts and parameters of one side that the other has no counterpart of, but for what it lacks on purpose."""
-        reached = {parse(name).path for name in steered.taps}
-        tied = Counter(id(p) for _, p in self.pair.trusted.named_parameters(remove_duplicate=False))
-        # A head that is the embedding again is no part of its own: the output tells of it.
-        holders = {path for path, module in self.pair.trusted.named_modules()
-                   if path and any(tied[id(p)] == 1 for p in module.parameters(False))}  # fmt: skip
-        called = {parse(name).path for name in self.taps}
-        return [name for name in sorted({*(holders & called - reached), *weights})
-                if not any(fnmatchcase(name, pattern) for pattern in self.pair.lacks)]  # fmt: skip
+    def _unmatched(self, weights: Sequence[str]) -> list[str]:
+        """Parameters of one side that the other has no counterpart of, but for what it lacks on purpose."""
+        return [name for name in weights if not any(fnmatchcase(name, pattern) for pattern in self.pair.lacks)]
 
     def _left_out(self, steered: MlxSide, bounds: Bounds) -> str:
         absent = dict.fromkeys(kind_of(name) for name in self.taps if name not in steered.taps)
         elsewhere = dict.fromkeys(kind_of(name) for name in steered.taps if name not in bounds.taps)
         said = [f"not compared, for the port computes no such thing: {_listed(list(absent))}"] if absent else []
+        if steered.wider:
+            kinds = list(dict.fromkeys(map(kind_of, steered.wider)))
+            said.append(f"computed in float32 what is bfloat16 in the trusted model: {_listed(kinds)}")
         if elsewhere:
             said.append(f"differs, but all that comes of it is right: {_listed(list(elsewhere))}")
         return "; ".join(said)

@@ -1,7 +1,7 @@
 """What a porter says of a pair of models: a trusted one of PyTorch, a port of it to MLX, and what both are given."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,16 @@ def _run_mlx(model: Any, inputs: Mapping[str, np.ndarray], call: Call) -> object
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a trusted parameter: the number-th of so many equal ones along an axis, as of fused experts."""
+
+    of: str
+    number: int
+    count: int
+    axis: int = 0
+
+
+@dataclass(frozen=True)
 class Pair:
     """A trusted model and its port, holding the same weights.
 
@@ -44,6 +54,8 @@ class Pair:
         names: paths in the port and what they are called in the trusted model, where the two differ: the beginnings of
             paths, with a `*` for any one part of them. A tuple of trusted paths stands for their outputs (and the rows
             of their weights) one behind the other, as of a fused projection.
+        parts: paths of parameters of the port, again with a `*` for any one part of them, that are a part of a trusted
+            parameter.
         lacks: patterns (fnmatch) of trusted or port paths that have no counterpart on purpose.
     """
 
@@ -53,20 +65,35 @@ class Pair:
     run_trusted: Run = _run_torch
     run_port: Run = _run_mlx
     names: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    parts: Mapping[str, Part] = field(default_factory=dict)
     lacks: Sequence[str] = ()
 
     def trusted_paths(self, path: str) -> tuple[str, ...]:
         """What a path of the port is called in the trusted model; several where it holds several parts."""
-        parts, best, length = path.split("."), (path,), 0
+        best, length = (path,), 0
         for pattern, theirs in self.names.items():
-            ours = pattern.split(".")
-            matches = len(ours) <= len(parts) and all(a in ("*", b) for a, b in zip(ours, parts, strict=False))
-            if matches and len(ours) > length:
-                stars = [part for a, part in zip(ours, parts, strict=False) if a == "*"]
-                rest, length = parts[len(ours) :], len(ours)
+            found = _beginning(pattern, path)
+            if found is not None and (depth := pattern.count(".") + 1) > length:
+                length, (stars, rest) = depth, found
                 several = (theirs,) if isinstance(theirs, str) else theirs
                 best = tuple(".".join([*_filled(name, stars), *rest]) for name in several)
         return best
+
+    def part(self, path: str) -> Part | None:
+        """The part of a trusted parameter that a parameter of the port is; None for what is one by itself."""
+        for pattern, part in self.parts.items():
+            found = _beginning(pattern, path)
+            if found is not None and not found[1]:
+                return replace(part, of=".".join(_filled(part.of, found[0])))
+        return None
+
+
+def _beginning(pattern: str, path: str) -> tuple[list[str], list[str]] | None:
+    """What the stars of a pattern stand for in a path that begins as it does, and the rest of that."""
+    ours, parts = pattern.split("."), path.split(".")
+    if len(ours) > len(parts) or any(a not in ("*", b) for a, b in zip(ours, parts, strict=False)):
+        return None
+    return [part for a, part in zip(ours, parts, strict=False) if a == "*"], parts[len(ours) :]
 
 
 def _filled(pattern: str, stars: Sequence[str]) -> list[str]:

@@ -87,20 +87,51 @@ class _Disturbed(TorchDispatchMode):
         return torch.randn(tuple(shape), generator=self._random) * (units * 2.0**-24)
 
 
+class _Stepwise(TorchDispatchMode):
+    """What a bfloat16 model computes in float32 rounded after each step, as libraries do that have no such steps; but
+    for statistics, one to a row."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is aten.native_layer_norm.default and args[0].dtype == torch.bfloat16:
+            x, shape, weight, bias, eps = args
+            (normed, *rest) = func(x, shape, None, None, eps)
+            made = normed if weight is None else normed * weight
+            return (made if bias is None else made + bias, *rest)
+        output = func(*args, **(kwargs or {}))
+        wide = isinstance(output, Tensor) and output.dtype == torch.float32 and output.ndim and output.shape[-1] > 1
+        return output.bfloat16().float() if wide and func is not aten._to_copy.default else output
+
+
 def measured(pair: Pair, own: Recording, told: Container[str]) -> Floors:
     """How far right ways to compute each part from the trusted model's own values are from the most exact one.
 
     `told` are the taps that the port tells: it computes all others on the way, and so do they.
     """
     given = {name: tap for name, tap in own.items() if name in told}
-    wide = copy.deepcopy(pair.trusted).double()
-    center = TorchSide(given, wide=True).run(pair, wide).taps
-    del wide
-    table = LevelTable(kind_of)
+    center = _exact(pair, own, given)
+    table, names = LevelTable(kind_of), list[str]()
     for number, (draw, taps) in enumerate(_variants(pair, own, given)):
         table.add(number, _typed(center, taps), taps, draw)
-    names = tuple(draw.name for draw in _draws())
-    return table.floors(given, names)
+        names.append(draw.name)
+    return table.floors(given, tuple(names))
+
+
+def _exact(pair: Pair, own: Recording, given: Recording) -> Recording:
+    """What the trusted model computes in float64; itself where some of its functions have no such thing."""
+    try:
+        return TorchSide(given, wide=True).run(pair, copy.deepcopy(pair.trusted).double()).taps
+    except (RuntimeError, NotImplementedError):
+        return own
+
+
+def _variants(pair: Pair, own: Recording, given: Recording) -> Iterator[tuple[Draw, Recording]]:
+    yield Draw("itself", 0, "itself"), own
+    for number in range(1, DRAWS + 1):
+        with _Disturbed(number):
+            yield Draw(f"disturbed {number}", number), TorchSide(given, attend=_step_by_step).run(pair).taps
+    if any(tap.dtype == "bfloat16" for tap in own.values()):
+        with _Stepwise():
+            yield Draw("rounded step by step", 0, "stepwise"), TorchSide(given, attend=_step_by_step).run(pair).taps
 
 
 def _step_by_step(
@@ -123,19 +154,6 @@ def _step_by_step(
         added = torch.zeros_like(scores).masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else attn_mask
         scores = scores + added
     return torch.softmax(scores.float(), -1).to(query.dtype) @ value
-
-
-def _draws() -> list[Draw]:
-    return [Draw("itself", 0, "itself"), *(Draw(f"disturbed {number}", number) for number in range(1, DRAWS + 1))]
-
-
-def _variants(pair: Pair, own: Recording, given: Recording) -> Iterator[tuple[Draw, Recording]]:
-    for draw in _draws():
-        if not draw.draw:
-            yield draw, own
-            continue
-        with _Disturbed(draw.draw):
-            yield draw, TorchSide(given, attend=_step_by_step).run(pair).taps
 
 
 def _typed(center: Recording, taps: Recording) -> Recording:

@@ -18,6 +18,7 @@ from parity.pairs.pair import Pair
 from parity.ports.attach import Attached
 from parity.tensors.arrays import dtype_of, tap_of
 from parity.tensors.recording import Recording, Tap
+from parity.tensors.rounding import rounded
 
 IN = ":in"
 OUTPUT = "output"
@@ -150,12 +151,14 @@ class MlxSide(Side):
 
     Attributes:
         more: results of parts, or of further calls of them, that the trusted model has none of, by name.
+        wider: taps that are float32 where the trusted model's are bfloat16; they are rounded to be held against those.
     """
 
     def __init__(self, pair: Pair, expected: Mapping[str, Tap], force: Mapping[str, Tap]) -> None:
         super().__init__(force)
         self._pair, self._expected = pair, expected
         self.more: dict[str, np.ndarray] = {}
+        self.wider: list[str] = []
 
     def run(self) -> "MlxSide":
         """Run the pair's port."""
@@ -221,7 +224,12 @@ class MlxSide(Side):
         parts = np.split(held.array, ends, axis=-1) if len(names) > 1 else [held.array]
         for name, part, tap in zip(names, parts, wanted, strict=True):
             there = laid_out(part, tap.shape)
-            self.taps[name] = Tap(np.ascontiguousarray(part if there is None else there), held.dtype)
+            there = np.ascontiguousarray(part if there is None else there)
+            dtype = held.dtype
+            if (dtype, tap.dtype) == ("float32", "bfloat16"):
+                there, dtype = rounded(there, "bfloat16"), "bfloat16"
+                self.wider.append(name)
+            self.taps[name] = Tap(there, dtype)
         if not all(name in self._force for name in names):
             return array
         given = [put_back(self._force[name].array, part.shape) for name, part in zip(names, parts, strict=True)]

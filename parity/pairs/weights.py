@@ -32,7 +32,7 @@ class WeightMismatch:
         """In a sentence, how they differ."""
         if self.expected.shape != self.got.shape:
             return f"{self.name}: shape {list(self.got.shape)} instead of {list(self.expected.shape)}"
-        return f"{self.name} differs in {np.mean(self.expected != self.got):.3g} of its elements"
+        return f"{self.name} differs in {np.count_nonzero(self.expected != self.got):,} of {self.expected.size:,} elements"
 
 
 @dataclass(frozen=True)
@@ -64,48 +64,70 @@ class Weights:
 
 def check_weights(pair: Pair) -> Weights:
     """Compare every parameter of the port with the trusted model's; buffers count where the port has them."""
-    theirs = dict(_named(pair)) | dict(pair.trusted.named_buffers())
+    theirs, taken = _tensors(pair), set[str]()
     compared, mismatches, unmatched, right = list[str](), list[WeightMismatch](), list[str](), dict[str, Any]()
     for path, array in _flat(pair.port):
-        names = _trusted_names(pair, path)
-        if not all(name in theirs for name in names):
+        expected = _expected(pair, path, theirs)
+        if expected is None:
             unmatched.append(path)
             continue
-        expected, held = [_float32(theirs[name]) for name in names], _float32(array)
-        parts = np.split(held, np.cumsum([len(each) for each in expected])[:-1]) if len(names) > 1 else [held]
-        count = len(mismatches)
-        for name, wanted, part in zip(names, expected, parts, strict=True):
+        held, count = _float32(array), len(mismatches)
+        ends = np.cumsum([len(each) for each in expected.values()])[:-1]
+        parts = np.split(held, ends) if len(expected) > 1 else [held]
+        for (name, wanted), part in zip(expected.items(), parts, strict=True):
             got = laid_out(part, wanted.shape)
             if got is None or not np.array_equal(got, wanted):
                 mismatches.append(WeightMismatch(name, wanted, part if got is None else got))
-        compared += names
-        if len(mismatches) > count and (whole := _as_port(expected, array)) is not None:
+        compared += expected
+        taken |= {name.partition("[")[0] for name in expected}
+        if len(mismatches) > count and (whole := _as_port([*expected.values()], array)) is not None:
             right[path] = whole
-    tied = {id(tensor) for name, tensor in _named(pair) if name in compared}
-    unmatched += [name for name, tensor in _named(pair) if name not in compared and id(tensor) not in tied]
+    named = list(pair.trusted.named_parameters(remove_duplicate=False))
+    tied = {id(tensor) for name, tensor in named if name in taken}
+    unmatched += [name for name, tensor in named if name not in taken and id(tensor) not in tied]
     return Weights(compared, mismatches, unmatched, pair.port, right)
 
 
 def copy_weights(pair: Pair) -> None:
-    """Give the port the trusted model's parameters, by their names and in its own layout and dtype of theirs.
+    """Give the port the trusted model's parameters, by their names, in the port's layout and the trusted dtype.
 
     For a port whose own conversion is not to be tried. Raises ParityError for a parameter that has no counterpart, or
     one of another shape.
     """
     import mlx.core as mx
 
-    theirs, given = dict(_named(pair)) | dict(pair.trusted.named_buffers()), list[tuple[str, Any]]()
+    theirs, given = _tensors(pair), list[tuple[str, Any]]()
+    dtype = getattr(mx, str(next(pair.trusted.parameters()).dtype).removeprefix("torch."))
     for path, array in _flat(pair.port):
-        names = _trusted_names(pair, path)
-        if missing := [name for name in names if name not in theirs]:
-            raise ParityError(f"{path} of the port has no counterpart: the trusted model has no {missing[0]}")
-        whole = _as_port([_float32(theirs[name]) for name in names], array)
+        expected = _expected(pair, path, theirs)
+        if expected is None:
+            raise ParityError(f"{path} of the port has no counterpart in the trusted model: name it in Pair.names")
+        whole = _as_port([*expected.values()], array)
         if whole is None:
-            shapes = ", ".join(str(list(theirs[name].shape)) for name in names)
+            shapes = " and ".join(str(list(each.shape)) for each in expected.values())
             raise ParityError(f"{path} of the port has shape {list(array.shape)}, the trusted model's {shapes}")
-        dtype = str(theirs[names[0]].dtype).removeprefix("torch.")
-        given.append((path, whole.astype(getattr(mx, dtype))))
+        given.append((path, whole.astype(dtype)))
     pair.port.load_weights(given, strict=False)
+
+
+def _expected(pair: Pair, path: str, theirs: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+    """The trusted values that a parameter of the port stands for, by their names; None where there are none."""
+    part = pair.part(path)
+    if part is not None:
+        if part.of not in theirs:
+            return None
+        whole = _float32(theirs[part.of])
+        return {f"{part.of}[{part.number}]": np.split(whole, part.count, part.axis)[part.number]}
+    owner, _, kind = path.rpartition(".")
+    names = [f"{name}.{kind}".lstrip(".") for name in pair.trusted_paths(owner)]
+    return {name: _float32(theirs[name]) for name in names} if all(name in theirs for name in names) else None
+
+
+def _tensors(pair: Pair) -> dict[str, Any]:
+    """The trusted model's tensors by name; the matrices of transformers' Conv1D, which lie the other way, turned."""
+    tensors = dict(pair.trusted.named_buffers()) | dict(pair.trusted.named_parameters(remove_duplicate=False))
+    turned = [f"{path}.weight" for path, module in pair.trusted.named_modules() if type(module).__name__ == "Conv1D"]
+    return tensors | {name: tensors[name].T for name in turned}
 
 
 def _as_port(expected: Sequence[np.ndarray], array: Any) -> Any | None:
@@ -125,14 +147,5 @@ def _flat(port: Any) -> list[tuple[str, Any]]:
     return [(path, array) for path, array in tree_flatten(port.parameters()) if mx.issubdtype(array.dtype, mx.floating)]
 
 
-def _named(pair: Pair) -> list[tuple[str, Any]]:
-    return list(pair.trusted.named_parameters(remove_duplicate=False))
-
-
-def _trusted_names(pair: Pair, path: str) -> list[str]:
-    owner, _, kind = path.rpartition(".")
-    return [f"{name}.{kind}".lstrip(".") for name in pair.trusted_paths(owner)]
-
-
 def _float32(array: Any) -> np.ndarray:
-    return tap_of(array.detach() if hasattr(array, "detach") else array).array
+    return np.ascontiguousarray(tap_of(array.detach() if hasattr(array, "detach") else array).array)
