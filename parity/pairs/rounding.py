@@ -1,6 +1,7 @@
 """What rounding alone does to a pair: equally right ways to compute each part from what it is given."""
 
 import copy
+import math
 from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
@@ -92,14 +93,26 @@ class _Stepwise(TorchDispatchMode):
     for statistics, one to a row."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (aten.silu.default, aten.gelu.default) and args[0].dtype == torch.bfloat16:
+            return _activated(args[0], func, kwargs.get("approximate", "none"))
         if func is aten.native_layer_norm.default and args[0].dtype == torch.bfloat16:
             x, shape, weight, bias, eps = args
             (normed, *rest) = func(x, shape, None, None, eps)
             made = normed if weight is None else normed * weight
             return (made if bias is None else made + bias, *rest)
-        output = func(*args, **(kwargs or {}))
+        output = func(*args, **kwargs)
         wide = isinstance(output, Tensor) and output.dtype == torch.float32 and output.ndim and output.shape[-1] > 1
         return output.bfloat16().float() if wide and func is not aten._to_copy.default else output
+
+
+def _activated(x: Tensor, func: Any, approximate: str) -> Tensor:
+    """SiLU or GELU of bfloat16, one operation after the other."""
+    if func is aten.silu.default:
+        return x * torch.sigmoid(x)
+    if approximate == "tanh":
+        return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    return x * (1 + torch.erf(x / 2**0.5)) / 2
 
 
 def measured(pair: Pair, own: Recording, told: Container[str]) -> Floors:
