@@ -126,7 +126,13 @@ def measured(pair: Pair, own: Recording, told: Container[str]) -> Floors:
     for number, (draw, taps) in enumerate(_variants(pair, own, given)):
         table.add(number, _typed(center, taps), taps, draw)
         names.append(draw.name)
-    return table.floors(given, tuple(names))
+    floors = table.floors(given, tuple(names))
+    # What a part reads may have been computed once more, and rounded as what it is the result of.
+    first: dict[bytes, str] = {}
+    for name, tap in given.items():
+        made = first.setdefault(tap.array.tobytes(), name)
+        floors.levels[name] = max(floors.levels.get(name, 0.0), floors.levels.get(made, 0.0))
+    return floors
 
 
 def _exact(pair: Pair, own: Recording, given: Recording) -> Recording:
