@@ -1,4 +1,4 @@
-"""mlx-lm's Gemma 3 (windows, two rotary bases) against transformers', a prompt and three tokens after it, with caches."""
+"""mlx-lm's Gemma 3 (windows, two rotary bases) against transformers': a prompt and three tokens more, with caches."""
 
 import mlx.core as mx
 import numpy as np

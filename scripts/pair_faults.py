@@ -100,7 +100,9 @@ def _method(kind: str, instead: Callable[..., Any]) -> Break:
 
     def breaks(port: Any, module: Any) -> AbstractContextManager[None]:
         owner = getattr(module, kind, None) or getattr(nn, kind)
-        return _patched(owner, "__call__", lambda held: lambda self, *args, **values: instead(held, self, *args, **values))
+        return _patched(
+            owner, "__call__", lambda held: lambda self, *args, **values: instead(held, self, *args, **values)
+        )
 
     return breaks
 
@@ -155,7 +157,8 @@ FAULTS = (
     Fault("no mask", SDPA, "every key is seen", ROPES, _attend(lambda q, k, v, s, m: (q, k, v, s, None))),
     Fault("a window of 8", SDPA, "more than 7 tokens back", ROPES, _mask(lambda i, j: (j <= i) & (j > i - 8))),
     Fault("the next key seen", SDPA, "the key after it", PLAIN, _mask(lambda i, j: j <= i + 1)),
-    Fault("the first key hidden", SDPA, "the first (1 )?key", PLAIN, _mask(lambda i, j: (j <= i) & ((j > 0) | (i == 0)))),
+    Fault("the first key hidden", SDPA, "the first (1 )?key", PLAIN,
+          _mask(lambda i, j: (j <= i) & ((j > 0) | (i == 0)))),
     Fault("keys and values exchanged", r"sdpa \(k\)", r"sdpa \(v\)", PLAIN,
           _attend(lambda q, k, v, s, m: (q, v, k, s, m))),
     Fault("head 2 off by a hundredth", r"sdpa \(q\)", "head 2", PLAIN,

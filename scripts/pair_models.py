@@ -84,7 +84,10 @@ def _rotary(theta: float, **more: Any) -> dict[str, Any]:
 
 def _experts(ours: str, theirs: str) -> dict[str, Part]:
     layer = "model.layers.*"
-    return {f"{layer}.{ours}.{name}": Part(f"{layer}.{theirs}.{of}", n, count, 1) for name, (of, n, count) in EXPERTS.items()}
+    return {
+        f"{layer}.{ours}.{name}": Part(f"{layer}.{theirs}.{of}", n, count, 1)
+        for name, (of, n, count) in EXPERTS.items()
+    }
 
 
 MODELS = {
@@ -117,8 +120,8 @@ MODELS = {
     ),
     "granite": Model(
         "Granite", "granite",
-        SIZES | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 2.0}
-        | _rotary(1e4),
+        SIZES | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2,
+                 "logits_scaling": 2.0} | _rotary(1e4),
         {"rope_theta": 1e4},
     ),
     "mixtral": Model(

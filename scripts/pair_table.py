@@ -25,7 +25,7 @@ from pair_faults import FAULTS, Fault
 from pair_models import MODELS
 from tables import replace_between, table
 
-from parity.comparison.verdict import AGREE, DIVERGE
+from parity.comparison.verdict import AGREE
 from parity.pairs import Pair, localize_pair
 from parity.pairs.names import parse
 from parity.pairs.sides import MlxSide, TorchSide
@@ -33,7 +33,7 @@ from parity.report.runner import limit_threads
 from parity.tensors.recording import Recording
 
 SEEDS = 8
-OURS = "lance-parity port"
+OURS, OF_BFLOAT16 = "lance-parity port", "1.2 times bfloat16's error"
 Criterion = Callable[[np.ndarray, np.ndarray, np.ndarray | None], bool]
 """Whether it finds a result wrong: given what is expected, what was computed, and what float32 computes."""
 
@@ -59,8 +59,10 @@ CRITERIA: dict[str, Criterion] = {
     "cosine 0.999": _cosine,
     "1 % of the largest": _largest(0.01),
     "10 % of the largest": _largest(0.1),
-    "1.2 times bfloat16's error": _times_float32,
+    OF_BFLOAT16: _times_float32,
 }
+# Departures of mlx-lm's own code that were looked at: configurations name another activation than it computes.
+FINDS = ("starcoder2", "gpt_neox")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class Trial:
     cause: str = ""
     certain: bool = False
     seconds: float = 0.0
+
+    @property
+    def named(self) -> bool:
+        """Whether the cause that ours tells is what was broken."""
+        return self.fault is not None and bool(self.cause and re.search(self.fault.says, self.cause))
 
     def right(self, criterion: str) -> bool:
         """Whether what a criterion found first is the part that is broken, or what reads or holds it."""
@@ -96,7 +103,7 @@ def trial(model: str, dtype: str, fault: Fault | None, seed: int = 0) -> Trial:
         seconds = time.perf_counter() - started
         others = _others(pair, dtype)
     first = result.first
-    ours = None if result.verdict == AGREE else first.component if result.verdict == DIVERGE and first else "(nothing said)"
+    ours = None if result.verdict == AGREE else first.component if first else "nothing could be said"
     cause = first.explanations[0].name if first and first.explained else ""
     return Trial(model, dtype, fault, {OURS: ours, **others}, cause, bool(first and first.certain), seconds)
 
@@ -132,39 +139,32 @@ def trials(only: str, seeds: int) -> Iterator[Trial]:
 
 def summary(done: list[Trial]) -> str:
     """The tables in Markdown."""
-    clean, broken = [t for t in done if not t.fault], [t for t in done if t.fault]
+    broken = [t for t in done if t.fault]
+    finds = [t for t in done if not t.fault and t.dtype == "float32" and t.model in FINDS]
+    clean = [t for t in done if not t.fault and t not in finds]
     rows = []
     for criterion in (OURS, *CRITERIA):
-        tried = [t for t in broken if criterion != "1.2 times bfloat16's error" or t.dtype == "bfloat16"]
-        whole = [t for t in clean if criterion != "1.2 times bfloat16's error" or t.dtype == "bfloat16"]
-        said = [t for t in whole if t.found[criterion] is not None]
-        real = [t for t in said if criterion == OURS and t.model in FINDS.get(t.dtype, ())]
+        tried, whole = (
+            [t for t in trials if criterion != OF_BFLOAT16 or t.dtype == "bfloat16"] for trials in (broken, clean)
+        )
         rows.append([
             criterion,
             _of(sum(t.found[criterion] is not None for t in tried), len(tried)),
             _of(sum(t.right(criterion) for t in tried), len(tried)),
-            _of(sum(bool(t.cause and re.search(t.fault.says, t.cause)) for t in tried), len(tried))
-            if criterion == OURS else "–",
-            _of(len(said) - len(real), len(whole)),
+            _of(sum(t.named for t in tried), len(tried)) if criterion == OURS else "–",
+            _of(sum(t.found[criterion] is not None for t in whole), len(whole)),
         ])  # fmt: skip
-    lines = [table(["criterion", "found", "first part right", "cause right", "called wrong, clean"], rows), ""]
-    for t in broken:
-        if not (t.right(OURS) and re.search(t.fault.says, t.cause)):
-            lines.append(f"{t.fault.name} in {t.model}, {t.dtype}: {t.found[OURS]}: {t.cause or 'no cause told'}\n")
-    wrong = [t for t in broken if t.certain and not re.search(t.fault.says, t.cause)]
-    lines.append(f"Told with confidence and not what was broken: {len(wrong)}.\n")
+    lines = [table(["criterion", "found", "first part right", "cause right", "called wrong as they are"], rows)]
+    lines.append(f"Told with confidence and not what was broken: {sum(t.certain and not t.named for t in broken)}.")
     slowest = max((t.seconds for t in done), default=0.0)
-    lines.append(f"{len(clean)} clean runs, {len(broken)} broken ones; the slowest took {slowest:.1f} s.")
-    for dtype, models in FINDS.items():
-        for model in models:
-            found = next((t for t in clean if t.model == model and t.dtype == dtype and t.found[OURS]), None)
-            if found:
-                lines.append(f"\n{model} as it is, {dtype}: {found.found[OURS]}: {found.cause}.")
+    lines.append(f"{len(clean)} runs as they are, {len(broken)} broken; the slowest took {slowest:.1f} s. Not named:\n")
+    for t in broken:
+        if not (t.right(OURS) and t.named):
+            lines.append(f"- {t.fault.name} in {t.model}, {t.dtype}: {t.found[OURS] or 'not found'}: {t.cause or 'none'}")
+    lines.append("\nWhat mlx-lm's own code computes otherwise than the configuration says, in float32:\n")
+    for model, said in {t.model: f"{t.found[OURS]}: {t.cause}" for t in finds}.items():
+        lines.append(f"- {model}: {said}")
     return "\n".join(lines)
-
-
-# Departures of mlx-lm's own code that were looked at: configurations name another activation than it computes.
-FINDS = {"float32": ("starcoder2", "gpt_neox")}
 
 
 def _of(count: int, of: int) -> str:

@@ -158,7 +158,7 @@ ROOMS = {
                   "checkpoint", "pipeline", "outputs", "estimate", "api", "serve", "cli"],
     # The engine, which knows no model; the definition of Lance, which parity.model finds; the commands.
     "parity": ["errors", "memory", "python_file", "model", "tensors", "bundle", "ports", "oracle", "comparison",
-               "laws", "hypotheses", "localize", "report", "api", "lance", "cli"],
+               "laws", "hypotheses", "localize", "report", "api", "pairs", "lance", "cli"],
 }  # fmt: skip
 
 

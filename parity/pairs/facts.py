@@ -17,7 +17,8 @@ from parity.pairs.sides import ROTARY, SDPA, TorchSide
 from parity.tensors.arrays import tap_of
 from parity.tensors.metrics import rel_l2
 
-# Results before a tap that it may be made of, those that may be added by mistake, and the widest product that is written down as an identity.
+# Results before a tap that it may be made of, those that may be added by mistake, and the widest product of which an
+# identity is written down.
 RECENT, BESIDE, WIDEST = 10, 4, 4096
 # How near what is tried has to come: a hundred roundings of float32, three of bfloat16.
 NEAR = {"float32": 1e-5, "bfloat16": 1.2e-2}

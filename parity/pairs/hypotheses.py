@@ -66,7 +66,10 @@ HYPOTHESES = (
     Hypothesis("the weight is rounded to bfloat16", ("*",), transform=_narrow("weight"), anew=True),
     Hypothesis("what is normed is rounded to bfloat16", ("*",), transform=_narrow("normed"), anew=True),
     Hypothesis(
-        "what is normed and the weight are rounded to bfloat16", ("*",), transform=_narrow("normed", "weight"), anew=True
+        "what is normed and the weight are rounded to bfloat16",
+        ("*",),
+        transform=_narrow("normed", "weight"),
+        anew=True,
     ),
     Hypothesis("gate and up are exchanged", ("*",), transform=_exchanged, anew=True),
 )

@@ -23,6 +23,8 @@ from parity.pairs.probe import PairProbe
 from parity.pairs.rounding import measured
 from parity.pairs.sides import IN, OUTPUT, MlxSide, TorchSide, put_back
 from parity.pairs.weights import WeightMismatch, check_weights
+from parity.ports.port import versions
+from parity.report.words import sentence
 from parity.tensors.metrics import Difference, compare, rel_l2
 from parity.tensors.names import TapName
 from parity.tensors.recording import Recording
@@ -47,6 +49,14 @@ def localize_pair(
     from the data. Raises ParityError where one of the models cannot run.
     """
     return _Investigation(pair, name, hypotheses, progress or (lambda what: None)).run()
+
+
+def assert_pair_agrees(pair: Pair, name: str = "pair") -> None:
+    """Raise AssertionError, with the first wrong part and its cause in the message, unless a port agrees; for tests."""
+    __tracebackhide__ = True
+    found = localize_pair(pair, name)
+    if found.verdict != AGREE:
+        raise AssertionError("\n".join(filter(None, [sentence(found), found.remark])))
 
 
 class _Investigation:
@@ -92,6 +102,7 @@ class _Investigation:
             taps=errors,
             exact=[f"{WEIGHTS}{name}" for name in weights.compared],
             alarm=bounds.alarm,
+            provenance=versions("torch", "mlx"),
             seconds=time.perf_counter() - started,
             peak_bytes=memory.peak(),
         )
@@ -255,7 +266,10 @@ class _Investigation:
                 "Pair.names, or what is lacking on purpose in Pair.lacks"
             )
         if not errors:
-            return INCONCLUSIVE, "nothing was compared: no path of the port is one of the trusted model's; see Pair.names"
+            return (
+                INCONCLUSIVE,
+                "nothing was compared: no path of the port is one of the trusted model's; see Pair.names",
+            )
         return AGREE, ""
 
 

@@ -20,7 +20,8 @@ def parse(name: str) -> TapName:
         what = f"{component} ({'input' if what == IN[1:] else what})"
     if name.startswith(WEIGHTS):
         component = component.rpartition(".")[0]
-    numbers = {"layer": int(part) for part in component.split(".") if part.isdigit()}
+    number = next((int(part) for part in component.split(".") if part.isdigit()), None)
+    numbers = {} if number is None else {"layer": number}
     said = what or component
     return TapName(name, call, path, said, said, "", False, "", numbers, ())
 

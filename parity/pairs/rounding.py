@@ -19,7 +19,12 @@ from parity.tensors.rounding import rounded
 DRAWS = 4
 
 aten = torch.ops.aten
-_PRODUCTS = {aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2), aten.baddbmm.default: (1, 2)}
+_PRODUCTS = {
+    aten.mm.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    aten.baddbmm.default: (1, 2),
+}
 _FUNCTIONS = {
     aten.exp.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.tanh.default, aten.rsqrt.default,
     aten.sqrt.default, aten.cos.default, aten.sin.default, aten.pow.Tensor_Scalar, aten.div.Tensor,
@@ -89,8 +94,8 @@ class _Disturbed(TorchDispatchMode):
 
 
 class _Stepwise(TorchDispatchMode):
-    """What a bfloat16 model computes in float32 rounded after each step, as libraries do that have no such steps; but
-    for statistics, one to a row."""
+    """What a bfloat16 model computes in float32 or at once rounded after each step, as libraries do that have no such
+    steps; but for statistics, one to a row."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -101,6 +106,11 @@ class _Stepwise(TorchDispatchMode):
             (normed, *rest) = func(x, shape, None, None, eps)
             made = normed if weight is None else normed * weight
             return (made if bias is None else made + bias, *rest)
+        if func is aten.addmm.default and not kwargs:
+            return args[1] @ args[2] + args[0]
+        if func is aten.convolution.default and args[2] is not None:
+            made = func(*args[:2], None, *args[3:])
+            return made + args[2].reshape(-1, *(1 for _ in made.shape[2:]))
         output = func(*args, **kwargs)
         wide = isinstance(output, Tensor) and output.dtype == torch.float32 and output.ndim and output.shape[-1] > 1
         return output.bfloat16().float() if wide and func is not aten._to_copy.default else output
@@ -170,7 +180,9 @@ def _step_by_step(
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
     if attn_mask is not None:
-        added = torch.zeros_like(scores).masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else attn_mask
+        added = (
+            torch.zeros_like(scores).masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else attn_mask
+        )
         scores = scores + added
     return torch.softmax(scores.float(), -1).to(query.dtype) @ value
 

@@ -127,6 +127,7 @@ class TorchSide(Side):
     @contextmanager
     def _attention(self) -> Iterator[None]:
         """Watches PyTorch's attention, and the function that turns queries and keys, wherever a library has it."""
+
         def attend(*args: Any, **values: Any) -> Tensor:
             named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | values
             name = self.name(f"{self._path[-1]}.{SDPA}".lstrip("."))
@@ -136,7 +137,9 @@ class TorchSide(Side):
             return self._seen(name, self._attend(**named))
 
         with Attached() as attached:
-            attached.wrap(nn.functional, "scaled_dot_product_attention", lambda _, *args, **values: attend(*args, **values))
+            attached.wrap(
+                nn.functional, "scaled_dot_product_attention", lambda _, *args, **values: attend(*args, **values)
+            )
             for module in {id(m): m for m in list(sys.modules.values()) if _holds(m, ROTARY)}.values():
                 attached.wrap(module, ROTARY, self._turned)
             yield

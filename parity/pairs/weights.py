@@ -32,7 +32,9 @@ class WeightMismatch:
         """In a sentence, how they differ."""
         if self.expected.shape != self.got.shape:
             return f"{self.name}: shape {list(self.got.shape)} instead of {list(self.expected.shape)}"
-        return f"{self.name} differs in {np.count_nonzero(self.expected != self.got):,} of {self.expected.size:,} elements"
+        return (
+            f"{self.name} differs in {np.count_nonzero(self.expected != self.got):,} of {self.expected.size:,} elements"
+        )
 
 
 @dataclass(frozen=True)
