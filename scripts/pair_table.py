@@ -27,8 +27,9 @@ from tables import replace_between, table
 
 from parity.comparison.verdict import AGREE
 from parity.pairs import Pair, localize_pair
+from parity.pairs.mlx_side import MlxSide
 from parity.pairs.names import parse
-from parity.pairs.sides import MlxSide, TorchSide
+from parity.pairs.torch_side import TorchSide
 from parity.report.runner import limit_threads
 from parity.tensors.recording import Recording
 
@@ -160,7 +161,8 @@ def summary(done: list[Trial]) -> str:
     lines.append(f"{len(clean)} runs as they are, {len(broken)} broken; the slowest took {slowest:.1f} s. Not named:\n")
     for t in broken:
         if not (t.right(OURS) and t.named):
-            lines.append(f"- {t.fault.name} in {t.model}, {t.dtype}: {t.found[OURS] or 'not found'}: {t.cause or 'none'}")
+            found = t.found[OURS] or "not found"
+            lines.append(f"- {t.fault.name} in {t.model}, {t.dtype}: {found}: {t.cause or 'none'}")
     lines.append("\nWhat mlx-lm's own code computes otherwise than the configuration says, in float32:\n")
     for model, said in {t.model: f"{t.found[OURS]}: {t.cause}" for t in finds}.items():
         lines.append(f"- {model}: {said}")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from parity.laws.curves import FUNCTIONS
 from parity.pairs.names import distance, owner_of, parse, relative
-from parity.pairs.sides import ROTARY, SDPA, TorchSide
+from parity.pairs.sides import ROTARY, SDPA
+from parity.pairs.torch_side import TorchSide
 from parity.tensors.arrays import tap_of
 from parity.tensors.metrics import rel_l2
 
@@ -44,7 +45,7 @@ def known(model: nn.Module, side: TorchSide, name: str, told: Container[str], ba
 
     `told` are the taps that the port tells as well: all others are computed on the way.
     """
-    for read in (_linear, _norm, _attention, _rotary):
+    for read in (_linear, _norm, _convolution, _attention, _rotary):
         found = read(model, side, name, batch)
         if found is not None:
             return found
@@ -116,6 +117,25 @@ def _norm(model: nn.Module, side: TorchSide, name: str, batch: int) -> Known | N
         if _near(side, name, normed * each):
             return Known("norm", {"x": rows(x)}, {"weight": each, "eps": eps}, rows, ("token", "channel"))
     return None
+
+
+def _convolution(model: nn.Module, side: TorchSide, name: str, batch: int) -> Known | None:
+    module, x = _module(model, name), _given(side, name)
+    if not isinstance(module, nn.Conv1d | nn.Conv2d) or x is None or x.ndim != module.weight.ndim:
+        return None
+    if module.groups > 1 or set(module.dilation) != {1} or isinstance(module.padding, str):
+        return None
+    # As one frame, and of one row where there are none.
+    lacking = (slice(None), *(None for _ in range(5 - x.ndim)))
+    alone = (0,) * (4 - x.ndim)
+    pads = tuple((side, side) for side in (*alone, *module.padding))
+    facts = {
+        "weight": _held(module.weight)[:, *lacking],
+        "bias": _held(module.bias),
+        "stride": (1, *(1 for _ in alone), *module.stride),
+        "pads": pads,
+    }
+    return Known("convolution", {"x": x[batch][None, *lacking]}, facts, lambda array: array[batch][None, *lacking])
 
 
 def _attention(model: nn.Module, side: TorchSide, name: str, batch: int) -> Known | None:

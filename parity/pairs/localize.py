@@ -17,11 +17,14 @@ from parity.oracle.bounds import Bounds, bounds_of
 from parity.oracle.oracle import UPSTREAM
 from parity.pairs.facts import Known, known
 from parity.pairs.hypotheses import HYPOTHESES, rewired
+from parity.pairs.layouts import put_back
+from parity.pairs.mlx_side import MlxSide
 from parity.pairs.names import WEIGHTS, kind_of, parse
 from parity.pairs.pair import Pair
 from parity.pairs.probe import PairProbe
 from parity.pairs.rounding import measured
-from parity.pairs.sides import IN, OUTPUT, MlxSide, TorchSide, put_back
+from parity.pairs.sides import IN, OUTPUT
+from parity.pairs.torch_side import TorchSide
 from parity.pairs.weights import WeightMismatch, check_weights
 from parity.ports.port import versions
 from parity.report.words import sentence

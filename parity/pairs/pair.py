@@ -31,6 +31,10 @@ def _run_mlx(model: Any, inputs: Mapping[str, np.ndarray], call: Call) -> object
     return model(*(mx.array(array) for array in inputs.values()))
 
 
+Place = tuple[Any, str]
+"""What holds a function, and the attribute that it is."""
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of a trusted parameter: the number-th of so many equal ones along an axis, as of fused experts."""
@@ -56,6 +60,9 @@ class Pair:
             of their weights) one behind the other, as of a fused projection.
         parts: paths of parameters of the port, again with a `*` for any one part of them, that are a part of a trusted
             parameter.
+        functions: what is no module, by a name of yours: its owner and attribute in the trusted code and in the port's,
+            such as `{"route": ((theirs, "route_tokens"), (ours, "route"))}`. The first array that it is given and the
+            first that it returns are compared.
         lacks: patterns (fnmatch) of trusted or port paths that have no counterpart on purpose.
     """
 
@@ -66,6 +73,7 @@ class Pair:
     run_port: Run = _run_mlx
     names: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     parts: Mapping[str, Part] = field(default_factory=dict)
+    functions: Mapping[str, tuple[Place, Place]] = field(default_factory=dict)
     lacks: Sequence[str] = ()
 
     def trusted_paths(self, path: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parity.oracle.floors import Floors, LevelTable
 from parity.pairs.names import kind_of
 from parity.pairs.pair import Pair
-from parity.pairs.sides import TorchSide
+from parity.pairs.torch_side import TorchSide
 from parity.tensors.recording import Recording, Tap
 from parity.tensors.rounding import rounded
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from parity.errors import ParityError
+from parity.pairs.layouts import laid_out, put_back
 from parity.pairs.pair import Pair
-from parity.pairs.sides import laid_out, put_back
 from parity.tensors.arrays import tap_of
 from parity.tensors.metrics import rel_l2
 

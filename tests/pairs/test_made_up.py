@@ -9,9 +9,9 @@ import torch
 from parity import ParityError, assert_pair_agrees, localize_pair
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE
 from parity.pairs import Pair, Part, copy_weights
+from parity.pairs.layouts import laid_out, put_back
 from parity.pairs.names import distance, relative
 from parity.pairs.pair import load_pair
-from parity.pairs.sides import laid_out, put_back
 
 HIDDEN, INNER, ROWS = 16, 24, 10
 
@@ -97,6 +97,18 @@ def test_a_wrong_constant_is_found_where_it_is_used_and_an_assertion_names_it():
         assert_pair_agrees(pair(Port(scale=2.0)))
 
 
+def test_a_convolution_that_pads_on_one_side_alone():
+    class Left(nn.Conv1d):
+        def __call__(self, x):
+            return super().__call__(mx.pad(x, ((0, 0), (2, 0), (0, 0))))
+
+    port = Port()
+    port.conv = Left(HIDDEN, HIDDEN, 3)
+    found = localize_pair(pair(port))
+    assert found.verdict == DIVERGE and found.first.component == "conv"
+    assert found.first.explanations[0].name == "the convolution reads 1 column further left"
+
+
 def test_what_is_computed_in_other_places_and_comes_out_right_is_told_and_no_finding():
     found = localize_pair(pair(trusted=ScaledInside()))
     assert found.verdict == AGREE and "all that comes of it is right: embed" in found.remark
@@ -140,6 +152,34 @@ def test_parts_of_a_fused_parameter():
     made.port.second.weight = made.port.first.weight
     found = localize_pair(made)
     assert found.verdict == DIVERGE and found.first.tap == "weights/both.weight[1]"
+
+
+class Code:
+    """Functions that are no modules."""
+
+    @staticmethod
+    def theirs(x):
+        return torch.softmax(x, -1)
+
+    @staticmethod
+    def ours(x):
+        return mx.softmax(2 * x, -1)
+
+
+def test_functions_that_are_no_modules_are_compared_and_steered():
+    class Trusted(torch.nn.Module):
+        def forward(self, x):
+            return Code.theirs(x) @ x
+
+    class Routed(nn.Module):
+        def __call__(self, x):
+            return Code.ours(x) @ x
+
+    x = {"x": np.random.default_rng(0).standard_normal((1, 8, 8)).astype(np.float32)}
+    functions = {"route": ((Code, "theirs"), (Code, "ours"))}
+    found = localize_pair(Pair(Trusted(), Routed(), x, functions=functions))
+    # What comes after it is given the right value, and is right.
+    assert [finding.component for finding in found.findings] == ["route"]
 
 
 def test_what_matches_nothing_fails_unless_it_is_lacking_on_purpose():
