@@ -86,8 +86,22 @@ def guidance(component: Component, got: np.ndarray) -> Iterator[Law]:
     if cond is None or uncond is None or cond.shape != got.shape or uncond.shape != got.shape or got.ndim != 2:
         yield from sum_of_parts(component, got)
         return
-    yield from _scaled(component, got.astype(np.float64), cond.astype(np.float64), uncond.astype(np.float64))
+    given = component, got.astype(np.float64), cond.astype(np.float64), uncond.astype(np.float64)
+    yield from _otherwise(*given)
+    yield from _scaled(*given)
     yield from sum_of_parts(component, got)
+
+
+def _otherwise(component: Component, got: np.ndarray, cond: np.ndarray, uncond: np.ndarray) -> Iterator[Law]:
+    """Two velocities mixed in another way than by a scale alone."""
+    right = _right(component)
+    for words, mix in MIXTURES.items():
+        mixed = mix(cond, uncond, component.facts["scale"])
+        for axes in GROUPS.values():
+            for renorm in _renorms(right, cond, uncond, mixed, got, axes, grain(component.own)):
+                law = _mixture(right, renorm, mix, words, 1)
+                if law is not None and enough(component, got, law.apply(component)):
+                    yield law
 
 
 def _scaled(component: Component, got: np.ndarray, cond: np.ndarray, uncond: np.ndarray) -> Iterator[Law]:
@@ -206,6 +220,30 @@ SCALES: dict[str, Callable[[float, dict], float]] = {
 }  # fmt: skip
 
 
+def _along(x: np.ndarray, y: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """How much of y is in x."""
+    return np.sum(x * y, axes, keepdims=True) / np.maximum(np.sum(y * y, axes, keepdims=True), 1e-30)
+
+
+def _mixtures() -> Iterator[tuple[str, Callable[..., np.ndarray]]]:
+    for over, axes in GROUPS.items():
+        by = "" if over == "global" else f", {over}"
+
+        def across(cond: np.ndarray, uncond: np.ndarray, scale: float, *_: object, axes: tuple = axes) -> np.ndarray:
+            step = cond - uncond
+            return cond + (scale - 1) * (step - _along(step, cond, axes) * cond)
+
+        def nearest(cond: np.ndarray, uncond: np.ndarray, scale: float, *_: object, axes: tuple = axes) -> np.ndarray:
+            uncond = _along(cond, uncond, axes) * uncond
+            return uncond + scale * (cond - uncond)
+
+        yield f"guidance leaves out what lies along the conditional velocity{by}", across
+        yield f"the unconditional velocity is scaled to be nearest to the conditional one{by}", nearest
+
+
+MIXTURES = dict(_mixtures())
+
+
 def _mixed(
     cond: np.ndarray, uncond: np.ndarray, right: float, value: Value | None, where: Where, component: Component
 ) -> np.ndarray | None:
@@ -310,7 +348,18 @@ def _short(value: float) -> bool:
 
 
 def _law(right: Renorm, renorm: Renorm, where: Where, value: Value | None, words: str, numbers: float) -> Law | None:
-    said, size = renorm.against(right)
+    def mix(cond: np.ndarray, uncond: np.ndarray, scale: float, other: Component) -> np.ndarray | None:
+        return _mixed(cond, uncond, scale, value, where, other)
+
+    # What is said without a number is read from less than a factor is.
+    size = 0 if value is None else numbers + where.size
+    return _mixture(right, renorm, mix, where.says(words) if words else "", size)
+
+
+def _mixture(
+    right: Renorm, renorm: Renorm, mix: Callable[..., np.ndarray | None], words: str, size: float
+) -> Law | None:
+    said, more = renorm.against(right)
     if not words and not said:
         return None
 
@@ -319,11 +368,9 @@ def _law(right: Renorm, renorm: Renorm, where: Where, value: Value | None, words
         if cond is None or uncond is None:
             return None
         cond, uncond = cond.astype(np.float64), uncond.astype(np.float64)
-        mixed = _mixed(cond, uncond, other.facts["scale"], value, where, other)
+        mixed = mix(cond, uncond, other.facts["scale"], other)
         if mixed is None:
             return None
         return put(other.own, np.ones(1, bool), mixed * renorm.factor(cond, uncond, mixed))
 
-    sentence = " and ".join(filter(None, [where.says(words) if words else "", said]))
-    # What is said without a number is read from less than a factor is.
-    return Law(sentence, 0.9 * size + (0 if value is None else numbers + where.size), apply)
+    return Law(" and ".join(filter(None, [words, said])), 0.9 * more + size, apply)

@@ -8,7 +8,7 @@ import numpy as np
 
 from parity.laws.base import Component, Law
 from parity.laws.integers import Change, View, changes
-from parity.laws.mixture import comparable, enough
+from parity.laws.mixture import comparable, enough, rounded_as
 from parity.laws.numbers import plainest
 from parity.laws.segments import TEXT, Segment
 
@@ -95,7 +95,7 @@ def sinusoids(component: Component, got: np.ndarray) -> Iterator[Law]:
         for axis, _, _, make in found:
             start, stop = edges[axis]
             new[:, start:stop] = make(seen, axis, stop - start)
-        return new.astype(np.float32)
+        return rounded_as(other.own, new).astype(np.float32)
 
     size = found[0][2] if same else sum(size for _, _, size, _ in found)
     law = Law(said, size + (0 if same else 0.5), apply)

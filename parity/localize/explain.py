@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from parity.hypotheses import Hypothesis, attempt, unpatched
 from parity.hypotheses.tap_probe import TapProbe
 from parity.laws import Law, fitted
 from parity.localize.findings import EXPLAINS, Explanation
+from parity.localize.part_of_rows import in_some_tokens
 from parity.tensors.rounding import ULP
 
 # As many causes may meet in one place.
@@ -38,6 +40,7 @@ _DESCRIPTION = re.compile(r"another (number|factor|function|matrix|vector|in \d+
 _DIGITS = 6
 
 
+_REMOVED: WeakKeyDictionary[TapProbe, dict[tuple[Hypothesis, ...], float | None]] = WeakKeyDictionary()
 Failed = dict[str, str]
 """What hypotheses raised other than DoesNotApply, in a line, by the hypothesis's name."""
 
@@ -82,9 +85,11 @@ def explain(
         # What was said beforehand says more than what is read, also where several of it meet.
         causes = _caused(site, second, tried, failed, reads=False)
         there = removed(second, causes.together, failed) if second is not None and causes.together else None
-        if causes.together and (causes.agrees or sum(causes.parts) >= 1 - 1e-9) and (there is None or there >= NEARLY):
+        whole = sum(causes.parts) >= 1 - 1e-9 if causes.parts else causes.agrees
+        if causes.together and whole and (there is None or there >= NEARLY):
             return causes
-    return _caused(site, second, _ordered(site, [*tried, *_by_merit(site, _read(site, [], failed), failed)]), failed)
+    more = [*_of_some_tokens(site, [h for h, _ in tried], failed), *_read(site, [], failed)]
+    return _caused(site, second, _ordered(site, [*tried, *_by_merit(site, more, failed)]), failed)
 
 
 def _caused(
@@ -122,6 +127,12 @@ def _caused(
 def _by_merit(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> list[tuple[Hypothesis, float]]:
     """Those that apply with what they remove: first those that leave no more than rounding, the smallest before."""
     return _ordered(site, [(h, r) for h in hypotheses if (r := removed(site, [h], failed)) is not None])
+
+
+def _of_some_tokens(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> list[Hypothesis]:
+    """Those that are true of some tokens alone."""
+    arrays = [(h, _attempted(site, [h], failed)) for h in hypotheses if not site.exact]
+    return [part for h, array in arrays if array is not None for part in in_some_tokens(site, h, array)]
 
 
 def _ordered(site: TapProbe, tried: Sequence[tuple[Hypothesis, float]]) -> list[tuple[Hypothesis, float]]:
@@ -237,11 +248,18 @@ def removed(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) ->
     """The part of the residual norm that hypotheses remove.
 
     None where they do not apply or explain nothing, UNFIT where they make a sequence of another length. What they raise
-    is added to `failed`.
+    is added to `failed`. What was found of a site is kept for as long as that is.
     """
-    array = _attempted(site, hypotheses, failed)
-    if array is None:
-        return None
+    known, key = _REMOVED.setdefault(site, {}), tuple(hypotheses)
+    if key not in known:
+        array = _attempted(site, hypotheses, failed)
+        if array is None:
+            return None
+        known[key] = _removed_by(site, array)
+    return known[key]
+
+
+def _removed_by(site: TapProbe, array: np.ndarray) -> float | None:
     if array.shape != site.got.shape:
         # A sequence may still become as long under another hypothesis on top; what is computed may not.
         return 10 * UNFIT + _shared(site, array) if site.exact else None

@@ -102,7 +102,7 @@ def _counted(name: str, all_of: Sequence[int], hit: set[int]) -> str:
 
 _SIDES: tuple[tuple[str, Callable[[TapName], Hashable], Callable], ...] = (
     ("component", _component, _components),
-    ("arm", lambda tap: tap.arm, _arms),
+    ("arm", lambda tap: tap.arm or "cond", _arms),
     ("part", _part, _parts),
     ("number", _number, _numbers),
 )

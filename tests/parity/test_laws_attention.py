@@ -11,7 +11,7 @@ from parity.lance.faults.base import Fault, calls
 from parity.laws import attention as laws
 from parity.laws import rotary as turns
 from parity.laws import scoring, turning
-from parity.laws.attending import result_of, scene_of
+from parity.laws.attending import made, result_of, scene_of
 from parity.laws.base import Component
 from parity.laws.rounding import rounded_to
 from parity.laws.seen import counted
@@ -133,7 +133,7 @@ def plain(component):
 
 def attended(component, change, dtype="float32"):
     scene = scene_of(component)
-    got = component.own + result_of(component, change(scene) - scene.attended())
+    got = component.own + result_of(component, made(change, scene) - scene.attended())
     return rounded_to(dtype, got).astype(np.float32)
 
 
@@ -181,7 +181,7 @@ def test_keys_ahead_and_queries_from_one_on_are_told():
     assert best(laws.attention, component, attended(component, ahead)).sentence == "a query also sees 2 keys after it"
     component = attention(3)
     window = masked(lambda seen, q, k: seen & (q - k < 8))
-    late = lambda s: np.where((s.rows >= 5)[:, None], window(s), s.attended())  # noqa: E731
+    late = lambda s: np.where((s.rows >= 5)[:, None], made(window, s), s.attended())  # noqa: E731
     words = "keys more than 7 tokens back are not seen, from query 5 on"
     assert best(laws.attention, component, attended(component, late)).sentence == words
 
