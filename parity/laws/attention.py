@@ -29,12 +29,15 @@ from parity.laws.scoring import (
     scaled,
     sink,
     softmax_in,
+    with_heads,
 )
 from parity.laws.seen import seen
 from parity.laws.support import Span, affected, span_of
 
 # What a law may leave of the residual, beneath another; how many are told, and on how many others are read.
 LEFT_BENEATH, TOLD, BENEATH = 0.5, 3, 2
+# How many heads there may be instead.
+HEADS = (1, 2, 4, 8, 16, 32)
 # Queries that fits are made on, and scores.
 ROWS, SCORES = 128, 1 << 20
 # Queries that one number is searched with, and what its roughest guess may leave for it to be.
@@ -214,6 +217,8 @@ def _shapes(fit: Fit) -> Iterator[Found]:
             size = 1 + 0.1 * (len(stages) - 1)
             yield f"{listed(stages)} are {dtype}", size, partial(narrowed, dtype=dtype, stages=stages), None
         yield f"the softmax is computed in {dtype}", 1, partial(softmax_in, dtype=dtype), None
+    for count in HEADS:
+        yield f"there are {count} heads instead of {len(fit.heads)}", 1, with_heads(count), None
     for side in BLOCKS:
         yield f"zeros behind the last key, up to a multiple of {side}, are seen too", 1, padded(side, False), None
         words = f"zeros behind the keys before this pass, up to a multiple of {side}, are seen too"

@@ -185,8 +185,8 @@ def grain(own: np.ndarray) -> float:
 
 
 def relative(component: Component) -> float:
-    """What rounding makes of a component's result, relative to its norm: where a value is rounded otherwise it is off by
-    all of its grain, of which a slice may have many."""
+    """What rounding makes of a component's result, relative to its norm; all values of a slice may be off by their
+    grain."""
     norm = float(np.linalg.norm(component.own.astype(np.float64)))
     return max(component.rounding / norm if norm else 0.0, grain(component.own), NOISE)
 

@@ -165,6 +165,25 @@ def softmax_in(scene: Scene, dtype: str) -> np.ndarray:
     return narrow(powers * narrow(1 / np.maximum(total, 1e-30))) @ scene.v
 
 
+def with_heads(count: int) -> Change:
+    """As many heads as that, each of its part of the channels."""
+
+    def change(scene: Scene) -> np.ndarray | None:
+        heads, _, size = scene.q.shape
+        if scene.group > 1 or heads == count or heads * size % count or scene.v.shape[2] != size:
+            return None
+
+        def split(x: np.ndarray, into: int) -> np.ndarray:
+            rows = x.swapaxes(0, 1).reshape(x.shape[1], into, -1)
+            return rows.swapaxes(0, 1)
+
+        scale = scene.scale * (count / heads) ** 0.5
+        parts = {name: split(getattr(scene, name), count) for name in "qkv"}
+        return split(replace(scene, scale=scale, **parts).attended(), heads)
+
+    return change
+
+
 def padded(side: int, cached: bool) -> Change:
     """Keys and values of 0 up to a whole number of blocks, of all keys or of those before this pass: they add exp(0)
     each to what weights are divided by."""

@@ -95,19 +95,19 @@ def factors(off: np.ndarray, slack: float) -> tuple[np.ndarray, np.ndarray] | No
 
 
 def quantized(fit: Fit) -> Iterator[Change]:
-    """Ways to quantize a matrix under which it comes out as it did, as far as its first rows tell."""
-    if fit.own.ndim != 2:
+    """Ways to quantize a matrix, or a kernel as one, under which it comes out as it did, as far as its first rows
+    tell."""
+    if fit.own.ndim < 2:
         return
-    own, got = fit.own, fit.got
+    own, got = (array.reshape(len(array), -1) for array in (fit.own, fit.got))
     touched = np.flatnonzero((own != got).any(1))
     rows = touched[: max(TRIED // own.shape[1], 1)]
     for words, size, rounded in grids(own.shape[1]):
         if not by_rows(words) and own.size > WHOLE:
             continue
         tried = rounded(own[rows]) if by_rows(words) else rounded(own)[rows]
-        tried = rounded_as(got, tried)
-        if Fit(own[rows], got[rows], fit.rounding).holds(tried):
-            yield Change(f" {words}", size, rounded)
+        if Fit(own[rows], got[rows], fit.rounding).holds(rounded_as(got, tried)):
+            yield Change(f" {words}", size, lambda x, of=rounded: of(x.reshape(len(x), -1)).reshape(x.shape))
 
 
 def _flips(own: np.ndarray) -> Iterator[Change]:
