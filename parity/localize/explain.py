@@ -83,15 +83,20 @@ def explain(
     if known:
         return _beyond(site, [h for h in about if h not in known], known, failed)
     tried = _by_merit(site, about, failed)
-    if tried:
-        # What was said beforehand says more than what is read, also where several of it meet.
-        causes = _caused(site, second, tried, failed, reads=False)
-        there = removed(second, causes.together, failed) if second is not None and causes.together else None
-        whole = sum(causes.parts) >= 1 - 1e-9 if causes.parts else causes.agrees
-        if causes.together and whole and (there is None or there >= NEARLY):
+    # What was said beforehand says more than what is read, of some tokens alone or where several of it meet.
+    alone = [h for h, _ in tried] if not any(_agrees(site, share) for _, share in tried) else []
+    for likely in (_by_merit(site, _of_some_tokens(site, alone, failed), failed), tried):
+        if likely and _suffices(second, causes := _caused(site, second, likely, failed, reads=False), failed):
             return causes
-    more = [*_of_some_tokens(site, [h for h, _ in tried], failed), *_read(site, [], failed)]
-    return _caused(site, second, _ordered(site, [*tried, *_by_merit(site, more, failed)]), failed)
+    return _caused(site, second, _ordered(site, [*tried, *_by_merit(site, _read(site, [], failed), failed)]), failed)
+
+
+def _suffices(second: TapProbe | None, causes: Causes, failed: Failed) -> bool:
+    """Whether causes leave nothing to explain, and hold on a second input."""
+    if not causes.together or not (sum(causes.parts) >= 1 - 1e-9 if causes.parts else causes.agrees):
+        return False
+    there = removed(second, causes.together, failed) if second is not None else None
+    return there is None or there >= NEARLY
 
 
 def _caused(
@@ -318,7 +323,7 @@ def _ranked(
         # What was said beforehand does not hold where it does not apply; what was read may say nothing there.
         both = [(h, r, r + _there(h, r, s)) for h, r, s in finalists]
         near = _alike(site, both, 2.0) if both else 0.0
-        order = sorted(range(len(both)), key=lambda i: -min(both[i][2], near))
+        order = sorted(range(len(both)), key=lambda i: (-min(both[i][2], near), both[i][0].size))
         finalists = [finalists[i] for i in order]
     return [*finalists, *((h, r, None) for h, r in tried[FINALISTS:] if not h.size or second is None)]
 
