@@ -95,6 +95,9 @@ class _Fit:
         """A change as a law where it holds: everywhere, or only where something differs; and what it leaves."""
         best: tuple[float, Law] | None = None
         for held, words in self._supports():
+            if 2 in held and sentence.startswith("theta"):
+                # All frequencies are made of it.
+                continue
             limited = _restricted(change, held, self.target.shape)
             new = limited(self.turn)
             if new is None:
