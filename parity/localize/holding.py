@@ -41,6 +41,11 @@ def _component(tap: TapName) -> Hashable:
     return tap.component
 
 
+def _arm(tap: TapName) -> Hashable:
+    """What is of no arm is the conditional one's, where the other has its own."""
+    return tap.arm or ("uncond" if tap.name.endswith(".uncond") else "cond")
+
+
 def _part(tap: TapName) -> Hashable:
     """The kind of call: step, prefix."""
     return re.sub(r"\d+", "", tap.call.rpartition(".")[2])
@@ -102,7 +107,7 @@ def _counted(name: str, all_of: Sequence[int], hit: set[int]) -> str:
 
 _SIDES: tuple[tuple[str, Callable[[TapName], Hashable], Callable], ...] = (
     ("component", _component, _components),
-    ("arm", lambda tap: tap.arm or "cond", _arms),
+    ("arm", _arm, _arms),
     ("part", _part, _parts),
     ("number", _number, _numbers),
 )
