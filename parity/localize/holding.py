@@ -16,7 +16,7 @@ _NUMBERED = ("step", "index", "chunk", "number")
 def holding(wrong: Sequence[TapName], compared: Sequence[TapName]) -> str | None:
     """Say where some taps of one kind lie among all that were compared; None where it is everywhere.
 
-    "in layers.1 only", "from step 2 on", "in the unconditional arm only".
+    "in layers.1 only", "from step 2 on".
     """
     names = {tap.name for tap in wrong}
     if all(tap.name in names for tap in compared):
@@ -42,8 +42,7 @@ def _component(tap: TapName) -> Hashable:
 
 
 def _arm(tap: TapName) -> Hashable:
-    """What is of no arm is the conditional one's, where the other has its own."""
-    return tap.arm or ("uncond" if tap.name.endswith(".uncond") else "cond")
+    return definition().arm_of(tap)
 
 
 def _part(tap: TapName) -> Hashable:
