@@ -15,6 +15,7 @@ from lance_mlx.backend.allocator import release
 from lance_mlx.backend.numerics import BFLOAT16, Numerics, policy, runs_on_cpu
 from lance_mlx.checkpoint.hub import fetch, is_repository
 from lance_mlx.checkpoint.layouts import check_folder, find_checkpoint
+from lance_mlx.checkpoint.recipe import Recipe, recipe_of
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.checkpoint.weights import Tracker
 from lance_mlx.errors import LanceError
@@ -52,6 +53,7 @@ class LanceModel:
         low_ram: bool,
         keep_encoders: bool,
         vae_tiling: str | int,
+        recipe: Recipe | None,
     ) -> None:
         self.model = model
         self.numerics = numerics
@@ -62,6 +64,7 @@ class LanceModel:
         self._low_ram = low_ram
         self._keep_encoders = keep_encoders
         self._vae_tiling = vae_tiling
+        self.recipe = recipe
         self._pipeline: Pipeline | None = None
         self._loaded: tuple[Variant, bool] | None = None
 
@@ -90,10 +93,10 @@ class LanceModel:
         self.release()
         path = fetch(self.model, variant, self._quiet) if is_repository(self.model) else Path(self.model)
         source, track, low_ram = self._vit_source, self._track, self._low_ram
-        self._pipeline = load_pipeline(path, variant, self.numerics, looks, source, track, low_ram)
+        self._pipeline = load_pipeline(path, variant, self.numerics, looks, source, track, low_ram, self.recipe)
         self._loaded = variant, looks
         if self._vae_tiling == AUTO:
-            sizes = sizes_of(find_checkpoint(path, variant), looks=False)
+            sizes = sizes_of(find_checkpoint(path, variant), looks=False, recipe=self.recipe)
             coders = coders_of(sizes, self.numerics, low_ram, runs_on_cpu())
             self._pipeline.vae.tile_for = tile_chooser(*coders, budget())
         elif self._vae_tiling != NONE:
@@ -244,7 +247,8 @@ class LanceModel:
         for own, step in zip(prepared, each, strict=True):
             latents = step.x_next.reshape(*own.request.latent_grid, -1)
             weights = self.name, self.variant_for(own.request)
-            given = self.numerics.name, seconds, earlier, pipeline.vae, weights, stopped
+            recipe = self.recipe and self.recipe.name
+            given = self.numerics.name, seconds, earlier, pipeline.vae, weights, stopped, recipe
             made.append(Generated(own.request, latents, *given))
         return made
 
@@ -321,6 +325,7 @@ def load(
     low_ram: bool = False,
     keep_encoders: bool = True,
     vae_tiling: str | int = AUTO,
+    quantize: int | str | Recipe | None = None,
 ) -> LanceModel:
     """Open a checkpoint; its models are fetched and read when a task first needs one.
 
@@ -341,9 +346,11 @@ def load(
         vae_tiling: code frames in tiles of so many pixels a side, which differ from the whole by less than 0.001 of
             pixels in [-1, 1] on random weights; "auto" does so where the whole does not fit into memory by estimate,
             "none" never.
+        quantize: pack the weights while they are read: 3, 4, 5, 6 or 8 bits of both towers' attention and MLP, a recipe
+            ("8bit", "small"), or the JSON file of one. Not with `low_ram`, which reads a checkpoint that is quantized.
 
     Raises:
-        LanceError: there is no such folder, or an option is unknown.
+        LanceError: there is no such folder, an option is unknown, or two contradict each other.
     """
     name = os.fspath(model)
     numerics = policy(numerics) if isinstance(numerics, str) else numerics
@@ -352,7 +359,12 @@ def load(
     if not is_repository(name):
         check_folder(Path(name))
     tiling = read_tiling(vae_tiling)
-    return LanceModel(name, numerics, vit_source, track, variant, quiet, low_ram, keep_encoders, tiling)
+    recipe = quantize
+    if quantize is not None and not isinstance(quantize, Recipe):
+        recipe = recipe_of(bits=quantize) if isinstance(quantize, int) else recipe_of(predicate=quantize)
+    if recipe is not None and low_ram:
+        raise LanceError("low_ram would quantize every layer anew in every pass: convert the checkpoint with -q first")
+    return LanceModel(name, numerics, vit_source, track, variant, quiet, low_ram, keep_encoders, tiling, recipe)
 
 
 def next_turn(request: Request, prompt: str) -> Request:

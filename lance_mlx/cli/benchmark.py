@@ -99,7 +99,7 @@ def benchmark(
     ] = None,
     numerics: Annotated[str, typer.Option(help=f"Where to round: {' or '.join(POLICIES)}.")] = BFLOAT16.name,
     low_ram: Annotated[bool, typer.Option("--low-ram", help="Hold one layer in memory at a time.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-Q", help="Show errors only.")] = False,
 ) -> None:
     """Draw the prompts of a benchmark into the files that its evaluator reads, with the settings of bytedance/Lance's
     scripts for it."""

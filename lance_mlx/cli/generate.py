@@ -15,7 +15,15 @@ from lance_mlx.cli.commands import answer, draw_all, prepare_drawings, work_thro
 from lance_mlx.cli.console import Console, Interrupted
 from lance_mlx.cli.meaning import EDITING, check_options, refuse
 from lance_mlx.cli.replay import check_sources, options_of
-from lance_mlx.cli.settings import DEFAULT_FRAMES, DEFAULT_SIDE, GuidanceInterval, Settings
+from lance_mlx.cli.settings import (
+    DEFAULT_FRAMES,
+    DEFAULT_SIDE,
+    Bits,
+    GuidanceInterval,
+    Predicate,
+    Settings,
+    chosen_recipe,
+)
 from lance_mlx.cli.several import DEFAULT_SEED, TakesSeeds, choose_seeds, name_outputs, read_prompts
 from lance_mlx.errors import LanceError
 from lance_mlx.estimate.tiling import AUTO
@@ -268,8 +276,10 @@ def generate(
             metavar="auto|none|PIXELS",
         ),
     ] = AUTO,
+    quantize: Bits = None,
+    quant_predicate: Predicate = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show errors only, and an answer that no --output takes.")
+        bool, typer.Option("--quiet", "-Q", help="Show errors only, and an answer that no --output takes.")
     ] = False,
 ) -> None:
     """Make or edit an image or a video, or answer a question about one, with the defaults of upstream's launcher."""
@@ -308,12 +318,13 @@ def generate(
         scheduler=scheduler,
         as_upstream=as_upstream,
     )
+    recipe = chosen_recipe(quantize, quant_predicate)
     console = Console(quiet)
     track = partial(console.bar, desc="loading", unit="tensor")
     used = None if variant is None else Variant.of(variant)
     # Nothing looks again after the one request.
     again = requests is not None or prompts_file is not None or len(prompt or ()) > 1 or len(seeds) > 1
-    opened = partial(load, model, policy(numerics), vit_source, track, used, quiet, low_ram, again, vae_tiling)
+    opened = partial(load, model, policy(numerics), vit_source, track, used, quiet, low_ram, again, vae_tiling, recipe)
     if requests is not None:
         refuse(given, _IN_THE_FILE, "goes with a single request, not with --requests")
         if len(seeds) > 1:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lance_mlx.checkpoint.recipe import RECIPES, Recipe, recipe_of
 from lance_mlx.media.preprocess import RESOLUTIONS
 from lance_mlx.requests.files import caption_instruction
 from lance_mlx.requests.request import Entry, Question, Renorm, Request, Scheduler, Task, Visual
@@ -15,8 +16,32 @@ GuidanceInterval = Annotated[
         help="Guidance acts while LOW < t <= HIGH. [default: 0.4 1.0]", metavar="LOW HIGH", show_default=False
     ),
 ]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        "--quantize",
+        "-q",
+        help="Quantize the weights of both towers' attention and MLP to 3, 4, 5, 6 or 8 bits while they are read.",
+        metavar="BITS",
+        show_default=False,
+    ),
+]
+Predicate = Annotated[
+    str | None,
+    typer.Option(
+        "--quant-predicate",
+        help=f"Recipe of what is quantized, and how: {', '.join(RECIPES)}, or a JSON file.",
+        metavar="NAME|FILE",
+        show_default=False,
+    ),
+]
 DEFAULT_SIDE = 768
 DEFAULT_FRAMES = 50
+
+
+def chosen_recipe(bits: int | None, predicate: str | None) -> Recipe | None:
+    """What -q and --quant-predicate say, None without either; raises LanceError where they contradict each other."""
+    return None if bits is None and predicate is None else recipe_of(bits, predicate)
 
 
 @dataclass(frozen=True)
