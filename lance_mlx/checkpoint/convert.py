@@ -25,13 +25,7 @@ from lance_mlx.checkpoint.pth import check_pth, read_pth
 from lance_mlx.checkpoint.recipe import Plan, Recipe, plan
 from lance_mlx.checkpoint.safetensors import StoredTensor, read_header, write_safetensors
 from lance_mlx.checkpoint.tensors import POSITION_TABLE, Checkpoint, ViTSource
-from lance_mlx.checkpoint.weights import (
-    check_tensors,
-    check_unpacked,
-    decoder_shape,
-    encoder_shape,
-    inspect_lance,
-)
+from lance_mlx.checkpoint.weights import check_tensors, check_unpacked, decoder_shape, encoder_shape, inspect_lance
 from lance_mlx.errors import LanceError
 from lance_mlx.files import check_place, whole
 from lance_mlx.model.vae import VAE as VAEModel
@@ -96,7 +90,7 @@ class Conversion:
         architecture, quantized = inspect_lance(checkpoint, True, self.vit_source), Plan()
         model = architecture.build(numerics)
         if self.recipe is not None:
-            check_unpacked(checkpoint, architecture)
+            check_unpacked(checkpoint, architecture.packed)
             quantized = plan(self.recipe, model)
         vae = checkpoint.vae()
         if vae.path.suffix == ".pth":

@@ -105,7 +105,7 @@ def load_lance(
     model = architecture.build(numerics)
     tensors, to_pack = _joined(architecture.parts), Plan()
     if recipe is not None:
-        check_unpacked(checkpoint, architecture)
+        check_unpacked(checkpoint, architecture.packed)
         to_pack = plan(recipe, model)
         make_quantized(model, to_pack, numerics.dtype)
     if streams:
@@ -114,10 +114,9 @@ def load_lance(
     return model
 
 
-def check_unpacked(checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Raise LanceError for a checkpoint that is quantized and shall be quantized."""
-    if architecture.packed:
-        how = next(iter(architecture.packed.values()))
+def check_unpacked(checkpoint: Checkpoint, packed: Mapping[str, Scheme]) -> None:
+    """Raise LanceError for a checkpoint that shall be quantized and has modules that are."""
+    for how in packed.values():
         raise LanceError(f"{checkpoint.folder} is quantized already ({how}): give the one it was made from")
 
 

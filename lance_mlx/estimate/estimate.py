@@ -17,9 +17,8 @@ from mlx.utils import tree_flatten
 from lance_mlx.backend.numerics import BFLOAT16, Numerics
 from lance_mlx.checkpoint.recipe import Recipe, plan
 from lance_mlx.checkpoint.tensors import Checkpoint, ViTSource
-from lance_mlx.checkpoint.weights import decoder_shape, encoder_shape, packed_modules
+from lance_mlx.checkpoint.weights import check_unpacked, decoder_shape, encoder_shape, packed_modules
 from lance_mlx.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, LanceConfig
-from lance_mlx.errors import LanceError
 from lance_mlx.estimate.cost import Convolution, decoder_convolutions, encoder_convolutions
 from lance_mlx.estimate.tiling import Coder
 from lance_mlx.media.preprocess import TEMPORAL_PATCH_SIZE, VIT_DIVISOR
@@ -115,8 +114,7 @@ def sizes_of(
     sizes = Sizes(config, vit, decoder_shape(vae), encoder_shape(vae), quantized)
     if recipe is None:
         return sizes
-    if quantized:
-        raise LanceError(f"{checkpoint.folder} is quantized already: give the one it was made from")
+    check_unpacked(checkpoint, quantized)
     return quantized_by(recipe, sizes, looks)
 
 

@@ -101,7 +101,8 @@ def measure(sizes: Sizes, numerics: Numerics) -> Rates:
     factors = mx.ones((_SIDE, _KEYS)), mx.ones((_KEYS, _KEYS))
     # A machine that is slow with little need not be watched at more.
     slow = min(_seconds(lambda: factors[0] @ factors[1]) for _ in range(3)) > _SLOW
-    rows, side = (_ROWS // 32, _SIDE // 4) if slow else (_ROWS, _SIDE)
+    # What is packed takes a while however few rows there are, from which more of them stand out.
+    rows, side = (_ROWS // (8 if own else 32), _SIDE // 4) if slow else (_ROWS, _SIDE)
     many = passed(2, rows)
     per_row = max(many - few, many / (2 * rows)) / (rows - _FEW)
     heads, kv_heads = ((n, _KEYS, config.head_dim) for n in (config.num_attention_heads, config.num_key_value_heads))

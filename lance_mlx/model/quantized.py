@@ -186,7 +186,7 @@ class QuantizedEmbedding(nn.Module):
 def _place(module: nn.Module, scheme: Scheme, dtype: mx.Dtype, *shape: int) -> None:
     module.scheme, module.dtype = scheme, dtype
     for name, placed in scheme.shapes(*shape).items():
-        kind = mx.uint32 if name == "weight" else dtype if scheme.mode == "affine" else mx.uint8
+        kind = mx.uint32 if name == "weight" else mx.float32 if scheme.mode == "affine" else mx.uint8
         module[name] = mx.zeros(placed, kind)
 
 

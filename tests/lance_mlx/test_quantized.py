@@ -277,7 +277,7 @@ def test_quantizing_on_the_way_in_and_low_ram_give_the_same_bits(request, checkp
     with pytest.raises(LanceError, match="low_ram would quantize every layer anew"):
         load(checkpoint, quantize=8, low_ram=True)
     with pytest.raises(LanceError, match="is quantized already"):
-        load(folder, quantize=8).pipeline(Variant.IMAGE, False)
+        load_pipeline(folder, Variant.IMAGE, recipe=EVEN)
 
 
 def test_no_dtype_comes_from_a_packed_weight(checkpoint, tmp_path, media):
