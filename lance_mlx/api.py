@@ -14,6 +14,7 @@ from lance_mlx.backend.allocator import release
 from lance_mlx.backend.numerics import BFLOAT16, Numerics, policy
 from lance_mlx.checkpoint.hub import is_repository
 from lance_mlx.checkpoint.layouts import check_folder
+from lance_mlx.checkpoint.recipe import Recipe, recipe_of
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.checkpoint.weights import Tracker
 from lance_mlx.errors import LanceError
@@ -160,7 +161,8 @@ class LanceModel(Loaded):
         for own, step in zip(prepared, each, strict=True):
             latents = step.x_next.reshape(*own.request.latent_grid, -1)
             weights = self.name, self.variant_for(own.request)
-            given = self.numerics.name, seconds, earlier, pipeline.vae, weights, stopped
+            recipe = self.recipe and self.recipe.name
+            given = self.numerics.name, seconds, earlier, pipeline.vae, weights, stopped, recipe
             made.append(Generated(own.request, latents, *given))
         return made
 
@@ -228,6 +230,7 @@ def load(
     low_ram: bool = False,
     keep_encoders: bool = True,
     vae_tiling: str | int = AUTO,
+    quantize: int | str | Recipe | None = None,
 ) -> LanceModel:
     """Open a checkpoint; its models are fetched and read when a task first needs one.
 
@@ -248,9 +251,11 @@ def load(
         vae_tiling: code frames in tiles of so many pixels a side, which differ from the whole by less than 0.001 of
             pixels in [-1, 1] on random weights; "auto" does so where the whole does not fit into memory by estimate,
             "none" never.
+        quantize: pack the weights while they are read: 3, 4, 5, 6 or 8 bits of both towers' attention and MLP, a recipe
+            ("8bit", "small"), or the JSON file of one. Not with `low_ram`, which reads a checkpoint that is quantized.
 
     Raises:
-        LanceError: there is no such folder, or an option is unknown.
+        LanceError: there is no such folder, an option is unknown, or two contradict each other.
     """
     name = os.fspath(model)
     numerics = policy(numerics) if isinstance(numerics, str) else numerics
@@ -259,7 +264,12 @@ def load(
     if not is_repository(name):
         check_folder(Path(name))
     tiling = read_tiling(vae_tiling)
-    return LanceModel(name, numerics, vit_source, track, variant, quiet, low_ram, keep_encoders, tiling)
+    recipe = quantize
+    if quantize is not None and not isinstance(quantize, Recipe):
+        recipe = recipe_of(bits=quantize) if isinstance(quantize, int) else recipe_of(predicate=quantize)
+    if recipe is not None and low_ram:
+        raise LanceError("low_ram would quantize every layer anew in every pass: convert the checkpoint with -q first")
+    return LanceModel(name, numerics, vit_source, track, variant, quiet, low_ram, keep_encoders, tiling, recipe)
 
 
 def _of_one(callback: Callable[[Step], bool | None] | None) -> Callable[[list[Step]], bool | None] | None:

@@ -9,6 +9,7 @@ from lance_mlx.backend.allocator import release
 from lance_mlx.backend.numerics import Numerics, runs_on_cpu
 from lance_mlx.checkpoint.hub import fetch, is_repository
 from lance_mlx.checkpoint.layouts import find_checkpoint
+from lance_mlx.checkpoint.recipe import Recipe
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.checkpoint.weights import Tracker
 from lance_mlx.estimate.estimate import coders_of, sizes_of
@@ -33,6 +34,7 @@ class Loaded:
         low_ram: bool,
         keep_encoders: bool,
         vae_tiling: str | int,
+        recipe: Recipe | None,
     ) -> None:
         self.model = model
         self.numerics = numerics
@@ -43,6 +45,7 @@ class Loaded:
         self._low_ram = low_ram
         self._keep_encoders = keep_encoders
         self._vae_tiling = vae_tiling
+        self.recipe = recipe
         self._pipeline: Pipeline | None = None
         self._loaded: tuple[Variant, bool] | None = None
 
@@ -71,10 +74,10 @@ class Loaded:
         self.release()
         path = fetch(self.model, variant, self._quiet) if is_repository(self.model) else Path(self.model)
         source, track, low_ram = self._vit_source, self._track, self._low_ram
-        self._pipeline = load_pipeline(path, variant, self.numerics, looks, source, track, low_ram)
+        self._pipeline = load_pipeline(path, variant, self.numerics, looks, source, track, low_ram, self.recipe)
         self._loaded = variant, looks
         if self._vae_tiling == AUTO:
-            sizes = sizes_of(find_checkpoint(path, variant), looks=False)
+            sizes = sizes_of(find_checkpoint(path, variant), looks=False, recipe=self.recipe)
             coders = coders_of(sizes, self.numerics, low_ram, runs_on_cpu())
             self._pipeline.vae.tile_for = tile_chooser(*coders, budget())
         elif self._vae_tiling != NONE:

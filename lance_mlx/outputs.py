@@ -30,6 +30,7 @@ class Generated:
         vae: what decodes the latents.
         weights: name of the model's folder or repository, and the variant that was used.
         stopped_after: steps that were done where the callback stopped it, None where all were.
+        quantize: what the weights were quantized by when they were read: a number of bits, or a recipe's name.
     """
 
     request: Request
@@ -40,6 +41,7 @@ class Generated:
     vae: AnyVAE
     weights: tuple[str, Variant]
     stopped_after: int | None = None
+    quantize: int | str | None = None
 
     def __repr__(self) -> str:
         size = f"{self.num_frames}x{self.request.height}x{self.request.width}"
@@ -80,6 +82,7 @@ class Generated:
             "departures": departures(self.request) + ([f"frames decoded in tiles of {tile} pixels"] if tile else []),
             "vae_tiling": tile,
             "stopped_after": self.stopped_after,
+            "quantize": self.quantize,
         }
         return values | {name: value for name, value in more.items() if value}
 

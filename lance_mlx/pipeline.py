@@ -11,6 +11,7 @@ import numpy as np
 from lance_mlx.backend.allocator import release
 from lance_mlx.backend.numerics import BFLOAT16, Numerics
 from lance_mlx.checkpoint.layouts import find_checkpoint
+from lance_mlx.checkpoint.recipe import Recipe
 from lance_mlx.checkpoint.streaming import AnyVAE
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.checkpoint.weights import Tracker, load_lance, load_vae, stream_vae
@@ -250,6 +251,7 @@ def load(
     vit_source: ViTSource = ViTSource.LANCE,
     track: Tracker = iter,
     low_ram: bool = False,
+    recipe: Recipe | None = None,
 ) -> Pipeline:
     """Load one variant of a checkpoint, in any layout that `find_checkpoint` knows.
 
@@ -260,6 +262,7 @@ def load(
         vit_source: whose ViT weights win where two files hold them.
         track: wraps the list of tensors while they are read, as tqdm does, to show progress.
         low_ram: read the decoder layers, the ViT and the VAE from their files each time they run.
+        recipe: quantize weights by this as they are read.
 
     Raises:
         LanceError: a file, key or tensor is missing or wrong.
@@ -270,7 +273,7 @@ def load(
     if low_ram:
         # First, because it only looks at names and shapes.
         vae = stream_vae(checkpoint.vae(), numerics, looks)
-    model = load_lance(checkpoint, numerics, looks, vit_source, track, low_ram)
+    model = load_lance(checkpoint, numerics, looks, vit_source, track, low_ram, recipe)
     tokenizer.check(model.config)
     if not low_ram:
         vae = load_vae(checkpoint.vae(), numerics, looks)

@@ -9,10 +9,12 @@ if TYPE_CHECKING:
     from parity.api import assert_agrees, compare
     from parity.comparison.compare import Comparison
     from parity.errors import ParityError
+    from parity.pairs import Pair, assert_pair_agrees, localize_pair
 
-__all__ = ["Comparison", "ParityError", "assert_agrees", "compare"]
+__all__ = ["Comparison", "Pair", "ParityError", "assert_agrees", "assert_pair_agrees", "compare", "localize_pair"]
 
-_PLACES = {"Comparison": "comparison.compare", "ParityError": "errors"}
+_PLACES = {"Comparison": "comparison.compare", "Pair": "pairs", "ParityError": "errors",
+           "assert_pair_agrees": "pairs", "localize_pair": "pairs"}  # fmt: skip
 
 
 class _InOrder(MetaPathFinder):

@@ -158,7 +158,7 @@ ROOMS = {
                   "checkpoint", "pipeline", "outputs", "estimate", "loaded", "api", "serve", "cli"],
     # The engine, which knows no model; the definition of Lance, which parity.model finds; the commands.
     "parity": ["errors", "memory", "python_file", "model", "tensors", "bundle", "ports", "oracle", "comparison",
-               "laws", "hypotheses", "localize", "report", "api", "lance", "cli"],
+               "laws", "hypotheses", "localize", "report", "api", "pairs", "lance", "cli"],
 }  # fmt: skip
 
 
@@ -206,7 +206,7 @@ OF_LANCE = re.compile(r"\bViT\b|\bVAE\b|\bLance\b|\bvae\b|\bvit_|moe_gen|self_at
 # Their arrays and calls are named after the model's parts still; guidance is between a cond and an uncond anywhere.
 NAMED_AFTER_IT = {
     "parity/bundle/reading.py", "parity/comparison/exact.py", "parity/comparison/trajectory.py",
-    "parity/laws/attending.py", "parity/laws/guidance.py", "parity/laws/mixture.py",
+    "parity/laws/attending.py", "parity/laws/guidance.py", "parity/laws/mixture.py", "parity/laws/renorm.py",
     "parity/hypotheses/tap_probe.py", "parity/oracle/judgement.py", "parity/tensors/recording.py",
 }  # fmt: skip
 

@@ -20,14 +20,22 @@ from lance_mlx.backend.numerics import BFLOAT16, policy
 from lance_mlx.checkpoint.converted_config import converted_config
 from lance_mlx.checkpoint.layouts import INDEX, VAE, find_checkpoint, read_vae
 from lance_mlx.checkpoint.model_card import model_card
+from lance_mlx.checkpoint.packing import Output, outputs_of
 from lance_mlx.checkpoint.preview import RGB_FACTORS, to_text
 from lance_mlx.checkpoint.pth import check_pth
-from lance_mlx.checkpoint.safetensors import StoredTensor, TensorInfo, read_header, write_safetensors
+from lance_mlx.checkpoint.recipe import Plan, Recipe, plan
+from lance_mlx.checkpoint.safetensors import StoredTensor, read_header, write_safetensors
 from lance_mlx.checkpoint.tensors import POSITION_TABLE, Checkpoint, Part, ViTSource
-from lance_mlx.checkpoint.weights import check_tensors, decoder_shape, encoder_shape, inspect_lance, load_vae
+from lance_mlx.checkpoint.weights import (
+    check_tensors,
+    check_unpacked,
+    decoder_shape,
+    encoder_shape,
+    inspect_lance,
+    load_vae,
+)
 from lance_mlx.errors import LanceError
 from lance_mlx.files import check_place, whole
-from lance_mlx.model.lance import Lance
 from lance_mlx.model.vae import VAE as VAEModel
 from lance_mlx.sampling.preview import fit_preview
 from lance_mlx.sequence.tokenizer import TOKENIZER_FILES, LanceTokenizer
@@ -46,8 +54,9 @@ class Conversion:
 
     Attributes:
         source: what the user named, for the report and the model card.
-        dtype: float32 or bfloat16, of every tensor.
+        dtype: float32 or bfloat16, of every tensor that is not packed.
         shard_size: most bytes of a shard, unless one tensor is larger.
+        recipe: what to quantize; without one, what is quantized is dequantized.
     """
 
     source: str
@@ -56,6 +65,7 @@ class Conversion:
     dtype: str
     shard_size: int
     vit_source: ViTSource
+    recipe: Recipe | None = None
 
     @property
     def staging(self) -> Path:
@@ -74,20 +84,23 @@ class Conversion:
         """
         self.checkpoint.check(policy(self.dtype))
         self.destination.parent.mkdir(parents=True, exist_ok=True)
-        tensors, config = self._inspect()
-        shards = _shards(tensors, self.dtype, self.shard_size)
+        outputs, config, quantized = self._inspect()
         try:
-            return self._write(tensors, config, shards, started)
+            return self._write(outputs, config, quantized, _shards(outputs, self.shard_size), started)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise LanceError(f"{self.destination.parent} is full: make room and run this again") from None
             raise LanceError(f"{self.destination} cannot be written ({error.strerror})") from None
 
-    def _inspect(self) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-        """Every tensor by its new name, and config.json; raises LanceError for a checkpoint that would not load."""
+    def _inspect(self) -> tuple[dict[str, Output], dict[str, Any], Plan]:
+        """Every tensor to write, config.json, and what is quantized; raises LanceError for a checkpoint that would not
+        load."""
         checkpoint, numerics = self.checkpoint, policy(self.dtype)
-        architecture = inspect_lance(checkpoint, True, self.vit_source)
-        check_tensors(Lance(architecture.config, numerics, architecture.vit_config), architecture.parts)
+        architecture, quantized = inspect_lance(checkpoint, True, self.vit_source), Plan()
+        model = architecture.build(numerics)
+        if self.recipe is not None:
+            check_unpacked(checkpoint, architecture.packed)
+            quantized = plan(self.recipe, model)
         vae = checkpoint.vae()
         if vae.path.suffix == ".pth":
             check_pth(vae.path)
@@ -96,36 +109,38 @@ class Conversion:
         LanceTokenizer(checkpoint.folder).check(architecture.config)
         llm, vit = checkpoint.llm_config(dict), checkpoint.vit_config(dict)
         origin = checkpoint.vit_origin(self.vit_source)
-        config = converted_config(self.checkpoint.variant, self.dtype, origin, llm, vit, decoder, encoder)
+        config = converted_config(self.checkpoint.variant, self.dtype, origin, llm, vit, decoder, encoder, quantized)
         tensors = {name: tensor for part in architecture.parts for name, tensor in sorted(part.tensors.items())}
-        return tensors | {f"{VAE}{name}": tensor for name, tensor in sorted(vae.tensors.items())}, config
+        tensors |= {f"{VAE}{name}": tensor for name, tensor in sorted(vae.tensors.items())}
+        return outputs_of(tensors, self.dtype, quantized, architecture.packed), config, quantized
 
     def _write(
         self,
-        tensors: dict[str, StoredTensor],
+        outputs: dict[str, Output],
         config: dict[str, Any],
+        quantized: Plan,
         shards: list[list[str]],
         started: Callable[[int, int], Progress],
     ) -> dict[str, Any]:
-        staging, plan = self.staging, self._plan(tensors)
+        staging, plan = self.staging, self._plan(outputs)
         goes_on = _is_json(staging / _PLAN, plan)
         if not goes_on:
             shutil.rmtree(staging, ignore_errors=True)
         names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
         notes = [staging / f"{name}.json" for name in names]
         kept = {name for name, note in zip(names, notes, strict=True) if _is_whole(staging / name, note)}
-        sizes = {name: sum(tensors[t].info.nbytes for t in shard) for name, shard in zip(names, shards, strict=True)}
-        self._check_room(tensors, [shard for name, shard in zip(names, shards, strict=True) if name not in kept])
+        sizes = {name: sum(outputs[t].read for t in shard) for name, shard in zip(names, shards, strict=True)}
+        self._check_room(outputs, [shard for name, shard in zip(names, shards, strict=True) if name not in kept])
         if not goes_on:
             staging.mkdir()
             _save(staging / _PLAN, plan)
         progress = started(sum(sizes.values()), sum(sizes[name] for name in kept))
         for name, note, shard in zip(names, notes, shards, strict=True):
             if name not in kept:
-                _save(note, self._write_shard(staging / name, {t: tensors[t] for t in shard}, progress))
+                _save(note, self._write_shard(staging / name, {t: outputs[t] for t in shard}, progress))
         entries = {t: entry for note in notes for t, entry in json.loads(note.read_text(encoding="utf-8")).items()}
-        report = self._report(entries)
-        total = sum(TensorInfo(self.dtype, tensor.shape).nbytes for tensor in tensors.values())
+        report = self._report(entries, quantized)
+        total = sum(output.info.nbytes for output in outputs.values())
         weight_map = {t: entry["converted"]["file"] for t, entry in entries.items()}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _save(staging / INDEX, index)
@@ -134,7 +149,7 @@ class Conversion:
         index["metadata"][RGB_FACTORS] = self._rgb_factors(find_checkpoint(staging, self.checkpoint.variant).vae())
         _save(staging / INDEX, index)
         _save(staging / REPORT, report)
-        card = model_card(self.checkpoint.variant, self.dtype, self.source)
+        card = model_card(self.checkpoint.variant, self.dtype, self.source, quantized)
         (staging / "README.md").write_text(card, encoding="utf-8")
         for file in TOKENIZER_FILES:
             shutil.copyfile(self.checkpoint.folder / file, staging / file)
@@ -148,50 +163,54 @@ class Conversion:
         stored = self.checkpoint.rgb_factors()
         return to_text(fit_preview(load_vae(vae, policy(self.dtype))) if stored is None else stored, vae.tensors)
 
-    def _plan(self, tensors: dict[str, StoredTensor]) -> dict[str, Any]:
+    def _plan(self, outputs: dict[str, Output]) -> dict[str, Any]:
         """What a staged shard depends on."""
-        files = sorted({tensor.path for tensor in tensors.values()})
+        files = sorted({output.source.path for output in outputs.values()})
         stats = {str(path.resolve()): path.stat() for path in files}
         return {
             "files": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()},
             "options": [self.checkpoint.variant, self.dtype, self.shard_size, self.vit_source],
+            "quantized": {name: str(output.scheme) for name, output in outputs.items() if output.scheme},
         }
 
-    def _check_room(self, tensors: dict[str, StoredTensor], shards: list[list[str]]) -> None:
-        needed = sum(TensorInfo(self.dtype, tensors[name].shape).nbytes for shard in shards for name in shard)
+    def _check_room(self, outputs: dict[str, Output], shards: list[list[str]]) -> None:
+        needed = sum(outputs[name].info.nbytes for shard in shards for name in shard)
         free = shutil.disk_usage(self.destination.parent).free
         if needed > free:
             room = f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed"
             raise LanceError(f"{self.destination.parent} has {room}: make room, or choose another folder")
 
-    def _write_shard(self, path: Path, tensors: dict[str, StoredTensor], progress: Progress) -> dict[str, Any]:
+    def _write_shard(self, path: Path, outputs: dict[str, Output], progress: Progress) -> dict[str, Any]:
         """Write one shard; returns an entry of the report for each tensor."""
         entries: dict[str, Any] = {}
 
         def blocks(name: str) -> Iterator[np.ndarray]:
-            tensor, before, after = tensors[name], hashlib.sha256(), hashlib.sha256()
+            output, before, after = outputs[name], hashlib.sha256(), hashlib.sha256()
 
             def watch(block: np.ndarray) -> None:
                 before.update(block)
                 progress(block.nbytes)
 
-            for block in tensor.blocks(self.dtype, watch):
+            for block in output.blocks(watch):
                 block = np.ascontiguousarray(block)
                 after.update(block)
                 yield block
-            entries[name] = _entry(tensor, before.hexdigest(), path.name, self.dtype, after.hexdigest())
+            # What else a weight becomes follows it, and is made with it.
+            weight = entries.get(f"{name.rpartition('.')[0]}.weight")
+            read = before.hexdigest() if output.read else weight["source"]["sha256"]
+            entries[name] = _entry(output, read, path.name, after.hexdigest())
 
         beside = path.with_suffix(".partial")
         with beside.open("wb") as file:
-            infos = {name: TensorInfo(self.dtype, tensor.shape) for name, tensor in tensors.items()}
-            write_safetensors(file, infos, blocks, _METADATA)
+            write_safetensors(file, {name: each.info for name, each in outputs.items()}, blocks, _METADATA)
             file.flush()
             os.fsync(file.fileno())
         beside.rename(path)
         return entries
 
-    def _report(self, entries: dict[str, Any]) -> dict[str, Any]:
-        return {
+    def _report(self, entries: dict[str, Any], quantized: Plan) -> dict[str, Any]:
+        said = {"recipe": self.recipe.name, "not_in_groups": list(quantized.left)} if self.recipe else {}
+        return said | {
             "source": self.source,
             "variant": str(self.checkpoint.variant),
             "dtype": self.dtype,
@@ -208,6 +227,7 @@ def prepare(
     dtype: str,
     shard_size: int,
     vit_source: ViTSource,
+    recipe: Recipe | None = None,
 ) -> Conversion:
     """A conversion whose options can be used; raises LanceError for those that cannot."""
     policy(dtype)
@@ -216,7 +236,7 @@ def prepare(
     if destination.exists():
         raise LanceError(f"{destination} exists already: choose another folder, or remove it")
     check_place(destination)
-    return Conversion(source, checkpoint, destination, dtype, shard_size, vit_source)
+    return Conversion(source, checkpoint, destination, dtype, shard_size, vit_source, recipe)
 
 
 def convert_vae(source: Path, destination: Path, overwrite: bool = True) -> int:
@@ -242,11 +262,11 @@ def convert_vae(source: Path, destination: Path, overwrite: bool = True) -> int:
     return len(vae.tensors)
 
 
-def _shards(tensors: dict[str, StoredTensor], dtype: str, shard_size: int) -> list[list[str]]:
+def _shards(outputs: dict[str, Output], shard_size: int) -> list[list[str]]:
     shards, room = [], 0
-    for name, tensor in tensors.items():
-        size = TensorInfo(dtype, tensor.shape).nbytes
-        if not shards or size > room:
+    for name, output in outputs.items():
+        size = output.info.nbytes
+        if not shards or (size > room and output.read):
             shards.append([])
             room = shard_size
         shards[-1].append(name)
@@ -254,10 +274,12 @@ def _shards(tensors: dict[str, StoredTensor], dtype: str, shard_size: int) -> li
     return shards
 
 
-def _entry(tensor: StoredTensor, before: str, file: str, dtype: str, after: str) -> dict[str, Any]:
-    stored, shape = tensor.info, list(tensor.shape)
+def _entry(output: Output, before: str, file: str, after: str) -> dict[str, Any]:
+    tensor, stored, info = output.source, output.source.info, output.info
     source = {"file": str(tensor.path), "name": tensor.name, "shape": list(stored.shape), "dtype": stored.dtype}
-    converted = {"file": file, "shape": shape, "dtype": dtype, "sha256": after}
+    converted = {"file": file, "shape": list(info.shape), "dtype": info.dtype, "sha256": after}
+    if output.scheme is not None:
+        converted |= output.scheme.to_dict()
     return {"source": source | {"sha256": before}, "converted": converted}
 
 

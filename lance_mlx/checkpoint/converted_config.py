@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lance_mlx.checkpoint.recipe import KEYS, Plan
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.config import (
     LATENT_CHANNELS,
@@ -53,9 +54,10 @@ def converted_config(
     vit: dict[str, Any],
     decoder: DecoderShape,
     encoder: EncoderShape,
+    quantized: Plan,
 ) -> dict[str, Any]:
     """The keys of config.json; `llm` and `vit` are the official files' own."""
-    return {
+    return ({KEYS[0]: quantized.to_dict()} if quantized else {}) | {
         "model_type": MODEL_TYPE,
         "variant": str(variant),
         "dtype": dtype,
@@ -72,7 +74,7 @@ def check_facts(values: dict[str, Any], path: Path) -> None:
     """Raise LanceError for a key of config.json that is missing, unknown, or not what this version computes."""
     objects = {"llm_config", "vit_config", "vae_config"}
     known = {"model_type", *_CHOICES, *_FACTS, *objects}
-    for complaint, keys in (("is missing", known - set(values)), ("is unknown", set(values) - known)):
+    for complaint, keys in (("is missing", known - set(values)), ("is unknown", set(values) - known - set(KEYS))):
         if keys:
             raise LanceError(f"{path}: key '{min(keys)}' {complaint}: convert the checkpoint again")
     for key, allowed in _CHOICES.items():

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from lance_mlx.checkpoint.converted_config import MODEL_TYPE, check_facts, check_vae
 from lance_mlx.checkpoint.preview import RGB_FACTORS, from_text
 from lance_mlx.checkpoint.pth import read_pth
+from lance_mlx.checkpoint.recipe import KEYS, stored_recipe
 from lance_mlx.checkpoint.safetensors import Tensors, read_header, read_notes
 from lance_mlx.checkpoint.tensors import (
     POSITION_TABLE,
@@ -115,6 +117,7 @@ class ConvertedCheckpoint(Checkpoint):
         path = folder / _CONFIG
         check_facts(values, path)
         self.variant, self.rounded = Variant(values["variant"]), values["dtype"] == "bfloat16"
+        self.quantization = stored_recipe(values, path)
         self._vit_source = ViTSource(values["vit_source"])
         self._vae_config = values["vae_config"]
 
@@ -167,10 +170,13 @@ class CommunityCheckpoint(Checkpoint):
     rounded = True
 
     def __init__(self, folder: Path, values: dict[str, Any]) -> None:
-        """Refuse what was quantized."""
+        """Read what config.json says of packed weights; raises LanceError where MLX did not pack them."""
         self.folder = folder
-        if "quantization" in values or "quantization_config" in values:
-            raise LanceError(f"{folder} holds quantized weights, which are not read: give its bfloat16 counterpart")
+        stored = stored_recipe(values, folder / _CONFIG)
+        if stored is not None:
+            patterns = ((_official_lance(f"{path}.").removesuffix("."), scheme) for path, scheme in stored.patterns)
+            stored = replace(stored, patterns=tuple(patterns))
+        self.quantization = stored
 
     @property
     def variant(self) -> Variant:
@@ -178,7 +184,10 @@ class CommunityCheckpoint(Checkpoint):
         return _variant_of(self._read("model.safetensors"), False)
 
     def llm_config(self, build: Callable[[dict[str, Any]], Config]) -> Config:
-        return read_config(self.folder / _CONFIG, build, _GIVE_ONE)
+        def own(values: dict[str, Any]) -> Config:
+            return build({key: value for key, value in values.items() if key not in KEYS})
+
+        return read_config(self.folder / _CONFIG, own, _GIVE_ONE)
 
     def vit_config(self, build: Callable[[dict[str, Any]], Config]) -> Config:
         return read_config(self.folder / _CONFIG, lambda values: build(values.get("vision_config", {})), _GIVE_ONE)

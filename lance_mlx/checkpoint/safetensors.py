@@ -14,11 +14,19 @@ import numpy as np
 from lance_mlx.errors import LanceError, reason
 from lance_mlx.files import opened
 
-_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint32": "U32", "uint8": "U8"}
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
-_OTHERS = {"F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+_OTHERS = {"F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"}
+INTEGERS = "uint32", "uint8"
+"""Of packed weights, and of their scales."""
 # NumPy has no bfloat16: its bits are carried.
-_CARRIERS = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2")}
+_CARRIERS = {
+    "float32": np.dtype("<f4"),
+    "bfloat16": np.dtype("<u2"),
+    "float16": np.dtype("<f2"),
+    "uint32": np.dtype("<u4"),
+    "uint8": np.dtype("<u1"),
+}
 _BLOCK = 1 << 21
 """Values of a block: few enough to stay in a processor's cache while they are worked on."""
 _HEADER_ALIGNMENT = 8
@@ -26,7 +34,7 @@ _LARGEST_HEADER = 100_000_000
 
 
 class TensorInfo(NamedTuple):
-    """Dtype (float32, bfloat16 or float16) and shape of a tensor."""
+    """Dtype (float32, bfloat16, float16, or for quantized weights uint32 or uint8) and shape of a tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -62,16 +70,25 @@ class StoredTensor:
         """The same tensor as a vector."""
         return replace(self, shape=(math.prod(self.info.shape),))
 
-    def blocks(self, dtype: str, watch: Callable[[np.ndarray], None] = lambda block: None) -> Iterator[np.ndarray]:
+    @property
+    def fixed(self) -> bool:
+        """Whether it belongs to a quantized weight, and is read in the file's own dtype whatever is asked for: rounded
+        scales would make other weights."""
+        return self.info.dtype in INTEGERS or self.name.endswith((".scales", ".biases"))
+
+    def blocks(
+        self, dtype: str, watch: Callable[[np.ndarray], None] = lambda block: None, size: int = _BLOCK
+    ) -> Iterator[np.ndarray]:
         """Yield the values in float32 or bfloat16 (as uint16 bits), flat; of a permuted tensor all at once.
 
         Args:
             watch: called with each block of the file before it is converted.
+            size: values of a block.
 
         Raises:
             LanceError: the file ends too soon, or a value is not finite, or is not any more after rounding.
         """
-        converted = (self._converted(block, dtype) for block in self.stored_blocks(watch))
+        converted = (self._converted(block, dtype) for block in self.stored_blocks(watch, size))
         if self.axes is None:
             yield from converted
         else:
@@ -82,7 +99,7 @@ class StoredTensor:
 
         Nothing of MLX is used, so that any thread may call it.
         """
-        values, start = np.empty(math.prod(self.shape), _CARRIERS[dtype]), 0
+        values, start = np.empty(math.prod(self.shape), _CARRIERS[self.info.dtype if self.fixed else dtype]), 0
         for block in self.blocks(dtype):
             values[start : start + len(block)] = block
             start += len(block)
@@ -99,15 +116,19 @@ class StoredTensor:
 
     def lazy(self, dtype: mx.Dtype) -> mx.array:
         """The whole tensor of a safetensors file, which is read when it is first used."""
-        return mx.load(str(self.path), format="safetensors")[self.name].astype(dtype)
+        array = mx.load(str(self.path), format="safetensors")[self.name]
+        return array if self.fixed else array.astype(dtype)
 
-    def stored_blocks(self, watch: Callable[[np.ndarray], None] = lambda block: None) -> Iterator[np.ndarray]:
+    def stored_blocks(
+        self, watch: Callable[[np.ndarray], None] = lambda block: None, size: int = _BLOCK
+    ) -> Iterator[np.ndarray]:
+        """Yield the values as they lie in the file, flat."""
         left, carrier = math.prod(self.info.shape), _CARRIERS[self.info.dtype]
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
                 while left:
-                    block = np.empty(min(left, _BLOCK), carrier)
+                    block = np.empty(min(left, size), carrier)
                     if file.readinto(block.view(np.uint8)) != block.nbytes:
                         raise LanceError(f"{self.path} ends inside tensor '{self.name}': fetch it again")
                     left -= len(block)
@@ -117,7 +138,7 @@ class StoredTensor:
             raise LanceError(f"{self.path} cannot be read ({error.strerror})") from None
 
     def _converted(self, block: np.ndarray, dtype: str) -> np.ndarray:
-        values = block if self.info.dtype == dtype else _rounded(_widened(block, self.info.dtype), dtype)
+        values = block if self.fixed or self.info.dtype == dtype else _rounded(_widened(block, self.info.dtype), dtype)
         if not _finite(values):
             raise LanceError(f"{self.path}: tensor '{self.name}' holds NaN or infinite values: fetch the file again")
         return values

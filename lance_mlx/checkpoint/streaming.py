@@ -58,14 +58,14 @@ class StreamedLayers(Sequence[Callable]):
     Those are read ahead in a thread, which sees files and NumPy only: MLX's arrays stay in the thread that runs them.
     """
 
-    def __init__(self, layer: MoTDecoderLayer, tensors: Sequence[Tensors], dtype: mx.Dtype) -> None:
+    def __init__(self, layers: Sequence[MoTDecoderLayer], tensors: Sequence[Tensors], dtype: mx.Dtype) -> None:
         """
         Args:
-            layer: any one of the layers, without weights; all run in it.
+            layers: without weights; quantized ones may differ.
             tensors: those of every layer, by their names in a layer.
             dtype: of the parameters in memory.
         """
-        self._layer = layer
+        self._layers = layers
         self._tensors = tensors
         self._dtype = "float32" if dtype == mx.float32 else "bfloat16"
         self._thread = ThreadPoolExecutor(1)
@@ -82,15 +82,15 @@ class StreamedLayers(Sequence[Callable]):
         self, index: int, x: ExpertRows, contexts: Sequence[LayerInput], causal: bool, qk_float32: bool
     ) -> tuple[ExpertRows, list[KeyValues]]:
         both = x.gen is not None
-        values = self._take(index, both)
-        with _emptied_after(self._layer):
+        layer, values = self._layers[index], self._take(index, both)
+        with _emptied_after(layer):
             while values:
                 name, tensor, read = values.popleft()
-                self._layer.load_weights([(name, tensor.array(read))], strict=False)
+                layer.load_weights([(name, tensor.array(read))], strict=False)
                 del read
             if index + 1 < len(self):
                 self._ahead[index + 1, both] = self._thread.submit(self._read, index + 1, both)
-            hidden, seen = self._layer(x, contexts, causal, qk_float32)
+            hidden, seen = layer(x, contexts, causal, qk_float32)
             mx.eval(*(rows for rows in hidden if rows is not None), seen)
         return hidden, seen
 
@@ -164,7 +164,7 @@ def stream_layers(model: Lance, tensors: Tensors) -> Tensors:
     dtype, transformer = model.numerics.dtype, model.language_model.model
     layers = transformer.layers
     own = [below(tensors, f"{_LAYERS}{index}.") for index in range(len(layers))]
-    transformer.layers = StreamedLayers(layers[0], own, dtype)
+    transformer.layers = StreamedLayers(layers, own, dtype)
     if "vit_model" in model:
         model.vit_model = StreamedViT(Streamed(model.vit_model, below(tensors, VIT), dtype))
     return {name: tensor for name, tensor in tensors.items() if not name.startswith((_LAYERS, VIT))}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from lance_mlx.backend.numerics import Numerics
+from lance_mlx.checkpoint.recipe import Recipe
 from lance_mlx.checkpoint.safetensors import Tensors
 from lance_mlx.errors import LanceError
 from lance_mlx.requests.request import Variant
@@ -44,11 +45,13 @@ class Checkpoint(ABC):
         folder: where the tokenizer's files lie.
         variant: which of the two models it is.
         rounded: whether its weights were rounded to bfloat16 when it was made.
+        quantization: what it says of its packed weights, None where it has none.
     """
 
     folder: Path
     variant: Variant
     rounded: bool
+    quantization: Recipe | None = None
 
     @abstractmethod
     def llm_config(self, build: Callable[[dict[str, Any]], Config]) -> Config:

@@ -1,7 +1,7 @@
 """Loading a checkpoint strictly: every tensor is accounted for by name and shape before one is read."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import NamedTuple
 
@@ -10,12 +10,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from lance_mlx.backend.numerics import Numerics
-from lance_mlx.checkpoint.safetensors import Tensors
+from lance_mlx.checkpoint.recipe import Plan, Recipe, plan
+from lance_mlx.checkpoint.safetensors import INTEGERS, Tensors
 from lance_mlx.checkpoint.streaming import Streamed, StreamedVAE, stream_layers
 from lance_mlx.checkpoint.tensors import Checkpoint, Part, ViTSource
 from lance_mlx.config import LATENT_CHANNELS, LanceConfig
 from lance_mlx.errors import LanceError
 from lance_mlx.model.lance import Lance
+from lance_mlx.model.quantized import Scheme, make_quantized, quantizable
 from lance_mlx.model.vae import VAE
 from lance_mlx.model.vae_decoder import DecoderShape, UpBlockShape
 from lance_mlx.model.vae_encoder import DownBlockShape, EncoderShape
@@ -28,11 +30,24 @@ _HEAD = "language_model.lm_head."
 
 
 class Architecture(NamedTuple):
-    """A checkpoint's configurations and tensors, which fit each other; `vit_config` is None without a ViT."""
+    """A checkpoint's configurations and tensors, which fit each other; `vit_config` is None without a ViT.
+
+    Attributes:
+        packed: the modules whose weights are quantized in the files, by path.
+    """
 
     config: LanceConfig
     vit_config: ViTConfig | None
     parts: tuple[Part, ...]
+    packed: dict[str, Scheme]
+
+    def build(self, numerics: Numerics) -> Lance:
+        """The model without its weights; raises LanceError naming the first tensor that it has no place for."""
+        model = Lance(self.config, numerics, self.vit_config)
+        modules = quantizable(model)
+        make_quantized(model, {path: self.packed[path] for path in self.packed if path in modules}, numerics.dtype)
+        check_tensors(model, self.parts)
+        return model
 
 
 def inspect_lance(checkpoint: Checkpoint, with_vit: bool, vit_source: ViTSource) -> Architecture:
@@ -45,7 +60,25 @@ def inspect_lance(checkpoint: Checkpoint, with_vit: bool, vit_source: ViTSource)
         if vit_config.out_hidden_size != config.hidden_size:
             sizes = f"{vit_config.out_hidden_size}, but the language model's is {config.hidden_size}"
             raise LanceError(f"{checkpoint.folder}: the ViT's out_hidden_size is {sizes}")
-    return Architecture(config, vit_config, tuple(parts))
+    packed = {}
+    for part in parts:
+        packed |= packed_modules(part, checkpoint.quantization)
+    return Architecture(config, vit_config, tuple(parts), packed)
+
+
+def packed_modules(part: Part, recipe: Recipe | None) -> dict[str, Scheme]:
+    """How the modules that are quantized in a part of a checkpoint are; raises LanceError where it does not say."""
+    packed = {}
+    for name in part.tensors:
+        path = name.removesuffix(".scales")
+        if path == name:
+            continue
+        scheme = recipe.stored(path) if recipe else None
+        if scheme is None:
+            said = "says that it is not" if recipe else "has no 'quantization'"
+            raise LanceError(f"{part.path}: tensor '{path}.weight' is quantized, but config.json {said}")
+        packed[path] = scheme
+    return packed
 
 
 def load_lance(
@@ -55,6 +88,7 @@ def load_lance(
     vit_source: ViTSource = ViTSource.LANCE,
     track: Tracker = iter,
     streams: bool = False,
+    recipe: Recipe | None = None,
 ) -> Lance:
     """The model without its VAE, cast to the policy's dtype; raises LanceError naming a wrong tensor.
 
@@ -65,15 +99,25 @@ def load_lance(
         vit_source: whose ViT wins where there are two.
         track: wraps the list of tensors while they are read, as tqdm does.
         streams: read the decoder layers and the ViT each time they run, and drop them after that.
+        recipe: quantize each weight by this when it is read.
     """
-    config, vit_config, parts = inspect_lance(checkpoint, with_vit, vit_source)
-    model = Lance(config, numerics, vit_config)
-    check_tensors(model, parts)
-    tensors = _joined(parts)
+    architecture = inspect_lance(checkpoint, with_vit, vit_source)
+    model = architecture.build(numerics)
+    tensors, to_pack = _joined(architecture.parts), Plan()
+    if recipe is not None:
+        check_unpacked(checkpoint, architecture.packed)
+        to_pack = plan(recipe, model)
+        make_quantized(model, to_pack, numerics.dtype)
     if streams:
         tensors = stream_layers(model, tensors)
-    _fill(model, tensors, numerics, track)
+    _fill(model, tensors, numerics, track, to_pack)
     return model
+
+
+def check_unpacked(checkpoint: Checkpoint, packed: Mapping[str, Scheme]) -> None:
+    """Raise LanceError for a checkpoint that shall be quantized and has modules that are."""
+    for how in packed.values():
+        raise LanceError(f"{checkpoint.folder} is quantized already ({how}): give the one it was made from")
 
 
 def load_vae(part: Part, numerics: Numerics, with_encoders: bool = False) -> VAE:
@@ -115,8 +159,8 @@ def _halves(part: Part) -> tuple[Part, Part]:
 
 
 def check_tensors(model: nn.Module, parts: Iterable[Part]) -> None:
-    """Raise LanceError naming the first tensor that is missing, extra or misshapen for a model."""
-    expected = {name: parameter.shape for name, parameter in tree_flatten(model.parameters())}
+    """Raise LanceError naming the first tensor that is missing, extra, misshapen or of another kind for a model."""
+    expected = dict(tree_flatten(model.parameters()))
     found = {name: (part.path, tensor) for part in parts for name, tensor in part.tensors.items()}
     first = next(iter(parts)).path
     missing = sorted(set(expected) - set(found))
@@ -126,27 +170,42 @@ def check_tensors(model: nn.Module, parts: Iterable[Part]) -> None:
     if extra:
         path = found[extra[0]][0]
         raise LanceError(f"{path}: unexpected tensor '{extra[0]}' ({len(extra)} in all): it is not a Lance checkpoint")
-    for name, shape in expected.items():
+    for name, parameter in expected.items():
         path, tensor = found[name]
-        if tensor.shape != shape:
-            raise LanceError(f"{path}: tensor '{name}' has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.shape != parameter.shape:
+            packed = f"{name.rpartition('.')[0]}.scales" in expected
+            hint = ": config.json's quantization says otherwise than the file" if packed else ""
+            shapes = f"{list(tensor.shape)}, expected {list(parameter.shape)}"
+            raise LanceError(f"{path}: tensor '{name}' has shape {shapes}{hint}")
+        integer = next((kind for kind in INTEGERS if parameter.dtype == getattr(mx, kind)), None)
+        if (tensor.info.dtype if tensor.info.dtype in INTEGERS else None) != integer:
+            wanted = integer or "float32, bfloat16 or float16"
+            raise LanceError(f"{path}: tensor '{name}' is {tensor.info.dtype}; {wanted} is expected")
 
 
 def _joined(parts: Iterable[Part]) -> Tensors:
     return dict(chain.from_iterable(part.tensors.items() for part in parts))
 
 
-def _fill(model: nn.Module, tensors: Tensors, numerics: Numerics, track: Tracker = iter) -> None:
+def _fill(
+    model: nn.Module, tensors: Tensors, numerics: Numerics, track: Tracker = iter, to_pack: Mapping[str, Scheme] = {}
+) -> None:
     """Set parameters, one tensor after the other, so that no more than one exists in two dtypes at a time."""
     for name in track([name for name in tensors if not name.startswith(_HEAD)]):
-        _set(model, name, tensors[name].read(numerics.dtype))
+        arrays = _arrays(name, tensors[name].read(numerics.dtype), to_pack)
+        mx.eval(arrays)
+        model.load_weights(arrays, strict=False)
     for name in tensors:
         if name.startswith(_HEAD):
-            _set(model, name, tensors[name].lazy(numerics.dtype))
+            model.load_weights(_arrays(name, tensors[name].lazy(numerics.dtype), to_pack), strict=False)
 
 
-def _set(model: nn.Module, name: str, array: mx.array) -> None:
-    model.load_weights([(name, array)], strict=False)
+def _arrays(name: str, array: mx.array, to_pack: Mapping[str, Scheme]) -> list[tuple[str, mx.array]]:
+    """A parameter, or those that its weight is packed in."""
+    path, _, kind = name.rpartition(".")
+    if kind != "weight" or path not in to_pack:
+        return [(name, array)]
+    return [(f"{path}.{kind}", packed) for kind, packed in to_pack[path].quantize(array).items()]
 
 
 def decoder_shape(part: Part) -> DecoderShape:

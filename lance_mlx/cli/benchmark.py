@@ -102,7 +102,7 @@ def benchmark(
     variant: VariantOption = None,
     numerics: NumericsOption = BFLOAT16.name,
     low_ram: LowRamOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-Q", help="Show errors only.")] = False,
 ) -> None:
     """Draw the prompts of a benchmark into the files that its evaluator reads, with the settings of bytedance/Lance's
     scripts for it."""

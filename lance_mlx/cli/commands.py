@@ -86,6 +86,8 @@ def work_through(
             asked[item.key] = _ask(settings, requests.task, item)
     used = model.variant_for(next(iter(asked.values())))
     made_by = {"model": model.name, "variant": str(used), "numerics": model.numerics.name}
+    if model.recipe is not None:
+        made_by["quantize"] = model.recipe.name
     results = ResultsFolder(folder, requests, asked, made_by, rewriter is not None, overwrite)
     total, pending = len(requests.items), results.pending
 

@@ -10,11 +10,15 @@ import typer
 from lance_mlx.checkpoint.convert import convert_vae, prepare
 from lance_mlx.checkpoint.hub import fetch, is_repository
 from lance_mlx.checkpoint.layouts import check_folder, find_checkpoint, variants_in
+from lance_mlx.checkpoint.recipe import recipe_of
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.cli.console import Console, Interrupted, gigabytes
-from lance_mlx.cli.options import ViTSourceOption
+from lance_mlx.cli.options import PredicateOption, ViTSourceOption
 from lance_mlx.errors import LanceError
+from lance_mlx.model.quantized import MODES
 from lance_mlx.requests.request import Variant, VisualKind
+
+Mode = StrEnum("Mode", {name.upper(): name for name in MODES})
 
 
 class DType(StrEnum):
@@ -42,17 +46,34 @@ def convert(
     dtype: Annotated[DType, typer.Option(help="Of all weights; bfloat16 is the launcher's.")] = DType.BFLOAT16,
     shard_size: Annotated[float, typer.Option(metavar="GB", help="Most gigabytes of a file.")] = 4.0,
     vit_source: ViTSourceOption = ViTSource.LANCE,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
+    quantize: Annotated[
+        bool,
+        typer.Option("--quantize", "-q", help="Quantize, by default both towers' attention and MLP to 8 bits."),
+    ] = False,
+    q_bits: Annotated[int | None, typer.Option(help="Bits of a weight: 3, 4, 5, 6 or 8.", show_default=False)] = None,
+    q_group_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128.", show_default=False)
+    ] = None,
+    q_mode: Annotated[Mode, typer.Option(help="MLX's mode; all but affine have their own bits and groups.")] = (
+        Mode.AFFINE
+    ),
+    quant_predicate: PredicateOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-Q", help="Show errors only.")] = False,
 ) -> None:
     """Write one model with its VAE and ViT as safetensors for MLX, in bounded memory.
 
-    What is generated from DEST is bit for bit what is generated from SOURCE under the same --numerics. An interrupted
-    conversion goes on where it stopped.
+    What is generated from DEST is bit for bit what is generated from SOURCE under the same --numerics, unless -q
+    quantizes it. A SOURCE that is quantized is dequantized. An interrupted conversion goes on where it stopped.
     """
+    recipe = None
+    if quantize:
+        recipe = recipe_of(q_bits, quant_predicate, q_group_size, q_mode.value)
+    elif (q_bits, q_group_size, q_mode, quant_predicate) != (None, None, Mode.AFFINE, None):
+        raise LanceError("--q-bits, --q-group-size, --q-mode and --quant-predicate say how to quantize: add -q")
     began = time.perf_counter()
     console = Console(quiet)
     checkpoint = find_checkpoint(*_located(source, variant, quiet))
-    conversion = prepare(source, checkpoint, destination, dtype.value, round(shard_size * 1e9), vit_source)
+    conversion = prepare(source, checkpoint, destination, dtype.value, round(shard_size * 1e9), vit_source, recipe)
     bar = console.bar(total=0, desc="converting", unit="B", unit_scale=True)
 
     def started(total: int, done: int):
@@ -70,8 +91,14 @@ def convert(
     files = {entry["converted"]["file"] for entry in report["tensors"].values()}
     size = sum((destination / file).stat().st_size for file in files)
     elapsed = time.perf_counter() - began
+    kind = dtype.value
+    if recipe is not None:
+        packed = [entry["converted"] for entry in report["tensors"].values() if "bits" in entry["converted"]]
+        kind += f", {len(packed)} weights quantized"
+        for path in report["not_in_groups"]:
+            console.note(f"{path} is left as it is: its rows do not part into groups")
     console.say(
-        f"{destination}: {report['variant']}, {len(report['tensors'])} tensors, {dtype}, {size / 1e9:.2f} GB in "
+        f"{destination}: {report['variant']}, {len(report['tensors'])} tensors, {kind}, {size / 1e9:.2f} GB in "
         f"{len(files)} file{'s' if len(files) > 1 else ''}, {elapsed:.1f} s, peak memory {gigabytes()}"
     )
 

@@ -20,17 +20,19 @@ from lance_mlx.cli.options import (
     DEFAULT_SIDE,
     AsUpstreamOption,
     BatchSizeOption,
+    BitsOption,
     GuidanceIntervalOption,
     GuidanceOption,
     LowRamOption,
     ModelOption,
     NumericsOption,
+    PredicateOption,
     SchedulerOption,
     VariantOption,
     ViTSourceOption,
 )
 from lance_mlx.cli.replay import check_sources, options_of
-from lance_mlx.cli.settings import Settings
+from lance_mlx.cli.settings import Settings, chosen_recipe
 from lance_mlx.cli.several import DEFAULT_SEED, TakesSeeds, choose_seeds, name_outputs, read_prompts
 from lance_mlx.errors import LanceError
 from lance_mlx.estimate.tiling import AUTO
@@ -236,8 +238,10 @@ def generate(
             metavar="auto|none|PIXELS",
         ),
     ] = AUTO,
+    quantize: BitsOption = None,
+    quant_predicate: PredicateOption = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show errors only, and an answer that no --output takes.")
+        bool, typer.Option("--quiet", "-Q", help="Show errors only, and an answer that no --output takes.")
     ] = False,
 ) -> None:
     """Make or edit an image or a video, or answer a question about one, with the defaults of upstream's launcher."""
@@ -253,11 +257,14 @@ def generate(
         options = options | {name: None for name in ("vae_resolution", "vit_resolution") if name not in given}
     seeds = choose_seeds(seed, auto_seeds)
     settings = Settings.of(options, seeds[0])
+    recipe = chosen_recipe(quantize, quant_predicate)
     console = Console(quiet)
     track = partial(console.bar, desc="loading", unit="tensor")
     # Nothing looks again after the one request.
     again = requests is not None or prompts_file is not None or len(prompt or ()) > 1 or len(seeds) > 1
-    opened = partial(load, model, policy(numerics), vit_source, track, variant, quiet, low_ram, again, vae_tiling)
+    opened = partial(
+        load, model, policy(numerics), vit_source, track, variant, quiet, low_ram, again, vae_tiling, recipe
+    )
     if requests is not None:
         refuse(given, _IN_THE_FILE, "goes with a single request, not with --requests")
         if len(seeds) > 1:

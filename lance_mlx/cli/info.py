@@ -1,6 +1,7 @@
 """`lance-mlx info`: what is installed, what a checkpoint holds, and what a request would need."""
 
 import json
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,19 +13,32 @@ from lance_mlx.backend import blas, precision
 from lance_mlx.backend.numerics import BFLOAT16, policy, runs_on_cpu
 from lance_mlx.checkpoint.hub import is_repository
 from lance_mlx.checkpoint.layouts import LAYOUTS, check_folder, find_checkpoint, variants_in
+from lance_mlx.checkpoint.recipe import Recipe
 from lance_mlx.checkpoint.tensors import Checkpoint, Part, ViTSource
+from lance_mlx.checkpoint.weights import packed_modules
 from lance_mlx.cli.meaning import refuse
 from lance_mlx.cli.options import (
     DEFAULT_FRAMES,
     DEFAULT_SIDE,
+    BitsOption,
     GuidanceIntervalOption,
     GuidanceOption,
     NumericsOption,
+    PredicateOption,
     VariantOption,
 )
+from lance_mlx.cli.settings import chosen_recipe
 from lance_mlx.config import SPATIAL_STRIDE
 from lance_mlx.errors import LanceError
-from lance_mlx.estimate.estimate import OFFICIAL, coders_of, peak_memory, sizes_of, work_of
+from lance_mlx.estimate.estimate import (
+    OFFICIAL,
+    coders_of,
+    peak_memory,
+    quantized_by,
+    sizes_of,
+    weights_of,
+    work_of,
+)
 from lance_mlx.estimate.machine import budget, measure, memory, seconds_of
 from lance_mlx.estimate.tiling import tile_chooser
 from lance_mlx.requests.request import Question, Request, Task, Variant, Visual, VisualKind
@@ -33,6 +47,10 @@ from lance_mlx.sampling.batch import default_size
 _PROCESS = 90_000_000
 """Bytes of Python and its libraries."""
 _SIZES = {"width", "height", "num_frames", "steps", "guidance", "guidance_interval", "numerics", "variant"}
+_SIZES |= {"quantize", "quant_predicate"}
+
+
+_OF_ANSWERS = {"num_frames", "numerics", "variant", "quantize", "quant_predicate"}
 
 
 def register(app: typer.Typer, epilog: str) -> None:
@@ -59,6 +77,8 @@ def info(
     guidance_interval: GuidanceIntervalOption = (0.4, 1.0),
     variant: VariantOption = None,
     numerics: NumericsOption = BFLOAT16.name,
+    quantize: BitsOption = None,
+    quant_predicate: PredicateOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes and seconds.")] = False,
 ) -> None:
     """Show versions, device, BLAS and precision in use; what a checkpoint holds; and what a task would need.
@@ -69,7 +89,7 @@ def info(
     if task is None:
         refuse(given, _SIZES, f"needs a --task to estimate: name one of {', '.join(Task)}")
     elif task.answers:
-        refuse(given, _SIZES - {"num_frames", "numerics", "variant"}, f"means nothing to task {task}: leave it out")
+        refuse(given, _SIZES - _OF_ANSWERS, f"means nothing to task {task}: leave it out")
     if task is not None and not (task.is_for_video or task is Task.SUBJECT):
         refuse(given, {"num_frames"}, f"means nothing to task {task}: leave it out")
     policy(numerics)
@@ -81,7 +101,8 @@ def info(
         values["checkpoints"] = [_held(find_checkpoint(model, found)) for found in variants_in(model)]
     if task is not None:
         asked, frames = _asked(task, width, height, num_frames, steps, guidance, guidance_interval)
-        values["estimate"] = _estimated(asked, frames, model, variant, numerics)
+        recipe = chosen_recipe(quantize, quant_predicate)
+        values["estimate"] = _estimated(asked, frames, model, variant, numerics, recipe)
     typer.echo(json.dumps(values, indent=2) if as_json else "\n".join(_lines(values)))
 
 
@@ -112,6 +133,11 @@ def _held(checkpoint: Checkpoint) -> dict[str, Any]:
         "layout": LAYOUTS[type(checkpoint)],
         "dtypes": {name: sorted({tensor.info.dtype for tensor in held}) for name, held in tensors.items()},
         "bytes": {name: sum(tensor.info.nbytes for tensor in held) for name, held in tensors.items()},
+        "quantized": {
+            name: Counter(map(str, packed_modules(part, checkpoint.quantization).values()))
+            for name, part in parts.items()
+            if part
+        },
     }
 
 
@@ -144,13 +170,20 @@ def _asked(
 
 
 def _estimated(
-    asked: Request | Question, frames: int, model: Path | None, kind: VisualKind | None, numerics: str
+    asked: Request | Question,
+    frames: int,
+    model: Path | None,
+    kind: VisualKind | None,
+    numerics: str,
+    recipe: Recipe | None,
 ) -> dict[str, Any]:
     sizes, rounding, looks = OFFICIAL, policy(numerics), asked.task.takes is not None
     if model is not None:
         checkpoint = find_checkpoint(model, asked.variant if kind is None else Variant.of(kind))
         checkpoint.check(rounding)
-        sizes = sizes_of(checkpoint, looks)
+        sizes = sizes_of(checkpoint, looks, recipe=recipe)
+    elif recipe is not None:
+        sizes = quantized_by(recipe, sizes)
     work = work_of(asked, frames, runs_on_cpu())
     stages, tiles = {}, {}
     for name, low_ram in {"kept": False, "low_ram": True}.items():
@@ -170,6 +203,7 @@ def _estimated(
         "guided_steps": work.num_guided,
         "numerics": numerics,
         "sizes": "official" if model is None else str(model),
+        "weights": weights_of(sizes, rounding)._asdict(),
         "peak_bytes": {name: _PROCESS + max(found.values()) for name, found in stages.items()},
         "stages": stages,
         "vae_tiling": tiles,
@@ -191,6 +225,8 @@ def _lines(values: dict[str, Any]) -> list[str]:
         lines.append(f"{held['folder']}: {held['variant']}, {held['layout']}")
         for name, size in held["bytes"].items():
             dtypes = " and ".join(held["dtypes"][name])
+            packed = held["quantized"].get(name, {})
+            dtypes += "".join(f", {count} weights {scheme}" for scheme, count in packed.items())
             lines.append(f"  {name.replace('_', ' ')}: " + (f"{size / 1e9:.2f} GB, {dtypes}" if size else "none"))
     if "estimate" in values:
         lines += _estimate_lines(values["estimate"])
@@ -212,9 +248,13 @@ def _estimate_lines(found: dict[str, Any]) -> list[str]:
     batch = (
         [f"  of several seeds or prompts, {found['batch_size']} are drawn at a time"] if found["batch_size"] > 1 else []
     )
+    weights = found["weights"]
+    held = f"language model {(weights['layers'] + weights['others'] + weights['head']) / 1e9:.2f} GB, "
+    held += f"vae {(weights['decoder'] + weights['encoder']) / 1e9:.2f} GB, vit {weights['vit'] / 1e9:.2f} GB"
     sizes = " of the official model" if found["sizes"] == "official" else ""
     return [
         f"{what}, {found['numerics']}: an estimate{sizes}, not a measurement",
+        f"  weights in memory: {held}",
         f"  peak memory: {peak['kept'] / 1e9:.2f} GB, with --low-ram {peak['low_ram'] / 1e9:.2f} GB",
         *tiled,
         *batch,

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from lance_mlx.backend.numerics import POLICIES
+from lance_mlx.checkpoint.recipe import RECIPES
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.requests.request import Scheduler, VisualKind
 from lance_mlx.sampling.batch import MOST_PICTURES
@@ -30,6 +31,25 @@ ViTSourceOption = Annotated[
 ]
 NumericsOption = Annotated[
     str, typer.Option(help=f"Where to round: {' or '.join(POLICIES)}; bfloat16 is the launcher's.")
+]
+BitsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--quantize",
+        "-q",
+        help="Quantize the weights of both towers' attention and MLP to 3, 4, 5, 6 or 8 bits while they are read.",
+        metavar="BITS",
+        show_default=False,
+    ),
+]
+PredicateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quant-predicate",
+        help=f"Recipe of what is quantized, and how: {', '.join(RECIPES)}, or a JSON file.",
+        metavar="NAME|FILE",
+        show_default=False,
+    ),
 ]
 BatchSizeOption = Annotated[
     int | None,

@@ -39,6 +39,7 @@ def options_of(path: Path) -> dict[str, Any]:
         "noise": metadata.get("noise"),
         "reencode": metadata.get("reencode"),
         "vae_tiling": metadata.get("vae_tiling"),
+        "quantize" if isinstance(metadata.get("quantize"), int) else "quant_predicate": metadata.get("quantize"),
     }
     del values["visuals"]
     return {

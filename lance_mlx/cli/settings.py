@@ -4,11 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from lance_mlx.checkpoint.recipe import Recipe, recipe_of
 from lance_mlx.cli.meaning import OPTIONS
 from lance_mlx.cli.options import DEFAULT_FRAMES, DEFAULT_SIDE
 from lance_mlx.media.preprocess import RESOLUTIONS
 from lance_mlx.requests.files import caption_instruction
 from lance_mlx.requests.request import Entry, Question, Renorm, Request, Scheduler, Task, Visual
+
+
+def chosen_recipe(bits: int | None, predicate: str | None) -> Recipe | None:
+    """What -q and --quant-predicate say, None without either; raises LanceError where they contradict each other."""
+    return None if bits is None and predicate is None else recipe_of(bits, predicate)
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,25 @@ bfloat16's attention materialise nothing, only the passes of a step have been co
 width and depth, from 1,024 to 4,096 latents in bfloat16, within 25 %.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from lance_mlx.backend.numerics import Numerics
+from lance_mlx.backend.numerics import BFLOAT16, Numerics
+from lance_mlx.checkpoint.recipe import Recipe, plan
 from lance_mlx.checkpoint.tensors import Checkpoint, ViTSource
-from lance_mlx.checkpoint.weights import decoder_shape, encoder_shape
+from lance_mlx.checkpoint.weights import check_unpacked, decoder_shape, encoder_shape, packed_modules
 from lance_mlx.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, LanceConfig
 from lance_mlx.estimate.cost import Convolution, decoder_convolutions, encoder_convolutions
 from lance_mlx.estimate.tiling import Coder
 from lance_mlx.media.preprocess import TEMPORAL_PATCH_SIZE, VIT_DIVISOR
 from lance_mlx.model.attention import GPU_SCORE_BUDGET, SCORE_BUDGET
 from lance_mlx.model.lance import Lance
+from lance_mlx.model.quantized import Scheme, make_quantized
 from lance_mlx.model.vae import VAE, TileChooser
 from lance_mlx.model.vae_decoder import DecoderShape, UpBlockShape
 from lance_mlx.model.vae_encoder import DownBlockShape, EncoderShape
@@ -56,12 +59,17 @@ _LAYERS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everything about a model that its memory and time follow from."""
+    """Everything about a model that its memory and time follow from.
+
+    Attributes:
+        quantized: the modules whose weights are packed, by path.
+    """
 
     config: LanceConfig
     vit: ViTConfig
     decoder: DecoderShape
     encoder: EncoderShape
+    quantized: Mapping[str, Scheme] = field(default_factory=dict)
 
 
 OFFICIAL = Sizes(
@@ -88,18 +96,31 @@ OFFICIAL = Sizes(
 )
 
 
-def sizes_of(checkpoint: Checkpoint, looks: bool, vit_source: ViTSource = ViTSource.LANCE) -> Sizes:
+def sizes_of(
+    checkpoint: Checkpoint, looks: bool, vit_source: ViTSource = ViTSource.LANCE, recipe: Recipe | None = None
+) -> Sizes:
     """Those of a checkpoint; raises LanceError where a file is missing or wrong.
 
     Args:
         looks: whether the ViT is needed: without, the official one stands in, and counts nothing.
+        recipe: what the weights are quantized by when they are read.
     """
-    vit = OFFICIAL.vit
+    vit, quantized = OFFICIAL.vit, packed_modules(checkpoint.lance(), checkpoint.quantization)
     if looks:
         vit = checkpoint.vit_config(ViTConfig.from_dict)
-        checkpoint.vit(vit_source)
+        quantized |= packed_modules(checkpoint.vit(vit_source), checkpoint.quantization)
     vae = checkpoint.vae()
-    return Sizes(checkpoint.llm_config(LanceConfig.from_dict), vit, decoder_shape(vae), encoder_shape(vae))
+    config = checkpoint.llm_config(LanceConfig.from_dict)
+    sizes = Sizes(config, vit, decoder_shape(vae), encoder_shape(vae), quantized)
+    if recipe is None:
+        return sizes
+    check_unpacked(checkpoint, quantized)
+    return quantized_by(recipe, sizes, looks)
+
+
+def quantized_by(recipe: Recipe, sizes: Sizes, looks: bool = True) -> Sizes:
+    """The sizes of a model once a recipe has quantized it; raises LanceError where they do not go together."""
+    return replace(sizes, quantized=plan(recipe, Lance(sizes.config, BFLOAT16, sizes.vit if looks else None)))
 
 
 class Weights(NamedTuple):
@@ -117,16 +138,19 @@ class Weights(NamedTuple):
 def weights_of(sizes: Sizes, numerics: Numerics) -> Weights:
     """Bytes of the parameters under a policy."""
     lance = Lance(sizes.config, numerics, sizes.vit)
-    layers = lance.language_model.model.layers
-    total, head, vit, layer = map(_values, (lance, lance.language_model.lm_head, lance.vit_model, layers[0]))
-    all_layers = layer * len(layers)
+    make_quantized(lance, sizes.quantized, numerics.dtype)
     decoder, encoder = VAE(sizes.decoder, None, numerics), VAE(None, sizes.encoder, numerics)
-    values = layer, all_layers, total - head - vit - all_layers, head, vit, _values(decoder), _values(encoder)
-    return Weights(*(count * numerics.dtype.size for count in values))
 
+    def held(module: nn.Module) -> int:
+        parameters = (parameter for _, parameter in tree_flatten(module.parameters()))
+        return sum(
+            each.nbytes if each.dtype in (mx.uint32, mx.uint8) else each.size * numerics.dtype.size
+            for each in parameters
+        )
 
-def _values(module: nn.Module) -> int:
-    return sum(parameter.size for _, parameter in tree_flatten(module.parameters()))
+    layers = [held(layer) for layer in lance.language_model.model.layers]
+    total, head, vit = map(held, (lance, lance.language_model.lm_head, lance.vit_model))
+    return Weights(max(layers), sum(layers), total - head - vit - sum(layers), head, vit, held(decoder), held(encoder))
 
 
 class Pass(NamedTuple):

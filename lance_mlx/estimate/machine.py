@@ -16,10 +16,11 @@ from lance_mlx.estimate.cost import Convolution, expert_weights
 from lance_mlx.estimate.estimate import Pass, Sizes, Work, coded
 from lance_mlx.model.attention import attention
 from lance_mlx.model.mot import ExpertRows, LayerInput, MoTDecoderLayer
+from lance_mlx.model.quantized import make_quantized
 from lance_mlx.model.rope import rotary_table
 from lance_mlx.model.vae_layers import ResidualBlock, StreamState
 
-_ROWS = 128
+_FEW, _ROWS = 2, 128
 _KEYS = 1024
 _SIDE = 32
 _ENOUGH = 0.25
@@ -33,11 +34,13 @@ class Rates(NamedTuple):
 
     Attributes:
         layer: seconds that a pass of both experts takes in a layer however few its rows are.
+        token: seconds that a layer takes for one row, such as a token of an answer.
         product, convolution: floating point operations a second.
         score: seconds of attention for a query, a key and a head.
     """
 
     layer: float
+    token: float
     product: float
     score: float
     convolution: float
@@ -80,20 +83,28 @@ def measure(sizes: Sizes, numerics: Numerics) -> Rates:
     sizes of `estimate.peak_memory`, three steps each.
     """
     config, dtype = sizes.config, numerics.dtype
-    layer = _zeros(MoTDecoderLayer(config), dtype)
+    layer = MoTDecoderLayer(config)
+    # Layers may be quantized otherwise than the one in the middle, but most are as it is.
+    prefix = f"language_model.model.layers.{config.num_hidden_layers // 2}."
+    own = {path.removeprefix(prefix): how for path, how in sizes.quantized.items() if path.startswith(prefix)}
+    make_quantized(layer, own, dtype)
+    _zeros(layer, dtype)
 
-    def passed(rows: int) -> float:
-        x = ExpertRows(mx.ones((2, config.hidden_size), dtype), mx.ones((rows, config.hidden_size), dtype))
-        context = LayerInput(rotary_table(np.zeros((3, rows + 2), np.int32), config, numerics), None)
-        return _seconds(lambda: [*layer(x, [context], False, True)[0]])
+    def passed(und: int, gen: int) -> float:
+        latents = mx.ones((gen, config.hidden_size), dtype) if gen else None
+        x = ExpertRows(mx.ones((und, config.hidden_size), dtype), latents)
+        context = LayerInput(rotary_table(np.zeros((3, und + gen), np.int32), config, numerics), None)
+        return _seconds(lambda: [rows for rows in layer(x, [context], not gen, bool(gen))[0] if rows is not None])
 
-    few = passed(1)
+    # Of each expert more than one row, which quantized weights multiply otherwise.
+    token, few = passed(1, 0), passed(2, _FEW)
     factors = mx.ones((_SIDE, _KEYS)), mx.ones((_KEYS, _KEYS))
     # A machine that is slow with little need not be watched at more.
     slow = min(_seconds(lambda: factors[0] @ factors[1]) for _ in range(3)) > _SLOW
-    rows, side = (_ROWS // 32, _SIDE // 4) if slow else (_ROWS, _SIDE)
-    many = passed(rows)
-    per_row = max(many - few, many / (2 * rows)) / (rows - 1)
+    # What is packed takes a while however few rows there are, from which more of them stand out.
+    rows, side = (_ROWS // (8 if own else 32), _SIDE // 4) if slow else (_ROWS, _SIDE)
+    many = passed(2, rows)
+    per_row = max(many - few, many / (2 * rows)) / (rows - _FEW)
     heads, kv_heads = ((n, _KEYS, config.head_dim) for n in (config.num_attention_heads, config.num_key_value_heads))
     queries, keys = mx.zeros((1, heads[0], _ROWS, config.head_dim), dtype), mx.zeros((1, *kv_heads), dtype)
     score = _seconds(lambda: attention(queries, keys, keys, causal=False)) / (heads[0] * _ROWS * _KEYS)
@@ -102,7 +113,7 @@ def measure(sizes: Sizes, numerics: Numerics) -> Rates:
     frame = mx.ones((1, side, side, width), dtype)
     operations = 2 * Convolution(side**2, 9, width, width).operations
     convolution = operations / _seconds(lambda: block(frame, StreamState()))
-    return Rates(few, 2 * expert_weights(config) / per_row, score, convolution)
+    return Rates(few, token, 2 * expert_weights(config) / per_row, score, convolution)
 
 
 def seconds_of(sizes: Sizes, rates: Rates, work: Work) -> Seconds:
@@ -114,6 +125,8 @@ def seconds_of(sizes: Sizes, rates: Rates, work: Work) -> Seconds:
 
     def layer(item: Pass) -> float:
         rows = item.readings * item.rows
+        if rows == 1:
+            return rates.token + rates.score * config.num_attention_heads * item.keys
         products = 2 * rows * expert_weights(config) / rates.product
         # Without latents one expert of the two has nothing to do.
         fixed = rates.layer * (1 if item.gen else 0.5)
@@ -126,7 +139,11 @@ def seconds_of(sizes: Sizes, rates: Rates, work: Work) -> Seconds:
 
 
 def _zeros(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    module.update(tree_map(lambda parameter: mx.zeros(parameter.shape, dtype), module.parameters()))
+    def zeros(parameter: mx.array) -> mx.array:
+        packed = parameter.dtype in (mx.uint32, mx.uint8)
+        return mx.zeros(parameter.shape, parameter.dtype if packed else dtype)
+
+    module.update(tree_map(zeros, module.parameters()))
     mx.eval(module.parameters())
     return module
 

@@ -1,6 +1,6 @@
 """Building blocks shared by the transformer, the embeddings and the VAE."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import mlx.core as mx
@@ -22,57 +22,65 @@ class Linear(nn.Linear):
     """y = x @ weight.T + bias in the dtype of `weight`, rounded once at the end."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return _linear(x, self.weight, self.get("bias"))
+        return self.product(x, self)
+
+    def product(self, x: mx.array, parameters: Mapping[str, mx.array]) -> mx.array:
+        """The same with other parameters."""
+        return linear(x, parameters["weight"], parameters.get("bias"))
+
+    def goes_with(self, others: Sequence[nn.Module]) -> bool:
+        """Whether one row is multiplied in the same dtype by this one, by each of others and by all of them at once."""
+        if not all(isinstance(other, Linear) for other in others):
+            return False
+        sizes = [each.weight.size for each in (self, *others)]
+        half = self.weight.dtype != mx.float32 and runs_on_cpu()
+        return not half or len({_stays_half(1, size) for size in (*sizes, sum(sizes))}) == 1
 
 
 class FusedLinear:
     """Linears of the same input as one product for a single row, where the number of products counts.
 
-    Their weights and biases become views of those of the product, so that nothing is held twice; they must not be
-    changed in place. With more rows, and once one of the linears is given another weight, each computes by itself.
-    Where the product would round otherwise, they always do, and stay as they are.
+    Their parameters become views of those of the product, so that nothing is held twice; they must not be changed in
+    place. With more rows, and once one of the linears is given another parameter, each computes by itself. Where the
+    product would round otherwise, they always do, and stay as they are.
 
     Attributes:
-        linears: the linears.
+        linears: the linears, quantized alike or not at all where they are to be one product.
     """
 
-    def __init__(self, linears: Sequence[Linear]) -> None:
+    def __init__(self, linears: Sequence[nn.Module]) -> None:
         self.linears = tuple(linears)
-        self._joined = _round_alike(linears)
+        self._joined = linears[0].goes_with(linears[1:])
         if not self._joined:
             return
-        ends = np.cumsum([len(linear.weight) for linear in linears])
-        self._ends = ends[:-1].tolist()
-        self._weight, self._weights = self._join("weight")
-        self._bias, self._biases = self._join("bias") if "bias" in linears[0] else (None, (None,) * len(linears))
+        self._ends = np.cumsum([len(each.weight) for each in linears])[:-1].tolist()
+        self._whole, self._parts = {}, {}
+        for name in linears[0].parameters():
+            self._whole[name], self._parts[name] = self._join(name)
 
     def __call__(self, x: mx.array) -> list[mx.array]:
         """[rows, in] -> [rows, out] of every linear."""
         if len(x) > 1 or not self._joined or not self._intact():
-            return [linear(x) for linear in self.linears]
-        return mx.split(_linear(x, self._weight, self._bias), self._ends, axis=-1)
+            return [each(x) for each in self.linears]
+        return mx.split(self.linears[0].product(x, self._whole), self._ends, axis=-1)
 
-    def _join(self, name: str) -> tuple[mx.array, tuple[mx.array, ...]]:
-        whole = mx.concatenate([linear[name] for linear in self.linears])
-        parts = tuple(mx.split(whole, self._ends))
+    def _join(self, name: str) -> tuple[mx.array, list[mx.array]]:
+        whole = mx.concatenate([each[name] for each in self.linears])
+        parts = mx.split(whole, self._ends)
         mx.eval(whole, parts)
-        for linear, part in zip(self.linears, parts, strict=True):
-            linear[name] = part
+        for each, part in zip(self.linears, parts, strict=True):
+            each[name] = part
         return whole, parts
 
     def _intact(self) -> bool:
-        parts = zip(self.linears, self._weights, self._biases, strict=True)
-        return all(linear.weight is weight and linear.get("bias") is bias for linear, weight, bias in parts)
+        return all(
+            each[name] is part
+            for name, parts in self._parts.items()
+            for each, part in zip(self.linears, parts, strict=True)
+        )
 
 
-def _round_alike(linears: Sequence[Linear]) -> bool:
-    """Whether one row is multiplied in the same dtype by each of the linears and by all of them at once."""
-    sizes = [linear.weight.size for linear in linears]
-    half = linears[0].weight.dtype != mx.float32 and runs_on_cpu()
-    return not half or len({_stays_half(1, size) for size in (*sizes, sum(sizes))}) == 1
-
-
-def _linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     """x @ weight.T + bias in the dtype of `weight`, rounded once at the end."""
     dtype = weight.dtype
     if dtype != mx.float32 and runs_on_cpu() and not _stays_half(len(x), weight.size):

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from parity.cli import localize as cli_localize
+from parity.cli import port as cli_port
 from parity.cli import store as cli_store
 from parity.cli import stream as cli_stream
 from parity.cli.errors import one_line_errors
@@ -187,6 +188,7 @@ def layouts(
 
 
 cli_localize.register(app)
+cli_port.register(app)
 cli_store.register(app)
 cli_stream.register(app)
 

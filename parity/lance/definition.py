@@ -9,7 +9,7 @@ from parity.lance.diagnosis import name_component
 from parity.lance.faults import CATALOGUE, PROFILES, load_fault
 from parity.lance.given import answered, wanted
 from parity.lance.hypotheses import HYPOTHESES
-from parity.lance.map import ARMS, PARTS, axes_within
+from parity.lance.map import ARMS, PARTS, arm_of, axes_within
 from parity.lance.names import RESULTS, locate, logits_name, parse, velocity_calls
 from parity.lance.ports import PORTS, oracle_weights
 from parity.lance.requests import SUPPORTED_TASKS, check_request
@@ -69,6 +69,7 @@ __all__ = [
     # How reports lay the model out, and what they call its parts.
     "PARTS",
     "ARMS",
+    "arm_of",
     "axes_within",
     # Ports, hypotheses, and faults to try both on.
     "PORTS",

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from parity.report.map import Part
+from parity.tensors.names import TapName
 
 # Kinds of taps within a decoder layer in order of execution, and what heads their column.
 LAYER_KINDS = {
@@ -70,6 +71,12 @@ PARTS: Sequence[Part] = (
     Part("VAE decoder", re.compile(rf"vae\.decoder\.({_BLOCK})(?:\.(.+))?"), _block, _short, heading=_block_heading),
 )
 ARMS = {"cond": "conditional", "uncond": "unconditional"}
+
+
+def arm_of(tap: TapName) -> str:
+    """The guidance arm of a tap or an exact array; what is of none is the conditional one's, where the other has its
+    own."""
+    return tap.arm or ("uncond" if tap.name.endswith(".uncond") else "cond")
 
 
 def axes_within(component: str, dimensions: int) -> list[str]:

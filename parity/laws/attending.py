@@ -71,8 +71,24 @@ class Scene:
         return [self.only(np.arange(start, min(start + run, count))) for start in range(0, count, run)]
 
 
-Change = Callable[[Scene], np.ndarray | None]
-"""What comes out instead, [h, n, d]; None where the law says nothing."""
+Change = Callable[[Scene], "np.ndarray | Scene | None"]
+"""What comes out instead, [h, n, d], or what is attended instead; None where the law says nothing."""
+
+
+def made(change: Change, scene: Scene) -> np.ndarray | None:
+    """What comes out under a change, [h, n, d]."""
+    new = change(scene)
+    return new.attended() if isinstance(new, Scene) else new
+
+
+def one_after_another(first: Change, second: Change) -> Change:
+    """A change of what another makes of a scene."""
+
+    def change(scene: Scene) -> np.ndarray | Scene | None:
+        new = first(scene)
+        return second(new) if isinstance(new, Scene) else None
+
+    return change
 
 
 def scene_of(component: Component) -> Scene | None:
@@ -127,12 +143,12 @@ def applied(change: Change) -> Callable[[Component], np.ndarray | None]:
         scene = scene_of(component)
         if scene is None:
             return None
-        made = []
+        more = []
         for piece in scene.pieces():
-            new = change(piece)
+            new = made(change, piece)
             if new is None:
                 return None
-            made.append(new - piece.attended())
-        return (component.own + result_of(component, np.concatenate(made, 1))).astype(np.float32)
+            more.append(new - piece.attended())
+        return (component.own + result_of(component, np.concatenate(more, 1))).astype(np.float32)
 
     return apply

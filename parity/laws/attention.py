@@ -6,20 +6,38 @@ often (parity.laws.seen), other keys and values, scores changed by one number, w
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
-from parity.laws.attending import Change, Scene, applied, heads_of, scene_of
+from parity.laws.attending import Change, Scene, applied, heads_of, made, one_after_another, scene_of
 from parity.laws.base import Component, Law, Matrices
 from parity.laws.numbers import listed, snapped, told
-from parity.laws.rounding import rounded_to
-from parity.laws.scoring import FAMILIES, Family, angled, of_another, of_key_heads, rolled, rotated, sink
+from parity.laws.scoring import (
+    BLOCKS,
+    FAMILIES,
+    STAGES,
+    Family,
+    angled,
+    by_keys,
+    narrowed,
+    of_another,
+    of_key_heads,
+    padded,
+    rolled,
+    rotated,
+    scaled,
+    sink,
+    softmax_in,
+    with_heads,
+)
 from parity.laws.seen import seen
 from parity.laws.support import Span, affected, span_of
 
-# What a law may leave of the residual, beneath another; how many are told.
-LEFT_BENEATH, TOLD = 0.5, 3
+# What a law may leave of the residual, beneath another; how many are told, and on how many others are read.
+LEFT_BENEATH, TOLD, BENEATH = 0.5, 3, 2
+# How many heads there may be instead.
+HEADS = (1, 2, 4, 8, 16, 32)
 # Queries that fits are made on, and scores.
 ROWS, SCORES = 128, 1 << 20
 # Queries that one number is searched with, and what its roughest guess may leave for it to be.
@@ -43,16 +61,31 @@ def attention(component: Component, got: np.ndarray) -> Iterator[Law]:
     rounding = max(component.rounding, 5e-7 * size) / residual * float(np.linalg.norm(more))
     fit = _fit_of(scene, more, rounding)
     read: list[tuple[float, Law]] = []
-    whole = float(np.linalg.norm(fit.target - fit.scene.attended()))
-    for make in (_inputs, _shapes, _heads, seen, _numbers):
+    beneath: list[tuple[float, Found]] = []
+    whole = float(np.linalg.norm(fit.target - fit.plain))
+    for make in (_inputs, _shapes, _heads, seen, _numbers, partial(_beneath, beneath)):
         for found in make(fit):
             law = fit.law(*found)
             if law is not None and law[0] <= LEFT_BENEATH * whole:
                 read.append(law)
+                beneath.append((law[0], found))
         if any(left <= fit.enough for left, _ in read):
             break
     read.sort(key=lambda item: (0, item[1].size) if item[0] <= fit.enough else (1, item[0]))
     yield from list({law.sentence: law for _, law in reversed(read)}.values())[: -TOLD - 1 : -1]
+
+
+def _beneath(found: list[tuple[float, Found]], fit: "Fit") -> Iterator[Found]:
+    """Two changes at once: what is read where something else is attended that leaves little."""
+    for _, (first, size, change, figure) in sorted(found, key=lambda item: item[0])[:BENEATH]:
+        scene = change(fit.scene)
+        if not isinstance(scene, Scene):
+            continue
+        on_top = replace(fit, scene=scene)
+        for make in (_shapes, _heads, _numbers):
+            for second, more, other, drawn in make(on_top):
+                both = one_after_another(change, other)
+                yield f"{first}, and {second}", size + more + 1, both, drawn or figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +106,7 @@ class Fit:
 
     def law(self, sentence: str, size: float, change: Change, figure: Matrices | None) -> tuple[float, Law] | None:
         """A change as a law where it holds: everywhere, or only where something differs; and what it leaves."""
-        new, plain = change(self.scene), self.plain
+        new, plain = made(change, self.scene), self.plain
         if new is None or not np.isfinite(new).all():
             return None
         best: tuple[float, Law] | None = None
@@ -93,9 +126,11 @@ class Fit:
 
 
 def _limited(change: Change, count: int, heads: Span | None, rows: Span | None) -> Change:
-    def limited(scene: Scene) -> np.ndarray | None:
-        new = change(scene)
-        if new is None or (heads is None and rows is None):
+    def limited(scene: Scene) -> np.ndarray | Scene | None:
+        if heads is None and rows is None:
+            return change(scene)
+        new = made(change, scene)
+        if new is None:
             return new
         where = np.ones(new.shape[:2], bool)
         if heads is not None:
@@ -175,14 +210,19 @@ def _shapes(fit: Fit) -> Iterator[Found]:
     )
     yield "weights are the sigmoid of the scores", 1, lambda s: (s.mask / (1 + np.exp(-s.scores))) @ s.v, None
     yield "weights hidden by the mask are taken from the sum afterwards", 1, masked_after, None
-    yield "queries and keys are of unit length", 1, lambda s: replace(s, q=unit(s.q), k=unit(s.k)).attended(), None
+    yield "queries and keys are of unit length", 1, lambda s: replace(s, q=unit(s.q), k=unit(s.k)), None
     yield "the softmax has one more score of 0", 1, sink(0.0), None
-    for dtype in ("bfloat16", "float16"):
-        yield f"scores are {dtype}", 1, lambda s, dtype=dtype: s.attended(rounded_to(dtype, s.scores)), None
-        yield f"weights are {dtype}", 1, lambda s, dtype=dtype: rounded_to(dtype, s.weights()) @ s.v, None
-        yield f"values are {dtype}", 1, lambda s, dtype=dtype: replace(s, v=rounded_to(dtype, s.v)).attended(), None
-        yield f"keys are {dtype}", 1, lambda s, dtype=dtype: replace(s, k=rounded_to(dtype, s.k)).attended(), None
-        yield f"queries are {dtype}", 1, lambda s, dtype=dtype: replace(s, q=rounded_to(dtype, s.q)).attended(), None
+    for dtype in ("bfloat16", "float16", "TF32"):
+        for stages in STAGES:
+            size = 1 + 0.1 * (len(stages) - 1)
+            yield f"{listed(stages)} are {dtype}", size, partial(narrowed, dtype=dtype, stages=stages), None
+        yield f"the softmax is computed in {dtype}", 1, partial(softmax_in, dtype=dtype), None
+    for count in HEADS:
+        yield f"there are {count} heads instead of {len(fit.heads)}", 1, with_heads(count), None
+    for side in BLOCKS:
+        yield f"zeros behind the last key, up to a multiple of {side}, are seen too", 1, padded(side, False), None
+        words = f"zeros behind the keys before this pass, up to a multiple of {side}, are seen too"
+        yield words, 1, padded(side, True), None
 
 
 def _heads(fit: Fit) -> Iterator[Found]:
@@ -194,7 +234,7 @@ def _heads(fit: Fit) -> Iterator[Found]:
     for what, use_k, use_v in (("keys and values", 1, 1), ("keys", 1, 0), ("values", 0, 1)):
         lefts = []
         for other in range(own.max() + 1):
-            new = of_key_heads(np.full_like(own, other), use_k, use_v)(scene)
+            new = made(of_key_heads(np.full_like(own, other), use_k, use_v), scene)
             lefts.append(np.square(new - fit.target).sum((1, 2)))
         best = np.where(fit.heads, np.argmin(lefts, 0), own)
         if np.array_equal(best, own):
@@ -229,6 +269,10 @@ def _numbers(fit: Fit) -> Iterator[Found]:
             enough = max(0.5 * _share(small, fit), 1.05 * least)
             number = snapped(float(value), lambda c, f=family, most=enough: _least(small, f, c) <= most)
             yield _zero_keys(family, number) or sentence.format(told(number)), 1, family(np.float64(number)), None
+            for words, change in by_keys(float(value), small.scene) if family is scaled else ():
+                if float(_by_head(small, change)[small.heads].sum() ** 0.5) <= enough:
+                    yield sentence.format(words), 1.5, change, None
+                    break
         if small.heads.sum() > 1 and least > max(_share(small, fit), 0.05 * whole):
             yield from _each_head(small, fit, sentence, family, grid, lefts, whole)
 
@@ -272,7 +316,7 @@ def _share(small: Fit, fit: Fit) -> float:
 
 def _by_head(fit: Fit, change: Change) -> np.ndarray:
     with np.errstate(all="ignore"):
-        new = change(fit.scene)
+        new = made(change, fit.scene)
         left = np.full(len(fit.heads), np.inf) if new is None else np.square(new - fit.target).sum((1, 2))
     return np.where(np.isfinite(left), left, np.inf)
 

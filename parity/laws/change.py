@@ -10,7 +10,7 @@ from parity.laws.base import Curves, Figure
 from parity.laws.fit import LEAVES, Fit
 from parity.laws.numbers import plainest, told
 from parity.laws.rounding import formats
-from parity.laws.support import Region, regions_of
+from parity.laws.support import Region, plural, regions_of
 
 # Numbers that each index along an axis is known by.
 KNOWN_BY = 64
@@ -47,6 +47,7 @@ def changes(
         part = Fit(own[place], got[place], rounding * share)
         for change in (*of_values(part), *_vectors(part, axes, open_axes)):
             yield _within(region, change)
+        yield from _alike(region, own, got, axes)
     for axis, name in enumerate(axes):
         yield from _orders(own, got, axis, name, axis in open_axes)
     if own.ndim == 2:
@@ -60,6 +61,26 @@ def _within(region: Region, change: Change) -> Change:
         size=change.size + region.size,
         apply=lambda array: region.within(array, change.apply),
     )
+
+
+def _alike(region: Region, own: np.ndarray, got: np.ndarray, axes: Sequence[str]) -> Iterator[Change]:
+    """Slices of a part along an axis that are all the mean of the others."""
+    held = [axis for axis, span in enumerate(region.parts) if span]
+    if len(held) != 1 or own.ndim < 2:
+        return
+    axis, many = held[0], plural(axes[held[0]])
+
+    def apply(array: np.ndarray) -> np.ndarray | None:
+        found = region.indexes(array.shape)
+        if found is None:
+            return None
+        moved = np.moveaxis(array.astype(np.float64), axis, 0).copy()
+        moved[found[axis]] = np.delete(moved, found[axis], 0).mean(0)
+        return np.moveaxis(moved, 0, axis)
+
+    values = np.moveaxis(got, axis, 0)[region.indexes(own.shape)[axis]]
+    if len(values) > 1 and not np.ptp(values, 0).any():
+        yield Change(f" is the mean of the other {many}{region.words}", 1 + region.size, apply)
 
 
 def of_values(part: Fit) -> Iterator[Change]:

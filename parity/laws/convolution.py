@@ -274,6 +274,10 @@ def _histories(reading: Reading) -> Iterator[Variant]:
         ("remembers the earliest frame alone", lambda past, now: _kept(past, slice(0, 1)), 2),
         ("lacks the frame before: all before are one older", lambda past, now: _older(past), 2),
         ("takes the present's last frames for those before", lambda past, now: _last(past, now), 1),
+        *(
+            (f"remembers the frames before in {dtype}", lambda past, now, to=to: to(past), 1)
+            for dtype, to in DTYPES.items()
+        ),
     ):
         yield before(says, change, least)
     for by in (1, 2, -1):

@@ -1,78 +1,15 @@
 """Laws of guidance: the scale at which two velocities are mixed, and the factor that the mixture is scaled back by."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 
 import numpy as np
 
 from parity.laws.base import Component, Law
 from parity.laws.mixture import Where, comparable, enough, grain, put, seen
 from parity.laws.numbers import plainest
+from parity.laws.renorm import GROUPS, Renorm, renorms
 from parity.laws.sampling import sum_of_parts
 from parity.laws.support import spans
-
-EPS = 1e-8
-GROUPS = {"global": (0, 1), "per token": (1,), "per channel": (0,)}
-MEASURES: dict[str, Callable[[np.ndarray, tuple[int, ...]], np.ndarray]] = {
-    "length": lambda v, axes: np.sqrt(np.sum(v * v, axes, keepdims=True)),
-    "deviation": lambda v, axes: v.std(axes, keepdims=True),
-    "deviation less one degree of freedom": lambda v, axes: v.std(axes, ddof=1, keepdims=True),
-    "mean absolute value": lambda v, axes: np.abs(v).mean(axes, keepdims=True),
-    "largest value": lambda v, axes: np.abs(v).max(axes, keepdims=True),
-}
-
-
-@dataclass(frozen=True)
-class Renorm:
-    """How a guided velocity is scaled back: by a power of the ratio of one velocity's measure to its own, clamped.
-
-    Attributes:
-        over: what a measure is taken over, a key of GROUPS; "none" for no factor.
-        measure: a key of MEASURES.
-        to: which velocity's measure is aimed at, "cond" or "uncond".
-        low, high: bounds of the factor.
-        power, blend: the ratio's power, and how much of it is used: 1 + blend (ratio^power - 1).
-        eps: what is added to the guided velocity's measure.
-    """
-
-    over: str
-    measure: str = "length"
-    to: str = "cond"
-    low: float = 0.0
-    high: float = 1.0
-    power: float = 1.0
-    blend: float = 1.0
-    eps: float = EPS
-
-    def factor(self, cond: np.ndarray, uncond: np.ndarray, guided: np.ndarray) -> np.ndarray:
-        """The factor [n or 1, c or 1]."""
-        if self.over == "none":
-            return np.ones((1, 1))
-        axes, measure = GROUPS[self.over], MEASURES[self.measure]
-        ratio = measure({"cond": cond, "uncond": uncond}[self.to], axes) / (measure(guided, axes) + self.eps)
-        return np.clip(1 + self.blend * (ratio**self.power - 1), self.low, self.high)
-
-    def against(self, other: "Renorm") -> tuple[str, float]:
-        """How this differs from what it should be, in words, and how many choices that takes; "" where it is that."""
-        if self == other:
-            return "", 0
-        if self.over == "none":
-            return "there is no renorm", 1
-        words = [f"is {self.over}"] if self.over != other.over else []
-        words += [f"compares the {self.measure}"] if self.measure != other.measure else []
-        words += ["aims at the unconditional velocity"] if self.to != other.to else []
-        if (self.low, self.high) != (other.low, other.high) and other.over != "none" and self.blend == 1:
-            if (self.low, self.high) == (0, np.inf):
-                words.append("is not clamped")
-            else:
-                words += [f"is at least {self.low:.4g}"] if self.low != other.low and self.low else []
-                words += ["has no lower bound"] if self.low != other.low and not self.low else []
-                words += [f"is at most {self.high:.4g}"] if self.high != other.high and self.high < np.inf else []
-                words += ["has no upper bound"] if self.high != other.high and self.high == np.inf else []
-        words += [f"is the ratio to the power {plainest(self.power, 0)[1]}"] if self.power != other.power else []
-        words += [f"is used to {plainest(self.blend, 0)[1]}"] if self.blend != other.blend else []
-        words += [f"has an eps of {self.eps:.4g}"] if self.eps != other.eps else []
-        return "the renorm " + " and ".join(words), len(words)
 
 
 def guidance(component: Component, got: np.ndarray) -> Iterator[Law]:
@@ -86,8 +23,22 @@ def guidance(component: Component, got: np.ndarray) -> Iterator[Law]:
     if cond is None or uncond is None or cond.shape != got.shape or uncond.shape != got.shape or got.ndim != 2:
         yield from sum_of_parts(component, got)
         return
-    yield from _scaled(component, got.astype(np.float64), cond.astype(np.float64), uncond.astype(np.float64))
+    given = component, got.astype(np.float64), cond.astype(np.float64), uncond.astype(np.float64)
+    yield from _otherwise(*given)
+    yield from _scaled(*given)
     yield from sum_of_parts(component, got)
+
+
+def _otherwise(component: Component, got: np.ndarray, cond: np.ndarray, uncond: np.ndarray) -> Iterator[Law]:
+    """Two velocities mixed in another way than by a scale alone."""
+    right = _right(component)
+    for words, mix in MIXTURES.items():
+        mixed = mix(cond, uncond, component.facts["scale"])
+        for axes in GROUPS.values():
+            for renorm in renorms(right, cond, uncond, mixed, got, axes, grain(component.own)):
+                law = _mixture(right, renorm, mix, words, 1)
+                if law is not None and enough(component, got, law.apply(component)):
+                    yield law
 
 
 def _scaled(component: Component, got: np.ndarray, cond: np.ndarray, uncond: np.ndarray) -> Iterator[Law]:
@@ -104,7 +55,7 @@ def _scaled(component: Component, got: np.ndarray, cond: np.ndarray, uncond: np.
             mixed = _mixed(cond, uncond, component.facts["scale"], value, where, component)
             if mixed is None:
                 continue
-            for renorm in _renorms(right, cond, uncond, mixed, got, axes, grain(component.own)):
+            for renorm in renorms(right, cond, uncond, mixed, got, axes, grain(component.own)):
                 law = _law(right, renorm, where, value, words, 1.5 if words in SCALES else 1)
                 if law is not None and law.sentence not in laws and enough(component, got, law.apply(component)):
                     laws[law.sentence] = law
@@ -206,6 +157,30 @@ SCALES: dict[str, Callable[[float, dict], float]] = {
 }  # fmt: skip
 
 
+def _along(x: np.ndarray, y: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """How much of y is in x."""
+    return np.sum(x * y, axes, keepdims=True) / np.maximum(np.sum(y * y, axes, keepdims=True), 1e-30)
+
+
+def _mixtures() -> Iterator[tuple[str, Callable[..., np.ndarray]]]:
+    for over, axes in GROUPS.items():
+        by = "" if over == "global" else f", {over}"
+
+        def across(cond: np.ndarray, uncond: np.ndarray, scale: float, *_: object, axes: tuple = axes) -> np.ndarray:
+            step = cond - uncond
+            return cond + (scale - 1) * (step - _along(step, cond, axes) * cond)
+
+        def nearest(cond: np.ndarray, uncond: np.ndarray, scale: float, *_: object, axes: tuple = axes) -> np.ndarray:
+            uncond = _along(cond, uncond, axes) * uncond
+            return uncond + scale * (cond - uncond)
+
+        yield f"guidance leaves out what lies along the conditional velocity{by}", across
+        yield f"the unconditional velocity is scaled to be nearest to the conditional one{by}", nearest
+
+
+MIXTURES = dict(_mixtures())
+
+
 def _mixed(
     cond: np.ndarray, uncond: np.ndarray, right: float, value: Value | None, where: Where, component: Component
 ) -> np.ndarray | None:
@@ -219,98 +194,19 @@ def _mixed(
     return uncond + scale * (cond - uncond)
 
 
-def _renorms(
-    right: Renorm,
-    cond: np.ndarray,
-    uncond: np.ndarray,
-    mixed: np.ndarray,
-    got: np.ndarray,
-    axes: tuple[int, ...],
-    fine: float,
-) -> Iterator[Renorm]:
-    """The ways to scale back that make the factor that was found, those that are nearest to what should be first."""
-    square = np.sum(mixed * mixed, axes, keepdims=True)
-    factor = np.sum(mixed * got, axes, keepdims=True) / np.where(square > 0, square, 1)
-    near = np.maximum(3e-3 * np.linalg.norm(got - factor * mixed) / np.linalg.norm(got), max(2e-5, 2 * fine))
-
-    def fits(renorm: Renorm) -> bool:
-        found = renorm.factor(cond, uncond, mixed)
-        return bool(
-            np.abs(np.broadcast_to(found, np.broadcast_shapes(found.shape, factor.shape)) - factor).max() <= near
-        )
-
-    # A field's default is what is meant where it should be none.
-    meant = right if right.over != "none" else Renorm("global")
-    if fits(right):
-        yield right
-        return
-    if fits(Renorm("none")):
-        yield Renorm("none")
-        return
-    tried = [
-        Renorm(over, measure, to, low, high)
-        for over in GROUPS
-        if GROUPS[over] == (0, 1) or GROUPS[over] == axes
-        for measure in MEASURES
-        for to in ("cond", "uncond")
-        for low, high in dict.fromkeys(((meant.low, meant.high), (0.0, np.inf), (0.0, 1.0), (meant.low, np.inf)))
-    ]
-    tried += [replace(meant, power=power) for power in (2.0, 0.5, -1.0)]
-    tried += [replace(meant, power=power, high=np.inf) for power in (2.0, 0.5, -1.0)]
-    tried.sort(key=lambda renorm: renorm.against(right)[1])
-    found = [renorm for renorm in tried if fits(renorm)][:4]
-    yield from found
-    if not found:
-        yield from (renorm for renorm in _read(meant, cond, uncond, mixed, factor, axes, float(near)) if fits(renorm))
-
-
-def _read(
-    meant: Renorm,
-    cond: np.ndarray,
-    uncond: np.ndarray,
-    mixed: np.ndarray,
-    factor: np.ndarray,
-    axes: tuple[int, ...],
-    near: float,
-) -> Iterator[Renorm]:
-    """Ways whose bounds, share or eps are read from the factor itself; of one factor alone only plain numbers."""
-    over = next(name for name, group in GROUPS.items() if group == axes)
-    for measure in ("length", "deviation"):
-        plain = replace(meant, over=over, measure=measure, low=0.0, high=np.inf)
-        ratio = plain.factor(cond, uncond, mixed)
-        if ratio.shape != factor.shape:
-            continue
-        low, high = float(factor.min()), float(factor.max())
-        if factor.size > 4 and high - low > 10 * near:
-            yield replace(plain, low=plainest(low, near)[0] if (ratio < low - near).any() else meant.low,
-                          high=plainest(high, near)[0] if (ratio > high + near).any() else np.inf)  # fmt: skip
-        elif factor.size == 1 and _short(plainest(low, near)[0]):
-            said = plainest(low, near)[0]
-            side = {"low": said} if ratio.max() < low else {"high": said, "low": meant.low}
-            yield replace(plain, **({"high": meant.high} | side))
-        away = ratio - 1
-        if np.abs(away).max() > 10 * near:
-            blend = plainest(float(np.sum((factor - 1) * away) / np.sum(away * away)), near / np.abs(away).max())[0]
-            if _short(blend):
-                yield replace(plain, blend=blend, low=-np.inf)
-        if (factor > 0).all() and (ratio > 0).all() and np.abs(np.log(ratio)).max() > 10 * near:
-            logs = np.log(ratio)
-            power = plainest(float(np.sum(np.log(factor) * logs) / np.sum(logs * logs)), near / np.abs(logs).max())[0]
-            if _short(power):
-                yield replace(plain, power=power)
-        size = MEASURES[measure](mixed, GROUPS[over])
-        eps = float(np.median(ratio * size / np.where(factor > 0, factor, np.inf) - size))
-        if eps > 0 and _short(plainest(eps, 3 * near * float(size.max()))[0]):
-            yield replace(plain, eps=plainest(eps, 3 * near * float(size.max()))[0], low=meant.low, high=meant.high)
-
-
-def _short(value: float) -> bool:
-    """Whether a number is one that people write: of two digits at most."""
-    return float(f"{value:.1e}") == value
-
-
 def _law(right: Renorm, renorm: Renorm, where: Where, value: Value | None, words: str, numbers: float) -> Law | None:
-    said, size = renorm.against(right)
+    def mix(cond: np.ndarray, uncond: np.ndarray, scale: float, other: Component) -> np.ndarray | None:
+        return _mixed(cond, uncond, scale, value, where, other)
+
+    # What is said without a number is read from less than a factor is.
+    size = 0 if value is None else numbers + where.size
+    return _mixture(right, renorm, mix, where.says(words) if words else "", size)
+
+
+def _mixture(
+    right: Renorm, renorm: Renorm, mix: Callable[..., np.ndarray | None], words: str, size: float
+) -> Law | None:
+    said, more = renorm.against(right)
     if not words and not said:
         return None
 
@@ -319,11 +215,9 @@ def _law(right: Renorm, renorm: Renorm, where: Where, value: Value | None, words
         if cond is None or uncond is None:
             return None
         cond, uncond = cond.astype(np.float64), uncond.astype(np.float64)
-        mixed = _mixed(cond, uncond, other.facts["scale"], value, where, other)
+        mixed = mix(cond, uncond, other.facts["scale"], other)
         if mixed is None:
             return None
         return put(other.own, np.ones(1, bool), mixed * renorm.factor(cond, uncond, mixed))
 
-    sentence = " and ".join(filter(None, [where.says(words) if words else "", said]))
-    # What is said without a number is read from less than a factor is.
-    return Law(sentence, 0.9 * size + (0 if value is None else numbers + where.size), apply)
+    return Law(" and ".join(filter(None, [words, said])), 0.9 * more + size, apply)

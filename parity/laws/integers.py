@@ -11,8 +11,8 @@ import numpy as np
 from parity.laws.segments import OPENING, TEXT, Segment
 from parity.laws.support import spans
 
-# Denominators of a factor.
-FINEST = 12
+# Denominators of a factor, and what a factor takes to say beyond one that is whole, where it has to be rounded.
+FINEST, FITTED = 12, 1.5
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _candidates(view: View, segment: Segment, axis: int, x: np.ndarray, y: np.nd
             yield _plain(words, 1.5, lambda x, old=old, new=new: np.where(x == old, new, x))
         return
     if view.counts:
-        yield from (_plain(words, 1.1, rule) for words, rule in _scaled(x, y))
+        yield from (_plain(words, 1.1 + more, rule) for words, more, rule in _scaled(x, y))
         for other in range(len(view.ids)):
             if other != axis:
                 yield Change(f"those of the {AXES[other]}", 1, lambda view, segment, axis, other=other: view.of(
@@ -89,8 +89,8 @@ def _candidates(view: View, segment: Segment, axis: int, x: np.ndarray, y: np.nd
     yield _plain(f"at least {low}", _cost(low), lambda x: np.maximum(x, low))
     for modulus in _moduli(x, y):
         yield _plain(f"the remainder by {modulus}", _cost(modulus), lambda x, m=modulus: x % m)
-    for words, rule in _scaled(x, y):
-        yield _plain(words, 1, rule)
+    for words, more, rule in _scaled(x, y):
+        yield _plain(words, 1 + more, rule)
     differs = np.flatnonzero(x != y)
     if len(differs):
         old, new = int(x[differs[0]]), int(y[differs[0]])
@@ -155,7 +155,7 @@ def _from_opening(view: View, segment: Segment, axis: int, x: np.ndarray, y: np.
     if first is None:
         return
     r, s = x - first, y - first
-    rules = [(words, 1.2, rule) for words, rule in _scaled(r, s)]
+    rules = [(words, 1.2 + more, rule) for words, more, rule in _scaled(r, s)]
     rules += [(f"counted up to {m - 1} and again from 0", 1.2, lambda r, m=m: r % m) for m in _moduli(r, s)]
     most = int(s.max())
     rules.append((f"no more than {most}", 1.2, lambda r: np.minimum(r, most)))
@@ -194,8 +194,8 @@ def _within(view: View, segment: Segment, axis: int, x: np.ndarray, y: np.ndarra
         return own.max() + own.min() - own + back
 
     yield Change("in reverse" + (f" and off by {back:+d}" if back else ""), 1 + bool(back), turned)
-    for words, rule in _scaled(r, s):
-        yield counted(f"{words} within the segment", 1, rule)
+    for words, more, rule in _scaled(r, s):
+        yield counted(f"{words} within the segment", 1 + more, rule)
     for modulus in _moduli(r, s):
         yield counted(f"counted up to {modulus - 1} and again from 0 within the segment", 1, lambda r, m=modulus: r % m)
     most = int(s.max())
@@ -203,7 +203,7 @@ def _within(view: View, segment: Segment, axis: int, x: np.ndarray, y: np.ndarra
     differs = np.flatnonzero(r != s)
     if len(differs):
         old, gap = int(r[differs[0]]), int((s - r)[differs[0]])
-        yield counted(f"off by {gap:+d} from the one at {old} on", 2, lambda r: r + gap * (r >= old))
+        yield counted(f"off by {gap:+d} from the one at {old} on", 2.2, lambda r: r + gap * (r >= old))
         yield counted(f"off by {gap:+d} at {old} from the first", 2, lambda r: r + gap * (r == old))
     if by:
         half = (int(r.max()) + 1) // 2
@@ -250,7 +250,7 @@ def _in_grid(segment: Segment, x: np.ndarray, y: np.ndarray) -> Iterator[Change]
         return own + gap * chosen.ravel()
 
     said = " ".join(f"{span.within} alone" if span.alone else span.within for _, span in places)
-    yield Change(f"off by {gap:+d} {said}", 1 + sum(span.size for _, span in places), call)
+    yield Change(f"off by {gap:+d} {said}", 0.9 + sum(span.size for _, span in places), call)
 
 
 def _read_in(view: View, segment: Segment, axis: int, order: tuple[int, ...], by: int) -> np.ndarray | None:
@@ -286,8 +286,9 @@ def _factors() -> tuple[Fraction, ...]:
     return tuple(sorted(found, key=lambda f: (f.denominator, f.numerator)))
 
 
-def _scaled(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[str, Rule]]:
-    """Factors, with what is done to what is no integer."""
+def _scaled(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[str, float, Rule]]:
+    """Factors, with what is done to what is no integer. What has to be rounded is no law of so few integers that some
+    factor is always found for them: it takes more to say."""
     far = int(np.abs(x).argmax())
     if not x[far]:
         return
@@ -297,21 +298,16 @@ def _scaled(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[str, Rule]]:
             continue
         p, q = factor.numerator, factor.denominator
         said = f"{p}" if q == 1 else f"{p}/{q}"
-        down = lambda x, p=p, q=q: x * p // q  # noqa: E731
-        if np.array_equal(down(x), y):
-            yield f"{said} times as large" + ("" if q == 1 else ", rounded down"), down
-            return
-        if q == 1:
-            continue
-        up = lambda x, p=p, q=q: -(-x * p // q)  # noqa: E731
-        if np.array_equal(up(x), y):
-            yield f"{said} times as large, rounded up", up
-            return
-        nearest = lambda x, p=p, q=q: np.round(x * (p / q)).astype(np.int64)  # noqa: E731
-        if np.array_equal(nearest(x), y):
-            yield f"{said} times as large, rounded", nearest
-            return
+        for words, size, rule in (
+            ("" if q == 1 else ", rounded down", 0 if p == 1 else FITTED, lambda x, p=p, q=q: x * p // q),
+            (", rounded up", FITTED, lambda x, p=p, q=q: -(-x * p // q)),
+            (", rounded", FITTED, lambda x, p=p, q=q: np.round(x * (p / q)).astype(np.int64)),
+        ):
+            if np.array_equal(rule(x), y):
+                whole = not (x * p % q).any()
+                yield f"{said} times as large{words}", 0 if whole else size, rule
+                return
     for k in (2, 3, 4, 8, 14, 16, 28, 32, 64):
         if np.array_equal(x // k * k, y):
-            yield f"rounded down to multiples of {k}", lambda x, k=k: x // k * k
+            yield f"rounded down to multiples of {k}", 0, lambda x, k=k: x // k * k
             return

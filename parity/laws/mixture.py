@@ -17,8 +17,12 @@ LEFT = 0.05
 WORTH_ANOTHER = 0.2
 # Values that a fit looks at.
 MOST = 200_000
+# A slice that is off by less than this part of what the whole is off by may be so by rounding alone.
+APART = 0.05
 # Indices along an axis that are told one by one.
 LISTED = 4
+# What float32 sums in another order differ by where nothing is known of it.
+NOISE = 4e-7
 
 
 @dataclass(frozen=True)
@@ -69,19 +73,20 @@ def where(component: Component, got: np.ndarray) -> list[Where]:
     """The parts in which a result differs, all of it first, then the smallest description."""
     own = component.own.astype(np.float64)
     residual = got - own
-    norm = np.linalg.norm(own)
-    relative = component.rounding / norm if norm else 0.0
-    found = []
-    for number, (shape, axes) in enumerate(seen(component)):
-        chosen = []
-        for axis, name in enumerate(axes):
-            slices = beyond(residual.reshape(shape), own.reshape(shape), axis, relative)
-            chosen += [span for span in spans(name, slices)[:1] if span.size <= LISTED]
-        if chosen:
-            found.append(Where(tuple(chosen), axes, bool(number)))
+    fine, found = relative(component), []
+    # What is rounded in other places may stand out a little where something else is far off.
+    coarse = max(fine, APART * float(np.linalg.norm(residual)) / (float(np.linalg.norm(own)) or 1.0))
+    for level in (fine, coarse):
+        for number, (shape, axes) in enumerate(seen(component)):
+            chosen = []
+            for axis, name in enumerate(axes):
+                slices = beyond(residual.reshape(shape), own.reshape(shape), axis, level)
+                chosen += [span for span in spans(name, slices)[:1] if span.size <= LISTED]
+            if chosen and Where(tuple(chosen), axes, bool(number)) not in found:
+                found.append(Where(tuple(chosen), axes, bool(number)))
     # Of two ways to say the same the grid's words are the plainer ones.
     found.sort(key=lambda part: (part.size, not part.grid))
-    return [Where(), *found[:2]]
+    return [Where(), *found[:4]]
 
 
 def enough(component: Component, got: np.ndarray, value: np.ndarray | None) -> bool:
@@ -177,6 +182,13 @@ def rounded_as(own: np.ndarray, value: np.ndarray) -> np.ndarray:
 def grain(own: np.ndarray) -> float:
     """How far a value of a result may be from what it stands for, relative to it."""
     return 2.0**-9 if is_bfloat16(own) else 2.0**-24
+
+
+def relative(component: Component) -> float:
+    """What rounding makes of a component's result, relative to its norm; all values of a slice may be off by their
+    grain."""
+    norm = float(np.linalg.norm(component.own.astype(np.float64)))
+    return max(component.rounding / norm if norm else 0.0, grain(component.own), NOISE)
 
 
 def put(own: np.ndarray, chosen: np.ndarray | None, value: np.ndarray | None) -> np.ndarray | None:

@@ -9,6 +9,7 @@ import numpy as np
 from parity.laws.base import Component, Curves, Law
 from parity.laws.change import of_values, times
 from parity.laws.fit import Fit
+from parity.laws.mixture import NOISE, relative
 from parity.laws.numbers import norm_of, plainest
 from parity.laws.reordered import orders
 from parity.laws.rounding import formats
@@ -22,8 +23,6 @@ MOST = 0.6
 FEWEST = 4
 # From so many values it is read what is done to each; from so many of each slice what is done to that.
 SAMPLED, SLICED = 16384, 256
-# What float32 sums in another order differ by where nothing is known of it.
-NOISE = 4e-7
 Change = Callable[[np.ndarray], np.ndarray]
 
 
@@ -75,12 +74,6 @@ def _sampled(own: np.ndarray, got: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return own, got
     places = np.random.default_rng(0).integers(0, own.size, SAMPLED)
     return own[places], got[places]
-
-
-def relative(component: Component) -> float:
-    """What rounding makes of a component's result, relative to its norm."""
-    norm = norm_of(component.own)
-    return max(component.rounding / norm if norm else 0.0, NOISE)
 
 
 def changed(where: Sequence[Span], says: str, size: float, change: Change, what: str = "the result") -> Law:

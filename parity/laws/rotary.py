@@ -10,7 +10,7 @@ import numpy as np
 
 from parity.laws.angles import Read, read_positions, read_speeds
 from parity.laws.base import Component, Curves, Law
-from parity.laws.numbers import listed, snapped, told
+from parity.laws.numbers import least, listed, snapped, told
 from parity.laws.positions import told_positions
 from parity.laws.rounding import rounded_to
 from parity.laws.support import Span, affected, span_of, spans
@@ -19,6 +19,7 @@ from parity.laws.turning import (
     Turn,
     applied,
     as_pairs,
+    beside,
     read_at,
     turn_of,
     turned_in_part,
@@ -41,7 +42,7 @@ def rotary(component: Component, got: np.ndarray) -> Iterator[Law]:
     residual = float(np.linalg.norm(difference))
     if residual <= max(component.rounding, 1e-7 * float(np.linalg.norm(turn.z))):
         return
-    target = turn.turned + difference
+    target = as_pairs(got - beside(component, turn))
     rows, heads, pairs = (affected(difference, axis, component.rounding) for axis in range(3))
     # A table that is made anew is rounded anew.
     rounding = max(component.rounding, 3e-7 * float(np.linalg.norm(target)))
@@ -94,6 +95,9 @@ class _Fit:
         """A change as a law where it holds: everywhere, or only where something differs; and what it leaves."""
         best: tuple[float, Law] | None = None
         for held, words in self._supports():
+            if 2 in held and sentence.startswith("theta"):
+                # All frequencies are made of it.
+                continue
             limited = _restricted(change, held, self.target.shape)
             new = limited(self.turn)
             if new is None:
@@ -109,6 +113,9 @@ class _Fit:
     def _supports(self) -> Iterator[tuple[dict[int, Span], str]]:
         yield {}, ""
         sides = {1: ("head", self.heads), 2: ("frequency", self.pairs), 0: ("token", self.rows)}
+        if self.pairs.sum() > 1 and (slow := span_of("frequency", np.maximum.accumulate(self.pairs))):
+            # Those that hardly turn hardly show it.
+            yield {2: slow}, slow.told
         limited = {axis: span for axis, side in sides.items() if (span := span_of(*side))}
         for axis, span in limited.items():
             yield {axis: span}, span.told
@@ -263,6 +270,8 @@ def _some(fit: _Fit, read: Read, speeds: np.ndarray, figure: Curves) -> Iterator
     """Some frequencies by themselves are others."""
     turn, own = fit.turn, fit.turn.frequencies
     allowed = 0.25 * fit.enough**2 / len(own)
+    # What is left by numbers that are not known better.
+    more = 1 + min(0.1, 8 / turn.z[:, :, 0].size)
 
     def left(i: int, ratio: float) -> float:
         angles = ratio * own[i] * turn.positions[:, i]
@@ -272,8 +281,20 @@ def _some(fit: _Fit, read: Read, speeds: np.ndarray, figure: Curves) -> Iterator
     for i in np.flatnonzero(fit.pairs):
         value = float(speeds[i] / own[i])
         best = left(i, value)
-        if left(i, 1.0) > max(allowed, 1.1 * best):
-            factors[i] = snapped(value, lambda number, i=i, best=best: left(i, number) <= max(allowed, 1.1 * best))
+        if left(i, 1.0) > max(allowed, more * best):
+            factors[i] = snapped(value, lambda number, i=i, best=best: left(i, number) <= max(allowed, more * best))
+    for start in np.flatnonzero(factors != 1):
+        # Of those that hardly turn each by itself says little of how fast.
+        slow, each = range(start, len(own)), sum(left(i, factors[i]) for i in range(start, len(own)))
+
+        def together(ratio: float, slow: range = slow) -> float:
+            return sum(left(i, ratio) for i in slow)
+
+        ratio = least(together, np.linspace(0, 2, 41))
+        enough = max(allowed * len(slow), more * each)
+        if len(slow) > 1 and together(ratio) <= enough:
+            factors[start:] = snapped(ratio, lambda number, of=together, most=enough: of(number) <= most)
+            break
     changed = factors != 1
     if not changed.any() or len(np.unique(factors[changed])) > max(len(own) // 2, 1) or np.abs(factors).max() > FASTEST:
         return

@@ -180,6 +180,14 @@ def sum_of_parts(component: Component, got: np.ndarray) -> Iterator[Law]:
                 other.own, part.mask(other), np.zeros(1)))  # fmt: skip
             yield zero
             continue
+        for words, change in ANEW.items():
+            law = Law(part.says(f"{what} {words}"), 1 + part.size, lambda other, part=part, change=change: _anew(
+                other, part, change))  # fmt: skip
+            if enough(component, got, law.apply(component)):
+                yield law
+                seen.add("")
+        if "" in seen:
+            return
         inside = {name: term[chosen] for name, term in terms.items()}
         for factors, off in mixed(got[chosen].astype(np.float64), inside, component.rounding, most=3):
             words, plain = spelled(factors, off)
@@ -194,6 +202,24 @@ def sum_of_parts(component: Component, got: np.ndarray) -> Iterator[Law]:
             if enough(component, got, law.apply(component)):
                 seen.add(words)
                 yield law
+
+
+ANEW: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "is brought to mean 0 and deviation 1": lambda x: (x - x.mean()) / x.std(),
+    "is brought to mean 0": lambda x: x - x.mean(),
+    "is brought to deviation 1": lambda x: x / x.std(),
+    "is brought to a mean square of 1": lambda x: x / np.sqrt(np.mean(x * x)),
+}
+"""What numbers are made by that all values have a part in."""
+
+
+def _anew(other: Component, part: Where, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray | None:
+    chosen = part.mask(other)
+    if chosen is None or not chosen.any():
+        return None
+    values = other.own.astype(np.float64)
+    values[chosen] = change(values[chosen])
+    return put(other.own, chosen, values)
 
 
 def _words(words: str, what: str, plain: dict[str, float]) -> str:

@@ -1,11 +1,12 @@
 """What attention computes instead: other keys and values, and scores that one number changes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from parity.laws.attending import Change, Scene
+from parity.laws.rounding import rounded_to
 
 Family = Callable[[np.ndarray], Change]
 """The change that a number makes; given [h, 1, 1], a number for each head."""
@@ -20,20 +21,20 @@ def _turn(x: np.ndarray, table: np.ndarray) -> np.ndarray:
 def angled(c: np.ndarray, pair: int | None = None) -> Change:
     """Queries and keys turned by c times the angle that they were turned by, in all pairs or in one."""
 
-    def change(scene: Scene) -> np.ndarray | None:
+    def change(scene: Scene) -> Scene | None:
         angles = scene.facts.get("angles")
         if angles is None or (pair is not None and pair >= angles.shape[1]):
             return None
         more = np.exp(1j * (c - 1) * angles)
         if pair is not None:
             more = np.where(np.arange(angles.shape[1]) == pair, more, 1)
-        return replace(scene, q=_turn(scene.q, more[..., scene.places, :]), k=_turn(scene.k, more)).attended()
+        return replace(scene, q=_turn(scene.q, more[..., scene.places, :]), k=_turn(scene.k, more))
 
     return change
 
 
 def of_another(name: str, use_k: int, use_v: int) -> Change:
-    def change(scene: Scene) -> np.ndarray | None:
+    def change(scene: Scene) -> Scene | None:
         other = scene.facts.get("others", {}).get(name)
         if other is None:
             return None
@@ -41,45 +42,43 @@ def of_another(name: str, use_k: int, use_v: int) -> Change:
         if len(k) != len(scene.k) or (not (use_k and use_v) and k.shape[1] != scene.k.shape[1]):
             return None
         mask = other[2][scene.rows]
-        return replace(scene, k=k if use_k else scene.k, v=v if use_v else scene.v, mask=mask).attended()
+        return replace(scene, k=k if use_k else scene.k, v=v if use_v else scene.v, mask=mask)
 
     return change
 
 
 def rotated(what: str, part: str, sign: int) -> Change:
-    def change(scene: Scene) -> np.ndarray | None:
+    def change(scene: Scene) -> Scene | None:
         cos, sin = scene.facts.get("cos"), scene.facts.get("sin")
         if cos is None:
             return None
         table = cos.astype(np.float64) + 1j * sign * sin
         if what == "queries":
-            return replace(scene, q=_turn(scene.q, table[scene.places])).attended()
+            return replace(scene, q=_turn(scene.q, table[scene.places]))
         first = int(scene.facts["places"].min())
         own = np.arange(len(table)) >= first
         table = np.where((own if "of this" in part else ~own if part else np.ones_like(own))[:, None], table, 1)
         turned = {"values": {"v": scene.v}, "keys": {"k": scene.k}}[what]
-        return replace(scene, **{name: _turn(x, table) for name, x in turned.items()}).attended()
+        return replace(scene, **{name: _turn(x, table) for name, x in turned.items()})
 
     return change
 
 
 def rolled(step: int, use_k: int, use_v: int, own: bool = False) -> Change:
-    def change(scene: Scene) -> np.ndarray:
+    def change(scene: Scene) -> Scene:
         count, first = scene.k.shape[1], int(scene.facts["places"].min()) if own else 0
         order = np.concatenate([np.arange(first), np.roll(np.arange(first, count), step)])
-        return replace(
-            scene, k=scene.k[:, order] if use_k else scene.k, v=scene.v[:, order] if use_v else scene.v
-        ).attended()
+        return replace(scene, k=scene.k[:, order] if use_k else scene.k, v=scene.v[:, order] if use_v else scene.v)
 
     return change
 
 
 def of_key_heads(order: np.ndarray, use_k: int, use_v: int) -> Change:
-    def change(scene: Scene) -> np.ndarray | None:
+    def change(scene: Scene) -> Scene | None:
         if len(order) != len(scene.k):
             return None
         which = order * scene.group
-        return replace(scene, k=scene.k[which] if use_k else scene.k, v=scene.v[which] if use_v else scene.v).attended()
+        return replace(scene, k=scene.k[which] if use_k else scene.k, v=scene.v[which] if use_v else scene.v)
 
     return change
 
@@ -142,14 +141,89 @@ def without_last(c: np.ndarray) -> Change:
     return _hidden(lambda scene, key: np.broadcast_to(key >= scene.mask.shape[1] - c, scene.mask.shape))
 
 
-def _hidden(which: Callable[[Scene, np.ndarray], np.ndarray]) -> Change:
-    def change(scene: Scene) -> np.ndarray:
-        mask = scene.mask & ~which(scene, np.arange(scene.mask.shape[1]))
-        return replace(scene, mask=np.where(mask.any(-1, keepdims=True), mask, scene.mask)).attended()
+def narrowed(scene: Scene, dtype: str, stages: Sequence[str]) -> np.ndarray:
+    """Attention of which some stages are rounded."""
+    parts = {name[0]: rounded_to(dtype, getattr(scene, name[0])) for name in stages if hasattr(scene, name[0])}
+    scene = replace(scene, **parts)
+    scores = rounded_to(dtype, scene.scores) if "scores" in stages else scene.scores
+    weights = scene.weights(scores)
+    return (rounded_to(dtype, weights) if "weights" in stages else weights) @ scene.v
+
+
+def softmax_in(scene: Scene, dtype: str) -> np.ndarray:
+    """Attention whose softmax rounds every operation, its sum key by key."""
+
+    def narrow(x: np.ndarray) -> np.ndarray:
+        return rounded_to(dtype, x)
+
+    scores = np.where(scene.mask, narrow(scene.scores), -np.inf)
+    top = scores.max(-1, keepdims=True)
+    powers = np.exp(narrow(np.where(scene.mask, scores - np.where(np.isfinite(top), top, 0), -np.inf)))
+    powers, total = narrow(powers), np.zeros((*powers.shape[:2], 1))
+    for key in range(powers.shape[2]):
+        total = narrow(total + powers[:, :, key, None])
+    return narrow(powers * narrow(1 / np.maximum(total, 1e-30))) @ scene.v
+
+
+def with_heads(count: int) -> Change:
+    """As many heads as that, each of its part of the channels."""
+
+    def change(scene: Scene) -> np.ndarray | None:
+        heads, _, size = scene.q.shape
+        if scene.group > 1 or heads == count or heads * size % count or scene.v.shape[2] != size:
+            return None
+
+        def split(x: np.ndarray, into: int) -> np.ndarray:
+            rows = x.swapaxes(0, 1).reshape(x.shape[1], into, -1)
+            return rows.swapaxes(0, 1)
+
+        scale = scene.scale * (count / heads) ** 0.5
+        parts = {name: split(getattr(scene, name), count) for name in "qkv"}
+        return split(replace(scene, scale=scale, **parts).attended(), heads)
 
     return change
 
 
+def padded(side: int, cached: bool) -> Change:
+    """Keys and values of 0 up to a whole number of blocks, of all keys or of those before this pass: they add exp(0)
+    each to what weights are divided by."""
+
+    def change(scene: Scene) -> np.ndarray:
+        keys = int(scene.facts.get("places", scene.places).min()) if cached else scene.mask.shape[1]
+        return sink(np.log(-keys % side))(scene) if -keys % side else scene.attended()
+
+    return change
+
+
+def by_keys(number: float, scene: Scene) -> Iterator[tuple[str, Change]]:
+    """Scores times a number that is made of how many keys there are, with another that people write."""
+    for name, of, back in COUNTED:
+        base = back(of(scene.mask.shape[1]) / number) if number > 0 else 0.0
+        if not 8 <= base < 1e7:
+            continue
+        for written in dict.fromkeys((2 ** round(np.log2(base)), round(float(f"{base:.0e}")), round(base))):
+            words = f"{name.format('number of keys')} / {name.format(written)}"
+            yield words, lambda scene, of=of, written=written: (
+                scaled(np.float64(of(scene.mask.shape[1]) / of(written)))(scene))  # fmt: skip
+
+
+def _hidden(which: Callable[[Scene, np.ndarray], np.ndarray]) -> Change:
+    def change(scene: Scene) -> Scene:
+        mask = scene.mask & ~which(scene, np.arange(scene.mask.shape[1]))
+        return replace(scene, mask=np.where(mask.any(-1, keepdims=True), mask, scene.mask))
+
+    return change
+
+
+STAGES = (("scores",), ("weights",), ("values",), ("keys",), ("queries",), ("scores", "weights"), ("queries", "keys"),
+          ("queries", "keys", "values"), ("queries", "keys", "scores", "weights"))  # fmt: skip
+"""What may be rounded together."""
+BLOCKS = (8, 16, 32, 64, 128, 256)
+COUNTED = (
+    ("ln({})", np.log, lambda x: np.exp(min(x, 99.0))),
+    ("sqrt({})", np.sqrt, np.square),
+)
+"""What is made of a number of keys, in words, and its inverse."""
 _LOG = np.geomspace(1 / 64, 64, 25)
 
 
@@ -158,7 +232,8 @@ _COUNTS = np.array([*range(1, 17), 20, 24, 31, 32, 40, 47, 48, 50, 63, 64, 96, 9
 
 FAMILIES: tuple[tuple[str, Family, np.ndarray, bool, float | None], ...] = (
     ("what is attended is {} times as large", larger, np.array([-1, 0, 0.5, 1, 1.5, 2, 4]), True, 1),
-    ("scores are {} times as large", scaled, np.concatenate([-_LOG[4:-4:4], [0.0], _LOG]), True, 1),
+    ("scores are {} times as large", scaled, np.concatenate([-_LOG[4:-4:4], [0.0], _LOG, np.geomspace(0.55, 1.8, 13)]),
+     True, 1),
     ("scores are capped at {} by tanh", capped, np.geomspace(0.1, 128, 22), True, None),
     ("scores are clipped to +-{}", clipped, np.geomspace(0.1, 64, 22), True, None),
     ("scores are at most {}", limited_above, np.linspace(-2, 16, 19), True, None),

@@ -39,12 +39,12 @@ def seen(fit: "Fit") -> Iterator[Found]:
 def counted(counts: Counts) -> Change:
     """Attention in which keys count so often; a query that would see nothing sees what it should."""
 
-    def change(scene: Scene) -> np.ndarray | None:
+    def change(scene: Scene) -> Scene | None:
         times = counts(scene)
         if times is None:
             return None
         times = np.where((times > 0).any(-1, keepdims=True), times, scene.mask)
-        return replace(scene, mask=times > 0, counts=times).attended()
+        return replace(scene, mask=times > 0, counts=times)
 
     return change
 
@@ -298,7 +298,7 @@ def _values(fit: "Fit") -> Iterator[Found]:
 
 
 def _with_values(like: Callable[[Scene], np.ndarray], factor: float) -> Change:
-    def change(scene: Scene) -> np.ndarray:
-        return replace(scene, v=scene.v * np.where(like(scene), factor, 1.0)[:, None]).attended()
+    def change(scene: Scene) -> Scene:
+        return replace(scene, v=scene.v * np.where(like(scene), factor, 1.0)[:, None])
 
     return change

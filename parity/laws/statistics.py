@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from parity.laws.base import Component, Law
-from parity.laws.mixture import comparable, enough
+from parity.laws.convolution import Reading, reading_of
+from parity.laws.mixture import comparable, enough, rounded_as
 from parity.laws.numbers import listed, plainest
+from parity.laws.patches import all_places, convolved, laid_out, taken
 
 Known = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Means and deviations by whose they are."""
@@ -140,3 +142,47 @@ def normalised(component: Component, got: np.ndarray) -> Iterator[Law]:
 
     if enough(component, got, apply(component)):
         yield Law(f"of {component.facts.get('what', 'the result')} {found.words}", found.size, apply)
+
+
+def brought_back(component: Component, got: np.ndarray) -> Iterator[Law]:
+    """A convolution of x that was made with facts statistics, mean and deviation [in], of which one channel's are
+    others."""
+    known, reading = component.facts.get("statistics"), reading_of(component)
+    if known is None or reading is None or not comparable(component, got):
+        return
+    mean, deviation = (np.asarray(values, np.float64) for values in known)
+    places = all_places(got.shape)
+    target = taken(got.astype(np.float64) - component.own, places)
+
+    def parts(other: Reading, channel: int, at: np.ndarray) -> list[np.ndarray]:
+        """What a channel makes of the result, and what it would where it is 1."""
+        x, weight = other.x[[channel]], other.weight[:, [channel]]
+        return [convolved(values, weight, other.geometry, at) for values in (x, np.ones_like(x))]
+
+    fits = []
+    for channel in range(len(mean)):
+        columns = np.stack([part.ravel() for part in parts(reading, channel, places)], 1)
+        factors = np.linalg.lstsq(columns, target.ravel(), rcond=1e-9)[0]
+        fits.append((float(np.linalg.norm(columns @ factors - target.ravel())), channel, factors, columns))
+    left, channel, (more, by), columns = min(fits, key=lambda fit: fit[0])
+    noise = max(left, 1e-6 * float(np.linalg.norm(target))) / target.size**0.5
+    near = 3 * noise / np.linalg.norm(columns, axis=0)
+    scale, said = plainest(float(deviation[channel] * (1 + more)), float(near[0] * deviation[channel]))
+    level, also = plainest(float((1 + more) * mean[channel] + by), float(near[1] + near[0] * abs(mean[channel])))
+    words = [f"the deviation of channel {channel} alone is {said}"] if abs(more) > near[0] else []
+    if abs(level - mean[channel]) > near[1] + near[0] * abs(mean[channel]):
+        words.append(f"the mean of channel {channel} alone is {also}")
+    else:
+        level = float(mean[channel])
+    ratio = scale / deviation[channel] if abs(more) > near[0] else 1.0
+
+    def apply(other: Component) -> np.ndarray | None:
+        seen = reading_of(other)
+        if seen is None or "statistics" not in other.facts:
+            return None
+        one, ones = parts(seen, channel, all_places(other.own.shape))
+        change = (ratio - 1) * one + (level - ratio * mean[channel]) * ones
+        return rounded_as(other.own, other.own + laid_out(change, other.own.shape)).astype(np.float32)
+
+    if words and enough(component, got, apply(component)):
+        yield Law(f"of the latents {' and '.join(words)}", 2.0 * len(words), apply)

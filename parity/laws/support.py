@@ -11,6 +11,8 @@ from parity.laws.numbers import listed, ordinal
 
 # Of more indices than this only the number is said.
 LISTED = 6
+# How many indices a kernel may take at once.
+BLOCKS = (4, 8, 16, 32, 64)
 # A slice counts as touched where it is off by so many times what rounding may do to it.
 BEYOND = 4.0
 
@@ -71,6 +73,7 @@ def spans(axis: str, chosen: np.ndarray) -> list[Span]:
         ways = [Span(axis, f"{axis} {first}", True, 1, _where(lambda i, n: i == first))]
         if first == count - 1 and count > 1:
             ways.append(Span(axis, f"the last {axis}", True, 1, _where(lambda i, n: i == n - 1)))
+            ways += _behind_blocks(axis, first, count)
         return ways
     many = plural(axis)
     if last - first + 1 == len(places):
@@ -80,7 +83,8 @@ def spans(axis: str, chosen: np.ndarray) -> list[Span]:
                 ways.append(Span(axis, f"all {many} but the last", False, 1, _where(lambda i, n: i < n - 1)))
             return ways
         if last == count - 1:
-            return [Span(axis, f"from {axis} {first} on", False, 1, _where(lambda i, n: i >= first))]
+            ways = [Span(axis, f"from {axis} {first} on", False, 1, _where(lambda i, n: i >= first))]
+            return [*ways, *_behind_blocks(axis, first, count)]
         words = f"{many} {first} {'and' if last == first + 1 else 'to'} {last}"
         return [Span(axis, words, False, 2, _where(lambda i, n: (first <= i) & (i <= last)))]
     steps = set(np.diff(places).tolist())
@@ -104,6 +108,15 @@ def spans(axis: str, chosen: np.ndarray) -> list[Span]:
     if len(places) > LISTED:
         words = f"{len(places)} of {count} {many}"
     return [Span(axis, words, False, len(places), lambda n: np.isin(np.arange(n), places))]
+
+
+def _behind_blocks(axis: str, first: int, count: int) -> list[Span]:
+    """What is left over behind whole blocks, which is elsewhere at another length."""
+    return [
+        Span(axis, f"{plural(axis)} behind the last whole {k}", False, 1.5, _where(
+            lambda i, n, k=k: (i >= n // k * k) & (n >= k)))
+        for k in BLOCKS if first and first % k == 0 and count - first < k
+    ]  # fmt: skip
 
 
 def _where(test: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[int], np.ndarray]:

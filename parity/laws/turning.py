@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parity.laws.base import Component, Law
-from parity.laws.mixture import is_bfloat16
+from parity.laws.mixture import is_bfloat16, rounded_as
 from parity.laws.rounding import bfloat16, rounded_to
 
 # What a law without a number may leave of the residual.
@@ -48,17 +48,22 @@ Change = Callable[[Turn], np.ndarray | None]
 
 
 def applied(change: Change) -> Callable[[Component], np.ndarray | None]:
-    """A change as what a law computes: the difference that it makes is added to what is there."""
+    """A change as what a law computes, rounded as what is there."""
 
     def apply(component: Component) -> np.ndarray | None:
         turn = turn_of(component)
         new = None if turn is None else change(turn)
         if new is None:
             return None
-        difference = new - turn.turned
-        return (component.own + np.concatenate([difference.real, difference.imag], -1)).astype(np.float32)
+        result = np.concatenate([new.real, new.imag], -1) + beside(component, turn)
+        return rounded_as(component.own, result).astype(np.float32)
 
     return apply
+
+
+def beside(component: Component, turn: Turn) -> np.ndarray:
+    """What is there beside the rotation as it is rounded: nothing where no other law is beneath."""
+    return component.own - rounded_as(component.own, np.concatenate([turn.turned.real, turn.turned.imag], -1))
 
 
 def turn_of(component: Component) -> Turn | None:

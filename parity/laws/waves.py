@@ -8,8 +8,9 @@ import numpy as np
 
 from parity.laws.base import Component, Law
 from parity.laws.integers import Change, View, changes
-from parity.laws.mixture import comparable, enough
+from parity.laws.mixture import comparable, enough, rounded_as
 from parity.laws.numbers import plainest
+from parity.laws.rounding import DTYPES, rounded_to
 from parity.laws.segments import TEXT, Segment
 
 
@@ -22,6 +23,7 @@ class Waves:
         scale, offset: what the numbers are multiplied by, and what is added then.
         less: what is taken off the number of frequencies where they are spaced.
         order: "sines first", "cosines first", "sines and cosines alternate" or "cosines and sines alternate".
+        angles: the dtype that they are rounded to.
     """
 
     period: float
@@ -29,12 +31,14 @@ class Waves:
     scale: float = 1.0
     offset: float = 0.0
     less: float = 0.0
+    angles: str = "float32"
 
     def of(self, numbers: np.ndarray, width: int) -> np.ndarray:
         """Numbers [n] as float64 [n, width]."""
         half = width // 2
         frequencies = self.period ** (-np.arange(half) / max(half - self.less, 1e-9))
         angles = (numbers[:, None] * self.scale + self.offset) * frequencies
+        angles = angles if self.angles == "float32" else rounded_to(self.angles, angles)
         sines, cosines = np.sin(angles), np.cos(angles)
         first, second = (sines, cosines) if self.order.startswith("sines") else (cosines, sines)
         if self.order.endswith("alternate"):
@@ -55,6 +59,8 @@ class Waves:
             words.append(f"{what} {are} off by {self.offset:+.4g}")
         if self.less != other.less:
             words.append(f"frequencies are spaced by their number less {self.less:g}")
+        if self.angles != other.angles:
+            words.append(f"angles are {self.angles}")
         # A spacing is chosen, a period is read.
         return " and ".join(words), len(words) + 0.1 * (self.period != other.period)
 
@@ -95,7 +101,7 @@ def sinusoids(component: Component, got: np.ndarray) -> Iterator[Law]:
         for axis, _, _, make in found:
             start, stop = edges[axis]
             new[:, start:stop] = make(seen, axis, stop - start)
-        return new.astype(np.float32)
+        return rounded_as(other.own, new).astype(np.float32)
 
     size = found[0][2] if same else sum(size for _, _, size, _ in found)
     law = Law(said, size + (0 if same else 0.5), apply)
@@ -244,8 +250,9 @@ def waves_through_layers(component: Component, got: np.ndarray) -> Iterator[Law]
     for order in ORDERS:
         one = replace(right, order=order)
         consider(one, 1)
-        numbers_changed = [{"period": p} for p in PERIODS] + [{"scale": s} for s in SCALES]
-        for change in (*numbers_changed, {"less": 1.0}, {"less": -1.0}, {"scale": -1.0, "offset": 1.0}):
+        changes = [{"period": p} for p in PERIODS] + [{"scale": s} for s in SCALES]
+        changes += [{"angles": dtype} for dtype in DTYPES]
+        for change in (*changes, {"less": 1.0}, {"less": -1.0}, {"scale": -1.0, "offset": 1.0}):
             consider(replace(one, **change), 1 + (order != right.order) + 0.5 * (len(change) > 1))
     for source in component.facts.get("times", {}):
         consider(right, 1, source=source)

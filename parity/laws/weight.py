@@ -7,6 +7,7 @@ import numpy as np
 from parity.laws.base import Component, Law
 from parity.laws.change import Change, changes
 from parity.laws.fit import Fit, checked
+from parity.laws.mixture import grain, is_bfloat16, rounded_as
 from parity.laws.rounding import by_rows, grids, to_format
 
 AXES = ("channel",), ("output", "input"), ("output", "input", "place"), ("output", "input", "row", "column")
@@ -37,7 +38,7 @@ def proposed(component: Component, fit: Fit) -> Iterator[Law]:
 
 def law_of(subject: str, change: Change, own: np.ndarray, got: np.ndarray) -> Law:
     """A change of a parameter as a law; what is held in bfloat16 is rounded to it again."""
-    narrow = all(np.array_equal(array, to_format(array, "bfloat16")) for array in (own, got))
+    narrow = is_bfloat16(own) and is_bfloat16(got)
 
     def apply(other: Component) -> np.ndarray | None:
         # Float32 times a float32: what was multiplied so comes out to the bit.
@@ -59,7 +60,8 @@ def low_rank(fit: Fit) -> Iterator[Change]:
     if fit.own.ndim < 2 or min(fit.own.shape) < 4:
         return
     off = (fit.got - fit.own).reshape(len(fit.own), -1)
-    found = factors(off, fit.slack)
+    # Each value of a sum is rounded as the parameter is.
+    found = factors(off, max(fit.slack, grain(fit.got) * float(np.linalg.norm(fit.got))))
     if found is None:
         return
     left, right = found
@@ -93,18 +95,19 @@ def factors(off: np.ndarray, slack: float) -> tuple[np.ndarray, np.ndarray] | No
 
 
 def quantized(fit: Fit) -> Iterator[Change]:
-    """Ways to quantize a matrix under which it comes out as it did, as far as its first rows tell."""
-    if fit.own.ndim != 2:
+    """Ways to quantize a matrix, or a kernel as one, under which it comes out as it did, as far as its first rows
+    tell."""
+    if fit.own.ndim < 2:
         return
-    own, got = fit.own, fit.got
+    own, got = (array.reshape(len(array), -1) for array in (fit.own, fit.got))
     touched = np.flatnonzero((own != got).any(1))
     rows = touched[: max(TRIED // own.shape[1], 1)]
     for words, size, rounded in grids(own.shape[1]):
         if not by_rows(words) and own.size > WHOLE:
             continue
         tried = rounded(own[rows]) if by_rows(words) else rounded(own)[rows]
-        if Fit(own[rows], got[rows], fit.rounding).holds(tried):
-            yield Change(f" {words}", size, rounded)
+        if Fit(own[rows], got[rows], fit.rounding).holds(rounded_as(got, tried)):
+            yield Change(f" {words}", size, lambda x, of=rounded: of(x.reshape(len(x), -1)).reshape(x.shape))
 
 
 def _flips(own: np.ndarray) -> Iterator[Change]:

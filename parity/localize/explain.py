@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from parity.hypotheses import Hypothesis, attempt, unpatched
 from parity.hypotheses.tap_probe import TapProbe
 from parity.laws import Law, fitted
 from parity.localize.findings import EXPLAINS, Explanation
+from parity.localize.part_of_rows import in_some_tokens
 from parity.tensors.rounding import ULP
 
 # As many causes may meet in one place.
@@ -30,6 +32,8 @@ ALIKE = 1.5
 # An explanation that removes so much computes what was computed, if not rounded in the same places: in bfloat16 right
 # ones were seen to leave up to 5 times what rounding may do.
 NEARLY, ROUNDED_ELSEWHERE = 0.95, 10
+# The part of whole numbers that may be off by one where they were rounded from what was computed otherwise.
+ONCE_IN = 0.01
 # What is read with more numbers than this describes what was computed, rather than why: it stands back behind any
 # cause that leaves nothing to explain.
 MANY = 32
@@ -38,6 +42,7 @@ _DESCRIPTION = re.compile(r"another (number|factor|function|matrix|vector|in \d+
 _DIGITS = 6
 
 
+_REMOVED: WeakKeyDictionary[TapProbe, dict[tuple[Hypothesis, ...], float | None]] = WeakKeyDictionary()
 Failed = dict[str, str]
 """What hypotheses raised other than DoesNotApply, in a line, by the hypothesis's name."""
 
@@ -78,13 +83,20 @@ def explain(
     if known:
         return _beyond(site, [h for h in about if h not in known], known, failed)
     tried = _by_merit(site, about, failed)
-    if tried:
-        # What was said beforehand says more than what is read, also where several of it meet.
-        causes = _caused(site, second, tried, failed, reads=False)
-        there = removed(second, causes.together, failed) if second is not None and causes.together else None
-        if causes.together and (causes.agrees or sum(causes.parts) >= 1 - 1e-9) and (there is None or there >= NEARLY):
+    # What was said beforehand says more than what is read, of some tokens alone or where several of it meet.
+    alone = [h for h, _ in tried] if not any(_agrees(site, share) for _, share in tried) else []
+    for likely in (_by_merit(site, _of_some_tokens(site, alone, failed), failed), tried):
+        if likely and _suffices(second, causes := _caused(site, second, likely, failed, reads=False), failed):
             return causes
     return _caused(site, second, _ordered(site, [*tried, *_by_merit(site, _read(site, [], failed), failed)]), failed)
+
+
+def _suffices(second: TapProbe | None, causes: Causes, failed: Failed) -> bool:
+    """Whether causes leave nothing to explain, and hold on a second input."""
+    if not causes.together or not (sum(causes.parts) >= 1 - 1e-9 if causes.parts else causes.agrees):
+        return False
+    there = removed(second, causes.together, failed) if second is not None else None
+    return there is None or there >= NEARLY
 
 
 def _caused(
@@ -124,10 +136,16 @@ def _by_merit(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) 
     return _ordered(site, [(h, r) for h in hypotheses if (r := removed(site, [h], failed)) is not None])
 
 
+def _of_some_tokens(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> list[Hypothesis]:
+    """Those that are true of some tokens alone."""
+    arrays = [(h, _attempted(site, [h], failed)) for h in hypotheses if not site.exact]
+    return [part for h, array in arrays if array is not None for part in in_some_tokens(site, h, array)]
+
+
 def _ordered(site: TapProbe, tried: Sequence[tuple[Hypothesis, float]]) -> list[tuple[Hypothesis, float]]:
     """First those that leave no more than rounding, or nearly as little as the best: of them the smallest before."""
     best = max((share for _, share in tried), default=0.0)
-    near = _alike(site, [(h, share, share) for h, share in tried], 1.0) if _agrees(site, best) else best
+    near = _alike(site, [(h, share, share) for h, share in tried], 1.0) if tried and _agrees(site, best) else best
     fits = [share >= near or _whole(site, share) for _, share in tried]
     merit = [(0, h.size, -r) if fit else (1, -r) for (h, r), fit in zip(tried, fits, strict=True)]
     return [tried[i] for i in sorted(range(len(tried)), key=merit.__getitem__)]
@@ -147,6 +165,8 @@ def _agrees(site: TapProbe, share: float) -> bool:
         return share >= 1 - 1e-9 or left <= _rounding(site)
     if site.allowed is None:
         return share >= NEARLY
+    if site.got.dtype.kind != "f" and share >= NEARLY and left <= (ONCE_IN * site.got.size) ** 0.5:
+        return True
     return left <= _norm(site.expected) * site.allowed * (ROUNDED_ELSEWHERE if share >= NEARLY else 1)
 
 
@@ -237,11 +257,18 @@ def removed(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) ->
     """The part of the residual norm that hypotheses remove.
 
     None where they do not apply or explain nothing, UNFIT where they make a sequence of another length. What they raise
-    is added to `failed`.
+    is added to `failed`. What was found of a site is kept for as long as that is.
     """
-    array = _attempted(site, hypotheses, failed)
-    if array is None:
-        return None
+    known, key = _REMOVED.setdefault(site, {}), tuple(hypotheses)
+    if key not in known:
+        array = _attempted(site, hypotheses, failed)
+        if array is None:
+            return None
+        known[key] = _removed_by(site, array)
+    return known[key]
+
+
+def _removed_by(site: TapProbe, array: np.ndarray) -> float | None:
     if array.shape != site.got.shape:
         # A sequence may still become as long under another hypothesis on top; what is computed may not.
         return 10 * UNFIT + _shared(site, array) if site.exact else None
@@ -296,7 +323,7 @@ def _ranked(
         # What was said beforehand does not hold where it does not apply; what was read may say nothing there.
         both = [(h, r, r + _there(h, r, s)) for h, r, s in finalists]
         near = _alike(site, both, 2.0) if both else 0.0
-        order = sorted(range(len(both)), key=lambda i: -min(both[i][2], near))
+        order = sorted(range(len(both)), key=lambda i: (-min(both[i][2], near), both[i][0].size))
         finalists = [finalists[i] for i in order]
     return [*finalists, *((h, r, None) for h, r in tried[FINALISTS:] if not h.size or second is None)]
 

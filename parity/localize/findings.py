@@ -137,6 +137,7 @@ class Finding:
         detail: one sentence with the first values that differ.
         allowed: the largest local error that agrees there; None where equality is asked for.
         part: where integers differ for several reasons, the part of them that this finding is about; else None.
+        rated: whether how often explanations were right was measured on components such as this one.
         support: where among the compared taps of its kind it holds, in words; None where it is everywhere, or unknown.
     """
 
@@ -155,6 +156,7 @@ class Finding:
     allowed: float | None = None
     part: float | None = None
     support: str | None = None
+    rated: bool = True
 
     @property
     def explained(self) -> bool:
@@ -171,7 +173,8 @@ class Finding:
     @property
     def record(self) -> Record | None:
         """How often explanations such as the first were right; None where there is none, or too few are known."""
-        return record_of(self.explanations[0].read, starred(self.component)) if self.explained else None
+        known = self.rated and self.explained
+        return record_of(self.explanations[0].read, starred(self.component)) if known else None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; what is not finite becomes null."""

@@ -16,7 +16,7 @@ _NUMBERED = ("step", "index", "chunk", "number")
 def holding(wrong: Sequence[TapName], compared: Sequence[TapName]) -> str | None:
     """Say where some taps of one kind lie among all that were compared; None where it is everywhere.
 
-    "in layers.1 only", "from step 2 on", "in the unconditional arm only".
+    "in layers.1 only", "from step 2 on".
     """
     names = {tap.name for tap in wrong}
     if all(tap.name in names for tap in compared):
@@ -39,6 +39,10 @@ def holding(wrong: Sequence[TapName], compared: Sequence[TapName]) -> str | None
 
 def _component(tap: TapName) -> Hashable:
     return tap.component
+
+
+def _arm(tap: TapName) -> Hashable:
+    return definition().arm_of(tap)
 
 
 def _part(tap: TapName) -> Hashable:
@@ -102,7 +106,7 @@ def _counted(name: str, all_of: Sequence[int], hit: set[int]) -> str:
 
 _SIDES: tuple[tuple[str, Callable[[TapName], Hashable], Callable], ...] = (
     ("component", _component, _components),
-    ("arm", lambda tap: tap.arm, _arms),
+    ("arm", _arm, _arms),
     ("part", _part, _parts),
     ("number", _number, _numbers),
 )

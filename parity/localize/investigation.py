@@ -302,7 +302,14 @@ class Investigation:
             (covered if whole or not causes.together else left).append((mismatch, site, causing))
         also = [mismatch.tap for mismatch, _, _ in covered]
         kind = STRUCTURE if first.got is None else EXACT
-        self._add(first.tap, kind, first.error, 0.0, causes, slices, place, also, first.detail)
+        # Where a cause would change what is right, it is so only elsewhere.
+        wrong = {mismatch.tap for mismatch in group}
+        right = [TapProbe(self.oracle, parse(name), array, array, exact) for name, array in self.exact.arrays.items()
+                 if causes.together and name not in wrong and _alike(name, first.tap)]  # fmt: skip
+        spared = [site.tap for site in right if removed(site, causes.together, failed) == 0]
+        told = [parse(name) for name in (first.tap, *also)]
+        support = holding(told, [*told, *spared])
+        self._add(first.tap, kind, first.error, 0.0, causes, slices, place, also, first.detail, support=support)
         for mismatch, site, causing in left:
             more = explain(site, None, self.hypotheses, causing) if site is not None else Causes((), 0.0, ())
             alone = explain(site, None, self.hypotheses) if site is not None and not more.together else more
@@ -361,6 +368,7 @@ class Investigation:
         also: Sequence[str],
         detail: str,
         allowed: float | None = None,
+        support: str | None = None,
     ) -> None:
         """Add a finding for every cause that meets in a place."""
         parsed = self.bundle.locate(tap)
@@ -377,6 +385,7 @@ class Investigation:
             also=also,
             detail=detail,
             allowed=allowed,
+            support=support,
             failed=tuple(causes.failed.items()),
         )
         if causes.parts:
@@ -527,6 +536,11 @@ def _sentence(name: str, difference: Difference) -> str:
         return f"{name} is equal"
     at = list(difference.at)
     return f"{name} is {difference.got:.7g} at {at} where it should be {difference.expected:.7g}"
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two arrays are the same thing of two guidance arms."""
+    return one.partition(".")[0] == other.partition(".")[0]
 
 
 def _kind(tap: TapError) -> str:

@@ -147,9 +147,13 @@ def floats_of(taps: Mapping[str, Tap | Sketch]) -> list[str]:
 
 
 class LevelTable:
-    """Errors of variants tap by tap, from which floors are made; arrays are not kept."""
+    """Errors of variants tap by tap, from which floors are made; arrays are not kept.
 
-    def __init__(self) -> None:
+    `kind` says which component a tap is of, whichever layer it is in.
+    """
+
+    def __init__(self, kind: Callable[[str], str] = component_kind) -> None:
+        self._kind = kind
         self._levels: dict[str, float] = {}
         # By component: squared errors of every recording in squared units of the last place, and how many elements.
         self._squares: dict[str, dict[int, float]] = {}
@@ -168,7 +172,7 @@ class LevelTable:
             if variant is not None and variant.draw and error:
                 self._draws.setdefault((name, variant.family), []).append(error)
             if wanted.dtype == "bfloat16":
-                kind = component_kind(name)
+                kind = self._kind(name)
                 unit = step_squares(wanted.array, "bfloat16").total
                 square = (error * float(np.linalg.norm(wanted.array.astype(np.float64)))) ** 2
                 sums = self._squares.setdefault(kind, {})
@@ -183,8 +187,8 @@ class LevelTable:
         spreads = self._spreads()
         return Floors(
             {name: self._levels[name] for name in known},
-            {name: flips[kind] if name in self._units.get(kind := component_kind(name), ()) else 0.0 for name in known},
-            {name: spreads.get(component_kind(name), 0.0) for name in known},
+            {name: flips[kind] if name in self._units.get(kind := self._kind(name), ()) else 0.0 for name in known},
+            {name: spreads.get(self._kind(name), 0.0) for name in known},
             variants,
             (machine(),),
         )  # fmt: skip
@@ -193,7 +197,7 @@ class LevelTable:
         found: dict[str, list[float]] = {}
         for (name, _), errors in self._draws.items():
             if len(errors) > 1:
-                found.setdefault(component_kind(name), []).append(float(np.log(errors).var(ddof=1)))
+                found.setdefault(self._kind(name), []).append(float(np.log(errors).var(ddof=1)))
         return {kind: float(np.mean(variances)) ** 0.5 for kind, variances in found.items()}
 
 

@@ -175,7 +175,7 @@ def _agreement(taps: Sequence[TapError], exact: Sequence[str]) -> str:
 
 
 def _beginning(finding: Finding) -> str:
-    verb = "are" if re.search(r"(?<!s)s$", finding.component) else "is"
+    verb = "are" if re.search(r"^[^.]*(?<!s)s$", finding.component) else "is"
     if finding.kind == EXACT:
         what = finding.component
         if finding.tap.startswith("weights/"):

@@ -127,7 +127,7 @@ def test_the_command_makes_batches_of_the_size_that_is_asked_for(invoke, checkpo
     monkeypatch.chdir(tmp_path)
     sizes, original = [], cli_drawing.draw
     monkeypatch.setattr(cli_drawing, "draw", lambda *given: sizes.append(len(given[1])) or original(*given))
-    drawing = ["--width", 48, "--height", 32, "--steps", 2, "--model", checkpoint, "-q"]
+    drawing = ["--width", 48, "--height", 32, "--steps", 2, "--model", checkpoint, "-Q"]
     for option, expected in (([], [3]), (["--batch-size", 2], [2, 1]), (["--batch-size", 1], [1, 1, 1])):
         sizes.clear()
         given = ["t2i", "--prompt", "a bird", "--seed", 1, 2, 3, "--overwrite", "--stepwise-output-dir", "steps"]

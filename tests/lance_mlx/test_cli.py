@@ -44,7 +44,7 @@ def test_replayed_noise_gives_upstreams_image(run, tmp_path, checkpoint, oracles
 
 def test_a_video_has_its_frames_its_rate_and_its_request(run, tmp_path, checkpoint):
     output = tmp_path / "bird.mp4"
-    arguments = ["--num-frames", 9, "--fps", 6, "--steps", 2, "--width", 64, "--height", 48, "-q"]
+    arguments = ["--num-frames", 9, "--fps", 6, "--steps", 2, "--width", 64, "--height", 48, "-Q"]
     done = run("generate", "t2v", "--model", checkpoint, "--prompt", "a bird", "-o", output, *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     with av.open(str(output)) as video:
@@ -164,7 +164,7 @@ def test_a_half_written_file_goes_when_the_run_is_terminated(invoke, tmp_path, c
 
     monkeypatch.setattr(Image.Image, "save", save)
     before = signal.getsignal(signal.SIGTERM)
-    given = ["--model", checkpoint, "--prompt", "a", "-o", tmp_path / "a.png", "-q"]
+    given = ["--model", checkpoint, "--prompt", "a", "-o", tmp_path / "a.png", "-Q"]
     done = invoke("generate", "t2i", *given, *SMALL)
     assert (done.returncode, done.stderr) == (143, "lance-mlx: interrupted, nothing written\n")
     assert list(tmp_path.iterdir()) == []

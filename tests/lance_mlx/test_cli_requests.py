@@ -192,7 +192,7 @@ def test_outputs_of_another_file_are_not_taken_for_these(run, refused, checkpoin
 
 def test_a_video_of_a_request_file_plays(run, checkpoint, folder):
     path = write("t2v", {"7.mp4": "a bird"})
-    done = run("generate", "--requests", path, "--model", checkpoint, "-q", *DRAWING, "--num-frames", 9, "--fps", 6)
+    done = run("generate", "--requests", path, "--model", checkpoint, "-Q", *DRAWING, "--num-frames", 9, "--fps", 6)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     with av.open("t2v_example/000007.mp4") as video:
         assert video.streams.video[0].average_rate == 6

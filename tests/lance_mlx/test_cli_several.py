@@ -222,7 +222,7 @@ def test_an_interrupt_says_what_is_written(draw, invoke, checkpoint, monkeypatch
 
     monkeypatch.setattr(cli_drawing, "draw", stop)
     given = ["--prompt", "a", "--seed", 1, 2, 3, "--batch-size", 1]
-    done = invoke("generate", "t2i", "--model", checkpoint, *given, *DRAWING, "-q")
+    done = invoke("generate", "t2i", "--model", checkpoint, *given, *DRAWING, "-Q")
     assert (done.returncode, done.stderr) == (130, "lance-mlx: interrupted; 1 of 3 are written\n")
     assert [path.name for path in Path().iterdir()] == ["t2i-1.png"]
 
@@ -236,7 +236,7 @@ def test_an_interrupt_says_where_pictures_of_steps_are(draw, invoke, checkpoint,
         original(path, *given)
 
     monkeypatch.setattr(cli_drawing, "save_image", save)
-    given = ["--prompt", "a", "--stepwise-output-dir", "steps", "-o", "a.png", *DRAWING, "-q"]
+    given = ["--prompt", "a", "--stepwise-output-dir", "steps", "-o", "a.png", *DRAWING, "-Q"]
     done = invoke("generate", "t2i", "--model", checkpoint, *given)
     assert (done.returncode, done.stderr) == (130, "lance-mlx: interrupted; 1 picture of steps in steps\n")
     assert [str(path) for path in Path().rglob("*.png")] == ["steps/a-0001.png"]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lance_mlx.media.write import read_metadata
 
-ANIMATED = ["--vae-resolution", 64, "--steps", 2, "-q"]
+ANIMATED = ["--vae-resolution", 64, "--steps", 2, "-Q"]
 SMALL = [*ANIMATED, "--vit-resolution", 56]
 
 
@@ -56,7 +56,7 @@ def test_an_edited_video_has_the_shape_and_the_seconds_of_its_source(run, tmp_pa
 def test_stored_pixels_are_taken_when_asked_for_and_again_when_replayed(run, tmp_path, checkpoint, media):
     given = ["--model", checkpoint, "--image", media / "phone.jpg", "--prompt", "make the bird blue", "--as-upstream"]
     run("generate", "image_edit", *given, "-o", tmp_path / "edited.png", *SMALL)
-    run("generate", "--model", checkpoint, "--config-from", tmp_path / "edited.png", "-o", tmp_path / "again.png", "-q")
+    run("generate", "--model", checkpoint, "--config-from", tmp_path / "edited.png", "-o", tmp_path / "again.png", "-Q")
     for name in ("edited.png", "again.png"):
         assert Image.open(tmp_path / name).size == (80, 48)
         assert read_metadata(tmp_path / name)["request"]["as_upstream"] is True
@@ -74,7 +74,7 @@ def test_a_question_is_about_stored_pixels_when_asked_for(invoke, checkpoint, wi
         "--question",
         "what is it",
     ]
-    small = ["--vit-resolution", 56, "--max-tokens", 2, "-q"]
+    small = ["--vit-resolution", 56, "--max-tokens", 2, "-Q"]
     shown, stored = (invoke(*given, *small, *more) for more in ([], ["--as-upstream"]))
     assert shown.returncode == 2 and "is 576x32 pixels" in shown.stderr
     assert stored.returncode == 0 and stored.stdout
@@ -124,7 +124,7 @@ def test_an_answer_is_printed_and_written(run, tmp_path, checkpoint, media, task
 
 
 def test_an_answer_can_be_drawn_and_repeated(run, checkpoint, media):
-    given = ["--model", checkpoint, "--image", media / "logo.png", "--vit-resolution", 56, "--max-tokens", 12, "-q"]
+    given = ["--model", checkpoint, "--image", media / "logo.png", "--vit-resolution", 56, "--max-tokens", 12, "-Q"]
     answers = [run("generate", "x2t_image", *given, "--temp", 2, "--top-p", 0.9, "--seed", seed) for seed in (1, 1, 2)]
     assert [done.stderr for done in answers] == ["", "", ""]
     assert answers[0].stdout == answers[1].stdout != answers[2].stdout

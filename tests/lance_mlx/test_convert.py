@@ -259,7 +259,7 @@ def without_vit(copy) -> None:
 def test_damage_is_one_line_and_nothing_is_written(refused, checkpoint_copy, tmp_path, monkeypatch, damage, line):
     monkeypatch.chdir(tmp_path)
     damage(checkpoint_copy)
-    assert line in refused("convert", checkpoint_copy.path, "out", "-q")
+    assert line in refused("convert", checkpoint_copy.path, "out", "-Q")
     assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint", ".out.converting"}
 
 
@@ -272,7 +272,7 @@ def test_a_disk_that_is_or_gets_full_is_one_line(checkpoint, tmp_path, monkeypat
     assert not conversion.staging.exists()
     script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (600_000,) * 2); "
     script += "from lance_mlx.cli.main import main; main()"
-    arguments = ["convert", checkpoint, tmp_path / "cut", "--variant", "image", "-q"]
+    arguments = ["convert", checkpoint, tmp_path / "cut", "--variant", "image", "-Q"]
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"lance-mlx: {tmp_path / 'cut'} cannot be written (File too large)\n"
@@ -288,7 +288,7 @@ def test_the_command_converts_and_what_it_made_draws_the_same_file(run, refused,
     assert "peak memory" in done.stdout
     assert "exists already" in refused("convert", checkpoint, out, "--variant", "video")
     assert "lance-mlx generate t2v" in (out / "README.md").read_text()
-    options = ["--prompt", "a bird", "--width", 32, "--height", 32, "--num-frames", 5, "--steps", 2, "-q"]
+    options = ["--prompt", "a bird", "--width", 32, "--height", 32, "--num-frames", 5, "--steps", 2, "-Q"]
     for model in (checkpoint, out):
         assert run("generate", "t2v", "--model", model, *options, "-o", tmp_path / f"{model.name}.mp4").returncode == 0
     drawn = []

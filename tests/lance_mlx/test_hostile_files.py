@@ -74,7 +74,7 @@ def test_pipes_and_devices_among_the_arguments_are_not_waited_for(refused, check
 
 
 def test_an_index_with_something_else_than_names_is_one_line(invoke, refused, checkpoint, tmp_path):
-    assert invoke("convert", checkpoint, tmp_path / "out", "--variant", "image", "-q").returncode == 0
+    assert invoke("convert", checkpoint, tmp_path / "out", "--variant", "image", "-Q").returncode == 0
     path = tmp_path / "out" / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"a": ["b"]}}))
     assert "has no weight_map" in refused(*DRAWING, tmp_path / "out")

@@ -78,7 +78,7 @@ def hub(checkpoint):
     server.server_close()
 
 
-SMALL = ["--prompt", "a bird", "--width", 32, "--height", 32, "--steps", 2, "-q", "-o"]
+SMALL = ["--prompt", "a bird", "--width", 32, "--height", 32, "--steps", 2, "-Q", "-o"]
 
 
 def test_only_what_the_variant_needs_is_fetched_and_then_kept(run, refused, hub, checkpoint, tmp_path):

@@ -61,10 +61,11 @@ def test_the_community_layout_knows_its_variant_and_its_rounding(community, tmp_
         load_pipeline(folder, variant, FLOAT32)
     for path in folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
-    config = json.loads((folder / "config.json").read_text()) | {"quantization": {"bits": 4, "group_size": 64}}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(LanceError, match="quantized weights, which are not read"):
+    with pytest.raises(LanceError, match="weights that other tools quantized are not read"):
         find_checkpoint(tmp_path, variant)
 
 

@@ -132,7 +132,7 @@ def test_a_pass_of_text_reads_one_expert_and_a_broken_pass_leaves_no_trace(check
 
 def test_from_the_command_line_nothing_but_the_time_differs(run, refused, tmp_path, checkpoint, media):
     given = ["generate", "image_edit", "--model", checkpoint, "--image", media / "logo.png", "--prompt", "blue"]
-    given += ["--vae-resolution", 64, "--vit-resolution", 56, "--steps", 2, "-q"]
+    given += ["--vae-resolution", 64, "--vit-resolution", 56, "--steps", 2, "-Q"]
     for name, arguments in {"kept": [], "streamed": ["--low-ram"]}.items():
         done = run(*given, *arguments, "-o", tmp_path / f"{name}.png")
         assert (done.returncode, done.stderr) == (0, "")
@@ -141,7 +141,7 @@ def test_from_the_command_line_nothing_but_the_time_differs(run, refused, tmp_pa
 
 def test_a_wrong_file_is_one_line_before_any_work(refused, checkpoint_copy, tmp_path):
     weights, vae = checkpoint_copy.variant / "model.safetensors", checkpoint_copy.path / "Wan2.2_VAE.pth"
-    given = ["generate", "t2i", "--low-ram", "--prompt", "a", "-q", "--model", checkpoint_copy.path]
+    given = ["generate", "t2i", "--low-ram", "--prompt", "a", "-Q", "--model", checkpoint_copy.path]
     given += ["-o", tmp_path / "a.png", "--steps", 1, "--width", 32, "--height", 32]
     for path in (weights, vae):
         whole = path.read_bytes()

@@ -175,7 +175,7 @@ def test_the_command_says_so_and_goes_on_where_rewriting_fails(run, endpoint, en
     endpoint.status = 503
     output = tmp_path / "a.mp4"
     given = ["--model", checkpoint, "--image", media / "phone.jpg", "--prompt", "it flies", "-o", output]
-    small = ["--num-frames", 5, "--steps", 1, "--vae-resolution", 64, "-q", "--as-upstream"]
+    small = ["--num-frames", 5, "--steps", 1, "--vae-resolution", 64, "-Q", "--as-upstream"]
     done = run("generate", "i2v", *given, *small, "--rewrite", **environment)
     assert done.returncode == 0
     assert "the prompt is not rewritten: " in done.stderr

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from parity.hypotheses import DoesNotApply, Hypothesis
+from parity.laws import Component
 from parity.localize import explain as explaining
 from parity.localize.explain import BASES, DEPTH, FINALISTS, LISTED, explain, removed
 from parity.localize.findings import EXPLAINS
@@ -233,3 +234,20 @@ def test_what_is_read_on_top_of_a_cause_may_have_no_meaning_alone(monkeypatch):
     causes = explain(site, None, ALL[:5])
     assert names(causes) == ["h3", "on top"] and not causes.beside
     assert causes.failed == {"on top": "ValueError: nothing to change"}
+
+
+def test_what_is_true_of_some_tokens_alone_is_told_with_them():
+    class Known(type(caused_by(ALL[0]))):
+        def known(self, own):
+            return Component("any", {}, {}, own, 1e-6, ("token", "channel"))
+
+    own = np.random.default_rng(0).standard_normal((9, 64)).astype(np.float32)
+    doubled = Hypothesis("all is doubled", ("*",), transform=lambda site, array: 2 * array)
+    site = Known(np.where(np.arange(9)[:, None] == 8, 2 * own, own))
+    site.own = site.expected = own
+    causes = explain(site, None, [doubled])
+    assert names(causes) == ["in token 8 only: all is doubled"] and causes.removed == pytest.approx(1)
+    # Where a token is neither, nothing is told of some.
+    site = Known(site.got + (np.arange(9)[:, None] == 2))
+    site.own = site.expected = own
+    assert not any("only" in explanation.name for explanation in explain(site, None, [doubled]).ranked)

@@ -11,7 +11,7 @@ from parity.lance.faults.base import Fault, calls
 from parity.laws import attention as laws
 from parity.laws import rotary as turns
 from parity.laws import scoring, turning
-from parity.laws.attending import result_of, scene_of
+from parity.laws.attending import made, one_after_another, result_of, scene_of
 from parity.laws.base import Component
 from parity.laws.rounding import rounded_to
 from parity.laws.seen import counted
@@ -133,7 +133,7 @@ def plain(component):
 
 def attended(component, change, dtype="float32"):
     scene = scene_of(component)
-    got = component.own + result_of(component, change(scene) - scene.attended())
+    got = component.own + result_of(component, made(change, scene) - scene.attended())
     return rounded_to(dtype, got).astype(np.float32)
 
 
@@ -165,7 +165,21 @@ CHANGES = {
     "only the 8 highest scores of a query count": scoring.highest(np.float64(8)),
     "the value of key 5 is 0": lambda s: replace(s, v=s.v * (np.arange(s.v.shape[1]) != 5)[:, None]).attended(),
     "head 0 reads keys and values of key head 1": scoring.of_key_heads(np.array([1, 0, 1, 1]), 1, 1),
+    "head 0 reads keys and values of key head 1, and scores are capped at 10 by tanh": one_after_another(
+        scoring.of_key_heads(np.array([1, 0, 1, 1]), 1, 1), scoring.capped(np.float64(10))
+    ),
+    "scores and weights are bfloat16": lambda s: scoring.narrowed(s, "bfloat16", ("scores", "weights")),
+    "the softmax is computed in bfloat16": lambda s: scoring.softmax_in(s, "bfloat16"),
+    "zeros behind the last key, up to a multiple of 128, are seen too": scoring.padded(128, False),
 }
+
+
+def test_a_number_that_the_count_of_keys_makes_is_told_by_it():
+    component, other = attention(0), attention(1, past=30)
+    change = lambda s: scoring.scaled(np.log(s.mask.shape[1]) / np.log(512))(s)  # noqa: E731
+    told = {law.sentence: law for law in laws.attention(component, attended(component, change))}
+    law = told["scores are ln(number of keys) / ln(512) times as large"]
+    np.testing.assert_allclose(law.apply(other), attended(other, change), atol=1e-5)
 
 
 @pytest.mark.parametrize("sentence", CHANGES)
@@ -181,7 +195,7 @@ def test_keys_ahead_and_queries_from_one_on_are_told():
     assert best(laws.attention, component, attended(component, ahead)).sentence == "a query also sees 2 keys after it"
     component = attention(3)
     window = masked(lambda seen, q, k: seen & (q - k < 8))
-    late = lambda s: np.where((s.rows >= 5)[:, None], window(s), s.attended())  # noqa: E731
+    late = lambda s: np.where((s.rows >= 5)[:, None], made(window, s), s.attended())  # noqa: E731
     words = "keys more than 7 tokens back are not seen, from query 5 on"
     assert best(laws.attention, component, attended(component, late)).sentence == words
 

@@ -120,3 +120,27 @@ def test_clean_data_and_noise_have_no_law(size):
     for fitter in FITTERS:
         for got in (given.own[:1], 0 * given.own, given.own * np.nan):
             assert all(law.apply(given) is not None for law in fitter(given, got))
+
+
+def test_values_mixed_with_those_beside_them_are_told():
+    given = pixels()
+    got = given.own.copy()
+    got[..., 23:25] = got[..., 23:25].mean(-1, keepdims=True)
+    law, left = best(given, got)
+    assert law.sentence == "the columns 23 and 24 in the middle are both their mean" and left < 1e-3
+    assert law.apply(Component(given.kind, {}, FACTS, given.own[..., :40], 0.0, AXES)) is None
+    blurred = 0.5 * given.own + 0.25 * (np.roll(given.own, 1, 2) + np.roll(given.own, -1, 2))
+    blurred[:, :, [0, -1]] = given.own[:, :, [0, -1]]
+    law, left = best(given, blurred)
+    words = "each row is 0.25 times the one 1 before + 0.5 times itself + 0.25 times the one 1 behind"
+    assert law.sentence.endswith(words) and left < 1e-3
+
+
+def test_chroma_that_squares_share_is_told_of_8_bits():
+    given = frames()
+    values = (given.inputs["x"].astype(np.float64) + 1) * 127.5
+    luma = np.tensordot([0.299, 0.587, 0.114], values, 1)
+    parts = (values - luma).reshape(3, 5, 16, 2, 24, 2)
+    shared = luma + np.broadcast_to(parts.mean((3, 5), keepdims=True), parts.shape).reshape(SHAPE)
+    law, left = best(given, np.rint(shared.clip(0, 255)).astype(np.int32))
+    assert law.sentence == "each 2 by 2 pixels share the mean of their chroma (BT.601)" and left < 1e-6

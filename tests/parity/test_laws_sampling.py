@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from parity.laws import LAWS, Component, fitted
-from parity.laws.guidance import Renorm
+from parity.laws.renorm import Renorm
 from parity.laws.rounding import bfloat16
 from parity.laws.schedule import shifted
 
@@ -67,6 +67,27 @@ def best(component, got):
 def says(component, got):
     law = best(component, got)
     return law and law.sentence
+
+
+def test_of_two_ways_to_say_it_the_one_with_fewer_numbers_is_told():
+    component, cond, _ = guidance(0)
+    # In bfloat16 all channels are rounded otherwise, three of them are guided.
+    component = replace(component, own=bfloat16(component.own), rounding=9e-4 * float(np.linalg.norm(component.own)))
+    off = np.random.default_rng(1).choice([1, 1 + 2.0**-7], component.own.shape)
+    got = np.where(np.arange(48) < 3, bfloat16(component.own * off), bfloat16(cond))
+    assert says(component, got) == "from channel 3 on the guided velocity is cond"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_velocities_that_are_mixed_otherwise_and_noise_that_is_brought_to_a_deviation_are_told(seed):
+    component, cond, uncond = guidance(seed)
+    step = cond - uncond
+    guided = cond + 3 * (step - np.vdot(step, cond) / np.vdot(cond, cond) * cond)
+    got = guided * Renorm("global").factor(cond, uncond, guided)
+    assert says(component, got) == "guidance leaves out what lies along the conditional velocity"
+    noise, *_ = arrays(seed)
+    component = of("array", noise, {}, {"what": "the noise", "grid": (2, 3, 4), "axes": AXES})
+    assert says(component, (noise - noise.mean()) / noise.std()) == "the noise is brought to mean 0 and deviation 1"
 
 
 @pytest.mark.parametrize("seed", SEEDS)

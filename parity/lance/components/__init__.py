@@ -47,12 +47,14 @@ def component_of(site: "TapProbe", own: np.ndarray) -> Component:
 
 def _read(site: "TapProbe") -> Component:
     rounding = float(np.linalg.norm(site.expected.astype(np.float64))) * site.floor
+    # Where no more is known, the result alone is.
+    kind, inputs, facts = ANY_KIND, {}, {}
     for known in KNOWN:
         if known.about(site):
             try:
                 inputs, facts = known.read(site)
             except DoesNotApply:
                 continue
-            return Component(known.kind, inputs, facts, site.expected, rounding, axes_of(site))
-    # Of any other the result alone is known.
-    return Component(ANY_KIND, {}, {}, site.expected, rounding, axes_of(site))
+            kind = known.kind
+            break
+    return Component(kind, inputs, {"rows": sequence.rows(site), **facts}, site.expected, rounding, axes_of(site))

@@ -180,7 +180,7 @@ def _unwrapped(cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 def coder_attention(site: "TapProbe") -> Given:
     """q, k, v [cells of all frames, 1, c], mask of what is in one frame; weight and bias behind it, and x beside it."""
-    block = site.module
+    block = parent_of(site) if site.component.endswith(".proj") else site.module
     if not isinstance(block, reference.vae_layers.AttentionBlock):
         raise DoesNotApply
     frames, x = _seen(site, reference.vae_layers, block)
@@ -222,5 +222,5 @@ KNOWN = (
     Known("attention", ("layers.*.self_attn.sdpa",), attention),
     # A product with a weight, of which more is known.
     Known("linear", ("vit_model.blocks.*.attn.proj",), vision_attention),
-    Known("attention", ("vae.*.middle.1",), coder_attention),
+    Known("attention", ("vae.*.middle.1", "vae.*.middle.1.proj"), coder_attention),
 )

@@ -13,6 +13,7 @@ from parity.lance.components.base import Known, array_of, parameter
 from parity.lance.hypotheses.tools import around, module_of
 from parity.lance.hypotheses.vae_stages import held_by
 from parity.laws.rounding import bfloat16
+from reference.vae import DEVIATION, MEAN
 from reference.vae_encoder import Downsample
 from reference.vae_layers import CausalConv3d, Conv2d
 
@@ -52,6 +53,9 @@ def convolution(site: "TapProbe") -> tuple[dict[str, np.ndarray], dict[str, Any]
     if site.expected.ndim != 5 or x.shape[2] < frames:
         raise DoesNotApply
     facts = {"weight": weight, "bias": parameter(module, "bias"), "stride": strides, "pads": pads, "history": history}
+    if site.component == "vae.conv2":
+        # Latents are brought back before it.
+        facts["statistics"] = MEAN, DEVIATION
     if site.dtype != "float32":
         facts["read_once"] = cache(partial(_read_once, site))
     return {"x": array_of(x)}, facts

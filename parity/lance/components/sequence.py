@@ -10,7 +10,7 @@ from parity.hypotheses.base import DoesNotApply
 from parity.lance.components.base import Known
 from parity.lance.hypotheses.counting import columns
 from parity.lance.hypotheses.drafts import encoded, user_text
-from parity.lance.hypotheses.tokens import arm_splits
+from parity.lance.hypotheses.tokens import GEN, LATENTS, arm_splits, call_rows
 from parity.laws.segments import CELLS, CLOSING, OPENING, TEXT, Segment
 from reference.layout import Mode, Role, Split
 from reference.prompt import template
@@ -92,6 +92,24 @@ def _known_texts(site: "TapProbe") -> list[tuple[str, list[int]]]:
     if site.request.understanding:
         texts.append(("the question", user_text(site)))
     return [(said, list(encoded(site, text))) for said, text in texts if text]
+
+
+def rows(site: "TapProbe") -> tuple[Segment, ...]:
+    """The parts of the sequence that the rows of a call's result are, of one expert's where it is of one; () where that
+    is not known."""
+    try:
+        call = call_rows(site)
+        whole = [part for part in segments(site, site.tap.arm) if call.start <= part.start and part.stop <= call.stop]
+    except DoesNotApply:
+        return ()
+    latents = [part for part in whole if part.kind == CELLS and site.layout.splits[part.split].mode in LATENTS]
+    if len(site.expected) != call.stop - call.start:
+        whole = latents if GEN in site.path else [part for part in whole if part not in latents]
+    found: list[Segment] = []
+    for part in whole:
+        start = found[-1].stop if found else 0
+        found.append(replace(part, start=start, stop=start + part.length))
+    return tuple(found) if found and found[-1].stop == len(site.expected) else ()
 
 
 def tokens(site: "TapProbe") -> Read:

@@ -112,13 +112,13 @@ FAULTS = [
     _guidance("renorm-none", "there is no renorm", _renorm(Renorm.NONE), "The guided velocity is not scaled back."),
     _guidance(
         "renorm-squared",
-        "the renorm compares squared lengths",
+        "the renorm is the ratio to the power 2",
         _guided(_squared),
         "The guided velocity is scaled back by the ratio of squared lengths.",
     ),
     _guidance(
         "renorm-by-the-unconditional",
-        "the renorm takes the length of the unconditional velocity",
+        "the renorm aims at the unconditional velocity",
         _guided(_by_the_unconditional),
         "The guided velocity is scaled back to the length of the unconditional one.",
         # The two lengths are all but equal where the source decides most.

@@ -229,7 +229,7 @@ FAULTS = [
     ),
     _fault(
         "closing-bracket-missing",
-        "the closing bracket is missing",
+        "the closing bracket is one more cell",
         _blocks(_no_closing),
         ALL,
         "Visual blocks do not end in <|vision_end|>.",

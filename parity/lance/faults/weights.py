@@ -155,7 +155,7 @@ FAULTS = [
     _fault(
         "vae2llm-reversed",
         "vae2llm",
-        "the weight is reversed",
+        "the weight's outputs are reversed",
         lambda target, component, array: array[::-1],
         "The channels that the projection of latents puts out are in the opposite order.",
         DRAWS,

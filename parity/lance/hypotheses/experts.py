@@ -1,15 +1,19 @@
 """Hypotheses about which expert computes a row."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
+from parity.lance.hypotheses.layers import LAYERS, of_layer
 from parity.lance.hypotheses.tokens import GEN, LATENTS, Tokens, pass_tokens
-from parity.lance.hypotheses.tools import forward, in_own_pass, submodule, twin_path
+from parity.lance.hypotheses.tools import around, forward, in_own_pass, module_of, submodule, twin_path
 from reference.layout import Role
+from reference.mot import MLP, DecoderLayer, by_expert
 
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
@@ -43,6 +47,25 @@ def rows(which: Callable[[Tokens], np.ndarray]) -> Patch:
     return in_own_pass(mixed)
 
 
+@contextmanager
+def exchanged(site: "TapProbe") -> Iterator[None]:
+    """A layer whose experts have each other's MLP."""
+    layer = module_of(site)
+    if not isinstance(layer, DecoderLayer):
+        raise DoesNotApply
+
+    def by_hand(mlp: MLP) -> Callable[[Tensor], Tensor]:
+        # What a module gives when it is called is the oracle's.
+        return lambda x: mlp.down_proj.forward(F.silu(mlp.gate_proj.forward(x)) * mlp.up_proj.forward(x))
+
+    def forward(original: Callable, x: Tensor, shared: Any) -> Tensor:
+        parts = of_layer(layer, x, shared)
+        return parts.middle + by_expert(parts.normed, shared.gen, by_hand(layer.mlp_moe_gen), by_hand(layer.mlp))
+
+    with around(layer, "forward", forward):
+        yield
+
+
 def both(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
     return (original(x) + twin(site).forward(x)) / 2
 
@@ -65,6 +88,7 @@ def user_text(tokens: Tokens) -> np.ndarray:
 
 HYPOTHESES = [
     Hypothesis("the other expert's module", MODULES, forward(other)),
+    Hypothesis("the other expert's MLP", LAYERS, exchanged),
     Hypothesis("the brackets of latents go to the generation expert", MODULES, rows(brackets)),
     Hypothesis("ViT tokens go to the generation expert", MODULES, rows(vit)),
     Hypothesis("ViT tokens and their brackets go to the generation expert", MODULES, rows(vit_block)),

@@ -205,9 +205,10 @@ def per_group() -> list[Hypothesis]:
 
 
 HYPOTHESES = [
+    # Before those that take a number for what comes of this one.
+    changed("answer positions are places in the sequence", answers(lambda ids, places: np.stack([places] * 3))),
     *(changed(f"answer positions are off by {n:+d}", answers(lambda ids, places, n=n: ids + n))
       for n in (-2, -1, 1, 2)),
-    changed("answer positions are places in the sequence", answers(lambda ids, places: np.stack([places] * 3))),
     changed("answer positions do not advance", answers(lambda ids, places: np.repeat(ids[:, :1], ids.shape[1], 1))),
     *(changed(f"position axes are {', '.join('thw'[i] for i in axes)}", lambda site, ids, axes=axes: ids[list(axes)])
       for axes in ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))),

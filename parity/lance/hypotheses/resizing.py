@@ -27,11 +27,13 @@ PREPROCESS = ("preprocess",)
 @dataclass(frozen=True)
 class Way:
     """A way to resize: `size` of (width, height, resolution) is (rows, columns), None for those that are asked for of
-    what is made; `box` of (width, height, aspect) is what is kept of the picture before."""
+    what is made; `box` of (width, height, aspect) is what is kept of the picture before, sampled from `inset[0]` pixels
+    within its left and upper edge to `inset[1]` within the others."""
 
     size: Callable[[int, int, int], tuple[int, int]] | None
     box: Callable[[int, int, float], Box] = aspect_box
     filter: Image.Resampling = Image.Resampling.BICUBIC
+    inset: tuple[float, float] = (0.0, 0.0)
 
 
 def bucket(width: int, height: int, resolution: int) -> tuple[int, int]:
@@ -89,7 +91,8 @@ def _made(path: Path, medium: Medium, way: Way, resolution: int, asked: tuple[in
 def _resized(image: Image.Image, way: Way, resolution: int, asked: tuple[int, int]) -> np.ndarray:
     rows, columns = way.size(*image.size, resolution) if way.size else asked
     part = image.crop(way.box(*image.size, columns / rows))
-    return np.asarray(part.resize((columns, rows), way.filter))
+    (near, far), (width, height) = way.inset, part.size
+    return np.asarray(part.resize((columns, rows), way.filter, box=(near, near, width - far, height - far)))
 
 
 SIZES = {
@@ -108,6 +111,11 @@ FILTERS = {
     "resized to their nearest pixels": Image.Resampling.NEAREST,
 }
 
+INSETS = {
+    "with their corners aligned": (0.5, 0.5),
+    "half a pixel too far right and down": (0.5, 0.0),
+    "half a pixel too far left and up": (0.0, 0.5),
+}
 HYPOTHESES = [
     Hypothesis(name, PREPROCESS, transform=transform, anew=True)
     for name, transform in (
@@ -116,6 +124,11 @@ HYPOTHESES = [
             for how, mode in FILTERS.items()
             for size, way in SIZES.items()
             if size or how
+        ),
+        *(
+            (f"pictures are {how or 'resized'} {where}", resized(Way(bucket, filter=mode, inset=inset)))
+            for how, mode in FILTERS.items()
+            for where, inset in INSETS.items()
         ),
         ("the resolutions of VAE and ViT are exchanged", resized(Way(bucket), swapped=True)),
     )

@@ -263,7 +263,7 @@ HYPOTHESES = [
     edited("the prompt is stripped", user(str.strip)),
     edited("an end-of-text token comes first", framed),
     edited("image_pad instead of video_pad", visual(other_pad)),
-    edited("the closing bracket is missing", visual(lambda site, tokens: (*tokens[:-1], tokens[-2]))),
+    edited("the closing bracket is one more cell", visual(lambda site, tokens: (*tokens[:-1], tokens[-2]))),
     edited("the closing bracket is left out", visual(lambda site, tokens: tokens[:-1])),
     edited("visual blocks have no brackets", visual(lambda site, tokens: tokens[1:-1])),
     edited("the brackets are exchanged", visual(exchanged)),

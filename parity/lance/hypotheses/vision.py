@@ -11,7 +11,7 @@ from torch import Tensor
 from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
 from parity.lance.hypotheses.tools import module_of, on_input, on_output
 from reference.layout import MERGE
-from reference.vit import VisionTower
+from reference.vit import NORM_EPS, VisionTower
 
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
@@ -121,6 +121,17 @@ def strided(site: "TapProbe", x: Tensor) -> Tensor:
     return x.unflatten(1, (MERGE**2, -1)).flatten(0, 1).unflatten(0, (MERGE**2, -1)).transpose(0, 1).flatten(1)
 
 
+def normed_together(site: "TapProbe", x: Tensor) -> Tensor:
+    """What the merger is given where the patches of a token have one norm."""
+    tower = site.pipeline.vit_model
+    before = site.near(f"blocks.{len(tower.blocks) - 1}")
+    if before is None or len(before) != len(x) * MERGE**2:
+        raise DoesNotApply
+    wide = torch.from_numpy(before).to(x.device).unflatten(0, (len(x), MERGE**2))
+    wide = wide * torch.rsqrt(wide.pow(2).mean((1, 2), keepdim=True) + NORM_EPS)
+    return (wide * tower.merger.ln_q.weight.float()).flatten(1).to(x.dtype)
+
+
 HYPOTHESES = [
     Hypothesis("patches are laid out frame, channel", EMBED, embedded(read_as(1, 0, 2, 3))),
     Hypothesis("patches are laid out channels last", EMBED, embedded(read_as(1, 2, 3, 0))),
@@ -141,6 +152,7 @@ HYPOTHESES = [
     Hypothesis("the patches of a token are merged column by column", MERGED, grouped(lambda x: x.transpose(1, 2))),
     Hypothesis("the patches of a token are merged backwards", MERGED, grouped(lambda x: x.flip(1, 2))),
     Hypothesis("the patches of a token are merged channel by channel", MERGED, grouped(lambda x: x.flatten(1, 2).mT)),
+    Hypothesis("the patches of a token are normed together", MERGED, on_input(normed_together)),
     Hypothesis("patches far apart are merged", MERGED, on_input(strided)),
     Hypothesis("the output stays in window order", OUTPUT, output(lambda site: windows_of(site)[0])),
     Hypothesis("the output is put back the wrong way", OUTPUT, output(

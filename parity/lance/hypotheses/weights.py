@@ -16,7 +16,6 @@ from parity.lance.hypotheses.tools import (
     module_of,
     of_weight,
     parameters,
-    rounded,
     submodule,
     twin_path,
 )
@@ -29,7 +28,6 @@ Change = Callable[["TapProbe", nn.Module, str, Tensor], Tensor | None]
 
 PROJECTIONS = ("layers.*_proj", "layers.*_proj_moe_gen", "lm_head", "vae2llm", "llm2vae", "time_embedder*",
                "vit_model.*.qkv", "vit_model.*proj", "vit_model.merger*")  # fmt: skip
-KERNELS = ("vae.*", "vit_model.patch_embed*")
 PER_LAYER = ("layers.*", "vit_model.blocks.*")
 QK = ("layers.*.q_proj*", "layers.*.k_proj*")
 QKV = ("vit_model.*.qkv", "vae.*.to_qkv")
@@ -127,32 +125,6 @@ def on(key: str, change: Callable[[Tensor], Tensor | None]) -> Change:
 
 def each(change: Callable[[Tensor], Tensor | None]) -> Change:
     return lambda site, module, own, value: change(value)
-
-
-def scale(change: Callable[[Tensor], Tensor]) -> Change:
-    """A change of what is not a bias."""
-    return lambda site, module, own, value: change(value) if own != "bias" else None
-
-
-def kernel(change: Callable[[Tensor], Tensor | None]) -> Change:
-    def changed(site: "TapProbe", module: nn.Module, key: str, value: Tensor) -> Tensor | None:
-        # The patches of the vision tower are a kernel's size: what is said of their layout says it better.
-        if site.component.startswith("vit_model") and not of_weight(site):
-            raise DoesNotApply
-        return change(value) if key == "weight" and value.ndim > 2 else None
-
-    return changed
-
-
-def reshaped(value: Tensor) -> Tensor:
-    """[out, ..., in] in memory, read as [out, in, ...]."""
-    return value.movedim(1, -1).reshape(value.shape)
-
-
-def reshaped_back(value: Tensor) -> Tensor:
-    """[out, in, ...] in memory, read as [out, ..., in]."""
-    shape = (value.shape[0], *value.shape[2:], value.shape[1])
-    return value.reshape(shape).movedim(-1, 1)
 
 
 def per_head(arrange: Callable[[Tensor], Tensor]) -> Change:
@@ -268,10 +240,7 @@ HYPOTHESES = [
     weights("gate and up are exchanged", ("*.gate_proj", "*.up_proj"), of_module(other_half)),
     weights("the weight's rows are permuted for interleaved RoPE", QK, per_head(to_pairs)),
     weights("the weight's rows are permuted for RoPE in halves", QK, per_head(to_halves)),
-    weights("the weight is reversed", WEIGHTED, scale(lambda value: value.flip(0))),
     Hypothesis("the weight is kept in float32", WEIGHTED, transform=unrounded),
-    weights("the weight is rounded to bfloat16", WEIGHTED, each(lambda value: rounded(value, torch.bfloat16))),
-    weights("the weight is rounded to float16", WEIGHTED, each(lambda value: rounded(value, torch.float16))),
     *(weights(f"the weight is quantized to {bits} bits in groups of {group}", PROJECTIONS, quantized(bits, group))
       for bits in (8, 4) for group in (32, 64, 128)),
     weights("the weight is quantized to 8 bits row by row", PROJECTIONS, on(
@@ -281,8 +250,6 @@ HYPOTHESES = [
     weights("queries and values of qkv are exchanged", QKV, thirds(2, 1, 0)),
     weights("qkv is stored head by head", QKV, head_by_head),
     weights("the head is tied to the token embeddings", ("lm_head", "embed_tokens"), tied),
-    weights("the kernel is read channels last", KERNELS, kernel(reshaped)),
-    weights("the kernel is read channels first", KERNELS, kernel(reshaped_back)),
     weights("the weight is the other variant's", WEIGHTED, of_file(other_variant)),
     weights("the weight is the vision tower's own file's", ("vit_model.*",), of_file(vit_file, "vit_model.")),
 ]  # fmt: skip

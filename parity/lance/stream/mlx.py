@@ -16,8 +16,7 @@ from lance_mlx.backend.numerics import policy
 from lance_mlx.checkpoint.layouts import find_checkpoint
 from lance_mlx.checkpoint.streaming import Streamed, below
 from lance_mlx.checkpoint.tensors import ViTSource
-from lance_mlx.checkpoint.weights import check_tensors, inspect_lance
-from lance_mlx.model.lance import Lance
+from lance_mlx.checkpoint.weights import inspect_lance
 from lance_mlx.model.mot import ArmInput, ExpertRows, KeyValues, KVCache, LayerInput, MoTModel
 from lance_mlx.model.rope import RotaryTable
 from lance_mlx.pipeline import Pipeline
@@ -64,10 +63,9 @@ class MlxStream:
 
     def __init__(self, checkpoint: Path, variant: str, request: dict[str, Any], numerics: str) -> None:
         files = find_checkpoint(checkpoint / variant, Variant(variant))
-        config, _, parts = inspect_lance(files, False, ViTSource.LANCE)
-        self._model = Lance(config, policy(numerics))
-        check_tensors(self._model, parts)
-        self._tensors = parts[0].tensors
+        architecture = inspect_lance(files, False, ViTSource.LANCE)
+        self._model = architecture.build(policy(numerics))
+        self._tensors = architecture.parts[0].tensors
         tokenizer = LanceTokenizer(files.folder)
         tokenizer.check(self._model.config)
         self._pipeline = Pipeline(self._model, nn.Module(), tokenizer)

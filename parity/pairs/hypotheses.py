@@ -1,0 +1,95 @@
+"""What a port may do instead that no law reads: said beforehand, by kind of part."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from parity.hypotheses import Hypothesis
+from parity.hypotheses.base import Transform
+from parity.pairs.names import distance, relative
+from parity.tensors.rounding import rounded
+
+if TYPE_CHECKING:
+    from parity.pairs.probe import PairProbe
+
+
+def _passed(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+    x = site.part.inputs.get("x")
+    return x if x is not None and x.shape == array.shape and site.part.kind in ("linear", "norm") else None
+
+
+def _beside(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+    x = _passed(site, array)
+    return None if x is None else array + x
+
+
+def _neighbours(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+    """Channels 2i and 2i + 1 are turned together, as GPT-J does."""
+    if site.part.kind != "rotary":
+        return None
+    x, cos, sin = (site.part.inputs[name].astype(np.float64) for name in ("x", "cos", "sin"))
+    even, odd, cos, sin = x[..., ::2], x[..., 1::2], cos[:, None], sin[:, None]
+    return np.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape).astype(np.float32)
+
+
+def _exchanged(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+    """The activation is of what it should be multiplied with."""
+    from parity.laws.curves import FUNCTIONS
+
+    inputs, facts = site.part.inputs, site.part.facts
+    if site.part.kind != "gated" or "up" not in inputs:
+        return None
+    f = FUNCTIONS[facts["activation"]]
+    return (f(inputs["up"].astype(np.float64)) * inputs["gate"]).astype(np.float32)
+
+
+def _narrow(*rounded_too: str) -> Transform:
+    """A norm of which the weight, which is added to 1 or kept wider than the rest, or what is normed is rounded."""
+
+    def transform(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+        x, weight = site.part.inputs.get("x"), site.part.facts.get("weight")
+        if site.part.kind != "norm" or site.dtype != "bfloat16":
+            return None
+        wide = x.astype(np.float64)
+        normed = wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + site.part.facts["eps"])
+        weight = rounded(weight, "bfloat16") if "weight" in rounded_too else weight
+        return rounded((rounded(normed, "bfloat16") if "normed" in rounded_too else normed) * weight, "bfloat16")
+
+    return transform
+
+
+HYPOTHESES = (
+    Hypothesis("the part is left out", ("*",), transform=_passed, anew=True),
+    Hypothesis("the part's input is added to its result", ("*",), transform=_beside),
+    Hypothesis("neighbouring channels are turned together", ("*",), transform=_neighbours, anew=True),
+    Hypothesis("the weight is rounded to bfloat16", ("*",), transform=_narrow("weight"), anew=True),
+    Hypothesis("what is normed is rounded to bfloat16", ("*",), transform=_narrow("normed"), anew=True),
+    Hypothesis(
+        "what is normed and the weight are rounded to bfloat16",
+        ("*",),
+        transform=_narrow("normed", "weight"),
+        anew=True,
+    ),
+    Hypothesis("gate and up are exchanged", ("*",), transform=_exchanged, anew=True),
+)
+
+
+def rewired(site: "PairProbe", results: Mapping[str, np.ndarray]) -> list[Hypothesis]:
+    """That a place holds what another part makes or reads, of those that come near to what is there."""
+
+    def instead(said: str) -> Hypothesis:
+        def transform(other: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+            named = {relative(name, other.tap.name): name for name in other.results}
+            return other.part.view(other.results[named[said]]) if said in named else None
+
+        return Hypothesis(f"{said} is in its place", ("*",), transform=transform, anew=True)
+
+    size = np.linalg.norm(site.got.astype(np.float64))
+    near = [
+        name
+        for name, array in results.items()
+        if np.linalg.norm(site.part.view(array).astype(np.float64) - site.got) <= site.near * size
+    ]
+    near.sort(key=lambda name: distance(name, site.tap.name))
+    return [instead(said) for said in dict.fromkeys(relative(name, site.tap.name) for name in near)]

@@ -1,0 +1,292 @@
+"""Which part of a port of any model is wrong by itself, by how much more than rounding, and what it does instead."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from parity import memory
+from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE
+from parity.errors import one_line
+from parity.hypotheses import Hypothesis
+from parity.localize.explain import Causes, explain, removed
+from parity.localize.findings import EXACT, EXPLAINS, LOCAL, Explanation, Finding, Localization, TapError
+from parity.oracle.bounds import Bounds, bounds_of
+from parity.oracle.oracle import UPSTREAM
+from parity.pairs.facts import Known, known
+from parity.pairs.hypotheses import HYPOTHESES, rewired
+from parity.pairs.layouts import put_back
+from parity.pairs.mlx_side import MlxSide
+from parity.pairs.names import WEIGHTS, kind_of, parse
+from parity.pairs.pair import Pair
+from parity.pairs.probe import PairProbe
+from parity.pairs.rounding import measured
+from parity.pairs.sides import IN, OUTPUT
+from parity.pairs.torch_side import TorchSide
+from parity.pairs.weights import WeightMismatch, check_weights
+from parity.ports.port import versions
+from parity.report.words import sentence
+from parity.tensors.metrics import Difference, compare, rel_l2
+from parity.tensors.names import TapName
+from parity.tensors.recording import Recording
+
+# Parts that are named where more have no counterpart.
+SHOWN = 8
+# Kinds of parts that differ of which it is looked at what comes of them.
+TRIED = 16
+# How many times what is allowed a part has to be off for it to be seen whether anything comes of that, and how far what
+# comes of it may be, which also has the part's own rounding.
+FAR, PASSED_ON = 20, 2
+Progress = Callable[[str], None]
+
+
+def localize_pair(
+    pair: Pair, name: str = "pair", hypotheses: Sequence[Hypothesis] = HYPOTHESES, progress: Progress | None = None
+) -> Localization:
+    """Find everything that is wrong by itself in a port, in order of execution, and explain it.
+
+    Every part of the port is given what the trusted model's is given, and held against what that makes of it; how far
+    apart right code may be is measured with the trusted model. `hypotheses` are tried beside the laws that are read
+    from the data. Raises ParityError where one of the models cannot run.
+    """
+    return _Investigation(pair, name, hypotheses, progress or (lambda what: None)).run()
+
+
+def assert_pair_agrees(pair: Pair, name: str = "pair") -> None:
+    """Raise AssertionError, with the first wrong part and its cause in the message, unless a port agrees; for tests."""
+    __tracebackhide__ = True
+    found = localize_pair(pair, name)
+    if found.verdict != AGREE:
+        raise AssertionError("\n".join(filter(None, [sentence(found), found.remark])))
+
+
+class _Investigation:
+    def __init__(self, pair: Pair, name: str, hypotheses: Sequence[Hypothesis], tell: Progress) -> None:
+        self.pair, self.name, self.hypotheses, self.tell = pair, name, hypotheses, tell
+        self.findings: list[Finding] = []
+
+    def run(self) -> Localization:
+        started = time.perf_counter()
+        memory.reset_peak()
+        self.tell("trusted model")
+        with one_line(f"the trusted model of {self.name} cannot run"):
+            self.own = TorchSide().run(self.pair)
+        self.taps: Recording = self.own.taps
+        with one_line(f"the port of {self.name} cannot run"):
+            self.tell("port")
+            weights = check_weights(self.pair)
+            free = MlxSide(self.pair, self.taps, {}).run()
+        dtype = "bfloat16" if any(tap.dtype == "bfloat16" for tap in self.taps.values()) else "float32"
+        with weights.right():
+            steered, bounds = self._steered(free.taps.keys(), dtype)
+            if elsewhere := self._elsewhere(steered, bounds):
+                steered, bounds = self._steered(free.taps.keys() - elsewhere, dtype)
+        self.more = {name: array for name, array in steered.more.items()
+                     if IN not in name and name.partition("#")[0] in self.taps}  # fmt: skip
+        for mismatch in weights.mismatches:
+            self._weight(mismatch)
+        errors = [*self._errors(bounds, free.taps, steered.taps)]
+        wrong = [error for error in errors if error.wrong]
+        while wrong:
+            wrong = self._finding(wrong, steered.taps)
+        verdict, reason = self._verdict(errors, self._unmatched(weights.unmatched))
+        return Localization(
+            bundle=self.name,
+            impl="port",
+            task="",
+            entry="",
+            dtype=dtype,
+            verdict=verdict,
+            reason=reason,
+            remark=self._left_out(steered, bounds),
+            findings=self.findings,
+            taps=errors,
+            exact=[f"{WEIGHTS}{name}" for name in weights.compared],
+            alarm=bounds.alarm,
+            provenance=versions("torch", "mlx"),
+            seconds=time.perf_counter() - started,
+            peak_bytes=memory.peak(),
+        )
+
+    def _steered(self, told: Set[str], dtype: str) -> tuple[MlxSide, Bounds]:
+        """The port given the trusted values at the taps that it tells, and how far it may be then."""
+        given = {name: tap for name, tap in self.taps.items() if name in told}
+        with one_line(f"the port of {self.name} cannot run"):
+            self.tell("steered port")
+            steered = MlxSide(self.pair, self.taps, given).run()
+        with one_line(f"the trusted model of {self.name} cannot run"):
+            self.tell("rounding")
+            floors = measured(self.pair, self.own.taps, given)
+        return steered, bounds_of(floors, given, dtype)
+
+    def _elsewhere(self, steered: MlxSide, bounds: Bounds) -> set[str]:
+        """Taps that differ and of which all that comes is right: the port parts its work elsewhere than the trusted
+        model, as one that scales its embeddings after it looked them up."""
+        wrong = {error.tap.name: error for error in self._errors(bounds, {}, steered.taps) if error.wrong}
+        groups: dict[str, set[str]] = {}
+        for name, error in wrong.items():
+            # What is off by little would be lost in the rounding of what comes of it.
+            if error.mismatch or error.allowed is None or error.local > FAR * error.allowed:
+                groups.setdefault(kind_of(name).partition(" (")[0], set()).add(name)
+        found: set[str] = set()
+        for kind, names in list(groups.items())[:TRIED]:
+            if kind == OUTPUT:
+                continue
+            given = {name: tap for name, tap in self.taps.items() if name in bounds.taps and name not in names}
+            self.tell(f"what comes of {kind}")
+            with one_line(f"the port of {self.name} cannot run"):
+                left = MlxSide(self.pair, self.taps, given).run()
+            still = {error.tap.name: error for error in self._errors(bounds, {}, left.taps) if error.wrong}
+            if all(name in wrong or _rounds(error) for name, error in still.items()):
+                found |= names | (wrong.keys() - still.keys())
+        return found
+
+    def _errors(self, bounds: Bounds, free: Recording, steered: Recording) -> Iterator[TapError]:
+        for name, expected in self.taps.items():
+            if name not in steered or name not in bounds.taps:
+                continue
+            bound = bounds.taps[name]
+            got = steered[name]
+            # Keys of fewer heads than there are stand for all that they are repeated for.
+            wide = put_back(expected.array, got.shape)
+            expected = expected if wide is None else replace(expected, array=wide)
+            difference = compare(expected, got)
+            total = rel_l2(expected.array, free[name].array) if name in free else None
+            yield TapError(
+                parse(name), UPSTREAM, expected.shape, expected.dtype, difference.rel_l2, None, total, None,
+                bound.floor, bound.allowed, difference.mismatch,
+            )  # fmt: skip
+
+    def _weight(self, mismatch: WeightMismatch) -> None:
+        tap = parse(f"{WEIGHTS}{mismatch.name}")
+        part = Known("weight", {}, {"name": mismatch.name.rpartition(".")[2], "what": "the weight"}, np.asarray)
+        causes = Causes((), 0.0, ())
+        if mismatch.got.shape == mismatch.expected.shape:
+            site = PairProbe(tap, part, mismatch.expected, mismatch.got, "float32", exact=True)
+            causes = explain(site, None, self.hypotheses)
+        self._add(tap, EXACT, mismatch.error, 0.0, None, causes, [], mismatch.detail)
+
+    def _finding(self, wrong: list[TapError], got: Recording) -> list[TapError]:
+        """Explain the first of the wrong taps; return those that have another cause."""
+        first = wrong[0]
+        alike = [error for error in wrong[1:] if kind_of(error.tap.name) == kind_of(first.tap.name)]
+        self.tell(f"laws about {first.tap.component}")
+        site = self._site(first, got)
+        second = next((found for error in alike if (found := self._site(error, got)) is not None), None)
+        causes = Causes((), 0.0, ())
+        if site is not None:
+            causes = explain(site, second, [*self.hypotheses, *rewired(site, site.results)])
+        covered = {error.tap.name for error in alike if not causes.together or self._explained(error, causes, got)}
+        covered |= {error.tap.name for error in wrong[1:] if self._follows(error, got)}
+        detail = _sentence(first.tap.name, compare(self.taps[first.tap.name], got[first.tap.name]))
+        alike = [name for name in covered if kind_of(name) == kind_of(first.tap.name)]
+        self._add(first.tap, LOCAL, first.local, first.floor, first.allowed, causes, sorted(alike), detail)
+        return [error for error in wrong[1:] if error.tap.name not in covered]
+
+    def _follows(self, error: TapError, got: Recording) -> bool:
+        """Whether a sum is what it should be of what the port adds: then one of its terms is wrong, and not the sum."""
+        name = error.tap.name
+        part = known(self.pair.trusted, self.own, name, got)
+        if part.kind != "sum" or error.allowed is None or len(terms := part.facts["names"]) < 2:
+            return False
+        if any(term not in got or got[term].shape != self.taps[name].shape for term in terms):
+            return False
+        made = sum(got[term].array.astype(np.float64) for term in terms)
+        error_of_sum = rel_l2(made.astype(np.float32), got[name].array)
+        return error_of_sum is not None and error_of_sum <= error.allowed
+
+    def _site(self, error: TapError, got: Recording) -> PairProbe | None:
+        name = error.tap.name
+        found = got[name].array
+        expected = put_back(self.taps[name].array, found.shape)
+        if expected is None:
+            return None
+        apart = np.abs(expected.astype(np.float64) - found).reshape(len(expected), -1).sum(1)
+        part = known(self.pair.trusted, self.own, name, got, int(apart.argmax()))
+        results = {
+            other: tap.array
+            for other, tap in self.taps.items()
+            if parse(other).call == error.tap.call and other != name and tap.shape == found.shape
+        }
+        results |= {other: array for other, array in self.more.items() if array.shape == found.shape}
+        floor, dtype = error.floor or 0.0, self.taps[name].dtype
+        return PairProbe(error.tap, part, expected, found, dtype, floor, error.allowed, results)
+
+    def _explained(self, error: TapError, causes: Causes, got: Recording) -> bool:
+        site = self._site(error, got)
+        share = None if site is None else removed(site, causes.together, causes.failed)
+        return share is not None and share >= EXPLAINS
+
+    def _add(self, tap: TapName, kind: str, error: float | None, floor: float | None, allowed: float | None,
+             causes: Causes, also: Sequence[str], detail: str) -> None:  # fmt: skip
+        finding = Finding(
+            tap.component, tap.name, tap.call, kind, error, floor, explanations=causes.ranked, also=also, detail=detail,
+            failed=tuple(causes.failed.items()), allowed=allowed, rated=False,
+        )  # fmt: skip
+        together = [hypothesis for hypothesis in causes.together if hypothesis not in causes.beside]
+        if len(causes.together) < 2:
+            self._join_or_append(finding)
+        for hypothesis in together if len(causes.together) > 1 else ():
+            own = Explanation.of(hypothesis, causes.removed, agrees=causes.agrees)
+            self.findings.append(replace(finding, explanations=(own, *causes.ranked)))
+
+    def _join_or_append(self, finding: Finding) -> None:
+        """Append a finding; what one part reads that is wrong for one reason, as its queries and keys, is one."""
+        for place, other in enumerate(self.findings):
+            alike = kind_of(other.tap).partition(" (")[0] == kind_of(finding.tap).partition(" (")[0]
+            both = finding.explained and other.explained
+            same = both and finding.explanations[0].name == other.explanations[0].name
+            # Of weights that differ for no reason each layer's are as much one finding.
+            none = finding.kind == other.kind == EXACT and not finding.explained and not other.explained
+            if alike and (same or none):
+                self.findings[place] = replace(other, also=[*other.also, finding.tap, *finding.also])
+                return
+        self.findings.append(finding)
+
+    def _unmatched(self, weights: Sequence[str]) -> list[str]:
+        """Parameters of one side that the other has no counterpart of, but for what it lacks on purpose."""
+        return [name for name in weights if not any(fnmatchcase(name, pattern) for pattern in self.pair.lacks)]
+
+    def _left_out(self, steered: MlxSide, bounds: Bounds) -> str:
+        absent = dict.fromkeys(kind_of(name) for name in self.taps if name not in steered.taps)
+        elsewhere = dict.fromkeys(kind_of(name) for name in steered.taps if name not in bounds.taps)
+        said = [f"not compared, for the port computes no such thing: {_listed(list(absent))}"] if absent else []
+        if steered.wider:
+            kinds = list(dict.fromkeys(map(kind_of, steered.wider)))
+            said.append(f"computed in float32 what is bfloat16 in the trusted model: {_listed(kinds)}")
+        if elsewhere:
+            said.append(f"differs, but all that comes of it is right: {_listed(list(elsewhere))}")
+        return "; ".join(said)
+
+    def _verdict(self, errors: Sequence[TapError], unmatched: Sequence[str]) -> tuple[str, str]:
+        if self.findings:
+            return DIVERGE, ""
+        if unmatched:
+            return INCONCLUSIVE, (
+                f"{_listed(list(unmatched))} of one model match nothing of the other: name their counterparts in "
+                "Pair.names, or what is lacking on purpose in Pair.lacks"
+            )
+        if not errors:
+            return (
+                INCONCLUSIVE,
+                "nothing was compared: no path of the port is one of the trusted model's; see Pair.names",
+            )
+        return AGREE, ""
+
+
+def _rounds(error: TapError) -> bool:
+    """Whether a tap is off by no more than its own rounding and that of what was not given its value."""
+    return error.mismatch is None and error.allowed is not None and error.local <= PASSED_ON * error.allowed
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _sentence(name: str, difference: Difference) -> str:
+    if difference.mismatch or difference.at is None:
+        return f"{name}: {difference.mismatch or 'equal'}"
+    return f"{name} is {difference.got:.7g} at {list(difference.at)} where it should be {difference.expected:.7g}"

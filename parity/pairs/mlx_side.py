@@ -1,0 +1,123 @@
+"""The port of a pair, recorded and given other values to go on with."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from parity.pairs.layouts import laid_out, put_back
+from parity.pairs.pair import Pair
+from parity.pairs.sides import IN, OUTPUT, QKV, SDPA, Side, arrays, replaced
+from parity.ports.attach import Attached
+from parity.tensors.arrays import tap_of
+from parity.tensors.recording import Tap
+from parity.tensors.rounding import rounded
+
+
+class MlxSide(Side):
+    """An MLX model, whose modules' classes are wrapped for as long as it runs.
+
+    Attributes:
+        more: results of parts, or of further calls of them, that the trusted model has none of, by name.
+        wider: taps that are float32 where the trusted model's are bfloat16; they are rounded to be held against those.
+    """
+
+    def __init__(self, pair: Pair, expected: Mapping[str, Tap], force: Mapping[str, Tap]) -> None:
+        super().__init__(force)
+        self._pair, self._expected = pair, expected
+        self.more: dict[str, np.ndarray] = {}
+        self.wider: list[str] = []
+
+    def run(self) -> "MlxSide":
+        """Run the pair's port."""
+        import mlx.core as mx
+
+        paths = {id(module): path for path, module in self._pair.port.named_modules() if path}
+        kinds = {type(module): None for _, module in self._pair.port.named_modules()}
+        called: list[Any] = [None]
+
+        def call(original: Callable, module: Any, *args: Any, **values: Any) -> Any:
+            path = paths.get(id(module))
+            if path is None or module is called[-1]:
+                return original(module, *args, **values)
+            called.append(module)
+            self._path.append(path)
+            names = self._names(path)
+            try:
+                args, values = self._first(names, args, values)
+                output = original(module, *args, **values)
+            finally:
+                self._path.pop()
+                called.pop()
+            return replaced(output, lambda array: self._seen(names, array), mx.array)
+
+        with Attached() as attached:
+            for kind in kinds:
+                attached.wrap(kind, "__call__", call)
+            attached.wrap(mx.fast, "scaled_dot_product_attention", self._attend)
+            for name, (_, (owner, attribute)) in self._pair.functions.items():
+                attached.wrap(owner, attribute, partial(self._function, name))
+            output = self._pair.run_port(self._pair.port, self._pair.inputs, self.begin)
+            self._seen([self.name(OUTPUT)], next(arrays(output, mx.array), None))
+        return self
+
+    def _names(self, path: str) -> list[str]:
+        """The trusted names of what a part of the port makes now."""
+        return [self.name(theirs) for theirs in self._pair.trusted_paths(path)]
+
+    def _first(self, names: list[str], args: tuple, values: dict) -> tuple[tuple, dict]:
+        if args and _is_array(args[0]):
+            return (self._seen([f"{names[0]}{IN}"], args[0]), *args[1:]), values
+        return args, values
+
+    def _function(self, said: str, original: Callable, *args: Any, **values: Any) -> Any:
+        import mlx.core as mx
+
+        (theirs, *_) = self._pair.trusted_paths(self._path[-1])
+        names = [self.name(f"{theirs}.{said}".lstrip("."))]
+        args, values = self._first(names, args, values)
+        return replaced(original(*args, **values), lambda array: self._seen(names, array), mx.array)
+
+    def _attend(self, original: Callable, *args: Any, **values: Any) -> Any:
+        named = dict(zip(("q", "k", "v"), args, strict=False)) | values
+        (theirs, *_) = self._pair.trusted_paths(self._path[-1])
+        name = self.name(f"{theirs}.{SDPA}".lstrip("."))
+        for short in QKV:
+            named[short] = self._seen([f"{name}:{short}"], named[short])
+        queries, keys, values_ = (named.pop(short) for short in QKV)
+        return self._seen([name], original(queries, keys, values_, **named))
+
+    def _seen(self, names: list[str], array: Any) -> Any:
+        """Record an array under the trusted names of its parts, in the trusted layout; what to go on with."""
+        import mlx.core as mx
+
+        if array is None or not mx.issubdtype(array.dtype, mx.floating):
+            return array
+        wanted = [self._expected[name] for name in names if name in self._expected]
+        held = tap_of(array)
+        if len(wanted) < len(names):
+            self.more[names[0]] = held.array
+            return array
+        ends = np.cumsum([tap.shape[-1] for tap in wanted])[:-1]
+        parts = np.split(held.array, ends, axis=-1) if len(names) > 1 else [held.array]
+        for name, part, tap in zip(names, parts, wanted, strict=True):
+            there = laid_out(part, tap.shape)
+            there = np.ascontiguousarray(part if there is None else there)
+            dtype = held.dtype
+            if (dtype, tap.dtype) == ("float32", "bfloat16"):
+                there, dtype = rounded(there, "bfloat16"), "bfloat16"
+                self.wider.append(name)
+            self.taps[name] = Tap(there, dtype)
+        if not all(name in self._force for name in names):
+            return array
+        given = [put_back(self._force[name].array, part.shape) for name, part in zip(names, parts, strict=True)]
+        if any(part is None for part in given):
+            return array
+        return mx.array(np.concatenate(given, -1)).astype(array.dtype)
+
+
+def _is_array(value: Any) -> bool:
+    import mlx.core as mx
+
+    return isinstance(value, mx.array)

@@ -1,0 +1,66 @@
+"""What recording either model of a pair has in common: the names of taps, and what is seen of an output.
+
+A tap is called CALL/PATH, what a module makes; CALL/PATH:in, what it reads; CALL/PATH.sdpa, what attention makes inside
+the module at PATH, and CALL/PATH.sdpa:q (k, v), what it reads; CALL/output, what the run returns. A further call of the
+same part has #1, #2, ... behind.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from parity.tensors.recording import Recording, Tap
+
+IN = ":in"
+OUTPUT = "output"
+SDPA, QKV = "sdpa", "qkv"
+# What libraries call the function that turns queries and keys by their positions.
+ROTARY = "apply_rotary_pos_emb"
+
+
+class Side:
+    """What is common to both: the call and the path of the moment, and what was recorded.
+
+    Attributes:
+        taps: what was computed, by name, in order.
+        given: of every part the arguments that it was called with, by name of its output's tap.
+    """
+
+    def __init__(self, force: Mapping[str, Tap] | None = None) -> None:
+        self.taps: Recording = {}
+        self.given: dict[str, tuple[tuple, dict[str, Any]]] = {}
+        self._force = force or {}
+        self._call, self._path = "run", [""]
+        self._counts: Counter[str] = Counter()
+
+    def begin(self, call: str) -> None:
+        """Name what follows."""
+        self._call = call
+        self._counts.clear()
+
+    def name(self, path: str) -> str:
+        """The name of what a part makes now; each is asked for once a call of the part."""
+        count = self._counts[path]
+        self._counts[path] += 1
+        return f"{self._call}/{path}" + (f"#{count}" if count else "")
+
+
+def replaced(output: Any, seen: Callable[[Any], Any], kind: type) -> Any:
+    """An output with the first array in it seen; what is no array and holds none is left as it is."""
+    if isinstance(output, kind):
+        return seen(output)
+    if isinstance(output, tuple | list) and output and isinstance(output[0], kind):
+        made = [seen(output[0]), *output[1:]]
+        return type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
+    return output
+
+
+def arrays(output: Any, kind: type) -> Iterator[Any]:
+    """The arrays in what a run returned, in order."""
+    if isinstance(output, kind):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from arrays(list(output.values()), kind)
+    elif isinstance(output, list | tuple):
+        for each in output:
+            yield from arrays(each, kind)
