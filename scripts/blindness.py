@@ -42,8 +42,8 @@ from parity.comparison.verdict import AGREE
 from parity.errors import ParityError
 from parity.lance.trusted import load_run
 from parity.localize.investigation import localize
-from parity.oracle.floors_file import FILE, floors_of, write_floors
-from parity.oracle.judgement import Cause, judge_bundle
+from parity.oracle.floors_file import FILE, floors_of, judge_bundle, write_floors
+from parity.oracle.judgement import Cause
 from parity.oracle.oracle import Oracle
 from parity.report.runner import limit_threads
 from parity.report.terminal import progress_bar
@@ -55,14 +55,8 @@ ORACLES = Path(__file__).parents[1] / "oracles"
 BUNDLES = tuple((SHARED if SHARED.is_dir() else ORACLES) / name for name in (
     "t2i-fp32-kv", "t2v-bf16-kv", "image_edit-fp32-nokv", "x2t_image-bf16-kv"))  # fmt: skip
 WEIGHTS, CAPTURE, INPUTS, CODE = "weights", "capture", "inputs", "code"
-NAMED = {
-    WEIGHTS: (Cause.WEIGHTS, Cause.WEIGHTS_OR_CODE, Cause.CAPTURE_OR_WEIGHTS),
-    CODE: (Cause.CODE, Cause.WEIGHTS_OR_CODE, Cause.INPUTS, Cause.INPUTS_OR_CODE),
-    INPUTS: (Cause.INPUTS, Cause.INPUTS_OR_CODE),
-    CAPTURE: (Cause.CAPTURE, Cause.CAPTURE_OR_WEIGHTS),
-}
-"""What may be named of each kind: where no tap lies between, weights and code look alike, and so do a wrong tap and
-wrong weights where a component has one tap alone."""
+NAMED = {WEIGHTS: {Cause.WEIGHTS}, CODE: {Cause.CODE, Cause.INPUTS}, INPUTS: {Cause.INPUTS}, CAPTURE: {Cause.CAPTURE}}
+"""What has to be among the causes that are named of each kind."""
 
 
 class Unchanged(Exception):
@@ -290,7 +284,8 @@ def main(
                         said = _said(copy) if weights is None else _judged(copy)
                     for command, (verdict, why) in said.items():
                         counted += 1
-                        named = any(why.find(f"likely {cause}:") >= 0 for cause in NAMED[way.kind])
+                        likely = why.partition("; likely ")[2].partition(":")[0]
+                        named = any(cause in likely for cause in NAMED[way.kind])
                         # What cannot be read is refused by the name of what is broken.
                         named |= verdict == "refused" and way.name.split()[1] in why
                         if verdict == AGREE or not named:

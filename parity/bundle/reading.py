@@ -27,7 +27,11 @@ CHECKSUMS_FORMAT = "lance-oracles/1"
 ENTRIES = ("kv_cache", "full_sequence")
 WEIGHTS = "weights"
 """Key of a manifest under which a bundle lists the checksums of the weights that it was computed with."""
+CONFIG = "config"
+"""Key of a manifest under which a bundle lists the checksums of the configuration and the tokenizer beside them."""
 SUM_DIGITS = 32
+OWN = "files"
+"""Key of a manifest under which a bundle lists the checksums of its own tensors."""
 FILES = ("manifest.json", "inputs.safetensors", "taps.safetensors")
 ROLES = range(-1, 5)
 ATTN_MODES = range(4)
@@ -279,7 +283,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if manifest["source"].get("dtype") not in ("float32", "bfloat16"):
         raise ParityError(f"{what} has dtype {manifest['source'].get('dtype')!r}, not float32 or bfloat16")
     definition().check_request(manifest["request"], what)
-    check_weight_sums(manifest, path.parent.name)
+    for key in (WEIGHTS, CONFIG):
+        check_sums(manifest, key, path.parent.name)
     for entry in manifest["taps"]:
         listed = isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("shape"), list)
         if not listed or entry.get("dtype") not in list(DTYPES):
@@ -287,15 +292,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_weight_sums(manifest: Mapping[str, Any], bundle: str) -> None:
-    """Raise ParityError unless the checksums of weights that a manifest holds, if any, are some."""
-    sums = manifest.get(WEIGHTS, {})
-    if not isinstance(sums, dict) or WEIGHTS in manifest and not sums:
-        raise ParityError(f"{WEIGHTS!r} in manifest.json of bundle {bundle} must map names to checksums: copy it again")
+def check_sums(manifest: Mapping[str, Any], key: str, bundle: str) -> None:
+    """Raise ParityError unless the checksums that a manifest holds under WEIGHTS or CONFIG, if any, are some."""
+    sums = manifest.get(key, {})
+    if not isinstance(sums, dict) or key in manifest and not sums:
+        raise ParityError(f"{key!r} in manifest.json of bundle {bundle} must map names to checksums: copy it again")
     for name, value in sums.items():
         if not isinstance(value, str) or not re.fullmatch(rf"[0-9a-f]{{{SUM_DIGITS}}}", value):
             raise ParityError(
-                f"{WEIGHTS!r} in manifest.json of bundle {bundle} gives {name} {value!r:.60}, "
+                f"{key!r} in manifest.json of bundle {bundle} gives {name} {value!r:.60}, "
                 f"which is no checksum of {SUM_DIGITS} hexadecimal digits: copy it again"
             )
 

@@ -141,15 +141,18 @@ def floors(
 
     The reference runs in every order of rounding, and in processes that compute as other processors do. Without that
     file, or on another machine than it was measured on, the other commands measure once and keep it in
-    ~/.cache/lance-parity (LANCE_PARITY_CACHE names another folder). What is there is measured again.
+    ~/.cache/lance-parity (LANCE_PARITY_CACHE names another folder). What is there is measured again. Nothing is kept
+    where the oracle and the reference disagree.
     """
     with one_line_errors():
         from parity.bundle.reading import find_bundles, read_bundle
         from parity.bundle.store import relist
+        from parity.errors import ParityError
         from parity.oracle.floors import measure
         from parity.oracle.floors_file import FILE, write_floors
+        from parity.oracle.judgement import judge
         from parity.oracle.machines import machine, settings
-        from parity.oracle.oracle import LOCAL, Oracle
+        from parity.oracle.oracle import LOCAL, SEGMENT, Oracle
         from parity.report.runner import limit_threads
         from parity.report.terminal import progress_bar
 
@@ -161,6 +164,8 @@ def floors(
                 tell = start(path.name)
                 oracle = Oracle.of(read_bundle(path))
                 floors = measure(oracle, tell, settings())
+                if not (judgement := judge(oracle, floors[SEGMENT])).agree:
+                    raise ParityError(f"floors of bundle {path.name} are not kept: {judgement.sentence()}")
                 write_floors(path / FILE, oracle, floors)
                 relist(path / FILE)
                 local = floors[LOCAL]

@@ -174,7 +174,7 @@ def record(
 
 def _hold_against_reference(bundle: Path) -> None:
     """Say whether the reference computes what upstream did; ends the command with status 1 where it does not."""
-    from parity.oracle.judgement import judge_bundle
+    from parity.oracle.floors_file import judge_bundle
     from parity.report.terminal import progress_bar
 
     with progress_bar(1, "bundle") as start:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,9 +28,9 @@ from parity.errors import FloorsRefused, ParityError
 from parity.model import definition
 from parity.oracle.bounds import EQUAL, Alarm, Bound
 from parity.oracle.floors import logits_of, run_free
-from parity.oracle.floors_file import floors_of
-from parity.oracle.judgement import Judgement, clears, judge
-from parity.oracle.oracle import FREE, SEGMENT, Oracle
+from parity.oracle.floors_file import judged
+from parity.oracle.judgement import Judgement, clears
+from parity.oracle.oracle import FREE, Oracle
 from parity.ports.loading import port_loader
 from parity.ports.port import Loader, Port, Progress
 from parity.tensors.metrics import Difference, bits, compare, finite
@@ -196,7 +196,6 @@ def record_bundle(path: Path, impl: str | Loader, progress: Progress | None = No
             f"bundle {bundle.name}: task {bundle.task!r} is none of {', '.join(definition().SUPPORTED_TASKS)}"
         )
     definition().require_consistent(bundle)
-    definition().require_weights(bundle)
     memory.reset_peak()
     start = time.perf_counter()
     port = load(bundle)
@@ -325,7 +324,7 @@ class Trusted:
 
 def trusted_of(bundle: Bundle, progress: Progress | None = None) -> Trusted:
     """Run the reference and judge the bundle; raises ParityError when the reference cannot run it."""
-    return _trusted(bundle.path, progress)[0]
+    return _trusted(bundle, progress)[0]
 
 
 def limits_of(bundle: Bundle, progress: Progress | None = None) -> tuple[dict[str, Bound], Alarm]:
@@ -333,23 +332,24 @@ def limits_of(bundle: Bundle, progress: Progress | None = None) -> tuple[dict[st
 
     Raises ParityError when the reference cannot run the bundle.
     """
-    return _trusted(bundle.path, progress)[1]
+    return _trusted(bundle, progress)[1]
 
 
-_KEPT: dict[tuple[Path, int], tuple[Trusted, tuple[dict[str, Bound], Alarm]]] = {}
+_KEPT: dict[Hashable, tuple[Trusted, tuple[dict[str, Bound], Alarm]]] = {}
 """The trusted sides of the last bundles: two implementations are checked after each other."""
 
 
-def _trusted(path: Path, progress: Progress | None) -> tuple[Trusted, tuple[dict[str, Bound], Alarm]]:
-    # A bundle that was written anew is another one.
-    key = path, (path / "taps.safetensors").stat().st_mtime_ns
+def _trusted(bundle: Bundle, progress: Progress | None) -> tuple[Trusted, tuple[dict[str, Bound], Alarm]]:
+    # A bundle that was written anew is another one, and so is one whose checkpoint was.
+    folders = (bundle.path, bundle.checkpoint, *bundle.checkpoint.iterdir())
+    files = [file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.is_file()]
+    key = frozenset((file, status.st_size, status.st_mtime_ns) for file in files for status in [file.stat()])
     if key not in _KEPT:
         while len(_KEPT) > 1:
             _KEPT.pop(next(iter(_KEPT)))
-        bundle = read_bundle(path)
-        oracle = Oracle.of(bundle)
-        floors = floors_of(oracle, progress)
-        trusted = Trusted(oracle, run_free(oracle.run, bundle), judge(oracle, floors[SEGMENT]))
+        oracle = Oracle.of(read_bundle(bundle.path))
+        floors, judgement = judged(oracle, progress)
+        trusted = Trusted(oracle, run_free(oracle.run, bundle), judgement)
         _KEPT[key] = trusted, limits_from(bundle, floors[FREE], logits_of(trusted.own))
     return _KEPT[key]
 

@@ -25,7 +25,7 @@ from parity.lance.trusted import (
     run_passes,
 )
 from parity.lance.variants import exact_variant, run_variant, variants_of
-from parity.lance.weight_sums import changed_weights, has_weights, require_weights
+from parity.lance.weight_sums import changed, checkpoint_sum, has_weights, require_checkpoint
 
 CONFIDENCE = json.loads(Path(__file__).with_name("confidence.json").read_text(encoding="utf-8"))
 """How many explanations were right and told, by sort and kind of component; see parity/localize/confidence.py."""
@@ -51,12 +51,13 @@ __all__ = [
     "variants_of",
     "exact_variant",
     "run_variant",
-    # A bundle: what a run of it is given and records, its weights, what can be derived of it.
+    # A bundle: what a run of it is given and records, its checkpoint, what can be derived of it.
     "answered",
     "wanted",
     "oracle_weights",
-    "require_weights",
-    "changed_weights",
+    "require_checkpoint",
+    "changed",
+    "checkpoint_sum",
     "derive",
     "require_consistent",
     "has_weights",

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parity.bundle.reading import Bundle
+from parity.bundle.reading import CONFIG, Bundle
 from parity.errors import ParityError, one_line
 from parity.lance.derived_request import DerivedRequest
 from parity.lance.names import parse, velocity_calls
 from parity.lance.record import draw
 from parity.lance.recorded_taps import INPUTS
+from parity.lance.weight_sums import require_checkpoint
 from parity.tensors.recording import Tap
 from reference.errors import ReferenceError
 from reference.mot import LanguageModel, Rope
@@ -72,11 +73,17 @@ def _all_of(parts: Sequence[Callable[[DerivedRequest], Iterator[Derived]]], fact
 
 
 def require_consistent(bundle: Bundle) -> None:
-    """Raise ParityError where a bundle's request and its tensors contradict each other, as far as that is seen without
-    a model: then nothing else that is said of it means anything.
+    """Raise ParityError where a bundle's checkpoint is not the capture's, or its request and its tensors contradict
+    each other, as far as that is seen without a model: then nothing else that is said of it means anything.
     """
+    require_checkpoint(bundle)
     if problem := _contradiction(bundle):
-        likely = "the inputs: the request, the numerics or the tokenizer is not the capture's: restore manifest.json"
+        likely = "the inputs: the request or the numerics is not the capture's: restore manifest.json"
+        if problem.what.startswith("inputs/") and CONFIG not in bundle.manifest:
+            likely = (
+                "the inputs: the request or the tokenizer is not the capture's: restore manifest.json, or "
+                f"vocab.json, merges.txt and tokenizer_config.json in {bundle.checkpoint.name}/{bundle.variant}"
+            )
         if problem.damaged:
             likely = "the captured file: most of its values fit: copy it again"
         raise ParityError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.bundle.reading import WEIGHTS, read_bundle, sha256, write_bundle
+from parity.bundle.reading import read_bundle, sha256, write_bundle
 from parity.bundle.store import seal
 from parity.errors import ParityError
 from parity.lance.names import parse
@@ -35,13 +35,13 @@ def publish(
 ) -> None:
     """Write a bundle in the staging folder, read it once as everybody will, and move it to `out`.
 
-    Checksums of the weights are added to the manifest. The checkpoint, and what `with_media` staged, take their places
-    beside it. With `sketches`, also with none of them, the bundle is of the level "sketch". Raises ParityError where a
-    tap is not finite or the bundle cannot be used.
+    Checksums of the weights and the configuration are added to the manifest. The checkpoint, and what `with_media`
+    staged, take their places beside it. With `sketches`, also with none of them, the bundle is of the level "sketch".
+    Raises ParityError where a tap is not finite or the bundle cannot be used.
     """
     _check_finite({**taps, **(sketches or {})})
     name, variant = manifest["checkpoint"], manifest["variant"]
-    manifest = manifest | {WEIGHTS: sums_for(checkpoint, variant, manifest["request"])}
+    manifest = manifest | sums_for(checkpoint, variant, manifest["request"])
     # Beside the staged bundle as beside the final one, so that it is read once before anybody sees it.
     (staging / name).symlink_to(checkpoint.resolve(), target_is_directory=True)
     write_bundle(staging / out.name, manifest, inputs, taps, sketches)

@@ -1,4 +1,4 @@
-"""Checksums of the weights that a bundle was computed with, and which of a checkpoint's are others."""
+"""Checksums of the weights and the configuration that a bundle was computed with, and what of a checkpoint is other."""
 
 import hashlib
 import json
@@ -7,13 +7,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from parity.bundle.reading import SUM_DIGITS, WEIGHTS, Bundle, check_weight_sums
+from parity.bundle.reading import CONFIG, SUM_DIGITS, WEIGHTS, Bundle, check_sums, read_json, sha256
 from parity.errors import ParityError, one_line
+from reference.config import IGNORED, VISION_IGNORED
 from reference.model import VIT_FOLDER
 from reference.weights import POSITION_TABLE, VIT_PREFIX, opened, read_vae
 
 _BLOCK = 1 << 22
 """Bytes that are in memory at a time."""
+_TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json", "added_tokens.json",
+              "special_tokens_map.json")  # fmt: skip
 
 
 def weight_sums(checkpoint: Path, variant: str, with_vit: bool) -> dict[str, str]:
@@ -35,9 +38,35 @@ def weight_sums(checkpoint: Path, variant: str, with_vit: bool) -> dict[str, str
         return sums | {f"vae.{name}": value for name, value in _sums_of(checkpoint / "Wan2.2_VAE.pth").items()}
 
 
-def sums_for(checkpoint: Path, variant: str, request: dict[str, Any]) -> dict[str, str]:
-    """Return the checksums of what a bundle's request reads; see weight_sums."""
-    return weight_sums(checkpoint, variant, _looks(request))
+def config_sums(checkpoint: Path, variant: str, with_vit: bool) -> dict[str, str]:
+    """Return the checksum of every value of a checkpoint's configuration that says something about inference, as
+    FILE:KEY, and of every file of the tokenizer; `with_vit` also of the vision tower's configuration.
+
+    Raises ParityError for a file that cannot be read.
+    """
+    read = {f"{variant}/llm_config.json": IGNORED}
+    if with_vit:
+        read[f"{VIT_FOLDER}/config.json"] = VISION_IGNORED
+    sums = {
+        f"{file}:{key}": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:SUM_DIGITS]
+        for file, ignored in read.items()
+        for key, value in read_json(checkpoint / file).items()
+        if key not in ignored
+    }
+    files = [f"{variant}/{name}" for name in _TOKENIZER if (checkpoint / variant / name).is_file()]
+    return sums | {file: sha256(checkpoint / file)[:SUM_DIGITS] for file in files}
+
+
+def sums_for(checkpoint: Path, variant: str, request: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Return the checksums of what a request reads, by the keys of a manifest; see config_sums and weight_sums."""
+    read = checkpoint, variant, _looks(request)
+    return {CONFIG: config_sums(*read), WEIGHTS: weight_sums(*read)}
+
+
+def checkpoint_sum(bundle: Bundle) -> str:
+    """Return one checksum of all that a bundle's request reads of the checkpoint."""
+    sums = sums_for(bundle.checkpoint, bundle.variant, bundle.request)
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 def has_weights(bundle: Bundle) -> bool:
@@ -54,28 +83,39 @@ def _looks(request: dict[str, Any]) -> bool:
     return isinstance(request["spec"], dict) and request["task"] != "i2v"
 
 
-def changed_weights(bundle: Bundle) -> list[str]:
-    """Return the names of a checkpoint's tensors that are not those which the bundle was computed with.
+def changed(bundle: Bundle, key: str) -> tuple[str, str] | None:
+    """Return the first of a checkpoint's weights (WEIGHTS) or of its configuration (CONFIG) that is not as in the
+    capture, and in a sentence how that shows; None where all is, or the bundle holds no such checksums.
 
-    These differ, or only one of the two has them. A bundle that holds no checksums has none. Raises ParityError for
-    checksums that are none, and for weights that cannot be read.
+    Raises ParityError for checksums that are none, and for files that cannot be read.
     """
-    check_weight_sums(bundle.manifest, bundle.name)
-    expected = bundle.manifest.get(WEIGHTS)
+    check_sums(bundle.manifest, key, bundle.name)
+    expected = bundle.manifest.get(key)
     if expected is None:
-        return []
-    got = sums_for(bundle.checkpoint, bundle.variant, bundle.request)
-    return sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+        return None
+    sums_of, what = {WEIGHTS: (weight_sums, "other weights"), CONFIG: (config_sums, "another configuration")}[key]
+    got, place = sums_of(bundle.checkpoint, bundle.variant, _looks(bundle.request)), bundle.checkpoint.name
+    differ = [name for name in expected.keys() & got.keys() if expected[name] != got[name]]
+    for names, said in (
+        (differ, f"it was captured with {what}: {{}} not as in {place}: restore the checkpoint"),
+        (expected.keys() - got.keys(), f"manifest.json lists {{}}, which {place} lacks: restore either"),
+        (
+            got.keys() - expected.keys(),
+            f"manifest.json lists no checksum for {{}}, which {place} has: restore either",
+        ),
+    ):
+        if names:
+            first, more = min(names), f" and {len(names) - 1} more" if len(names) > 1 else ""
+            are = "" if names is not differ else " are" if more else " is"
+            return first, said.format(f"{first}{more}{are}") + ", or record the bundle again"
+    return None
 
 
-def require_weights(bundle: Bundle) -> None:
-    """Raise ParityError where the checkpoint holds other weights than the bundle was computed with."""
-    if changed := changed_weights(bundle):
-        more = f" and {len(changed) - 1} more are not those" if len(changed) > 1 else " is not the one"
-        raise ParityError(
-            f"bundle {bundle.name} was captured with other weights: {changed[0]}{more} in {bundle.checkpoint}: "
-            "restore the checkpoint, or record the bundle again"
-        )
+def require_checkpoint(bundle: Bundle) -> None:
+    """Raise ParityError where the checkpoint is another one than the bundle was computed with, as far as it tells."""
+    for key in (CONFIG, WEIGHTS):
+        if problem := changed(bundle, key):
+            raise ParityError(f"bundle {bundle.name}: {problem[1]}")
 
 
 def _sums_of(path: Path) -> dict[str, str]:

@@ -38,8 +38,8 @@ from parity.localize.tap_errors import tap_errors
 from parity.localize.wider import Wider, settled
 from parity.model import definition
 from parity.oracle.bounds import bounds_of
-from parity.oracle.floors_file import floors_of
-from parity.oracle.judgement import clears, judge, segment_bounds
+from parity.oracle.floors_file import judged
+from parity.oracle.judgement import clears, segment_bounds
 from parity.oracle.oracle import FREE, SEGMENT, Oracle
 from parity.oracle.oracle import LOCAL as STEERED
 from parity.ports.loading import port_loader
@@ -122,9 +122,8 @@ class Investigation:
         """Run the port free, steered and from the oracle's states, and judge what it computed."""
         started = time.perf_counter() if started is None else started
         self.tell("floors")
-        floors = floors_of(self.oracle, self.tell)
+        floors, judgement = judged(self.oracle, self.tell)
         bounds = bounds_of(floors[STEERED], self.oracle.own, self.bundle.dtype)
-        judgement = judge(self.oracle, floors[SEGMENT])
         self.tell("weights")
         with ExitStack() as stack:
             if self.faults:

@@ -12,13 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from parity.bundle.reading import Bundle, sha256
+from parity.bundle.reading import Bundle, read_bundle, sha256
 from parity.errors import FloorsRefused, ParityError
+from parity.model import definition
 from parity.oracle.floors import Floors, FloorSet, floats_of, logits_of, measure, pooled
+from parity.oracle.judgement import Judgement, judge
 from parity.oracle.machines import facts, machine
-from parity.oracle.oracle import FREE, KINDS, Oracle
+from parity.oracle.oracle import FREE, KINDS, SEGMENT, Oracle
 from parity.tensors.recording import write_atomically
-from parity.tensors.sketch_file import FILE as SKETCHES
 
 FILE = "floors.safetensors"
 CACHE = "LANCE_PARITY_CACHE"
@@ -30,25 +31,42 @@ _TABLES = ("levels", "flips", "spreads")
 _LARGEST = {"float32": 1e-2, "bfloat16": 2.0}
 
 
+def judge_bundle(path: Path, progress: Callable[[str], None] | None = None) -> Judgement:
+    """Run the reference for a bundle, with its variants where their floors are not known yet, and judge it.
+
+    Raises ParityError for a bundle that is unusable or that the reference cannot run.
+    """
+    return judged(Oracle.of(read_bundle(path)), progress)[1]
+
+
 def floors_of(oracle: Oracle, progress: Callable[[str], None] | None = None) -> FloorSet:
-    """The floors of a bundle for this machine: those kept with it where they were measured on such a machine, or else
-    pooled with this machine's own, which are measured once and kept in the cache.
+    """The floors of a bundle for this machine; see judged."""
+    return judged(oracle, progress)[0]
+
+
+def judged(oracle: Oracle, progress: Callable[[str], None] | None = None) -> tuple[FloorSet, Judgement]:
+    """The floors of a bundle for this machine, and whether the oracle and the reference agree by them.
+
+    The floors are those kept with the bundle where they were measured on such a machine, or else pooled with this
+    machine's own. These are kept in the cache, but for those of a run in which oracle and reference disagree: what is
+    wrong there is in them.
 
     Raises ParityError when kept floors are no such thing or of another capture, or the reference cannot run.
     """
     kept = read_floors(oracle.bundle.path / FILE, oracle)
     if kept is not None and all(machine() in floors.machines for floors in kept.values()):
-        return kept
-    place = cache_folder() / f"{_key(oracle)}.safetensors"
-    mine = None
+        return kept, judge(oracle, kept[SEGMENT])
+    place, mine = cache_folder() / f"{_key(oracle)}.safetensors", None
     with suppress(ParityError):
         # What a cache cannot give is measured again.
         mine = read_floors(place, oracle)
-    if mine is None:
-        mine = measure(oracle, progress)
+    own = measure(oracle, progress) if mine is None else mine
+    floors = own if kept is None else {kind: pooled([kept[kind], own[kind]]) for kind in KINDS}
+    judgement = judge(oracle, floors[SEGMENT])
+    if mine is None and judgement.agree:
         with suppress(ParityError):
-            write_floors(place, oracle, mine)
-    return mine if kept is None else {kind: pooled([kept[kind], mine[kind]]) for kind in KINDS}
+            write_floors(place, oracle, own)
+    return floors, judgement
 
 
 def cache_folder() -> Path:
@@ -133,9 +151,11 @@ def _unpacked(logarithms: np.ndarray) -> list[float]:
 
 
 def _key(oracle: Oracle) -> str:
-    """What a measurement belongs to: the capture, the taps, the machine and the way to measure."""
-    parts = [_FORMAT, _taps_sum(oracle.bundle), _names_sum(oracle.taps), machine(), oracle.bundle.name]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    """What a measurement belongs to: the capture, the checkpoint, the machine and the way to measure."""
+    bundle = oracle.bundle
+    capture = [sha256(path) for path in sorted(bundle.path.glob("*.safetensors")) if path.name != FILE]
+    capture += [_capture_sum(bundle), definition().checkpoint_sum(bundle), _names_sum(oracle.taps)]
+    return hashlib.sha256("\n".join([_FORMAT, *capture, machine()]).encode()).hexdigest()[:32]
 
 
 def _capture_sum(bundle: Bundle) -> str:
@@ -143,11 +163,6 @@ def _capture_sum(bundle: Bundle) -> str:
     manifest = bundle.manifest
     kept = [manifest[key] for key in ("request", "checkpoint", "variant", "taps")] + [bundle.entry, bundle.dtype]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def _taps_sum(bundle: Bundle) -> str:
-    own = sha256(bundle.path / "taps.safetensors")
-    return own if not bundle.sketches else f"{own} {sha256(bundle.path / SKETCHES)}"
 
 
 def _names_sum(taps: Iterable[str]) -> str:

@@ -7,20 +7,18 @@ should be: no verdict about a port follows from such a bundle.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from pathlib import Path
 
 import numpy as np
 
-from parity.bundle.reading import read_bundle
+from parity.bundle.reading import CONFIG, WEIGHTS
 from parity.model import definition
 from parity.oracle.bounds import EQUAL, Bound, Bounds, bounds_of
 from parity.oracle.common import common_error
 from parity.oracle.floors import Floors
-from parity.oracle.floors_file import floors_of
-from parity.oracle.oracle import SEGMENT, Oracle
+from parity.oracle.oracle import Oracle
 from parity.tensors.metrics import Difference, compare
 from parity.tensors.names import TapName, component_kind, parse
 from parity.tensors.recording import Tap
@@ -31,18 +29,18 @@ from parity.tensors.sketch import Sketch
 class Cause(StrEnum):
     """What is likely not what it should be."""
 
-    WEIGHTS = "the weights"
     INPUTS = "the inputs"
-    CODE = "upstream's commit or the reference"
     CAPTURE = "the captured file"
-    WEIGHTS_OR_CODE = "the weights, upstream's commit or the reference"
-    CAPTURE_OR_WEIGHTS = "the captured file or the weights"
-    INPUTS_OR_CODE = "the inputs, upstream's commit or the reference"
+    WEIGHTS = "the weights"
+    CONFIG = "the configuration"
+    CODE = "upstream's commit or the reference"
 
 
 # Components that compute without weights: if these differ throughout, the code does.
 _FUNCTIONS = re.compile(r"noise|sdpa|_rope|positions|euler|schedule|guidance|sequence|grids|tokens|frames|"
                         r"latent_pos_embed|layers\.\d+(\.self_attn)?$|vae\.pixels|vae\.encoder\.sample")  # fmt: skip
+# The VAE has no configuration, and what leads from one state to the next none but the request.
+_UNCONFIGURED = re.compile(r"vae\.|pixels|latent$|sampler\.")
 # What is computed with the numbers of a request.
 _SETTINGS = re.compile(r"euler|schedule|guidance")
 _GIVEN = re.compile(r"sampler\.x_init|sampler\.x_t0|sampler\.noise|vae\.latent\d+|vae\.encode\d+\.eps")
@@ -88,10 +86,10 @@ class Departure:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Where the oracle and the reference disagree, in order of execution, and what is likely the cause."""
+    """Where the oracle and the reference disagree, in order of execution, and which are the likely causes."""
 
     departures: tuple[Departure, ...]
-    cause: Cause | None = None
+    causes: tuple[Cause, ...] = ()
     why: str = ""
 
     @property
@@ -110,16 +108,9 @@ class Judgement:
             return ""
         more = len(self.departures) - 1
         others = f", and {more} more tap{'s' * (more != 1)}" if more else ""
-        return f"{self.departures[0].said}{others}; likely {self.cause}: {self.why}"
-
-
-def judge_bundle(path: Path, progress: Callable[[str], None] | None = None) -> Judgement:
-    """Run the reference for a bundle, with its variants where their floors are not known yet, and judge it.
-
-    Raises ParityError for a bundle that is unusable or that the reference cannot run.
-    """
-    oracle = Oracle.of(read_bundle(path))
-    return judge(oracle, floors_of(oracle, progress)[SEGMENT])
+        *first, last = self.causes
+        or_last = f"{', ' if last is Cause.CODE else ' or '}{last}" if first else last
+        return f"{self.departures[0].said}{others}; likely {', '.join(first)}{or_last}: {self.why}"
 
 
 def judge(oracle: Oracle, segment: Floors) -> Judgement:
@@ -143,8 +134,8 @@ def judge(oracle: Oracle, segment: Floors) -> Judgement:
             wrong.append(departure)
     if not wrong:
         return Judgement(())
-    cause, why = _cause(oracle, wrong)
-    return Judgement(tuple(wrong), cause, why)
+    causes, why = _causes(oracle, wrong)
+    return Judgement(tuple(wrong), _open(oracle, wrong[0].tap, causes), why)
 
 
 def segment_bounds(oracle: Oracle, segment: Floors) -> Bounds:
@@ -193,13 +184,23 @@ def _choices(oracle: Oracle, bounds: Bounds) -> list[Departure]:
     return [Departure(parse("tokens"), compare(expected, Tap(chosen, "int32")), EQUAL)]
 
 
-def _cause(oracle: Oracle, wrong: Sequence[Departure]) -> tuple[Cause, str]:
+def _open(oracle: Oracle, tap: TapName, causes: set[Cause]) -> tuple[Cause, ...]:
+    """The causes that no checksum of the bundle rules out."""
+    held = oracle.bundle.manifest
+    if causes & {Cause.WEIGHTS, Cause.CODE} and CONFIG not in held and not _UNCONFIGURED.match(tap.name):
+        causes = causes | {Cause.CONFIG}
+    if Cause.WEIGHTS in causes and WEIGHTS in held:
+        causes = causes - {Cause.WEIGHTS} | {Cause.CODE}
+    return tuple(cause for cause in Cause if cause in causes)
+
+
+def _causes(oracle: Oracle, wrong: Sequence[Departure]) -> tuple[set[Cause], str]:
     first = wrong[0].tap
     names = {departure.tap.name for departure in wrong}
     if first.name.startswith("inputs/"):
-        return Cause.INPUTS, "the request or the tokenizer is another one than the capture's"
+        return {Cause.INPUTS}, "the request or the tokenizer is another one than the capture's"
     if _GIVEN.fullmatch(first.name):
-        return Cause.INPUTS, "the state does not follow from the noise that the bundle holds"
+        return {Cause.INPUTS}, "the state does not follow from the noise that the bundle holds"
     kind, call = component_kind(first.name), _kind_of_call(first)
     located = {name: oracle.bundle.locate(name) for name in oracle.bundle.expected if component_kind(name) == kind}
     peers = [name for name, tap in located.items()
@@ -207,33 +208,36 @@ def _cause(oracle: Oracle, wrong: Sequence[Departure]) -> tuple[Cause, str]:
     off = [name for name in peers if name in names]
     used = _used(oracle, first.name)
     if used is False:
-        return Cause.CAPTURE, "what comes after it does not follow from it, but from what the reference computes"
+        return {Cause.CAPTURE}, "what comes after it does not follow from it, but from what the reference computes"
     if used is None and len(off) <= _SOME * len(peers):
-        return Cause.CAPTURE, f"the same component agrees in {len(peers) - len(off)} other places"
+        return {Cause.CAPTURE}, f"the same component agrees in {len(peers) - len(off)} other places"
     if used is None and len(peers) == 1:
         if _reordered(oracle, first.name):
-            return Cause.CAPTURE, "its values are the right ones, in another order"
+            return {Cause.CAPTURE}, "its values are the right ones, in another order"
         if _part_off(oracle, wrong[0]) <= _SOME and not _by_units(oracle, first.name):
-            return Cause.CAPTURE, "most of its values agree"
+            return {Cause.CAPTURE}, "most of its values agree"
         if not any(map(_weighs, _between(oracle, first.name))):
-            return Cause.CAPTURE, "it follows from the tap before it without any weight"
+            return {Cause.CAPTURE}, "it follows from the tap before it without any weight"
         if len(names) > _FEW:
-            return Cause.WEIGHTS_OR_CODE, f"{len(names) - 1} other taps do not follow from those before them either"
-        return Cause.CAPTURE_OR_WEIGHTS, "there is no second tap of its kind to tell by"
+            more = len(names) - 1
+            return {Cause.WEIGHTS, Cause.CODE}, f"{more} other taps do not follow from those before them either"
+        return {Cause.CAPTURE, Cause.WEIGHTS}, "there is no second tap of its kind to tell by"
     between = dict.fromkeys(parse(n).component for n in _between(oracle, first.name) if _weighs(n) and n != first.name)
     if re.search(r"velocity|hidden_out", first.name):
         if len(between) != 1:
-            return Cause.WEIGHTS_OR_CODE, "no tap tells which part of the model it is"
-        return Cause.WEIGHTS, f"{next(iter(between))} differs in {_places(off, peers)}"
+            told = "no tap tells which part of the model it is: record it again by the entry kv_cache"
+            return {Cause.WEIGHTS, Cause.CODE}, told
+        return {Cause.WEIGHTS}, f"{next(iter(between))} differs in {_places(off, peers)}"
     if _SETTINGS.match(first.component) and not between:
-        return Cause.INPUTS_OR_CODE, f"{first.component} follows from captured values and the numbers of the request"
+        told = f"{first.component} follows from captured values and the numbers of the request"
+        return {Cause.INPUTS, Cause.CODE}, told
     if not _weighs(first.name):
         told = f"{first.component} has no weights and differs in {_places(off, peers)}"
         if not isinstance(oracle.bundle.expected[first.name], Sketch) and (read := _reads_weights(oracle, first.name)):
-            return Cause.WEIGHTS_OR_CODE, f"{told}; it reads {read}, of which no value was captured"
-        return Cause.CODE, told
+            return {Cause.WEIGHTS, Cause.CODE}, f"{told}; it reads {read}, of which no value was captured"
+        return {Cause.CODE}, told
     feeds = "" if not _unheld(oracle, first) else ", or what feeds it that no tap holds"
-    return Cause.WEIGHTS, f"{first.component}{feeds}; it differs in {_places(off, peers)}"
+    return {Cause.WEIGHTS}, f"{first.component}{feeds}; it differs in {_places(off, peers)}"
 
 
 def _places(off: Sequence[str], peers: Sequence[str]) -> str:

@@ -38,9 +38,9 @@ class Oracle:
 
     @classmethod
     def of(cls, bundle: Bundle) -> "Oracle":
-        """Run the reference from the bundle's taps; raises ParityError when it cannot run the bundle, or has others
-        of its weights."""
-        definition().require_weights(bundle)
+        """Run the reference from the bundle's taps; raises ParityError when it cannot run the bundle, or has
+        another checkpoint than its own."""
+        definition().require_checkpoint(bundle)
         with one_line(f"reference cannot run bundle {bundle.name}"):
             run = definition().load_trusted(bundle)
             passes = definition().run_passes(run, bundle.taps)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.bundle.reading import CHECKSUMS, WEIGHTS, Bundle, read_bundle
+from parity.bundle.reading import CHECKSUMS, CONFIG, WEIGHTS, Bundle, read_bundle
 from parity.bundle.store import checksums, compare_files, listed, read_manifest, whole_bundles
 from parity.errors import ParityError
 from parity.model import definition
@@ -121,7 +121,7 @@ def verify_bundle(path: Path) -> Verified:
     bundle = _bundle(path, manifest, inputs, taps, found)
     bundle = bundle and replace(bundle, sketches=sketches)
     if bundle is not None:
-        _check_weights(bundle, found)
+        _check_checkpoint(bundle, found)
         for item in definition().derive(bundle):
             found.derived += 1
             if item.problem is not None:
@@ -134,7 +134,7 @@ def verify_bundle(path: Path) -> Verified:
 
 def _judge(bundle: Bundle, found: Verified) -> None:
     """Hold the reference against every tap, where the weights are at hand."""
-    from parity.oracle.judgement import judge_bundle
+    from parity.oracle.floors_file import judge_bundle
 
     try:
         judgement = judge_bundle(bundle.path)
@@ -148,17 +148,15 @@ def _judge(bundle: Bundle, found: Verified) -> None:
         found.add(judgement.departures[0].tap.name, judgement.sentence())
 
 
-def _check_weights(bundle: Bundle, found: Verified) -> None:
-    """Compare the checkpoint's weights, where they are at hand, with the manifest's checksums."""
-    if WEIGHTS not in bundle.manifest or not definition().has_weights(bundle):
-        return
-    try:
-        if changed := definition().changed_weights(bundle):
-            more = f", and so are {len(changed) - 1} more tensors" if len(changed) > 1 else ""
-            place = bundle.checkpoint.name
-            found.add(changed[0], f"is another one in {place} than when the bundle was computed{more}")
-    except ParityError as error:
-        found.add("manifest.json", str(error), unusable=True)
+def _check_checkpoint(bundle: Bundle, found: Verified) -> None:
+    """Compare the checkpoint, as far as it is at hand, with the manifest's checksums."""
+    for key in (CONFIG, WEIGHTS):
+        if key == CONFIG or definition().has_weights(bundle):
+            try:
+                if changed := definition().changed(bundle, key):
+                    found.add(*changed)
+            except ParityError as error:
+                found.add("manifest.json", str(error), unusable=True)
 
 
 def _others(root: Path, paths: Sequence[Path], single: bool) -> dict[str, Any]:

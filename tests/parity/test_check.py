@@ -15,7 +15,7 @@ from parity.lance.replay_torch import layout_reference
 from parity.lance.trusted import load_run
 from parity.oracle.bounds import EQUAL, FALSE_ALARM, Bound, bounds_of, scale_of
 from parity.oracle.floors import Floors, logits_of
-from parity.oracle.floors_file import floors_of
+from parity.oracle.floors_file import floors_of, judged
 from parity.oracle.oracle import FREE
 from parity.oracle.verify import SOUND, verify_bundle
 from parity.tensors.recording import Tap, write_tensors
@@ -395,11 +395,11 @@ def test_limits_are_made_once_for_a_bundle_that_stays_the_same(copy_bundle, monk
     path = copy_bundle("t2v-bf16-kv")
     made = []
 
-    def floors(oracle, progress):
+    def judge_anew(oracle, progress):
         made.append(oracle.bundle.name)
-        return floors_of(oracle, progress)
+        return judged(oracle, progress)
 
-    monkeypatch.setattr("parity.comparison.check.floors_of", floors)
+    monkeypatch.setattr("parity.comparison.check.judged", judge_anew)
     for _ in range(2):
         limits_of(read_bundle(path))
         trusted_of(read_bundle(path))
@@ -408,3 +408,8 @@ def test_limits_are_made_once_for_a_bundle_that_stays_the_same(copy_bundle, monk
     write_tensors(path / "taps.safetensors", oracle.taps)
     limits_of(read_bundle(path))
     assert len(made) == 2
+    # So is one with another checkpoint.
+    config = path.parent / "checkpoint-a" / oracle.variant / "llm_config.json"
+    config.write_text(config.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    limits_of(read_bundle(path))
+    assert len(made) == 3

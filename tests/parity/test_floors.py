@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_tensors
 from typer.testing import CliRunner
 
 import reference.sampler
@@ -18,10 +20,14 @@ from parity.errors import ParityError
 from parity.lance.variants import exact_variant, run_variant, variants_of
 from parity.oracle import floors as measuring
 from parity.oracle import floors_file, machines
+from parity.oracle.bounds import EQUAL
 from parity.oracle.floors import Floors, floats_of, logits_of, measure, pooled
 from parity.oracle.floors_file import CACHE, FILE, floors_of, write_floors
+from parity.oracle.judgement import Cause, Departure, Judgement
 from parity.oracle.machines import machine, record_elsewhere, settings
 from parity.oracle.oracle import FREE, KINDS, LOCAL, SEGMENT, Oracle
+from parity.tensors.metrics import compare
+from parity.tensors.names import parse
 from parity.tensors.recording import Tap, to_tap
 from reference.request import Request
 
@@ -223,6 +229,7 @@ def test_another_machine_measures_its_own_once_and_pools_them(stored, monkeypatc
                 for kind, each in floors.items()}  # fmt: skip
 
     monkeypatch.setattr(floors_file, "measure", mine)
+    monkeypatch.setattr(floors_file, "judge", lambda *arguments: Judgement(()))
     for _ in range(2):
         found = floors_of(oracle)[LOCAL]
         doubled = {name: 2 * level for name, level in floors[LOCAL].levels.items()}
@@ -233,6 +240,57 @@ def test_another_machine_measures_its_own_once_and_pools_them(stored, monkeypatc
     kept.write_bytes(b"no")
     floors_of(oracle)
     assert len(counted) == 2
+
+
+@pytest.fixture
+def measuring_once(stored, monkeypatch):
+    """Floors are invented rather than measured, and the times counted; the cache is empty, and a bundle has none."""
+    oracle, floors = stored
+    (oracle.bundle.path / FILE).unlink()
+    counted = []
+    monkeypatch.setattr(floors_file, "measure", lambda *arguments: counted.append(1) or floors)
+    monkeypatch.setattr(floors_file, "judge", lambda *arguments: Judgement(()))
+    return oracle, counted
+
+
+def test_floors_of_another_checkpoint_are_no_floors(measuring_once):
+    oracle, counted = measuring_once
+    folder = oracle.bundle.checkpoint / oracle.bundle.variant
+    file, weights, config = folder / "model.safetensors", "language_model.model.norm.weight", folder / "llm_config.json"
+    right = config.read_text(encoding="utf-8"), load_file(file)
+    file.unlink()  # a link
+    for number, (eps, factor) in enumerate([(1e-6, 1), (1e-6, 30), (1e-5, 1)], 1):
+        config.write_text(json.dumps(json.loads(right[0]) | {"rms_norm_eps": eps}), encoding="utf-8")
+        save_tensors(right[1] | {weights: right[1][weights] * factor}, file)
+        for _ in range(2):
+            floors_of(oracle)
+            assert len(counted) == number
+    config.write_text(right[0], encoding="utf-8")
+    floors_of(oracle)
+    assert len(counted) == 3
+
+
+def test_a_bundle_under_another_name_is_measured_no_second_time(measuring_once):
+    oracle, counted = measuring_once
+    floors_of(oracle)
+    path = oracle.bundle.path.rename(oracle.bundle.path.with_name("other"))
+    floors_of(replace(oracle, bundle=read_bundle(path)))
+    assert len(counted) == 1
+
+
+def test_floors_are_not_kept_where_oracle_and_reference_disagree(measuring_once, monkeypatch, lance_parity):
+    oracle, counted = measuring_once
+    departure = Departure(parse("pixels"), compare(oracle.taps["pixels"], oracle.taps["pixels"]), EQUAL)
+    disagreeing = Judgement((departure,), (Cause.CODE,), "for a test")
+    monkeypatch.setattr(floors_file, "judge", lambda *arguments: disagreeing)
+    for _ in range(2):
+        floors_of(oracle)
+    assert len(counted) == 2 and not floors_file.cache_folder().exists()
+    monkeypatch.setattr("parity.oracle.judgement.judge", lambda *arguments: disagreeing)
+    monkeypatch.setattr(measuring, "measure", lambda *arguments: {SEGMENT: None})
+    result = lance_parity("floors", oracle.bundle.path)
+    assert result.exit_code == 2 and "are not kept: oracle and reference disagree at pixels" in result.stderr
+    assert not (oracle.bundle.path / FILE).exists()
 
 
 def parts(path):

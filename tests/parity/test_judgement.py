@@ -13,18 +13,12 @@ from parity.bundle.reading import read_bundle
 from parity.comparison.check import check_bundle
 from parity.errors import ParityError
 from parity.localize.investigation import localize
-from parity.oracle.floors_file import floors_of
-from parity.oracle.judgement import Cause, judge
-from parity.oracle.oracle import SEGMENT, Oracle
+from parity.oracle.floors_file import judge_bundle
+from parity.oracle.judgement import Cause
 from parity.oracle.verify import verify_bundle
 from parity.tensors.recording import Tap, read_tensors, write_tensors
 
 SMALL, DETAILED = "t2i-fp32-nokv", "t2i-fp32-kv"
-
-
-def judged(bundle):
-    oracle = Oracle.of(read_bundle(bundle))
-    return judge(oracle, floors_of(oracle)[SEGMENT])
 
 
 def with_tap(bundle, name, change):
@@ -44,7 +38,7 @@ def noisy(array):
 
 @pytest.mark.parametrize("name", [SMALL, DETAILED, "t2v-bf16-kv", "x2t_image-bf16-kv"])
 def test_upstreams_own_captures_agree(oracles, name):
-    judgement = judged(oracles / name)
+    judgement = judge_bundle(oracles / name)
     assert judgement.agree and judgement.sentence() == "" and not judgement.names
 
 
@@ -61,8 +55,8 @@ def test_upstreams_own_captures_agree(oracles, name):
 def test_a_damaged_tap_is_told_from_wrong_weights(copy_bundle, name, tap, change):
     bundle = copy_bundle(name)
     with_tap(bundle, tap, change)
-    judgement = judged(bundle)
-    assert judgement.departures[0].tap.name == tap and judgement.cause is Cause.CAPTURE
+    judgement = judge_bundle(bundle)
+    assert judgement.departures[0].tap.name == tap and judgement.causes == (Cause.CAPTURE,)
     assert judgement.sentence().startswith(f"oracle and reference disagree at {tap} (error ")
     assert "\n" not in judgement.sentence()
 
@@ -86,13 +80,14 @@ def reweighted(bundle, name, factor):
     save_file(tensors, path)
 
 
-@pytest.mark.parametrize(("name", "cause"), [(SMALL, Cause.WEIGHTS_OR_CODE), (DETAILED, Cause.WEIGHTS)])
+@pytest.mark.parametrize(("name", "cause"), [(SMALL, Cause.CODE), (DETAILED, Cause.CONFIG)])
 @pytest.mark.parametrize("factor", [1.001, 1.05])
 def test_other_weights_than_the_captured_ones_are_no_agreement(copy_bundle, name, cause, factor):
     # The port and the reference have the same weights: each agrees with the other.
     bundle = copy_bundle(name)
     reweighted(bundle, "language_model.model.layers.1.mlp_moe_gen.down_proj.weight", factor)
-    assert judged(bundle).cause is cause
+    causes = judge_bundle(bundle).causes
+    assert causes[0] is Cause.WEIGHTS and causes[-1] is cause
     assert check_bundle(bundle, "mlx").verdict == localize(bundle).verdict == "inconclusive"
 
 
@@ -100,9 +95,9 @@ def test_other_weights_than_the_captured_ones_are_no_agreement(copy_bundle, name
 def test_a_factor_below_bfloat16s_rounding_is_seen_of_weights_whose_output_no_tap_holds(copy_bundle, factor):
     bundle = copy_bundle("t2v-bf16-kv")
     reweighted(bundle, "language_model.model.layers.1.self_attn.v_proj_moe_gen.weight", factor)
-    judgement = judged(bundle)
+    judgement = judge_bundle(bundle)
     assert judgement.departures[0].tap.component == "layers.1.self_attn.sdpa"
-    assert judgement.cause is Cause.WEIGHTS_OR_CODE
+    assert judgement.causes == (Cause.WEIGHTS, Cause.CONFIG, Cause.CODE)
     assert "it reads layers.1.self_attn.v_proj_moe_gen" in judgement.why
     assert check_bundle(bundle, "mlx").verdict == localize(bundle).verdict == "inconclusive"
 
@@ -118,7 +113,7 @@ def test_where_nothing_can_be_judged_that_is_said(copy_bundle):
 def test_other_noise_is_an_input(copy_bundle):
     bundle = copy_bundle(SMALL)
     with_tap(bundle, "sampler.noise", lambda x: x[::-1].copy())
-    assert judged(bundle).cause is Cause.INPUTS
+    assert judge_bundle(bundle).causes == (Cause.INPUTS,)
 
 
 def test_another_request_is_an_input(copy_bundle):
@@ -135,15 +130,15 @@ def test_another_guidance_is_a_setting_of_the_request(copy_bundle):
     bundle = copy_bundle(SMALL)
     edited(bundle, lambda m: m["request"].update(cfg_text_scale=4.01))
     (bundle / "floors.safetensors").unlink()
-    judgement = judged(bundle)
-    assert judgement.departures[0].tap.component == "euler" and judgement.cause is Cause.INPUTS_OR_CODE
+    judgement = judge_bundle(bundle)
+    assert judgement.departures[0].tap.component == "euler" and judgement.causes == (Cause.INPUTS, Cause.CODE)
 
 
 def test_what_lies_alone_between_two_taps_is_named(copy_bundle):
     bundle = copy_bundle("x2t_image-bf16-kv")
     reweighted(bundle, "language_model.model.norm.weight", 1.001)
-    judgement = judged(bundle)
-    assert judgement.cause is Cause.WEIGHTS and judgement.why == "norm differs in all 3 places"
+    judgement = judge_bundle(bundle)
+    assert judgement.causes[0] is Cause.WEIGHTS and judgement.why == "norm differs in all 3 places"
 
 
 def test_one_damaged_element_of_a_schedule_is_no_other_request(copy_bundle):
@@ -182,6 +177,18 @@ def test_a_bundle_that_contradicts_its_request_is_told_so_first(copy_bundle, nam
     for run in (lambda: check_bundle(bundle, "mlx"), lambda: localize(bundle)):
         with pytest.raises(ParityError, match=f"^[^\n]*does not fit its request: {problem}[^\n]*; likely the inputs: "):
             run()
+
+
+def test_another_tokenizer_is_to_be_restored(copy_bundle):
+    bundle = copy_bundle(SMALL)
+    merges = bundle.parent / "checkpoint-a" / read_bundle(bundle).variant / "merges.txt"
+    merges.write_text("\n".join(merges.read_text(encoding="utf-8").splitlines()[:20]) + "\n", encoding="utf-8")
+    with pytest.raises(
+        ParityError,
+        match="inputs/text_ids .*likely the inputs: the request or the tokenizer is not .*"
+        "restore manifest.json, or vocab.json, merges.txt and tokenizer_config.json in checkpoint-a/",
+    ):
+        check_bundle(bundle, "mlx")
 
 
 def test_what_breaks_what_is_derived_is_one_line(copy_bundle, monkeypatch):

@@ -81,7 +81,7 @@ def test_a_recorded_bundle_has_what_upstreams_has_and_both_sides_agree_with(supp
     placeholder = f"vae_pixels{sum(name.startswith('vae_pixels') for name in theirs.inputs) - 1}"
     for name in set(theirs.inputs) - {placeholder}:
         assert np.array_equal(ours.inputs[name].array, theirs.inputs[name].array), name
-    assert set(ours.manifest) == set(theirs.manifest) | {"files", "name", "weights"}
+    assert set(ours.manifest) == set(theirs.manifest) | {"files", "name", "config", "weights"}
     assert ours.request["spec"] == theirs.request["spec"] and ours.variant == theirs.variant
     assert verify_bundle(bundle).verdict == SOUND
     if supported_oracle.parent != ORACLES:
