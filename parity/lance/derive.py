@@ -110,7 +110,7 @@ def _contradiction(bundle: Bundle) -> _Contradiction | None:
     except (ReferenceError, ParityError):
         # What cannot be laid out cannot be run either, and whoever runs it says why.
         return None
-    parts = [_integers] if facts.request.understanding else [_integers, _schedule]
+    parts = [_integers, _tokens if facts.request.understanding else _schedule]
     wrong = [item for item in _all_of(parts, facts) if item.problem]
     if not wrong:
         return None
@@ -207,16 +207,16 @@ def _tokens(facts: DerivedRequest) -> Iterator[Derived]:
     if facts.bundle.entry == "full_sequence":
         asked = facts.layout.answer
         limit = -(-(asked + limit) // BLOCK) * BLOCK - asked
-    tokens, end, problem = tap.array, facts.tokenizer.im_end, None
+    tokens, end, problem, few = tap.array, facts.tokenizer.im_end, None, False
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < len(facts.tokenizer):
-        problem = f"holds an id outside 0 to {len(facts.tokenizer) - 1}"
+        problem, few = f"holds an id outside 0 to {len(facts.tokenizer) - 1}", True
     elif not 1 <= tokens.size <= limit:
         problem = f"holds {tokens.size} tokens, the request allows {limit}"
     elif end in tokens[:-1]:
-        problem = "goes on after <|im_end|>"
+        problem, few = "goes on after <|im_end|>", True
     elif tokens.size < limit and tokens[-1] != end:
         problem = f"stops after {tokens.size} tokens, before <|im_end|> and before the limit of {limit}"
-    yield Derived("answer", "tokens", problem)
+    yield Derived("answer", "tokens", problem, few)
 
 
 def _drawn(facts: DerivedRequest) -> Iterator[Derived]:
@@ -267,7 +267,11 @@ def _encoded(facts: DerivedRequest) -> Iterator[Derived]:
 
 
 def _schedule(facts: DerivedRequest) -> Iterator[Derived]:
-    count = len(facts.layout.latent_rows)
+    count, steps = len(facts.layout.latent_rows), facts.request.num_steps
+    held = {parse(name).numbers["step"] for name in facts.bundle.expected if name.startswith("sampler.timestep")}
+    for step in sorted(held ^ set(range(steps))) if held else ():
+        there = "is there" if step in held else "is missing"
+        yield Derived("timesteps", f"sampler.timestep{step}", f"{there}, but the request makes {steps} steps")
     for step, t in enumerate(facts.times[:-1]):
         expected = torch.zeros(count)
         expected[facts.inputs.made] = t
