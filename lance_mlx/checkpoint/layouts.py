@@ -132,7 +132,8 @@ class ConvertedCheckpoint(Checkpoint):
 
     def vit(self, source: ViTSource) -> Part:
         if source is ViTSource.VIT_FILE and self._vit_source is not source:
-            raise LanceError(f"{self.folder} holds the Lance file's ViT: convert once more with --vit-source {source}")
+            again = f"convert once more with lance-mlx convert --vit-source {source}"
+            raise LanceError(f"{self.folder} holds the Lance file's ViT: {again}")
         return self._part(lambda name: name.startswith(VIT))
 
     def vit_origin(self, source: ViTSource) -> ViTSource:
@@ -279,8 +280,8 @@ def find_checkpoint(path: Path, variant: Variant) -> Checkpoint:
             return checkpoint
     held = found[0].variant
     raise LanceError(
-        f"{path} holds {held} and this needs {variant}: give a checkpoint with that, or use what is there all the same "
-        f"with --variant {held.kind}"
+        f"{path} holds {held} and this needs {variant}: give a checkpoint with that, or ask for variant {held.kind} to "
+        "use what is there all the same"
     )
 
 

@@ -85,8 +85,8 @@ class Checkpoint(ABC):
         """Raise LanceError for a policy that would be given rounded weights without knowing."""
         if self.rounded and numerics.name == "float32":
             raise LanceError(
-                f"{self.folder} holds weights rounded to bfloat16: use --numerics bfloat16, or convert the official "
-                "checkpoint with --dtype float32"
+                f"{self.folder} holds weights rounded to bfloat16: ask for bfloat16, or convert the official "
+                "checkpoint with lance-mlx convert --dtype float32"
             )
 
 

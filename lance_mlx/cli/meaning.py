@@ -108,5 +108,6 @@ def spelt(name: str) -> str:
 
 
 def in_options(message: str) -> str:
-    """An error about a field of a request, as one about the option that sets it."""
+    """An error about a field of a request or a parameter, as one about the option that sets it."""
+    message = message.replace("ask for variant ", f"ask for {spelt('variant')} ")
     return re.sub(rf"(^|: )({_NUMBERS}) ", lambda found: f"{found[1]}{spelt(found[2])} ", message)

@@ -54,7 +54,7 @@ def convolve(
     if largest > MAX_VALUES:
         raise LanceError(
             f"a convolution of the VAE holds {largest:,} values, and MLX addresses {MAX_VALUES:,} at most: "
-            "choose a smaller size, or a smaller tile with --vae-tiling"
+            "choose a smaller size, or smaller tiles for the VAE"
         )
     at_once = max(1, _most_at_once(x.dtype) // unfolded)
     if at_once >= rows:

@@ -8,6 +8,7 @@ import numpy as np
 
 import lance_mlx.requests.visuals
 from lance_mlx.backend.numerics import policy
+from lance_mlx.checkpoint.layouts import variants_in
 from lance_mlx.errors import LanceError
 from lance_mlx.media import write as media
 from lance_mlx.media.preprocess import RESOLUTIONS
@@ -117,9 +118,9 @@ def record_mlx(
 
 
 def load_for(request: Request | Question, folder: Path, numerics: str) -> Pipeline:
-    """Load what a request needs of the variant in a folder, under the policy of that name, for questions as they are
-    answered; raises LanceError."""
-    pipeline = load(folder, request.variant, policy(numerics), request.task.takes is not None)
+    """Load what a request needs of the variant in a folder, whichever that is, under the policy of that name, for
+    questions as they are answered; raises LanceError."""
+    pipeline = load(folder, variants_in(folder)[0], policy(numerics), request.task.takes is not None)
     if isinstance(request, Question):
         pipeline.join_projections()
     return pipeline

@@ -67,7 +67,7 @@ def test_a_converted_checkpoint_computes_the_same_bits(checkpoint, tmp_path, var
 def test_a_float32_conversion_serves_both_policies_and_a_bfloat16_one_says_that_it_cannot(checkpoint, video, tmp_path):
     path = converted(checkpoint, Variant.VIDEO, tmp_path / "wide", "float32")
     assert np.array_equal(drawn(load(path, Variant.VIDEO, BFLOAT16)), drawn(load(video, Variant.VIDEO, BFLOAT16)))
-    with pytest.raises(LanceError, match="rounded to bfloat16: use --numerics bfloat16, or convert"):
+    with pytest.raises(LanceError, match="rounded to bfloat16: ask for bfloat16, or convert"):
         load(video, Variant.VIDEO, FLOAT32)
     with pytest.raises(LanceError, match="rounded to bfloat16"):
         converted(video, Variant.VIDEO, tmp_path / "widened", "float32")
@@ -106,7 +106,7 @@ def test_the_vit_is_upstreams_choice_or_the_users(checkpoint, video, tmp_path):
         name = "vit_model.blocks.0.attn.qkv.weight"
         assert mx.array_equal(weights(ours)[name], weights(theirs)[name])
         assert json.loads((path / "config.json").read_text())["vit_source"] == source
-    with pytest.raises(LanceError, match="convert once more with --vit-source vit_file"):
+    with pytest.raises(LanceError, match="convert once more with lance-mlx convert --vit-source vit_file"):
         load(video, Variant.VIDEO, BFLOAT16, True, ViTSource.VIT_FILE)
     image = converted(checkpoint, Variant.IMAGE, tmp_path / "image")
     load(image, Variant.IMAGE, BFLOAT16, True, ViTSource.VIT_FILE)
@@ -297,7 +297,7 @@ def test_the_command_converts_and_what_it_made_draws_the_same_file(run, refused,
             drawn.append(np.stack([frame.to_ndarray() for frame in video.decode(video=0)]))
     assert np.array_equal(*drawn)
     line = refused("generate", "t2i", "--model", out, "--prompt", "a", "-o", tmp_path / "a.png")
-    assert "holds Lance_3B_Video and this needs Lance_3B" in line
+    assert "holds Lance_3B_Video and this needs Lance_3B" in line and "or ask for --variant video to use" in line
     picture = ["--prompt", "a bird", "--width", 32, "--height", 32, "--steps", 2, "-o", tmp_path / "a.png"]
     done = run("generate", "t2i", "--model", out, "--variant", "video", *picture)
     assert done.returncode == 0, done.stderr

@@ -76,7 +76,7 @@ def test_a_model_for_images_makes_videos_only_when_it_is_told_to(checkpoint, tmp
         (tmp_path / name).symlink_to(checkpoint / name)
     request = Request(Task.T2V, "a bird", height=32, width=32, num_frames=1, num_steps=1)
     for path in (folder, checkpoint / "Lance_3B"):
-        with pytest.raises(LanceError, match="use what is there all the same with --variant image"):
+        with pytest.raises(LanceError, match="or ask for variant image to use what is there all the same"):
             load(path).generate(request)
     told = load(folder, variant=Variant.IMAGE).generate(request)
     assert np.isfinite(np.array(told.latents.astype(mx.float32))).all()

@@ -1,5 +1,6 @@
 """Captures change nothing but what they are told to, and leave everything as it was, whatever happens inside."""
 
+import json
 import sys
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lance_mlx.sampling.flow as flow
 import lance_mlx.sampling.text as text
@@ -16,11 +18,13 @@ from lance_mlx.model.mot import MoTModel
 from lance_mlx.model.rope import rotary_table
 from lance_mlx.model.vae_decoder import Decoder
 from lance_mlx.model.vit import VisionTransformer
+from parity.bundle.reading import read_bundle
 from parity.errors import ParityError
 from parity.lance.boundaries_mlx import MlxBoundaries
 from parity.lance.capture_mlx import MlxCapture
 from parity.lance.capture_torch import TorchCapture
 from parity.lance.given import replay_of
+from parity.lance.ports import MlxPort
 from parity.lance.replay_mlx import record_mlx, request_from_bundle
 from parity.localize.steering import steered
 from parity.tensors.metrics import compare
@@ -273,3 +277,14 @@ def test_the_mode_in_which_torch_counts_is_left_alone(oracle_of):
     before = torch.is_inference_mode_enabled(), torch.get_num_threads()
     oracle_of("t2i-fp32-kv").run.record({"latent"})
     assert (torch.is_inference_mode_enabled(), torch.get_num_threads()) == before
+
+
+@pytest.mark.parametrize("variant", ["Lance_3B", "Lance_3B_Video"])
+def test_the_variant_that_a_bundle_names_is_loaded(copy_bundle, variant):
+    path = copy_bundle("t2i-fp32-nokv")
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    (path / "manifest.json").write_text(json.dumps(manifest | {"variant": variant}), encoding="utf-8")
+    folder = path.parent / "checkpoint-a" / variant
+    name = "language_model.model.layers.0.self_attn.q_norm.weight"
+    loaded = dict(MlxPort(read_bundle(path)).weights())[name]
+    assert np.array_equal(np.asarray(loaded), load_file(folder / "model.safetensors")[name].float())
