@@ -123,7 +123,7 @@ def read_bundle(path: Path) -> Bundle:
     variant = checkpoint / _plain(manifest, "variant", path.name)
     if not variant.is_dir():
         raise ParityError(f"bundle {path.name} names the checkpoint {variant}, which does not exist: put it there")
-    verify_checksums(root, [path, checkpoint])
+    verify_checksums(path, manifest, checkpoint)
     inputs = read_tensors(path / "inputs.safetensors")
     taps = read_tensors(path / "taps.safetensors")
     bundle = Bundle(path, manifest, inputs, taps, checkpoint, read_sketches(path, manifest))
@@ -201,22 +201,24 @@ def read_listing(root: Path) -> dict[str, Any] | None:
     return document
 
 
-def verify_checksums(root: Path, folders: Sequence[Path]) -> None:
-    """Compare the files below `folders` with `root`/MANIFEST.json where there is one; raises ParityError."""
-    document = read_listing(root)
-    if document is None:
-        return
-    prefixes = tuple(f"{folder.relative_to(root).as_posix()}/" for folder in folders)
-    for name, expected in document["files"].items():
-        if not name.startswith(prefixes):
-            continue
+def verify_checksums(path: Path, manifest: Mapping[str, Any], checkpoint: Path | None = None) -> None:
+    """Compare a bundle's files with the checksums in its manifest, and them and those of its checkpoint with the
+    MANIFEST.json beside them, as far as there are any; raises ParityError."""
+    root, own = path.parent, manifest.get(OWN, {})
+    listing = f"{path.name}/manifest.json"
+    if not isinstance(own, dict):
+        raise ParityError(f"{OWN!r} in {listing} must map names to checksums: copy the bundle again")
+    expected = [(f"{path.name}/{name}", entry, listing) for name, entry in own.items()]
+    prefixes = tuple(f"{folder.relative_to(root).as_posix()}/" for folder in (path, checkpoint) if folder)
+    listed = (read_listing(root) or {"files": {}})["files"]
+    expected += [(name, entry, CHECKSUMS) for name, entry in listed.items() if name.startswith(prefixes)]
+    for name, entry, where in expected:
         if ".." in Path(name).parts:
-            raise ParityError(f"{CHECKSUMS} entry {name!r} leaves the oracle folder {root}: restore or remove it")
-        path = root / name
-        if not path.is_file():
-            raise ParityError(f"{name} is listed in {CHECKSUMS} but missing: copy it again")
-        if not isinstance(expected, dict) or sha256(path) != expected.get("sha256"):
-            raise ParityError(f"{name} does not match its checksum in {CHECKSUMS}: copy it again")
+            raise ParityError(f"{where} entry {name!r} leaves the oracle folder {root}: restore or remove it")
+        if not (root / name).is_file():
+            raise ParityError(f"{name} is listed in {where} but missing: copy it again")
+        if not isinstance(entry, dict) or sha256(root / name) != entry.get("sha256"):
+            raise ParityError(f"{name} does not match its checksum in {where}: copy it again")
 
 
 def sha256(path: Path) -> str:

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parity.bundle.reading import CHECKSUMS, FILES, FORMAT, find_bundles, read_json, read_listing, sha256
+from parity.bundle.reading import CHECKSUMS, FILES, FORMAT, OWN, find_bundles, read_json, read_listing, sha256
 from parity.errors import ParityError
 from parity.tensors.recording import write_atomically
 from parity.tensors.sketch_file import FILE as SKETCHES
 
 FLOORS = "floors.*"
 """Files of a bundle that hold what rounding alone does to it."""
-OWN = "files"
-"""Key of a manifest under which a bundle lists the checksums of its own tensors."""
 INTACT, DAMAGED, NONE = "ok", "damaged", "none"
 
 

@@ -141,7 +141,7 @@ def opened(
 def _stored(path: Path) -> Iterator[Source]:
     if path.is_dir() and (path / "manifest.json").is_file():
         manifest = read_manifest(path)
-        verify_checksums(path.resolve().parent, [path.resolve()])
+        verify_checksums(path.resolve(), manifest)
         with ExitStack() as stack:
             inputs, taps = (stack.enter_context(open_tensors(path / f"{kind}.safetensors")) for kind in _PARTS)
             places = {f"inputs/{name}": (inputs, name) for name, dtype in inputs.dtypes.items() if dtype == "int32"}

@@ -11,6 +11,7 @@ from fault_trials import try_fault
 from typer.testing import CliRunner
 
 from parity.bundle.reading import read_bundle
+from parity.bundle.store import seal
 from parity.cli.main import app
 from parity.comparison.check import check_bundle, replayed
 from parity.comparison.compare import compare_runs
@@ -101,6 +102,9 @@ def test_what_is_sketched_is_verified(bundles, tmp_path):
     del sketches[STREAM]
     write_tensors(damaged / FILE, sketches)
     assert {problem.place for problem in verify_bundle(damaged).problems} == {FILE}
+    with pytest.raises(ParityError, match=f"sketch/{FILE} does not match its checksum"):
+        read_bundle(damaged)
+    seal(damaged)
     with pytest.raises(ParityError, match=f"lack {STREAM}"):
         read_bundle(damaged)
     manifest = json.loads((damaged / "manifest.json").read_text())

@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parity.bundle.reading import read_bundle, read_json
 from parity.bundle.store import DAMAGED, INTACT, NONE, list_bundles, seal, sizes
+from parity.comparison.check import check_bundle
+from parity.comparison.compare import compare_runs
 from parity.errors import ParityError
 from parity.lance.record import record
 from parity.lance.record_options import Options, build_request
+from parity.localize.investigation import localize
 from parity.oracle.verify import FAILS, SOUND, UNUSABLE, exit_status, verify, verify_bundle
 from parity.tensors.recording import Tap, read_tensors, write_tensors
 
@@ -53,6 +57,37 @@ def relist(bundle, edit):
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     manifest["taps"] = edit(manifest["taps"])
     (bundle / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+@pytest.mark.parametrize("file", ["taps.safetensors", "inputs.safetensors"])
+def test_a_damaged_file_is_proven_before_anything_is_computed(recorded, file, monkeypatch):
+    path = recorded / file
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    for part in ("reading.read_tensors", "reading.definition"):
+        monkeypatch.setattr(f"parity.bundle.{part}", None)
+    monkeypatch.setattr("parity.bundle.reading._read_manifest", read_json)
+    message = f"^small/{file} does not match its checksum in small/manifest.json: copy it again$"
+    for run in (
+        lambda: check_bundle(recorded, "mlx"),
+        lambda: localize(recorded),
+        lambda: compare_runs(recorded, {"pixels": np.zeros(3)}),
+    ):
+        with pytest.raises(ParityError, match=message):
+            run()
+
+
+def test_a_list_of_files_that_is_none_is_refused(recorded):
+    for files, said in (
+        (["a"], "must map names"),
+        ({"../other/taps.safetensors": {}}, "leaves"),
+        ({"a": {}}, "missing"),
+    ):
+        manifest = json.loads((recorded / "manifest.json").read_text(encoding="utf-8"))
+        (recorded / "manifest.json").write_text(json.dumps(manifest | {"files": files}), encoding="utf-8")
+        with pytest.raises(ParityError, match=said):
+            read_bundle(recorded)
 
 
 def add(amount, *at):
