@@ -3,7 +3,8 @@
     python scripts/fault_table.py [FOLDER...] [--fault NAME]... [--output FILE]
 
 Beside the bundles given, a few are recorded from the reference: some faults need what no captured bundle has.
-FOLDERs hold oracle bundles (by default oracles/). With --fault only these are tried and the table is printed.
+FOLDERs hold oracle bundles (by default oracles/). With --fault only these are tried and the table is printed, and where
+FOLDERs are named as well, these are all that is looked at.
 Exit status: 0 when every fault is tried, detected and named, 1 otherwise.
 """
 
@@ -37,7 +38,8 @@ def main(
         faults = [load_fault(name) for name in fault] if fault else list(CATALOGUE.values())
         trials = []
         with tempfile.TemporaryDirectory() as folder, progress_bar(len(paths), "bundle") as start:
-            paths += record_more(Path(folder), ORACLES, start)
+            if not (folders and fault):
+                paths += record_more(Path(folder), ORACLES, start)
             left_out = untried(faults, [read_bundle(path) for path in paths])
             print("".join(f"{line}\n" for line in left_out), end="", file=sys.stderr)
             for trial in try_faults(paths, faults, start):

@@ -5,8 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import fault_table
 import pytest
+import typer
 from fault_trials import BUNDLES, Trial, judge, markdown, plan, summary, try_fault, try_faults, untried
+from typer.testing import CliRunner
 
 from parity.bundle.reading import read_bundle
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE
@@ -34,6 +37,22 @@ def chosen(faults, bundles):
         for each in which:
             found[each.name].append(where.name)
     return found
+
+
+def test_only_the_folders_that_are_named_are_looked_at_for_a_fault(monkeypatch, oracles):
+    def stop(*arguments):
+        raise ParityError("nothing more is recorded")
+
+    looked = []
+    monkeypatch.setattr(fault_table, "record_more", stop)
+    monkeypatch.setattr(fault_table, "try_faults", lambda paths, *rest: looked.extend(paths) or [])
+    app = typer.Typer()
+    app.command()(fault_table.main)
+    path = oracles / "t2i-fp32-kv"
+    named = CliRunner().invoke(app, [str(path), "--fault", "query-norm-missing"])
+    assert looked == [path] and "nothing more" not in named.stderr
+    for further in (["--fault", "query-norm-missing"], [str(path)]):
+        assert "nothing more is recorded" in CliRunner().invoke(app, further).stderr
 
 
 # The plan.
