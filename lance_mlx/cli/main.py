@@ -5,6 +5,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from lance_mlx.cli.unread import end_unread
 from lance_mlx.errors import LanceError
 
 _SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -13,6 +14,7 @@ _BY_SIGNAL = 128
 _INTERRUPTED_LINE = "lance-mlx: interrupted, nothing written"
 
 
+@end_unread()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; bad input ends it with one line on stderr and status 2.
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lance_mlx.cli.unread import end_unread
 from parity.cli import localize as cli_localize
 from parity.cli import port as cli_port
 from parity.cli import store as cli_store
@@ -199,6 +200,7 @@ def _write_json(path: Path, document: dict) -> None:
     write_atomically(path, json.dumps(document, indent=1, allow_nan=False).encode())
 
 
+@end_unread()
 def main() -> None:
     """Run the command."""
     # PyTorch reads it when it is loaded: a waiting thread that spins takes its core from another process.

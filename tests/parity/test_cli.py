@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -33,6 +34,21 @@ def lance_parity(tmp_path, monkeypatch):
         return result
 
     return invoke
+
+
+@pytest.mark.parametrize("module", ["parity.cli.main", "lance_mlx.cli.main"])
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_output_that_nobody_reads_ends_quietly_as_cat_does(module, option):
+    code = f"import {module} as command; command.main()"
+    command = [sys.executable, "-c", code, option]
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        unread = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+    finally:
+        os.close(write)
+    assert (unread.returncode, unread.stderr) == (141, b"")
+    assert subprocess.run(command, stdout=subprocess.PIPE).returncode == 0
 
 
 def doubled(array):
