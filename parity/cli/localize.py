@@ -148,7 +148,7 @@ def floors(
         from parity.bundle.reading import find_bundles, read_bundle
         from parity.bundle.store import relist
         from parity.errors import ParityError
-        from parity.oracle.floors import measure
+        from parity.oracle.floors import carrying, measure
         from parity.oracle.floors_file import FILE, write_floors
         from parity.oracle.judgement import judge
         from parity.oracle.machines import machine, settings
@@ -164,7 +164,7 @@ def floors(
                 tell = start(path.name)
                 oracle = Oracle.of(read_bundle(path))
                 floors = measure(oracle, tell, settings())
-                if not (judgement := judge(oracle, floors[SEGMENT])).agree:
+                if not (judgement := judge(oracle, carrying(oracle, floors)[SEGMENT])).agree:
                     raise ParityError(f"floors of bundle {path.name} are not kept: {judgement.sentence()}")
                 write_floors(path / FILE, oracle, floors)
                 relist(path / FILE)

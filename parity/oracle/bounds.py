@@ -8,7 +8,7 @@ beyond all that were seen. Both dtypes have that in their own form:
   as the measured spread tells (1 where a single scalar is off). The bound is two floors times the far quantile of that.
 - bfloat16: an element is rounded one way or the other. How many differ is counted over all taps of a component and all
   variants; in one tap their number is taken for Poisson's, each weighed with its unit in the last place, and the
-  largest element may always be one of them.
+  largest element may always be one of them. A float32 tap behind bfloat16 ones carries theirs.
 
 The quantile is such that all taps of a run together alarm in FALSE_ALARM of clean runs (Bonferroni's bound).
 """
@@ -60,11 +60,13 @@ class Bound:
         allowed: the largest relative L2 error that agrees; 0 where equality is asked for.
         floor: what equally right orders of rounding do, by which it is judged.
         upstream: how far upstream's bfloat16 is from float32; None where that is not asked, and in float32.
+        counted: whether it comes from how many elements bfloat16 rounds the other way.
     """
 
     allowed: float
     floor: float = 0.0
     upstream: float | None = None
+    counted: bool = False
 
     def exceeded_by(self, difference: Difference) -> bool:
         """Whether a tap is farther, or cannot be close at all."""
@@ -108,23 +110,29 @@ class Scale(NamedTuple):
     estimated: bool = False
 
 
-def scale_of(value: Tap | Sketch) -> Scale:
-    """The scale of a tap, or of a sketch by what its elements are on average; integers round to nothing."""
+def scale_of(value: Tap | Sketch, carried: bool = False) -> Scale:
+    """The scale of a tap, or of a sketch by what its elements are on average; integers round to nothing.
+
+    Where bfloat16's roundings are `carried` into float32 it is that of bfloat16, in whose units they are.
+    """
     if value.dtype == "int32":
         return Scale(value.dtype, 0.0, 0.0, 0.0)
+    # Behind a norm a value may have half the unit that it was rounded by.
+    dtype, times = ("bfloat16", 4.0) if carried and value.dtype == "float32" else (value.dtype, 1.0)
     if isinstance(value, Sketch):
-        one = ULP[value.dtype] ** 2 / max(value.size, 1)
-        return Scale(value.dtype, value.size * one, one, one, estimated=True)
-    norm = float(np.square(value.array, dtype=np.float64).sum())
+        one = times * ULP[dtype] ** 2 / max(value.size, 1)
+        return Scale(dtype, value.size * one, one, one, estimated=True)
+    norm = float(np.square(value.array, dtype=np.float64).sum()) / times
     if not norm:
-        return Scale(value.dtype, 0.0, 0.0, 0.0)
-    steps = step_squares(value.array, value.dtype)
-    return Scale(value.dtype, steps.total / norm, steps.squares / steps.total / norm, steps.largest / norm)
+        return Scale(dtype, 0.0, 0.0, 0.0)
+    steps = step_squares(value.array, dtype)
+    return Scale(dtype, steps.total / norm, steps.squares / steps.total / norm, steps.largest / norm)
 
 
 def bounds_of(floors: Floors, values: Mapping[str, Tap | Sketch], dtype: str) -> Bounds:
     """The bounds of all taps that have floors and values, in a run of a dtype."""
-    return bounds_by_scale(floors, {n: scale_of(values[n]) for n in floors.levels if n in values}, dtype)
+    scales = {n: scale_of(values[n], floors.flips[n] > 0) for n in floors.levels if n in values}
+    return bounds_by_scale(floors, scales, dtype)
 
 
 def bounds_by_scale(floors: Floors, scales: Mapping[str, Scale], dtype: str) -> Bounds:
@@ -145,7 +153,7 @@ def _bound(floors: Floors, name: str, scale: Scale, dtype: str, chance: float) -
     square = max(level**2, floors.flips[name] * scale.total)
     counted = poisson_quantile(square / scale.lump, chance) * scale.lump + scale.peak
     far = square**0.5 * _apart(spread, chance, dtype) if square > scale.lump else 0.0
-    return Bound(max(counted**0.5, far) * wider, max(square, scale.peak) ** 0.5)
+    return Bound(max(counted**0.5, far) * wider, max(square, scale.peak) ** 0.5, counted=True)
 
 
 def _apart(spread: float, chance: float, dtype: str) -> float:

@@ -16,10 +16,10 @@ from parity.bundle.reading import Bundle
 from parity.errors import one_line
 from parity.model import definition
 from parity.oracle.machines import machine, others, record_elsewhere
-from parity.oracle.oracle import KINDS, Oracle
+from parity.oracle.oracle import FREE, KINDS, LOCAL, SEGMENT, Oracle
 from parity.oracle.trusted import Trusted, Variant
 from parity.tensors.metrics import compare, rel_l2
-from parity.tensors.names import component_kind
+from parity.tensors.names import component_kind, parse
 from parity.tensors.recording import Recording, Tap
 from parity.tensors.rounding import step_squares
 from parity.tensors.sketch import Sketch
@@ -90,6 +90,26 @@ def measure(
         float32 = run_free(definition().load_trusted(bundle, "float32"), bundle, set(kept))
         floors[2] = replace(floors[2], upstream=dict(zip(kept, errors_of(bundle.expected, float32, kept), strict=True)))
     return dict(zip(KINDS, floors, strict=True))
+
+
+def carrying(oracle: Oracle, floors: FloorSet) -> FloorSet:
+    """Floors in which also float32 taps have the flips of what they are computed from.
+
+    A query's norm, in float32, follows from a projection that bfloat16 rounds, and that is given to it by the local run
+    alone. Of the few elements of a small tap none may have flipped in any variant, and one will on another machine.
+    """
+    local, most, flips = floors[LOCAL].flips, dict[tuple[str, int], float](), dict[str, float]()
+    for name, tap in oracle.taps.items():
+        place = parse(name)
+        at = place.call, place.layer
+        if tap.dtype == "bfloat16" and place.layer is not None and name not in oracle.bundle.expected:
+            most[at] = max(most.get(at, 0.0), local[name])
+        elif tap.dtype == "float32" and at in most:
+            flips[name] = most[at]
+    return floors | {
+        kind: replace(floors[kind], flips={n: flips.get(n, f) for n, f in floors[kind].flips.items()})
+        for kind in (SEGMENT, FREE)
+    }
 
 
 def own_runs(run: Trusted, bundle: Bundle, passes: Recording) -> tuple[Recording, Recording, Recording]:

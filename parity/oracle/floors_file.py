@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from parity.bundle.reading import Bundle, read_bundle, sha256
 from parity.errors import FloorsRefused, ParityError
 from parity.model import definition
-from parity.oracle.floors import Floors, FloorSet, floats_of, logits_of, measure, pooled
+from parity.oracle.floors import Floors, FloorSet, carrying, floats_of, logits_of, measure, pooled
 from parity.oracle.judgement import Judgement, judge
 from parity.oracle.machines import facts, machine
 from parity.oracle.oracle import FREE, KINDS, SEGMENT, Oracle
@@ -55,13 +55,14 @@ def judged(oracle: Oracle, progress: Callable[[str], None] | None = None) -> tup
     """
     kept = read_floors(oracle.bundle.path / FILE, oracle)
     if kept is not None and all(machine() in floors.machines for floors in kept.values()):
-        return kept, judge(oracle, kept[SEGMENT])
+        floors = carrying(oracle, kept)
+        return floors, judge(oracle, floors[SEGMENT])
     place, mine = cache_folder() / f"{_key(oracle)}.safetensors", None
     with suppress(ParityError):
         # What a cache cannot give is measured again.
         mine = read_floors(place, oracle)
     own = measure(oracle, progress) if mine is None else mine
-    floors = own if kept is None else {kind: pooled([kept[kind], own[kind]]) for kind in KINDS}
+    floors = carrying(oracle, own if kept is None else {kind: pooled([kept[kind], own[kind]]) for kind in KINDS})
     judgement = judge(oracle, floors[SEGMENT])
     if mine is None and judgement.agree:
         with suppress(ParityError):

@@ -20,7 +20,7 @@ from parity.errors import ParityError
 from parity.lance.variants import exact_variant, run_variant, variants_of
 from parity.oracle import floors as measuring
 from parity.oracle import floors_file, machines
-from parity.oracle.bounds import EQUAL
+from parity.oracle.bounds import EQUAL, bounds_of
 from parity.oracle.floors import Floors, floats_of, logits_of, measure, pooled
 from parity.oracle.floors_file import CACHE, FILE, floors_of, write_floors
 from parity.oracle.judgement import Cause, Departure, Judgement
@@ -128,6 +128,26 @@ def test_pooled_floors_are_the_largest(measured):
     both = pooled([local, larger])
     assert both.levels == larger.levels and both.flips == local.flips
     assert both.variants == (*local.variants, "other") and both.machines == local.machines
+
+
+def test_a_float32_tap_behind_a_rounding_of_bfloat16_may_have_one_that_no_variant_had(oracle_of):
+    oracle = oracle_of("t2v-bf16-kv")
+    floors = floors_of(oracle)
+    norm, path = "cond.step0/language_model.model.layers.0.self_attn.k_norm", "cond.step0/language_model.model.layers.0"
+    rate = max(
+        floors[LOCAL].flips[f"{path}.self_attn.{part}_proj{expert}"] for part in "qkv" for expert in ("", "_moe_gen")
+    )
+    values = oracle.own[norm].array.reshape(-1)
+    for kind in (SEGMENT, FREE):
+        assert floors[kind].flips[norm] == pytest.approx(rate) and rate > 1e-5
+        allowed = bounds_of(floors[kind], oracle.own, "bfloat16").allowed(norm)
+        for index in range(values.size):
+            flipped = values.copy()
+            flipped[index : index + 1].view(np.uint32)[:] += 0x10000
+            assert compare(Tap(values, "float32"), Tap(flipped, "float32")).rel_l2 <= allowed
+        assert allowed < 0.01
+    # What is given what comes before it has none, and neither has what no bfloat16 is before.
+    assert floors[LOCAL].flips[norm] == floors[SEGMENT].flips["sampler.timestep2"] == 0
 
 
 # Other machines.
