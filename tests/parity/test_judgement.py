@@ -166,7 +166,11 @@ CONTRADICTIONS = [
     (SMALL, lambda m: m["request"].update(timestep_shift=3.51), "sampler.timestep1 holds"),
     (SMALL, lambda m: m["request"].update(num_steps=5), "sampler.timestep4 is missing, but the request makes 5 steps"),
     (SMALL, lambda m: m["request"].update(num_steps=3), "sampler.timestep3 is there, but the request makes 3 steps"),
-    ("x2t_image-fp32-nokv", lambda m: m["request"].update(max_new_tokens=80), "tokens stops after 8 tokens, before"),
+    (
+        "x2t_image-bf16-kv",
+        lambda m: m["request"].update(max_new_tokens=4),
+        "tokens holds 8 tokens, the request allows 4",
+    ),
     (SMALL, lambda m: m["source"].update(dtype="bfloat16"), "it says bfloat16 and sampler.noise is float32"),
     (SMALL, lambda m: m["source"].update(entry="kv_cache"), "it says kv_cache and holds velocity_call0"),
     (DETAILED, lambda m: m["source"].update(entry="full_sequence"), "it says full_sequence and holds "),
