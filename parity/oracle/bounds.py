@@ -131,7 +131,8 @@ def scale_of(value: Tap | Sketch, carried: bool = False) -> Scale:
 
 def bounds_of(floors: Floors, values: Mapping[str, Tap | Sketch], dtype: str) -> Bounds:
     """The bounds of all taps that have floors and values, in a run of a dtype."""
-    scales = {n: scale_of(values[n], floors.flips[n] > 0) for n in floors.levels if n in values}
+    carried = {n: dtype == "bfloat16" and floors.flips[n] > 0 for n in floors.levels}
+    scales = {n: scale_of(values[n], carried[n]) for n in floors.levels if n in values}
     return bounds_by_scale(floors, scales, dtype)
 
 

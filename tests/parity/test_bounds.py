@@ -96,6 +96,13 @@ def test_a_float32_tap_may_be_two_floors_off_and_ten_are_found(spread):
     assert (found.allowed < 2.2e-6) == (spread <= 0.01)
 
 
+def test_flips_mean_nothing_in_a_float32_run_and_bfloat16s_units_behind_it():
+    tap = normal(500, dtype="float32")
+    assert bound(tap, level=1e-6, flips=8.0) == bound(tap, level=1e-6)
+    carried = bound(tap, level=1e-6, flips=1e-4, run="bfloat16")
+    assert carried.counted and 1e-3 < carried.floor < carried.allowed < 1e-2
+
+
 def test_a_right_run_whose_error_varies_as_was_seen_alarms_rarely():
     draw, size = np.random.default_rng(4), 20
     norms = np.linalg.norm(draw.standard_normal((20000, size)), axis=1) / size**0.5
