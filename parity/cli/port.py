@@ -53,6 +53,9 @@ def port(
         page = report or REPORTS / f"{pair.stem}.html"
         require_own_page(page)
         require_own(plots_folder(page))
+        for written in filter(None, (json_file, output)):
+            if written.exists() and written.suffix != ".json" or written.resolve() == pair.resolve():
+                raise ParityError(f"{written} is there already, and no result of this command: choose another name")
         try:
             with progress_bar(1, "pair") as start:
                 tell = start(pair.stem)

@@ -92,7 +92,9 @@ def of_values(part: Fit) -> Iterator[Change]:
         return
     if square := float(np.vdot(own, own)):
         factor = part.snapped(float(np.vdot(own, got)) / square, lambda a: a * own)
-        yield Change(f" {times(factor)}", 1, lambda x: x * factor)
+        # What is written as once is no change.
+        if told(factor) != "1":
+            yield Change(f" {times(factor)}", 1, lambda x: x * factor)
     by = part.snapped(float(np.mean(got - own)), lambda c: own + c)
     yield Change(f" is {told(abs(by))} {'larger' if by > 0 else 'smaller'}", 1.1, lambda x: x + by)
     if own.size > 2 and np.ptp(own):

@@ -88,12 +88,15 @@ def _weighted(numbers: Mapping[str, float], terms: Sequence[str]) -> Law:
             return None
         return other.own + sum(number * other.inputs[name].astype(np.float64) for name, number in numbers.items())
 
-    said = [_said(name, float(name in terms) + number) for name, number in numbers.items()]
+    said = [_said(name, float(name in terms) + number, name in terms) for name, number in numbers.items()]
     return Law(", and ".join(said) or "nothing is added", float(len(said)), apply)
 
 
-def _said(name: str, number: float) -> str:
+def _said(name: str, number: float, term: bool = True) -> str:
     if not number:
         return f"{name} is not added"
+    if number == -1 and not term:
+        # What is no term by itself can be a part of one.
+        return f"{name} is left out of it"
     words = {1.0: " too", 2.0: " twice", -1.0: " with the other sign"}
     return f"{name} is {'added' if number != -1 else 'taken'}{words.get(number, f' {told(number)} times')}"

@@ -116,7 +116,18 @@ def _norm(model: nn.Module, side: TorchSide, name: str, batch: int) -> Known | N
     for each in (weight, 1 + weight):
         if _near(side, name, normed * each):
             return Known("norm", {"x": rows(x)}, {"weight": each, "eps": eps}, rows, ("token", "channel"))
+    bias = _held(getattr(module, "bias", None))
+    facts = {"weight": weight, "bias": np.zeros_like(weight) if bias is None else bias, "eps": eps}
+    if _near(side, name, layer_norm(x, **facts)):
+        return Known("layer_norm", {"x": rows(x)}, facts, rows, ("token", "channel"))
     return None
+
+
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float, mean: bool = True) -> np.ndarray:
+    """x [..., channels] over its deviation, less its mean unless that is left, times a weight plus a bias; float64."""
+    wide = x.astype(np.float64)
+    wide = wide - wide.mean(-1, keepdims=True) if mean else wide
+    return wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + eps) * weight + bias
 
 
 def _convolution(model: nn.Module, side: TorchSide, name: str, batch: int) -> Known | None:
@@ -196,13 +207,9 @@ def _rotary(model: nn.Module, side: TorchSide, name: str, batch: int) -> Known |
     count = x.shape[1]
     inputs = {"x": x[batch].swapaxes(0, 1), "cos": cos[:, :half], "sin": sin[:, :half]}
     facts: dict[str, Any] = {"axes": np.zeros(half, int), "axis_names": ("",)}
-    ids = _positions(side, len(cos))
-    speeds = np.arctan2(sin[:, :half], cos[:, :half]).astype(np.float64)
-    # Of the step from one position to the next the first two frequencies tell the base of all.
-    steps = np.diff(np.unwrap(speeds, axis=0), axis=0)
-    if ids is not None and len(steps) and half > 1 and steps[0, 1] > 0:
-        facts["theta"] = float(f"{(steps[0, 0] / steps[0, 1]) ** half:.5g}")
-        inputs["position_ids"] = ids
+    ids, theta = _positions(side, parse(name).call, len(cos)), _theta(side, path.removesuffix(SDPA) + ROTARY)
+    if ids is not None and theta is not None:
+        facts["theta"], inputs["position_ids"] = theta, ids
 
     def view(array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array[batch, :: max(array.shape[1] // count, 1)].swapaxes(0, 1))
@@ -210,15 +217,29 @@ def _rotary(model: nn.Module, side: TorchSide, name: str, batch: int) -> Known |
     return Known("rotary", inputs, facts, view, ("token", "head", "channel"))
 
 
-def _positions(side: TorchSide, count: int) -> np.ndarray | None:
-    """The positions [1, n] that some part was given, or those from 0 on."""
-    for args, values in side.given.values():
-        for value in (values.get("position_ids"), *args):
+def _positions(side: TorchSide, call: str, count: int) -> np.ndarray | None:
+    """The positions [1, n] that some part of a call was given; None where none was."""
+    for name, (args, values) in side.given.items():
+        for value in (values.get("position_ids"), *args) if name.startswith(f"{call}/") else ():
             if isinstance(value, Tensor) and not value.is_floating_point() and value.shape == (1, count):
                 ids = value.numpy().astype(np.int32)
                 if (np.diff(ids) == 1).all():
                     return ids
-    return np.arange(count, dtype=np.int32)[None]
+    return np.arange(count, dtype=np.int32)[None] if call == parse(next(iter(side.taps))).call else None
+
+
+def _theta(side: TorchSide, turned: str) -> float | None:
+    """The base of a rotation's frequencies: of the step from one position to the next the first two tell it."""
+    path = parse(turned).path
+    for name, (args, _) in side.given.items():
+        if parse(name).path.partition("#")[0] != path or len(args) < 4:
+            continue
+        cos, sin = (tap_of(each.float()).array.reshape(-1, each.shape[-1]).astype(np.float64) for each in args[2:4])
+        half = cos.shape[1] // 2
+        steps = np.diff(np.unwrap(np.arctan2(sin[:, :half], cos[:, :half]), axis=0), axis=0)
+        if len(steps) and half > 1 and steps[0, 1] > 0:
+            return float(f"{(steps[0, 0] / steps[0, 1]) ** half:.5g}")
+    return None
 
 
 def _composed(side: TorchSide, name: str, told: Container[str]) -> Known | None:

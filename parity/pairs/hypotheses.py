@@ -7,6 +7,8 @@ import numpy as np
 
 from parity.hypotheses import Hypothesis
 from parity.hypotheses.base import Transform
+from parity.laws.numbers import told
+from parity.pairs.facts import layer_norm
 from parity.pairs.names import distance, relative
 from parity.tensors.rounding import rounded
 
@@ -59,7 +61,26 @@ def _narrow(*rounded_too: str) -> Transform:
     return transform
 
 
+def _layer_norm(**changed: object) -> Transform:
+    """A layer norm with another eps, without its weight or bias, or that leaves the mean where it is."""
+
+    def transform(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+        if site.part.kind != "layer_norm" or changed.get("eps") == site.part.facts["eps"]:
+            return None
+        return layer_norm(site.part.inputs["x"], **{**site.part.facts, **changed}).astype(np.float32)
+
+    return transform
+
+
+LAYER_NORMS = {
+    "the mean is not subtracted": {"mean": False},
+    "the bias is missing": {"bias": 0.0},
+    "the weight is missing": {"weight": 1.0},
+    "weight and bias are missing": {"weight": 1.0, "bias": 0.0},
+} | {f"eps is {told(eps)}": {"eps": eps} for eps in (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3)}
+
 HYPOTHESES = (
+    *(Hypothesis(says, ("*",), transform=_layer_norm(**changed), anew=True) for says, changed in LAYER_NORMS.items()),
     Hypothesis("the part is left out", ("*",), transform=_passed, anew=True),
     Hypothesis("the part's input is added to its result", ("*",), transform=_beside),
     Hypothesis("neighbouring channels are turned together", ("*",), transform=_neighbours, anew=True),

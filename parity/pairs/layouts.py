@@ -3,22 +3,33 @@
 import numpy as np
 
 
-def laid_out(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+def laid_out(array: np.ndarray, expected: np.ndarray) -> np.ndarray | None:
     """A port's array as the trusted model lays it out: as it is, with channels first, each of a group of equal heads
-    again or once, or without axes of one; None where none of these fits."""
-    if array.ndim == len(shape) > 2 and array.shape != shape and np.moveaxis(array, -1, 1).shape == shape:
+    again or once, or without axes of one; None where none of these fits `expected`."""
+    if _channels_last(array, expected):
         return np.ascontiguousarray(np.moveaxis(array, -1, 1))
-    return _in_groups(array, shape)
+    return in_groups(array, expected.shape)
 
 
-def put_back(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """A trusted array as a port lays it out; the reverse of laid_out."""
-    if array.ndim == len(shape) > 2 and array.shape != shape and np.moveaxis(array, 1, -1).shape == shape:
+def put_back(array: np.ndarray, own: np.ndarray) -> np.ndarray | None:
+    """A trusted array as a port lays out its own; the reverse of laid_out."""
+    if _channels_last(own, array):
         return np.ascontiguousarray(np.moveaxis(array, 1, -1))
-    return _in_groups(array, shape)
+    return in_groups(array, own.shape)
 
 
-def _in_groups(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+def _channels_last(array: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether channels stand last in an array and second in what is expected; where both shapes fit, values tell."""
+    if array.ndim != expected.ndim or array.ndim < 3 or np.moveaxis(array, -1, 1).shape != expected.shape:
+        return False
+    return array.shape != expected.shape or _apart(np.moveaxis(array, -1, 1), expected) < _apart(array, expected)
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(np.nan_to_num(a.astype(np.float64) - b)))
+
+
+def in_groups(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
     """An array as it is or without axes of one; of four axes (batch, heads, n, d) with heads and n exchanged, with the
     heads of a group one behind the other, or in equal groups, once or again."""
     if _long(array.shape) == _long(shape):

@@ -13,11 +13,11 @@ from parity.errors import one_line
 from parity.hypotheses import Hypothesis
 from parity.localize.explain import Causes, explain, removed
 from parity.localize.findings import EXACT, EXPLAINS, LOCAL, Explanation, Finding, Localization, TapError
-from parity.oracle.bounds import Bounds, bounds_of
+from parity.oracle.bounds import EQUAL, Bounds, bounds_of
 from parity.oracle.oracle import UPSTREAM
 from parity.pairs.facts import Known, known
 from parity.pairs.hypotheses import HYPOTHESES, rewired
-from parity.pairs.layouts import put_back
+from parity.pairs.layouts import in_groups
 from parity.pairs.mlx_side import MlxSide
 from parity.pairs.names import WEIGHTS, kind_of, parse
 from parity.pairs.pair import Pair
@@ -91,7 +91,7 @@ class _Investigation:
         wrong = [error for error in errors if error.wrong]
         while wrong:
             wrong = self._finding(wrong, steered.taps)
-        verdict, reason = self._verdict(errors, self._unmatched(weights.unmatched))
+        verdict, reason = self._verdict(errors, steered, self._unmatched(weights.unmatched))
         return Localization(
             bundle=self.name,
             impl="port",
@@ -132,7 +132,7 @@ class _Investigation:
                 groups.setdefault(kind_of(name).partition(" (")[0], set()).add(name)
         found: set[str] = set()
         for kind, names in list(groups.items())[:TRIED]:
-            if kind == OUTPUT:
+            if kind.startswith(OUTPUT):
                 continue
             given = {name: tap for name, tap in self.taps.items() if name in bounds.taps and name not in names}
             self.tell(f"what comes of {kind}")
@@ -145,12 +145,12 @@ class _Investigation:
 
     def _errors(self, bounds: Bounds, free: Recording, steered: Recording) -> Iterator[TapError]:
         for name, expected in self.taps.items():
-            if name not in steered or name not in bounds.taps:
+            bound = EQUAL if expected.dtype == "int32" else bounds.taps.get(name)
+            if name not in steered or bound is None:
                 continue
-            bound = bounds.taps[name]
             got = steered[name]
             # Keys of fewer heads than there are stand for all that they are repeated for.
-            wide = put_back(expected.array, got.shape)
+            wide = in_groups(expected.array, got.shape)
             expected = expected if wide is None else replace(expected, array=wide)
             difference = compare(expected, got)
             total = rel_l2(expected.array, free[name].array) if name in free else None
@@ -200,7 +200,7 @@ class _Investigation:
     def _site(self, error: TapError, got: Recording) -> PairProbe | None:
         name = error.tap.name
         found = got[name].array
-        expected = put_back(self.taps[name].array, found.shape)
+        expected = in_groups(self.taps[name].array, found.shape)
         if expected is None:
             return None
         apart = np.abs(expected.astype(np.float64) - found).reshape(len(expected), -1).sum(1)
@@ -260,20 +260,23 @@ class _Investigation:
             said.append(f"differs, but all that comes of it is right: {_listed(list(elsewhere))}")
         return "; ".join(said)
 
-    def _verdict(self, errors: Sequence[TapError], unmatched: Sequence[str]) -> tuple[str, str]:
+    def _verdict(self, errors: Sequence[TapError], steered: MlxSide, unmatched: Sequence[str]) -> tuple[str, str]:
         if self.findings:
             return DIVERGE, ""
+        said = ""
         if unmatched:
-            return INCONCLUSIVE, (
+            said = (
                 f"{_listed(list(unmatched))} of one model match nothing of the other: name their counterparts in "
                 "Pair.names, or what is lacking on purpose in Pair.lacks"
             )
-        if not errors:
-            return (
-                INCONCLUSIVE,
-                "nothing was compared: no path of the port is one of the trusted model's; see Pair.names",
-            )
-        return AGREE, ""
+        elif self.own.calls != steered.calls:
+            theirs, ours = (", ".join(calls) or "begins none" for calls in (self.own.calls, steered.calls))
+            said = f"the runs begin other calls ({theirs}; the port: {ours}): name them alike"
+        elif not errors:
+            said = "nothing was compared: no path of the port is one of the trusted model's; see Pair.names"
+        elif not any(error.tap.path.startswith(OUTPUT) for error in errors):
+            said = "no output was compared: let both runs return what they end in"
+        return (INCONCLUSIVE, said) if said else (AGREE, "")
 
 
 def _rounds(error: TapError) -> bool:

@@ -59,8 +59,17 @@ class MlxSide(Side):
             for name, (_, (owner, attribute)) in self._pair.functions.items():
                 attached.wrap(owner, attribute, partial(self._function, name))
             output = self._pair.run_port(self._pair.port, self._pair.inputs, self.begin)
-            self._seen([self.name(OUTPUT)], next(arrays(output, mx.array), None))
+            self._output(dict(arrays(output, mx.array)))
         return self
+
+    def _output(self, found: dict[str, Any]) -> None:
+        """What the run returned: by name where the trusted model's is, else by place."""
+        names = [name for name in self._expected if name.partition("/")[2].startswith(OUTPUT)]
+        own = [f"{self._call}/{name}" for name in found]
+        for name, array in zip(own if set(own) <= set(names) else names, found.values(), strict=False):
+            if not mx_floating(array):
+                self.taps[name] = tap_of(array)
+            self._seen([name], array)
 
     def _names(self, path: str) -> list[str]:
         """The trusted names of what a part of the port makes now."""
@@ -92,7 +101,7 @@ class MlxSide(Side):
         """Record an array under the trusted names of its parts, in the trusted layout; what to go on with."""
         import mlx.core as mx
 
-        if array is None or not mx.issubdtype(array.dtype, mx.floating):
+        if not mx_floating(array):
             return array
         wanted = [self._expected[name] for name in names if name in self._expected]
         held = tap_of(array)
@@ -102,7 +111,7 @@ class MlxSide(Side):
         ends = np.cumsum([tap.shape[-1] for tap in wanted])[:-1]
         parts = np.split(held.array, ends, axis=-1) if len(names) > 1 else [held.array]
         for name, part, tap in zip(names, parts, wanted, strict=True):
-            there = laid_out(part, tap.shape)
+            there = laid_out(part, tap.array)
             there = np.ascontiguousarray(part if there is None else there)
             dtype = held.dtype
             if (dtype, tap.dtype) == ("float32", "bfloat16"):
@@ -111,10 +120,17 @@ class MlxSide(Side):
             self.taps[name] = Tap(there, dtype)
         if not all(name in self._force for name in names):
             return array
-        given = [put_back(self._force[name].array, part.shape) for name, part in zip(names, parts, strict=True)]
+        given = [put_back(self._force[name].array, part) for name, part in zip(names, parts, strict=True)]
         if any(part is None for part in given):
             return array
         return mx.array(np.concatenate(given, -1)).astype(array.dtype)
+
+
+def mx_floating(array: Any) -> bool:
+    """Whether an array is of floats."""
+    import mlx.core as mx
+
+    return mx.issubdtype(array.dtype, mx.floating)
 
 
 def _is_array(value: Any) -> bool:

@@ -76,6 +76,14 @@ class Pair:
     functions: Mapping[str, tuple[Place, Place]] = field(default_factory=dict)
     lacks: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        import mlx.nn
+
+        for what, model, kind in (("trusted", self.trusted, nn.Module), ("port", self.port, mlx.nn.Module)):
+            if not isinstance(model, kind):
+                library = "PyTorch" if what == "trusted" else "MLX"
+                raise ParityError(f"the {what} model is a {type(model).__name__} and no module of {library}")
+
     def trusted_paths(self, path: str) -> tuple[str, ...]:
         """What a path of the port is called in the trusted model; several where it holds several parts."""
         best, length = (path,), 0
@@ -118,7 +126,7 @@ def load_pair(path: Path, dtype: str = "float32") -> Pair:
     if callable(made):
         try:
             made = made(dtype) if signature(made).parameters else made()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise failure(f"{path}: pair() failed", error, path) from error
     if not isinstance(made, Pair):
         raise ParityError(f"{path} makes no pair: let its function pair(dtype) return a parity.Pair")

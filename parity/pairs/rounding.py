@@ -106,6 +106,12 @@ class _Stepwise(TorchDispatchMode):
             (normed, *rest) = func(x, shape, None, None, eps)
             made = normed if weight is None else normed * weight
             return (made if bias is None else made + bias, *rest)
+        if func is aten.native_group_norm.default and args[0].dtype == torch.bfloat16:
+            x, weight, bias, *shape = args
+            (made, *rest) = func(x, None, None, *shape)
+            across = (1, -1, *(1 for _ in made.shape[2:]))
+            made = made if weight is None else made * weight.reshape(across)
+            return (made if bias is None else made + bias.reshape(across), *rest)
         if func is aten.addmm.default and not kwargs:
             return args[1] @ args[2] + args[0]
         if func is aten.convolution.default and args[2] is not None:
@@ -139,7 +145,8 @@ def measured(pair: Pair, own: Recording, told: Container[str]) -> Floors:
     floors = table.floors(given, tuple(names))
     # What a part reads may have been computed once more, and rounded as what it is the result of.
     first: dict[bytes, str] = {}
-    for name, tap in given.items():
+    for name in floors.levels:
+        tap = given[name]
         made = first.setdefault(tap.array.tobytes(), name)
         floors.levels[name] = max(floors.levels.get(name, 0.0), floors.levels.get(made, 0.0))
     return floors

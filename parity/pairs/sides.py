@@ -24,11 +24,13 @@ class Side:
     Attributes:
         taps: what was computed, by name, in order.
         given: of every part the arguments that it was called with, by name of its output's tap.
+        calls: the names that were begun, in order.
     """
 
     def __init__(self, force: Mapping[str, Tap] | None = None) -> None:
         self.taps: Recording = {}
         self.given: dict[str, tuple[tuple, dict[str, Any]]] = {}
+        self.calls: list[str] = []
         self._force = force or {}
         self._call, self._path = "run", [""]
         self._counts: Counter[str] = Counter()
@@ -36,6 +38,7 @@ class Side:
     def begin(self, call: str) -> None:
         """Name what follows."""
         self._call = call
+        self.calls.append(call)
         self._counts.clear()
 
     def name(self, path: str) -> str:
@@ -55,12 +58,13 @@ def replaced(output: Any, seen: Callable[[Any], Any], kind: type) -> Any:
     return output
 
 
-def arrays(output: Any, kind: type) -> Iterator[Any]:
-    """The arrays in what a run returned, in order."""
+def arrays(output: Any, kind: type, name: str = OUTPUT) -> Iterator[tuple[str, Any]]:
+    """The arrays in what a run returned, each by OUTPUT and the keys or places behind it that lead there."""
     if isinstance(output, kind):
-        yield output
+        yield name, output
     elif isinstance(output, Mapping):
-        yield from arrays(list(output.values()), kind)
+        for key, each in output.items():
+            yield from arrays(each, kind, f"{name}.{key}")
     elif isinstance(output, list | tuple):
-        for each in output:
-            yield from arrays(each, kind)
+        for place, each in enumerate(output):
+            yield from arrays(each, kind, name if place == 0 and name == OUTPUT else f"{name}.{place}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from parity.pairs.pair import Pair
-from parity.pairs.sides import IN, OUTPUT, QKV, ROTARY, SDPA, Side, arrays, replaced
+from parity.pairs.sides import IN, QKV, ROTARY, SDPA, Side, arrays, replaced
 from parity.ports.attach import Attached
 from parity.tensors.arrays import dtype_of, tap_of
 from parity.tensors.recording import Tap
@@ -45,7 +45,10 @@ class TorchSide(Side):
             for name, ((owner, attribute), _) in pair.functions.items():
                 attached.wrap(owner, attribute, partial(self._function, name))
             output = pair.run_trusted(model, pair.inputs, self.begin)
-            self._seen(self.name(OUTPUT), next(arrays(output, Tensor), None))
+            for name, tensor in arrays(output, Tensor):
+                self._seen(f"{self._call}/{name}", tensor)
+                if not tensor.is_floating_point():
+                    self.taps[f"{self._call}/{name}"] = tap_of(tensor)
         return self
 
     def _watch(self, stack: ExitStack, path: str, module: nn.Module) -> None:

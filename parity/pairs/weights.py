@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from parity.errors import ParityError
-from parity.pairs.layouts import laid_out, put_back
+from parity.pairs.layouts import in_groups, laid_out
 from parity.pairs.pair import Pair
 from parity.tensors.arrays import tap_of
 from parity.tensors.metrics import rel_l2
@@ -77,8 +79,8 @@ def check_weights(pair: Pair) -> Weights:
         ends = np.cumsum([len(each) for each in expected.values()])[:-1]
         parts = np.split(held, ends) if len(expected) > 1 else [held]
         for (name, wanted), part in zip(expected.items(), parts, strict=True):
-            got = laid_out(part, wanted.shape)
-            if got is None or not np.array_equal(got, wanted):
+            got = laid_out(part, wanted)
+            if got is None or not np.array_equal(got, wanted, equal_nan=True):
                 mismatches.append(WeightMismatch(name, wanted, part if got is None else got))
         compared += expected
         taken |= {name.partition("[")[0] for name in expected}
@@ -126,10 +128,16 @@ def _expected(pair: Pair, path: str, theirs: Mapping[str, Any]) -> dict[str, np.
 
 
 def _tensors(pair: Pair) -> dict[str, Any]:
-    """The trusted model's tensors by name; the matrices of transformers' Conv1D, which lie the other way, turned."""
+    """The trusted model's tensors by name, as MLX's modules of their kinds have them: the inputs of kernels last, and
+    the matrices of transformers' Conv1D the other way."""
     tensors = dict(pair.trusted.named_buffers()) | dict(pair.trusted.named_parameters(remove_duplicate=False))
-    turned = [f"{path}.weight" for path, module in pair.trusted.named_modules() if type(module).__name__ == "Conv1D"]
-    return tensors | {name: tensors[name].T for name in turned}
+    for path, module in pair.trusted.named_modules():
+        name = f"{path}.weight".lstrip(".")
+        if isinstance(module, nn.modules.conv._ConvNd):
+            tensors[name] = tensors[name].movedim(0 if module.transposed else 1, -1)
+        elif type(module).__name__ == "Conv1D" and isinstance(module.weight, torch.Tensor):
+            tensors[name] = tensors[name].T
+    return tensors
 
 
 def _as_port(expected: Sequence[np.ndarray], array: Any) -> Any | None:
@@ -137,7 +145,7 @@ def _as_port(expected: Sequence[np.ndarray], array: Any) -> Any | None:
     import mlx.core as mx
 
     whole = np.concatenate(expected) if len(expected) > 1 else expected[0]
-    placed = put_back(whole, array.shape)
+    placed = in_groups(whole, array.shape)
     return None if placed is None else mx.array(placed).astype(array.dtype)
 
 

@@ -58,6 +58,16 @@ def test_the_command(tmp_path, monkeypatch, request, name, broken):
     assert "<html" in page.read_text(encoding="utf-8")[:200]
 
 
+def test_no_file_is_overwritten_that_is_no_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("def pair(dtype): ...")
+    (tmp_path / "notes.md").write_text("mine")
+    for given in (["--json", "own.py"], ["--output", "notes.md"]):
+        result = CliRunner().invoke(app, ["port", "own.py", *given])
+        assert result.exit_code == 2 and "choose another name" in result.stderr
+    assert (tmp_path / "notes.md").read_text() == "mine"
+
+
 def test_a_file_that_makes_no_pair_is_unusable_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "none.py").write_text("")

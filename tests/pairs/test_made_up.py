@@ -191,12 +191,135 @@ def test_what_matches_nothing_fails_unless_it_is_lacking_on_purpose():
     assert localize_pair(lacking).verdict == AGREE
 
 
+class Ends(torch.nn.Module):
+    """Ends in several arrays, one of them of integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(HIDDEN)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return {"hidden": y, "pooled": torch.tanh(y[:, 0]), "best": y.argmax(-1)}
+
+
+class EndsHere(nn.Module):
+    def __init__(self, ends):
+        super().__init__()
+        self.norm, self.ends = nn.LayerNorm(HIDDEN), ends
+
+    def __call__(self, x):
+        return self.ends(self.norm(x))
+
+
+def whole(y):
+    return {"best": mx.argmax(y, -1), "pooled": mx.tanh(y[:, 0]), "hidden": y}
+
+
+@pytest.mark.parametrize(
+    "ends, verdict, words",
+    [
+        (whole, AGREE, ""),
+        (lambda y: whole(y) | {"pooled": y[:, 0]}, DIVERGE, "output.pooled"),
+        (lambda y: whole(y) | {"best": mx.argmin(y, -1)}, DIVERGE, "output.best"),
+        (lambda y: (y, mx.tanh(y[:, 0]), mx.argmax(y, -1)), AGREE, ""),
+        (lambda y: None, INCONCLUSIVE, "no output was compared"),
+    ],
+)
+def test_every_array_that_a_run_ends_in_is_compared(ends, verdict, words):
+    x = {"x": np.random.default_rng(0).standard_normal((2, ROWS, HIDDEN)).astype(np.float32)}
+    made = Pair(Ends().eval(), EndsHere(ends), x)
+    copy_weights(made)
+    found = localize_pair(made)
+    assert found.verdict == verdict, found
+    assert words in (found.first.component if found.first else found.reason)
+
+
+@pytest.mark.parametrize("channels, width", [(3, 3), (16, 16)])
+def test_sides_as_long_as_each_other_do_not_mislead(channels, width):
+    class Trusted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(channels, 16, 3, padding=1), torch.nn.GroupNorm(4, 16)
+
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+    class Ported(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(channels, 16, 3, padding=1)
+            self.norm = nn.GroupNorm(4, 16, pytorch_compatible=True)
+
+        def __call__(self, x):
+            return self.norm(self.conv(x.transpose(0, 2, 3, 1)))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, channels, width, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+        def theirs(model, inputs, call, x=x):
+            return model(x)
+
+        def ours(model, inputs, call, x=x):
+            return model(mx.array(x.float().numpy()).astype(model.conv.weight.dtype))
+
+        made = Pair(Trusted().eval().to(dtype), Ported(), {}, theirs, ours)
+        copy_weights(made)
+        found = localize_pair(made)
+        assert found.verdict == AGREE, (dtype, found.findings)
+
+
+def rms(self, x):
+    return mx.fast.rms_norm(x, self.weight, self.eps) + self.bias
+
+
+def unbiased(self, x):
+    return mx.fast.layer_norm(x, self.weight, None, self.eps)
+
+
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        ({"eps": 1e-3}, "eps is 0.001"),
+        ({"__call__": rms}, "the mean is not subtracted"),
+        ({"__call__": unbiased}, "the bias is missing"),
+    ],
+)
+def test_layer_norms(changed, says):
+    port = Port()
+    port.norm = type("Norm", (nn.LayerNorm,), {name: value for name, value in changed.items() if callable(value)})(
+        HIDDEN
+    )
+    port.norm.eps = changed.get("eps", port.norm.eps)
+    found = localize_pair(pair(port))
+    assert found.verdict == DIVERGE and found.first.component == "norm" and found.first.explanations[0].name == says
+
+
+def test_a_model_of_another_library_is_refused():
+    with pytest.raises(ParityError, match="the port model is a Torch and no module of MLX"):
+        Pair(Torch(), Torch(), {})
+    with pytest.raises(ParityError, match="the trusted model is a Port and no module of PyTorch"):
+        Pair(Port(), Port(), {})
+
+
+def test_calls_of_other_names_are_told():
+    def called(name):
+        def run(model, inputs, call):
+            call(name)
+            return model((torch.from_numpy if isinstance(model, torch.nn.Module) else mx.array)(inputs["ids"]))
+
+        return run
+
+    found = localize_pair(pair(run_trusted=called("a"), run_port=called("b")))
+    assert found.verdict == INCONCLUSIVE and "the runs begin other calls (a; the port: b)" in found.reason
+
+
 def test_nothing_compared_is_no_agreement():
     class Other(nn.Module):
         def __call__(self, ids):
             return None
 
-    made = Pair(torch.nn.Sequential(torch.nn.Identity()), Other(), {"input": np.zeros((1, 2), np.float32)})
+    made = Pair(torch.nn.Identity(), Other(), {"input": np.zeros((1, 2), np.float32)})
     found = localize_pair(made)
     assert found.verdict == INCONCLUSIVE and "nothing was compared" in found.reason
 
@@ -234,6 +357,7 @@ def test_calls_are_told_apart_by_name():
         ("", "makes no pair"),
         ("def pair(dtype): return 1", "makes no pair"),
         ("def pair(dtype): raise ValueError('boom')", "boom"),
+        ("import sys\ndef pair(dtype): sys.exit(0)", "failed"),
         ("import nonsense_that_is_not_there", "cannot be imported"),
         (None, "there is no Python file"),
     ],
@@ -263,15 +387,15 @@ def test_a_dtype_that_cannot_be_compared(tmp_path):
 )
 def test_layouts_there_and_back(theirs, ours):
     array = np.arange(np.prod(theirs), dtype=np.float32).reshape(theirs)
-    there = put_back(array, ours)
+    there = put_back(array, np.moveaxis(array, 1, -1) if ours == (1, 4, 6, 8) else array.reshape(ours))
     assert there.shape == ours
-    assert np.array_equal(laid_out(there, theirs), array)
+    assert np.array_equal(laid_out(there, array), array)
 
 
 def test_heads_that_are_repeated_stand_for_one():
     keys = np.random.default_rng(0).standard_normal((1, 2, 5, 8)).astype(np.float32)
-    assert np.array_equal(laid_out(np.repeat(keys, 3, 1), keys.shape), keys)
-    assert laid_out(np.concatenate([keys] * 3, 1), keys.shape) is None
+    assert np.array_equal(laid_out(np.repeat(keys, 3, 1), keys), keys)
+    assert laid_out(np.concatenate([keys] * 3, 1), keys) is None
 
 
 def test_names_beside_each_other():
