@@ -150,7 +150,7 @@ FAULTS = (
     Fault("half of the channels turned", QKV, "first 8 channels", ROPES, _rope(dims=8)),
     Fault("not turned", QKV, "nothing is turned", ROPES, _turned(lambda rope, x, offset: x)),
     Fault("not turned in layer 1", QKV, "nothing is turned", PLAIN, _turned(lambda rope, x, offset: x, slice(1, 2))),
-    Fault("queries one position ahead", QKV, "shifted by 1", PLAIN,
+    Fault("queries one position ahead", QKV, r"off by \+1", PLAIN,
           _turned(lambda rope, x, offset: rope(x, offset=offset + (x.shape[1] == 4)))),
     Fault("scores not scaled", SDPA, "4 times as large", ROPES, _attend(lambda q, k, v, s, m: (q, k, v, 1.0, m))),
     Fault("scores scaled twice", SDPA, "0.25 times", ROPES, _attend(lambda q, k, v, s, m: (q, k, v, s * s, m))),

@@ -220,7 +220,9 @@ def _rotary(model: nn.Module, side: TorchSide, name: str, batch: int) -> Known |
 def _positions(side: TorchSide, call: str, count: int) -> np.ndarray | None:
     """The positions [1, n] that some part of a call was given; None where none was."""
     for name, (args, values) in side.given.items():
-        for value in (values.get("position_ids"), *args) if name.startswith(f"{call}/") else ():
+        # What is given by its place tells itself where what it is given to turns by it.
+        given = [values.get("position_ids"), *(args if "rotary" in name or "rope" in name else ())]
+        for value in given if name.startswith(f"{call}/") else ():
             if isinstance(value, Tensor) and not value.is_floating_point() and value.shape == (1, count):
                 ids = value.numpy().astype(np.int32)
                 if (np.diff(ids) == 1).all():

@@ -1,6 +1,6 @@
 """What a port may do instead that no law reads: said beforehand, by kind of part."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +33,22 @@ def _neighbours(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
     x, cos, sin = (site.part.inputs[name].astype(np.float64) for name in ("x", "cos", "sin"))
     even, odd, cos, sin = x[..., ::2], x[..., 1::2], cos[:, None], sin[:, None]
     return np.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape).astype(np.float32)
+
+
+def _positioned(at: Callable[[np.ndarray], np.ndarray]) -> Transform:
+    """Turned by other positions, which one token alone does not tell from another base."""
+
+    def transform(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+        inputs, theta = site.part.inputs, site.part.facts.get("theta")
+        ids = inputs.get("position_ids")
+        if site.part.kind != "rotary" or ids is None or theta is None or np.array_equal(at(ids[0]), ids[0]):
+            return None
+        first, second = np.split(inputs["x"].astype(np.float64), 2, axis=-1)
+        angles = np.multiply.outer(at(ids[0]), theta ** (-np.arange(first.shape[-1]) / first.shape[-1]))
+        cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(np.float32)
+
+    return transform
 
 
 def _exchanged(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
@@ -84,6 +100,9 @@ HYPOTHESES = (
     Hypothesis("the part is left out", ("*",), transform=_passed, anew=True),
     Hypothesis("the part's input is added to its result", ("*",), transform=_beside),
     Hypothesis("neighbouring channels are turned together", ("*",), transform=_neighbours, anew=True),
+    Hypothesis("positions are off by +1", ("*",), transform=_positioned(lambda ids: ids + 1), anew=True),
+    Hypothesis("positions are off by -1", ("*",), transform=_positioned(lambda ids: ids - 1), anew=True),
+    Hypothesis("positions begin at 0", ("*",), transform=_positioned(lambda ids: ids - ids[0]), anew=True),
     Hypothesis("the weight is rounded to bfloat16", ("*",), transform=_narrow("weight"), anew=True),
     Hypothesis("what is normed is rounded to bfloat16", ("*",), transform=_narrow("normed"), anew=True),
     Hypothesis(

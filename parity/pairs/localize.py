@@ -172,6 +172,8 @@ class _Investigation:
         """Explain the first of the wrong taps; return those that have another cause."""
         first = wrong[0]
         alike = [error for error in wrong[1:] if kind_of(error.tap.name) == kind_of(first.tap.name)]
+        # Another call of the same part says more than the same call in another layer.
+        alike.sort(key=lambda error: (error.tap.component != first.tap.component, error.tap.call == first.tap.call))
         self.tell(f"laws about {first.tap.component}")
         site = self._site(first, got)
         second = next((found for error in alike if (found := self._site(error, got)) is not None), None)
