@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from lance_mlx.cli.unread import end_unread
 from parity.cli import localize as cli_localize
 from parity.cli import port as cli_port
 from parity.cli import store as cli_store
 from parity.cli import stream as cli_stream
 from parity.cli.errors import one_line_errors
 from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, PythonOption, deliver
+from parity.cli.unread import end_unread
 from parity.errors import ParityError
 
 app = typer.Typer(

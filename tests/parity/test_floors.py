@@ -308,6 +308,7 @@ def test_floors_are_not_kept_where_oracle_and_reference_disagree(measuring_once,
     assert len(counted) == 2 and not floors_file.cache_folder().exists()
     monkeypatch.setattr("parity.oracle.judgement.judge", lambda *arguments: disagreeing)
     monkeypatch.setattr(measuring, "measure", lambda *arguments: {SEGMENT: None})
+    monkeypatch.setattr(measuring, "carrying", lambda oracle, floors: floors)
     result = lance_parity("floors", oracle.bundle.path)
     assert result.exit_code == 2 and "are not kept: oracle and reference disagree at pixels" in result.stderr
     assert not (oracle.bundle.path / FILE).exists()
