@@ -21,10 +21,11 @@ def page(browser, resize, server, until):
         return browser
 
     yield opened
+    # Gradio writes down the requests that it ends itself; a page that is left complains of its connection.
+    told = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     browser.get("about:blank")
     server.settle(30)
-    # Gradio writes down the requests that it ends itself.
-    told = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    browser.get_log("browser")
     assert [message for message in told if "AbortError" not in message] == []
 
 
@@ -123,7 +124,6 @@ def test_a_job_is_cancelled_by_the_button_and_by_leaving(page, server, until):
     until(lambda: server.worker.load[1])
     browser.get("about:blank")
     server.settle(30)
-    # The page that was left complained of its connection.
     browser.get_log("browser")
 
 
