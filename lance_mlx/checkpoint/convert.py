@@ -80,6 +80,9 @@ class Conversion:
             if error.errno == errno.ENOSPC:
                 raise LanceError(f"{self.destination.parent} is full: make room and run this again") from None
             raise LanceError(f"{self.destination} cannot be written ({error.strerror})") from None
+        finally:
+            if not any(self.staging.glob("*.safetensors")):
+                shutil.rmtree(self.staging, ignore_errors=True)
 
     def _inspect(self) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
         """Every tensor by its new name, and config.json; raises LanceError for a checkpoint that would not load."""
@@ -171,12 +174,15 @@ class Conversion:
             entries[name] = _entry(tensor, before.hexdigest(), path.name, self.dtype, after.hexdigest())
 
         beside = path.with_suffix(".partial")
-        with beside.open("wb") as file:
-            infos = {name: TensorInfo(self.dtype, tensor.shape) for name, tensor in tensors.items()}
-            write_safetensors(file, infos, blocks, _METADATA)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
+        try:
+            with beside.open("wb") as file:
+                infos = {name: TensorInfo(self.dtype, tensor.shape) for name, tensor in tensors.items()}
+                write_safetensors(file, infos, blocks, _METADATA)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.rename(path)
+        finally:
+            beside.unlink(missing_ok=True)
         return entries
 
     def _report(self, entries: dict[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,9 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: those of the process when None.
     """
-    # An answer may hold any character, whatever the locale.
-    sys.stdout.reconfigure(encoding="utf-8")
-    sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
+    # An answer may hold any character, whatever the locale, and a file's name any bytes.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     caught = signal.SIGINT
 
     def interrupt(number: int, _: object) -> NoReturn:
