@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from parity.bundle.reading import WEIGHTS, read_bundle, sha256, write_bundle
+from parity.bundle.checks import WEIGHTS
+from parity.bundle.reading import read_bundle, sha256, write_bundle
 from parity.bundle.store import seal
 from parity.errors import ParityError
 from parity.lance.names import parse

@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from parity.bundle.reading import SUM_DIGITS, WEIGHTS, Bundle, check_weight_sums
+from parity.bundle.checks import SUM_DIGITS, WEIGHTS, check_weight_sums
+from parity.bundle.reading import Bundle
 from parity.errors import ParityError, one_line
 from reference.model import VIT_FOLDER
 from reference.weights import POSITION_TABLE, VIT_PREFIX, opened, read_vae

@@ -181,6 +181,8 @@ class TensorFile(Mapping[str, Tap]):
         named = {code: dtype for dtype, code in _CODES.items()}
         entries = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
         for name, entry in entries.items():
+            if not name.isprintable():
+                raise ParityError(f"{path} calls a tensor {name!r}: letters that cannot be shown are in no tap's name")
             if entry["dtype"] not in named:
                 raise ParityError(f"{path} holds {name} as {_spelled(entry['dtype'])}: only {', '.join(DTYPES)} "
                                   "can be compared")  # fmt: skip
