@@ -157,8 +157,8 @@ ROOMS = {
     "lance_mlx": ["errors", "files", "config", "backend", "media", "requests", "sequence", "model", "sampling",
                   "checkpoint", "pipeline", "outputs", "estimate", "api", "serve", "cli"],
     # The engine, which knows no model; the definition of Lance, which parity.model finds; the commands.
-    "parity": ["errors", "memory", "python_file", "model", "tensors", "bundle", "ports", "oracle", "comparison",
-               "laws", "hypotheses", "localize", "report", "api", "lance", "cli"],
+    "parity": ["errors", "files", "memory", "python_file", "model", "tensors", "bundle", "ports", "oracle",
+               "comparison", "laws", "hypotheses", "localize", "report", "api", "lance", "cli"],
 }  # fmt: skip
 
 

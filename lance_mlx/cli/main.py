@@ -1,16 +1,17 @@
-"""Where the `lance-mlx` command begins and ends: with one line and a status, also while the libraries are imported."""
+"""How the `lance-mlx` command ends: with one line and a status."""
 
-import os
 import signal
 import sys
 from typing import NoReturn
 
+from lance_mlx.cli.app import app
+from lance_mlx.cli.console import Interrupted
+from lance_mlx.cli.meaning import in_options
+from lance_mlx.cli.usage import UsageError, usage_line
 from lance_mlx.errors import LanceError
 
-_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 _BY_SIGNAL = 128
 """Of a shell's status for what a signal ended."""
-_INTERRUPTED_LINE = "lance-mlx: interrupted, nothing written"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,19 +30,11 @@ def main(arguments: list[str] | None = None) -> None:
         caught = number
         raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    before = {number: old for number, old in before.items() if old in (signal.SIG_DFL, signal.default_int_handler)}
-    # Half-imported libraries make anything of an exception.
-    for number in before:
-        signal.signal(number, _leave)
-    from lance_mlx.cli.app import app
-    from lance_mlx.cli.console import Interrupted
-    from lance_mlx.cli.meaning import in_options
-    from lance_mlx.cli.usage import UsageError, usage_line
-
-    for number, old in before.items():
-        # Python's own handler of Ctrl-C is known to asyncio.
-        signal.signal(number, old if number is signal.SIGINT else interrupt)
+    # Python's own handler of Ctrl-C, which does the same, is known to asyncio.
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    taken = [number for number, old in before.items() if old is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, interrupt)
     given = sys.argv[1:] if arguments is None else arguments
     try:
         sys.exit(app(given or ["--help"], prog_name="lance-mlx", standalone_mode=False))
@@ -55,13 +48,8 @@ def main(arguments: list[str] | None = None) -> None:
     except SystemExit as status:
         if status.code != _BY_SIGNAL + signal.SIGINT:  # which typer makes of every KeyboardInterrupt
             raise
-        print(_INTERRUPTED_LINE, file=sys.stderr)
+        print("lance-mlx: interrupted, nothing written", file=sys.stderr)
         sys.exit(_BY_SIGNAL + caught)
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def _leave(number: int, _: object) -> NoReturn:
-    os.write(2, f"{_INTERRUPTED_LINE}\n".encode())
-    os._exit(_BY_SIGNAL + number)
+        for number in taken:
+            signal.signal(number, before[number])

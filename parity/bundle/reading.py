@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ import numpy as np
 
 from parity.bundle.checks import check_finite, check_inputs, check_listing, check_weight_sums
 from parity.errors import ParityError
+from parity.files import folder_beside
 from parity.model import definition
 from parity.tensors.names import TapName
 from parity.tensors.recording import DTYPES, Recording, Tap, open_tensors, read_tensors, write_tensors
@@ -170,20 +170,15 @@ def write_bundle(
         listed += listing(sketches)
     complete["taps"] = sorted(listed, key=lambda entry: entry["name"])
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
+        with folder_beside(path) as beside:
             (beside / "manifest.json").write_text(json.dumps(complete, indent=1), encoding="utf-8")
             write_tensors(beside / "inputs.safetensors", inputs)
             write_tensors(beside / "taps.safetensors", taps)
             if sketches is not None:
                 write_sketches(beside / FILE, sketches)
-            beside.chmod(0o755)
             if path.exists():
                 shutil.rmtree(path)
             os.replace(beside, path)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
         raise ParityError(f"{path} cannot be written: {error.strerror}") from error
 

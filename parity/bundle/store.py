@@ -9,7 +9,7 @@ from typing import Any
 
 from parity.bundle.reading import CHECKSUMS, FILES, FORMAT, find_bundles, read_json, read_listing, sha256
 from parity.errors import ParityError, printable
-from parity.tensors.recording import write_atomically
+from parity.files import write_atomically
 from parity.tensors.sketch_file import FILE as SKETCHES
 
 FLOORS = "floors.*"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,7 @@ import typer
 from parity.cli import localize as cli_localize
 from parity.cli import store as cli_store
 from parity.cli import stream as cli_stream
-from parity.cli.errors import one_line_errors
+from parity.cli.errors import one_line_errors, signals_taken
 from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, PythonOption, deliver
 from parity.errors import ParityError
 
@@ -192,7 +193,7 @@ cli_stream.register(app)
 
 
 def _write_json(path: Path, document: dict) -> None:
-    from parity.tensors.recording import write_atomically
+    from parity.files import write_atomically
 
     write_atomically(path, json.dumps(document, indent=1, allow_nan=False).encode())
 
@@ -201,7 +202,11 @@ def main() -> None:
     """Run the command."""
     # PyTorch reads it when it is loaded: a waiting thread that spins takes its core from another process.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    for stream in (sys.stdout, sys.stderr):
+        # A file's name may hold any bytes.
+        stream.reconfigure(errors="backslashreplace")
+    with signals_taken():
+        app()
 
 
 if __name__ == "__main__":

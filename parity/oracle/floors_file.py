@@ -14,10 +14,10 @@ from safetensors.numpy import save
 
 from parity.bundle.reading import Bundle, sha256
 from parity.errors import FloorsRefused, ParityError
+from parity.files import write_atomically
 from parity.oracle.floors import Floors, FloorSet, floats_of, logits_of, measure, pooled
 from parity.oracle.machines import facts, machine
 from parity.oracle.oracle import FREE, KINDS, Oracle
-from parity.tensors.recording import write_atomically
 from parity.tensors.sketch_file import FILE as SKETCHES
 
 FILE = "floors.safetensors"

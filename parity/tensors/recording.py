@@ -2,10 +2,9 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from parity.errors import ParityError
+from parity.files import replacing
 from parity.tensors.blocks import blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int32": torch.int32}
@@ -275,28 +275,3 @@ def write_tensors(path: Path, taps: Recording) -> None:
                 if taps[name].dtype == "bfloat16":
                     values = (float_bits(values) >> 16).astype(np.uint16)
                 file.write(np.ascontiguousarray(values))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file beside `path` that takes its place at the end, or goes when an exception passes.
-
-    Raises ParityError when it cannot be written.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            yield file
-        os.replace(beside, path)
-    except OSError as error:
-        raise ParityError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file beside its place and rename it there; raises ParityError when that fails."""
-    with replacing(path) as file:
-        file.write(data)

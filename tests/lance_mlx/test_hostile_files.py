@@ -104,16 +104,22 @@ def test_a_vae_that_is_not_what_its_checksums_say_is_not_converted(checkpoint_co
     assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "out").exists()
 
 
-def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path):
-    script = "import sys\nprint('on', flush=True)\nfrom lance_mlx.cli.main import main\nmain(['--version'])"
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("command", "library"), [("lance_mlx", "ctypes"), ("lance_mlx", "tqdm"), ("lance_parity", "typer")]
+)
+def test_a_signal_while_libraries_are_imported_is_one_line(tmp_path, command, library, number, status):
+    script = f"print('on', flush=True)\nimport lance_command\nlance_command.{command}()"
     # A library that takes its time.
-    Path(tmp_path / "tqdm.py").write_text("import time\nprint('in', flush=True)\ntime.sleep(60)")
+    Path(tmp_path / f"{library}.py").write_text("import time\nprint('in', flush=True)\ntime.sleep(60)")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", script]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    running = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     while "in" not in running.stdout.readline():
         assert running.poll() is None
     time.sleep(0.2)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     _, errors = running.communicate(timeout=60)
-    assert (running.returncode, errors) == (130, "lance-mlx: interrupted, nothing written\n")
+    line = f"{command.replace('_', '-')}: interrupted, nothing written\n"
+    assert (running.returncode, errors) == (status, line)
