@@ -13,7 +13,7 @@ import typer
 from parity.cli import localize as cli_localize
 from parity.cli import store as cli_store
 from parity.cli import stream as cli_stream
-from parity.cli.errors import one_line_errors, signals_taken
+from parity.cli.errors import one_line_errors
 from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, PythonOption, deliver
 from parity.errors import ParityError
 
@@ -205,8 +205,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A file's name may hold any bytes.
         stream.reconfigure(errors="backslashreplace")
-    with signals_taken():
-        app()
+    app()
 
 
 if __name__ == "__main__":

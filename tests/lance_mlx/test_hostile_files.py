@@ -2,13 +2,8 @@
 
 import json
 import os
-import signal
 import struct
-import subprocess
-import sys
-import time
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -102,24 +97,3 @@ def test_a_vae_that_is_not_what_its_checksums_say_is_not_converted(checkpoint_co
         convert_vae(path, tmp_path / "vae.safetensors")
     assert "Bad CRC-32" in refused("convert", checkpoint_copy.path, tmp_path / "out")
     assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize(
-    ("command", "library"), [("lance_mlx", "ctypes"), ("lance_mlx", "tqdm"), ("lance_parity", "typer")]
-)
-def test_a_signal_while_libraries_are_imported_is_one_line(tmp_path, command, library, number, status):
-    script = f"print('on', flush=True)\nimport lance_command\nlance_command.{command}()"
-    # A library that takes its time.
-    Path(tmp_path / f"{library}.py").write_text("import time\nprint('in', flush=True)\ntime.sleep(60)")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    running = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    while "in" not in running.stdout.readline():
-        assert running.poll() is None
-    time.sleep(0.2)
-    running.send_signal(number)
-    _, errors = running.communicate(timeout=60)
-    line = f"{command.replace('_', '-')}: interrupted, nothing written\n"
-    assert (running.returncode, errors) == (status, line)
