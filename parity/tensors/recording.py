@@ -238,6 +238,8 @@ def _spelled(code: str) -> str:
 def open_tensors(path: Path) -> Iterator[TensorFile]:
     """Open a safetensors file whose taps are read one by one; errors are those of `read_tensors`."""
     try:
+        if path.exists() and not path.is_file():
+            raise ParityError(f"{path} is no file: copy it again")
         file = path.open("rb")
     except OSError as error:
         raise ParityError(f"{path} cannot be read: {error.strerror}") from error
