@@ -49,6 +49,8 @@ _SIZE_KEYS = (
     "num_attention_heads",
     "num_key_value_heads",
 )
+# They are built before the weights are looked at.
+_MOST = {"num_hidden_layers": 1000, "depth": 1000}
 _TOKEN_KEYS = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
@@ -147,17 +149,17 @@ def check_keys(values: dict[str, Any], known: set[str], fixed: dict[str, tuple])
 
 
 def integer(values: dict[str, Any], key: str, least: int = 1) -> int:
-    """The integer of that key; raises LanceError when it is missing, of another type or too small."""
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise LanceError(f"'{key}' must be an integer of at least {least}, not {value!r}")
+    """The integer of that key; raises LanceError when it is missing, of another type, too small or beyond any model."""
+    value, most = values.get(key), _MOST.get(key, 2**24)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise LanceError(f"'{key}' must be an integer from {least} to {most}, not {value!r}")
     return value
 
 
 def _positive(values: dict[str, Any], key: str, default: float) -> float:
     value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise LanceError(f"'{key}' must be a positive number, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise LanceError(f"'{key}' must be a positive number below 1e30, not {value!r}")
     return float(value)
 
 

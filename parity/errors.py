@@ -6,8 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def printable(text: str, most: int = 1000) -> str:
+    """A text in one line: what would steer a terminal is escaped, and the middle of a longer one than `most` is out."""
+    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return line if len(line) <= most else f"{line[: most * 2 // 3]} ... {line[-most // 4 :]}"
+
+
 class ParityError(Exception):
     """Something handed to the engine is unusable; the message is one line that names it and says what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class FloorsRefused(ParityError):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from reference.checks import is_finite, is_integer
+from reference.checks import is_finite, is_integer, require_file
 from reference.errors import ReferenceError
 
 # Keys of the official file that say nothing about inference. tie_word_embeddings is among them because it is wrong
@@ -42,16 +42,19 @@ VISION_IGNORED = frozenset(
     "_attn_implementation architectures dtype initializer_range model_type spatial_patch_size tokens_per_second "
     "torch_dtype transformers_version".split()
 )
+MOST_LAYERS = 1000
+"""More than any model has: they would be built before the weights are looked at."""
 VISION = frozenset((*VISION_SIZES, *VISION_IGNORED, "fullatt_block_indexes", "hidden_act", "in_channels", "in_chans"))
 
 
 def read_object(path: Path) -> dict:
     """A JSON object; raises ReferenceError."""
     try:
+        require_file(path)
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ReferenceError(f"{path}: not found; give the checkpoint's folder in the official layout") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ReferenceError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(values, dict):
         raise ReferenceError(f"{path}: not a JSON object")
@@ -68,9 +71,9 @@ def checker(path: Path) -> Callable[[bool, str], None]:
     return check
 
 
-def natural(value: object) -> bool:
-    """Whether a value is a positive integer."""
-    return is_integer(value) and value > 0
+def natural(value: object, most: int = 2**24) -> bool:
+    """Whether a value is a positive integer, and none that no model could have."""
+    return is_integer(value) and 0 < value <= most
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,9 @@ class LanguageConfig:
         missing = sorted(USED - values.keys())
         check(not missing, f"key '{', '.join(missing)}' is missing")
         for key in (*SIZES, *TOKENS):
-            check(natural(values[key]), f"{key} is {values[key]!r}, not a positive integer")
+            check(natural(values[key]), f"{key} is {values[key]!r}, not a positive integer of some size")
+        layers = values["num_hidden_layers"]
+        check(layers <= MOST_LAYERS, f"num_hidden_layers is {layers}, more than {MOST_LAYERS}")
         for key in ("rms_norm_eps", "rope_theta"):
             check(is_finite(values[key]) and values[key] > 0, f"{key} is {values[key]!r}, not a positive number")
         hidden, heads, kv_heads = (values[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
@@ -169,7 +174,8 @@ class VisionConfig:
         missing = sorted({*VISION_SIZES, "fullatt_block_indexes"} - values.keys())
         check(not missing, f"key '{', '.join(missing)}' is missing")
         for key in VISION_SIZES:
-            check(natural(values[key]), f"{key} is {values[key]!r}, not a positive integer")
+            check(natural(values[key]), f"{key} is {values[key]!r}, not a positive integer of some size")
+        check(values["depth"] <= MOST_LAYERS, f"depth is {values['depth']}, more than {MOST_LAYERS}")
         hidden, heads = values["hidden_size"], values["num_heads"]
         # Rows and columns share the pairs of a head's features.
         check(hidden % (4 * heads) == 0, f"hidden_size {hidden} is not a multiple of four times num_heads {heads}")

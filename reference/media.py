@@ -10,6 +10,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from reference.checks import require_file
 from reference.errors import ReferenceError
 from reference.layout import VisualSize
 from reference.request import Element, Medium, Request
@@ -90,6 +91,7 @@ def read_size(path: Path, medium: Medium) -> MediaSize:
 def reading(path: Path, medium: Medium) -> Iterator[None]:
     """Raise ReferenceError in one line for whatever is wrong with a file."""
     try:
+        require_file(path)
         yield
     except ReferenceError:
         raise

@@ -174,7 +174,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LanguageConfig, numerics: Numerics) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn at random: on the meta device that would import the whole of torch._dynamo, which takes seconds.
+        rows = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i, numerics) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps)

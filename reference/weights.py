@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from reference.checks import require_file
 from reference.errors import ReferenceError
 from reference.numerics import Numerics
 from reference.vae import VAE
@@ -41,6 +42,7 @@ def variant_folder(checkpoint: Path, variant: str) -> Path:
 def opened(path: Path) -> Iterator[safe_open]:
     """A safetensors file; raises ReferenceError when it cannot be read."""
     try:
+        require_file(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except FileNotFoundError:
@@ -117,6 +119,7 @@ def load_vae(path: Path, numerics: Numerics, device: torch.device) -> VAE:
 def read_vae(path: Path) -> dict[str, Tensor]:
     """The tensors of Wan2.2_VAE.pth, a state dict, read without running pickled code; raises ReferenceError."""
     try:
+        require_file(path)
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ReferenceError(f"{path}: not found; the VAE belongs beside the two variants") from None

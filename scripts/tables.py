@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from parity.errors import ParityError
-from parity.tensors.recording import write_atomically
+from parity.files import write_atomically
 
 README = Path(__file__).parents[1] / "reports" / "README.md"
 

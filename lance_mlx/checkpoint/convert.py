@@ -91,6 +91,9 @@ class Conversion:
             if error.errno == errno.ENOSPC:
                 raise LanceError(f"{self.destination.parent} is full: make room and run this again") from None
             raise LanceError(f"{self.destination} cannot be written ({error.strerror})") from None
+        finally:
+            if not any(self.staging.glob("*.safetensors")):
+                shutil.rmtree(self.staging, ignore_errors=True)
 
     def _inspect(self) -> tuple[dict[str, Output], dict[str, Any], Plan]:
         """Every tensor to write, config.json, and what is quantized; raises LanceError for a checkpoint that would not
@@ -201,11 +204,14 @@ class Conversion:
             entries[name] = _entry(output, read, path.name, after.hexdigest())
 
         beside = path.with_suffix(".partial")
-        with beside.open("wb") as file:
-            write_safetensors(file, {name: each.info for name, each in outputs.items()}, blocks, _METADATA)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
+        try:
+            with beside.open("wb") as file:
+                write_safetensors(file, {name: each.info for name, each in outputs.items()}, blocks, _METADATA)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.rename(path)
+        finally:
+            beside.unlink(missing_ok=True)
         return entries
 
     def _report(self, entries: dict[str, Any], quantized: Plan) -> dict[str, Any]:

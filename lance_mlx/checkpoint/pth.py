@@ -68,7 +68,7 @@ def read_pth(path: Path) -> Tensors:
         with opened(path) as file, zipfile.ZipFile(file) as archive:
             members = {member.filename: member for member in archive.infolist()}
             (root,) = {name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")}
-            if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
+            if f"{root}byteorder" in members and archive.open(f"{root}byteorder").read(16) != b"little":
                 raise ValueError("it is big-endian")
             state = _TensorsOnly(archive.open(f"{root}data.pkl")).load()
             if not isinstance(state, dict) or not all(

@@ -85,6 +85,8 @@ def convert(
         with bar:
             report = conversion.run(started)
     except KeyboardInterrupt:
+        if not conversion.staging.exists():
+            raise
         raise Interrupted(
             f"interrupted; finished files are kept in {conversion.staging}: the same command goes on from there"
         ) from None

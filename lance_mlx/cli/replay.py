@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lance_mlx.backend.numerics import policy
 from lance_mlx.cli.meaning import OPTIONS, means
 from lance_mlx.errors import LanceError
 from lance_mlx.media.write import read_metadata
@@ -25,6 +26,11 @@ def options_of(path: Path) -> dict[str, Any]:
     try:
         requests = [Request.from_dict(values) for values in (*metadata.get("earlier", ()), metadata["request"])]
         variant = Variant(metadata["variant"]) if "variant" in metadata else requests[0].variant
+        if "numerics" in metadata:
+            policy(metadata["numerics"])
+        for name, kind in (("noise", str), ("reencode", bool), ("vae_tiling", int)):
+            if not isinstance(metadata.get(name), kind | None):
+                raise ValueError(f"'{name}' is {metadata[name]!r}")
     except (LanceError, KeyError, TypeError, ValueError) as error:
         raise LanceError(f"{path} holds no request that can be replayed ({error})") from None
     first = requests[0]

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lance_command import Importing
 from lance_mlx.api import load
 from lance_mlx.checkpoint.hub import is_repository
 from lance_mlx.checkpoint.layouts import check_folder, variants_in
@@ -41,12 +42,13 @@ def serve(
 ) -> None:
     """Serve an OpenAI-compatible API, and a page for browsers, until Ctrl-C."""
     try:
-        from lance_mlx.serve.app import serve as run
-        from lance_mlx.serve.guard import is_loopback
-        from lance_mlx.serve.worker import Worker
+        with Importing("lance-mlx"):
+            from lance_mlx.serve.app import serve as run
+            from lance_mlx.serve.bounds import BOUNDS
+            from lance_mlx.serve.guard import is_loopback
+            from lance_mlx.serve.worker import Worker
     except ModuleNotFoundError as error:
         raise LanceError(f"{error.name} is not installed: pip install '.[serve]' in the checkout") from None
-    from lance_mlx.serve.bounds import BOUNDS
 
     if token is not None and not (token and token.isascii() and token.isprintable()):
         raise LanceError("the token must be printable ASCII")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -205,12 +206,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with opened(path) as file:
             metadata = json.loads(_comment(path, file) or "null")
-    except UnidentifiedImageError:
+    except (UnidentifiedImageError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         metadata = None
-    except (OSError, av.error.FFmpegError) as error:
+    except Exception as error:  # Pillow and FFmpeg pass on whatever their parsers stumble over
         raise LanceError(f"cannot read {path}: {reason(error)}") from error
-    except (ValueError, RecursionError):
-        metadata = None
     if path.suffix.lower() != ".png" and isinstance(metadata, dict):
         metadata = metadata.get(METADATA_KEY)
     if not isinstance(metadata, dict):
@@ -223,7 +222,8 @@ def _comment(path: Path, file: BinaryIO) -> str | bytes | None:
     if VIDEOS.get(path.suffix.lower(), "gif") != "gif":
         with av.open(file) as container:
             return container.metadata.get("comment")
-    with Image.open(file) as image:
+    # No pixel is read, however many there are.
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), Image.open(file) as image:
         if image.format == "PNG":
             return image.text.get(METADATA_KEY)
         return image.info.get("comment") if image.format == "GIF" else image.getexif().get(_DESCRIPTION)

@@ -82,7 +82,8 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         return as_enum(hint, name, value)
     # JSON tells 1 from true, and 1 from 1.0 where only whole numbers serve.
     allowed = (int, float) if hint is float else hint
-    if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
+    too_long = hint is float and isinstance(value, int) and abs(value) > 2**53
+    if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool) or too_long:
         wanted = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[hint]
         raise LanceError(f"{name} must be {wanted}, not {value!r}")
     return value

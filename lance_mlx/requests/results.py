@@ -1,7 +1,6 @@
 """The folder that a request file's outputs go to, with upstream's names and its prompt.json and result.json."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lance_mlx.errors import LanceError, reason
-from lance_mlx.files import read_json
+from lance_mlx.files import check_place, read_json
 from lance_mlx.media.write import read_metadata, save_text
 from lance_mlx.requests.files import Item, RequestsFile
 from lance_mlx.requests.request import Question, Request
@@ -40,7 +39,7 @@ class ResultsFolder:
         rewrites: bool,
         overwrite: bool,
     ) -> None:
-        """Make the folder, or see what is in it.
+        """See what is in the folder, which is made with the first file.
 
         Args:
             asked: what is made, by the entries' keys.
@@ -51,12 +50,7 @@ class ResultsFolder:
         Raises:
             LanceError: the folder belongs to something else, or holds what was made from another request.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LanceError(f"output {folder} cannot be made ({error.strerror}): choose another folder") from None
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise LanceError(f"output {folder} cannot be written to: choose another folder")
+        check_place(folder / _PROMPTS)
         self.folder = folder
         self._requests = requests
         self._asked = asked

@@ -7,7 +7,7 @@ import numpy as np
 
 from lance_mlx.backend.numerics import Numerics
 from lance_mlx.config import LATENT_CHANNELS
-from lance_mlx.errors import LanceError
+from lance_mlx.errors import LanceError, reason
 from lance_mlx.requests.request import Request
 
 _NAMES = ("noise", "sampler.noise")
@@ -44,9 +44,11 @@ def read_noise(path: Path) -> mx.array:
     if path.suffix not in (".npy", ".safetensors"):
         raise LanceError(f"noise file {path} must be .npy or .safetensors")
     try:
-        loaded = mx.load(str(path), format=path.suffix[1:])
-    except (RuntimeError, ValueError, OSError) as error:
-        raise LanceError(f"noise file {path} is not readable ({str(error).strip()})") from None
+        # MLX believes what the header of a .npy says of its size.
+        npy = path.suffix == ".npy"
+        loaded = mx.array(np.load(path, mmap_mode="r")) if npy else mx.load(str(path), format="safetensors")
+    except Exception as error:  # both raise many kinds
+        raise LanceError(f"noise file {path} is not readable ({reason(error)})") from None
     if isinstance(loaded, dict):
         name = next((name for name in _NAMES if name in loaded), None)
         if name is None and len(loaded) != 1:

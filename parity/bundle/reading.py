@@ -3,21 +3,22 @@
 import hashlib
 import json
 import os
-import re
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from parity.bundle.checks import CONFIG, WEIGHTS, check_finite, check_inputs, check_listing, check_sums
 from parity.errors import ParityError
+from parity.files import folder_beside
 from parity.model import definition
-from parity.tensors.names import TapName, parse
-from parity.tensors.recording import DTYPES, Recording, Tap, read_tensors, write_tensors
+from parity.tensors.names import TapName
+from parity.tensors.recording import DTYPES, Recording, Tap, open_tensors, read_tensors, write_tensors
 from parity.tensors.sketch import Sketch
 from parity.tensors.sketch_file import FILE, SKETCH, listing, read_sketches, write_sketches
 
@@ -25,16 +26,9 @@ FORMAT = "lance-oracle/1"
 CHECKSUMS = "MANIFEST.json"
 CHECKSUMS_FORMAT = "lance-oracles/1"
 ENTRIES = ("kv_cache", "full_sequence")
-WEIGHTS = "weights"
-"""Key of a manifest under which a bundle lists the checksums of the weights that it was computed with."""
-CONFIG = "config"
-"""Key of a manifest under which a bundle lists the checksums of the configuration and the tokenizer beside them."""
-SUM_DIGITS = 32
 OWN = "files"
 """Key of a manifest under which a bundle lists the checksums of its own tensors."""
 FILES = ("manifest.json", "inputs.safetensors", "taps.safetensors")
-ROLES = range(-1, 5)
-ATTN_MODES = range(4)
 
 
 @dataclass(frozen=True)
@@ -107,6 +101,30 @@ class Bundle:
 
 def read_bundle(path: Path) -> Bundle:
     """Read and validate one bundle folder; raises ParityError in one line that names what is wrong."""
+    path, manifest, checkpoint = _opened(path)
+    verify_checksums(path, manifest, checkpoint)
+    taps = read_tensors(path / "taps.safetensors")
+    bundle = _bundle(path, manifest, checkpoint, taps, {name: (tap.shape, tap.dtype) for name, tap in taps.items()})
+    for name, tap in bundle.expected.items():
+        check_finite(tap, f"tap {name} of bundle {path.name}")
+    return bundle
+
+
+@contextmanager
+def open_bundle(path: Path, checkpoint: Path | None = None) -> Iterator[Bundle]:
+    """Validate one bundle folder as `read_bundle` does but for checksums and the values of its taps, which are read
+    when they are asked for, and leave its sketches out; raises ParityError.
+
+    `checkpoint` takes the place of the one beside the bundle.
+    """
+    path, manifest, checkpoint = _opened(path, checkpoint)
+    with open_tensors(path / "taps.safetensors") as taps:
+        held = {name: (taps.shapes[name], taps.dtypes[name]) for name in taps}
+        yield replace(_bundle(path, manifest, checkpoint, taps, held), sketches={})
+
+
+def _opened(path: Path, checkpoint: Path | None = None) -> tuple[Path, dict[str, Any], Path]:
+    """A bundle's resolved folder, its manifest and its checkpoint."""
     if not path.is_dir():
         raise ParityError(f"{path} is not a bundle folder: it needs {', '.join(FILES)}")
     path = path.resolve()
@@ -119,17 +137,20 @@ def read_bundle(path: Path) -> Bundle:
             raise ParityError(f"bundle {path.name} has no {name}: copy the bundle again")
     manifest = _read_manifest(path / "manifest.json")
     # Plain names cannot leave the folder; a link that its owner put there may, as the files of a hub's cache do.
-    checkpoint = root / _plain(manifest, "checkpoint", path.name)
+    checkpoint = checkpoint or root / _plain(manifest, "checkpoint", path.name)
     variant = checkpoint / _plain(manifest, "variant", path.name)
-    if not variant.is_dir():
+    if not os.path.isdir(variant):
         raise ParityError(f"bundle {path.name} names the checkpoint {variant}, which does not exist: put it there")
-    verify_checksums(path, manifest, checkpoint)
-    inputs = read_tensors(path / "inputs.safetensors")
-    taps = read_tensors(path / "taps.safetensors")
-    bundle = Bundle(path, manifest, inputs, taps, checkpoint, read_sketches(path, manifest))
-    _check_taps(bundle)
-    _check_inputs(bundle)
-    return bundle
+    return path, manifest, checkpoint
+
+
+def _bundle(
+    path: Path, manifest: dict[str, Any], checkpoint: Path, taps: Mapping[str, Tap], held: dict[str, tuple]
+) -> Bundle:
+    inputs, sketches = read_tensors(path / "inputs.safetensors"), read_sketches(path, manifest)
+    check_listing(manifest["taps"], held, sketches, path.name)
+    check_inputs(inputs, read_json(checkpoint / manifest["variant"] / "llm_config.json").get("vocab_size"), path.name)
+    return Bundle(path, manifest, inputs, taps, checkpoint, sketches)
 
 
 def write_bundle(
@@ -151,20 +172,15 @@ def write_bundle(
         listed += listing(sketches)
     complete["taps"] = sorted(listed, key=lambda entry: entry["name"])
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
+        with folder_beside(path) as beside:
             (beside / "manifest.json").write_text(json.dumps(complete, indent=1), encoding="utf-8")
             write_tensors(beside / "inputs.safetensors", inputs)
             write_tensors(beside / "taps.safetensors", taps)
             if sketches is not None:
                 write_sketches(beside / FILE, sketches)
-            beside.chmod(0o755)
             if path.exists():
                 shutil.rmtree(path)
             os.replace(beside, path)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
         raise ParityError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -215,7 +231,8 @@ def verify_checksums(path: Path, manifest: Mapping[str, Any], checkpoint: Path |
     for name, entry, where in expected:
         if ".." in Path(name).parts:
             raise ParityError(f"{where} entry {name!r} leaves the oracle folder {root}: restore or remove it")
-        if not (root / name).is_file():
+        # pathlib raises for names that no disk takes.
+        if not os.path.isfile(root / name):
             raise ParityError(f"{name} is listed in {where} but missing: copy it again")
         if not isinstance(entry, dict) or sha256(root / name) != entry.get("sha256"):
             raise ParityError(f"{name} does not match its checksum in {where}: copy it again")
@@ -292,77 +309,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if not listed or entry.get("dtype") not in list(DTYPES):
             raise ParityError(f"{what} lists a tap without a name, a shape or a known dtype: {entry!r}"[:300])
     return manifest
-
-
-def check_sums(manifest: Mapping[str, Any], key: str, bundle: str) -> None:
-    """Raise ParityError unless the checksums that a manifest holds under WEIGHTS or CONFIG, if any, are some."""
-    sums = manifest.get(key, {})
-    if not isinstance(sums, dict) or key in manifest and not sums:
-        raise ParityError(f"{key!r} in manifest.json of bundle {bundle} must map names to checksums: copy it again")
-    for name, value in sums.items():
-        if not isinstance(value, str) or not re.fullmatch(rf"[0-9a-f]{{{SUM_DIGITS}}}", value):
-            raise ParityError(
-                f"{key!r} in manifest.json of bundle {bundle} gives {name} {value!r:.60}, "
-                f"which is no checksum of {SUM_DIGITS} hexadecimal digits: copy it again"
-            )
-
-
-def _check_taps(bundle: Bundle) -> None:
-    listed = [entry["name"] for entry in bundle.manifest["taps"]]
-    if not listed:
-        raise ParityError(f"bundle {bundle.name} lists no taps: there is nothing to compare with")
-    twice = {name for name in listed if listed.count(name) > 1} if len(set(listed)) < len(listed) else set()
-    if twice:
-        raise ParityError(f"bundle {bundle.name} lists tap {min(twice)} twice: capture the bundle again")
-    unlisted = sorted(set(bundle.taps) - set(listed))
-    if unlisted:
-        raise ParityError(f"taps.safetensors of bundle {bundle.name} holds {unlisted[0]}, which is not in its manifest")
-    for entry in bundle.manifest["taps"]:
-        name = entry["name"]
-        what = f"tap {name} of bundle {bundle.name}"
-        integer = parse(name).integer
-        if name in bundle.sketches:
-            if bundle.sketches[name].statistics[:, -1].any():
-                raise ParityError(f"{what} holds NaN or infinity: the capture is broken, repeat it")
-            continue
-        if name not in bundle.taps:
-            raise ParityError(f"{what} is listed in the manifest but missing from taps.safetensors: copy it again")
-        tap = bundle.taps[name]
-        if list(tap.array.shape) != entry["shape"]:
-            raise ParityError(f"{what} has shape {list(tap.array.shape)}, its manifest says {entry['shape']}")
-        if tap.dtype != entry["dtype"]:
-            raise ParityError(f"{what} has dtype {tap.dtype}, its manifest says {entry['dtype']}")
-        if (tap.dtype == "int32") != integer:
-            raise ParityError(f"{what} has dtype {tap.dtype}, but it must be {'int32' if integer else 'a float'}")
-        bad = np.argwhere(~np.isfinite(tap.array))
-        if len(bad):
-            at = [int(i) for i in bad[0]]
-            raise ParityError(f"{what} holds {tap.array[tuple(at)]} at {at}: the capture is broken, repeat it")
-
-
-def _check_inputs(bundle: Bundle) -> None:
-    what = f"inputs.safetensors of bundle {bundle.name}"
-    for name, tap in bundle.inputs.items():
-        bad = np.argwhere(~np.isfinite(tap.array))
-        if len(bad):
-            raise ParityError(f"{name} in {what} is not finite at {bad[0].tolist()}: the capture is broken, repeat it")
-    ints = {name: tap.array for name, tap in bundle.inputs.items() if tap.dtype == "int32"}
-    for name in ("text_ids", "modality", "split_lens", "attn_modes"):
-        if name not in ints or ints[name].ndim != 1:
-            raise ParityError(f"{what} lacks {name} as a list of int32: copy the bundle again")
-    length = len(ints["text_ids"])
-    if len(ints["modality"]) != length or ints["split_lens"].sum() != length or np.any(ints["split_lens"] < 1):
-        raise ParityError(f"{what}: modality and split_lens must cover the {length} tokens of text_ids")
-    if len(ints["attn_modes"]) != len(ints["split_lens"]):
-        raise ParityError(f"{what}: attn_modes and split_lens differ in length")
-    vocabulary = read_json(bundle.checkpoint / bundle.variant / "llm_config.json").get("vocab_size")
-    if not isinstance(vocabulary, int):
-        raise ParityError(f"llm_config.json of {bundle.variant} gives no vocab_size: restore the checkpoint")
-    bounds = {"text_ids": range(vocabulary), "modality": ROLES, "attn_modes": ATTN_MODES}
-    bounds |= {name: range(length) for name in ints if name.endswith("_indexes")}
-    bounds |= {name: range(1, 2**31) for name in ints if name.endswith("_thw") or name == "video_sizes"}
-    for name, allowed in bounds.items():
-        values = ints[name]
-        if values.size and not (allowed.start <= values.min() and values.max() < allowed.stop):
-            wrong = values.min() if values.min() < allowed.start else values.max()
-            raise ParityError(f"{what}: {name} holds {wrong}, outside {allowed.start} to {allowed.stop - 1}")

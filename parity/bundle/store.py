@@ -1,14 +1,15 @@
 """Bundles that are kept: what lies in a folder, and the checksums that tell whether it is still what it was."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from parity.bundle.reading import CHECKSUMS, FILES, FORMAT, OWN, find_bundles, read_json, read_listing, sha256
-from parity.errors import ParityError
-from parity.tensors.recording import write_atomically
+from parity.errors import ParityError, printable
+from parity.files import write_atomically
 from parity.tensors.sketch_file import FILE as SKETCHES
 
 FLOORS = "floors.*"
@@ -76,23 +77,27 @@ def describe(path: Path) -> Stored:
         return Stored(path, size=size, problem=str(error))
     checkpoint = str(manifest.get("checkpoint"))
     problem = next((f"{name} is missing" for name in FILES if not (path / name).is_file()), None)
-    if problem is None and not (path.resolve().parent / checkpoint).is_dir():
+    if problem is None and not os.path.isdir(path.resolve().parent / checkpoint):
         problem = f"checkpoint {checkpoint} is missing"
     if problem is None and sums.wrong:
         problem = f"{sums.wrong[0]} does not match its checksum"
+    task, dtype, entry = (
+        printable(str(value), 40) for value in (request.get("task"), origin.get("dtype"), origin.get("entry"))
+    )
     commit = str(origin.get("commit") or "")
+    source = f"{origin.get('implementation')}" + (f" {commit[:7]}" if commit else "")
     return Stored(
         path=path,
-        task=str(request.get("task")),
-        dtype=str(origin.get("dtype")),
-        entry=str(origin.get("entry")),
+        task=task,
+        dtype=dtype,
+        entry=entry,
         taps=len(manifest["taps"]),
         size=size,
-        source=f"{origin.get('implementation')}" + (f" {commit[:7]}" if commit else ""),
-        checkpoint=checkpoint,
+        source=printable(source, 40),
+        checkpoint=printable(checkpoint, 40),
         checksums=sums.state,
         floors=any(path.glob(FLOORS)),
-        problem=problem,
+        problem=problem and printable(problem),
     )
 
 
@@ -134,7 +139,7 @@ def compare_files(root: Path, expected: dict[str, Any]) -> Checksums:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ParityError(f"{name!r} in the checksums leaves the folder {root}: restore or remove them")
         file = root / name
-        if not isinstance(entry, dict) or not file.is_file() or sha256(file) != entry.get("sha256"):
+        if not isinstance(entry, dict) or not os.path.isfile(file) or sha256(file) != entry.get("sha256"):
             wrong.append(name)
     return Checksums(DAMAGED if wrong else INTACT if expected else NONE, tuple(wrong), len(expected))
 

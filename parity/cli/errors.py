@@ -8,32 +8,34 @@ from typing import NoReturn
 
 import typer
 
+from lance_command import Interrupts
 from parity.errors import ParityError, interrupted
 
-UNUSABLE_STATUS, INTERRUPTED_STATUS = 2, 130
+UNUSABLE_STATUS = 2
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the command with one line on stderr: status 2 for a ParityError, 130 for an interrupt.
+    """End the command with one line on stderr: status 2 for a ParityError, 128 and its number for a signal.
 
     Anything else is an error of the engine's own: a traceback stands before the line, and the status is 2, since 1
     would say that something diverges.
     """
-    try:
-        yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except ParityError as error:
-        _end(str(error), UNUSABLE_STATUS)
-    except ModuleNotFoundError as error:
-        _end(f"{error.name} is not installed: pip install 'lance-mlx[parity]'", UNUSABLE_STATUS)
-    except (KeyboardInterrupt, RuntimeError) as error:
-        if not interrupted(error):
+    with Interrupts() as interrupts:
+        try:
+            yield
+        except (typer.Exit, typer.Abort):
+            raise
+        except ParityError as error:
+            _end(str(error), UNUSABLE_STATUS)
+        except ModuleNotFoundError as error:
+            _end(f"{error.name} is not installed: pip install 'lance-mlx[parity]'", UNUSABLE_STATUS)
+        except (KeyboardInterrupt, RuntimeError) as error:
+            if not interrupted(error):
+                _end_unexpected(error)
+            _end("interrupted", interrupts.status)
+        except Exception as error:
             _end_unexpected(error)
-        _end("interrupted", INTERRUPTED_STATUS)
-    except Exception as error:
-        _end_unexpected(error)
 
 
 def _end_unexpected(error: BaseException) -> NoReturn:

@@ -73,6 +73,7 @@ def localize(
     with one_line_errors():
         from parity.comparison.verdict import AGREE, DIVERGE, UNUSABLE
         from parity.errors import ParityError
+        from parity.files import write_atomically
         from parity.hypotheses import check_unique, load_hypotheses
         from parity.localize.investigation import localize as run
         from parity.model import definition
@@ -82,7 +83,6 @@ def localize(
         from parity.report.runner import limit_threads
         from parity.report.terminal import progress_bar
         from parity.report.terminal_localize import print_localization
-        from parity.tensors.recording import write_atomically
 
         limit_threads()
         page = report or REPORTS / f"{bundle.name}.html"

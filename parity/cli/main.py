@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import Annotated
 
 import typer
 
+from lance_command.unread import end_unread
 from parity.cli import localize as cli_localize
 from parity.cli import port as cli_port
 from parity.cli import store as cli_store
 from parity.cli import stream as cli_stream
 from parity.cli.errors import one_line_errors
 from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, PythonOption, deliver
-from parity.cli.unread import end_unread
 from parity.errors import ParityError
 
 app = typer.Typer(
@@ -195,7 +196,7 @@ cli_stream.register(app)
 
 
 def _write_json(path: Path, document: dict) -> None:
-    from parity.tensors.recording import write_atomically
+    from parity.files import write_atomically
 
     write_atomically(path, json.dumps(document, indent=1, allow_nan=False).encode())
 
@@ -205,6 +206,9 @@ def main() -> None:
     """Run the command."""
     # PyTorch reads it when it is loaded: a waiting thread that spins takes its core from another process.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        # A file's name may hold any bytes.
+        stream.reconfigure(errors="backslashreplace")
     app()
 
 

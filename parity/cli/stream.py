@@ -89,6 +89,7 @@ def stream(
 
         from parity.comparison.verdict import AGREE, DIVERGE
         from parity.errors import ParityError
+        from parity.files import write_atomically
         from parity.lance.faults.layered import load_layered
         from parity.lance.record_options import Options
         from parity.lance.stream.comparison import stream as run
@@ -96,7 +97,6 @@ def stream(
         from parity.lance.stream.plan import plan_against, plan_live, size_of_latents
         from parity.lance.stream.terminal import print_streamed
         from parity.ports.loading import port_loader
-        from parity.tensors.recording import write_atomically
 
         load = None if impl == "mlx" and python is None else port_loader(impl, python)
         if load and fault:

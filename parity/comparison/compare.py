@@ -222,13 +222,13 @@ def _by_floors(a: Source, b: Source, allow_missing: bool) -> Comparison | None:
 
 
 def _from_result(result: Result, a: Source, b: Source, allow_missing: bool) -> Comparison:
-    rows = [
-        TapComparison(
-            *(r.tap.name, r.tap.call, r.tap.component, tuple(r.shape), r.dtype),
-            *(b.taps.shape(r.tap.name), b.taps.dtype(r.tap.name), r.difference, r.limit.allowed, r.diverges),
-        )
-        for r in [*result.inputs, *result.taps]
-    ]
+    rows = []
+    for r in [*result.inputs, *result.taps]:
+        # Visuals that a port resizes, and weights, are compared beside its taps.
+        kept = r.tap.name in b.taps
+        of_b = (b.taps.shape(r.tap.name), b.taps.dtype(r.tap.name)) if kept else (tuple(r.shape), r.dtype)
+        of_a = r.tap.name, r.tap.call, r.tap.component, tuple(r.shape), r.dtype
+        rows.append(TapComparison(*of_a, *of_b, r.difference, r.limit.allowed, r.diverges))
     names = {row.name for row in rows} | set(result.missing)
     verdict = result.verdict
     if verdict == UNUSABLE and allow_missing and any(row.difference.size for row in rows):

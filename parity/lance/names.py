@@ -144,7 +144,7 @@ WORDS = {
 def _regex(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"\{(\w+)\}", pattern)
     for i in range(1, len(parts), 2):
-        parts[i] = f"(?P<{parts[i]}>{WORDS.get(parts[i], '0|[1-9][0-9]*')})"
+        parts[i] = f"(?P<{parts[i]}>{WORDS.get(parts[i], '0|[1-9][0-9]{0,8}')})"
     return re.compile("".join(part if i % 2 else re.escape(part) for i, part in enumerate(parts)))
 
 

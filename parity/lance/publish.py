@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from parity.bundle.reading import read_bundle, sha256, write_bundle
 from parity.bundle.store import seal
 from parity.errors import ParityError
+from parity.files import folder_beside
 from parity.lance.names import parse
 from parity.lance.weight_sums import sums_for
 from parity.tensors.recording import Recording, Tap
@@ -62,19 +62,14 @@ def _check_finite(taps: Mapping[str, Tap | Sketch]) -> None:
 @contextmanager
 def staging_beside(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, removed at the end; what is left of it when a process is killed is no bundle."""
-    staging = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        yield staging
+        with folder_beside(out) as staging:
+            yield staging
     except (OSError, ParityError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         if not isinstance(cause, OSError):
             raise
         raise ParityError(f"{out} cannot be written: {cause.strerror or cause}") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def checkpoint_name(out: Path, checkpoint: Path) -> str:

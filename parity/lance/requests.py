@@ -1,6 +1,6 @@
 """The requests of oracle bundles and layouts: which keys there are and what they may hold."""
 
-import math
+import sys
 from typing import Any
 
 from parity.errors import ParityError
@@ -72,4 +72,4 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from parity.bundle.reading import CONFIG, SUM_DIGITS, WEIGHTS, Bundle, check_sums, read_json, sha256
+from parity.bundle.checks import CONFIG, SUM_DIGITS, WEIGHTS, check_sums
+from parity.bundle.reading import Bundle, read_json, sha256
 from parity.errors import ParityError, one_line
 from reference.config import IGNORED, VISION_IGNORED
 from reference.model import VIT_FOLDER

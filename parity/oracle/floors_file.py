@@ -14,12 +14,12 @@ from safetensors.numpy import save
 
 from parity.bundle.reading import Bundle, read_bundle, sha256
 from parity.errors import FloorsRefused, ParityError
+from parity.files import write_atomically
 from parity.model import definition
 from parity.oracle.floors import Floors, FloorSet, carrying, floats_of, logits_of, measure, pooled
 from parity.oracle.judgement import Judgement, judge
 from parity.oracle.machines import facts, machine
 from parity.oracle.oracle import FREE, KINDS, SEGMENT, Oracle
-from parity.tensors.recording import write_atomically
 
 FILE = "floors.safetensors"
 CACHE = "LANCE_PARITY_CACHE"

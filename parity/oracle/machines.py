@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -104,6 +105,7 @@ def record_elsewhere(
         place = Path(folder)
         write_tensors(place / "passes.safetensors", passes)
         told = progress or (lambda what: None)
+        running: list[subprocess.Popen] = []
 
         def run(item: tuple[str, Environment]) -> tuple[str, list[Recording] | None, str]:
             name, environment = item
@@ -111,13 +113,22 @@ def record_elsewhere(
             told(f"floors: {name}")
             command = [sys.executable, "-m", "parity.oracle.machines", str(bundle.path), str(place), str(out)]
             added = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
-            done = subprocess.run(command, env=os.environ | environment | added, capture_output=True, text=True)
-            if done.returncode:
-                return name, None, (done.stderr.strip().splitlines() or ["it died"])[-1]
+            # Its input ends when this process does, however that is.
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+            with subprocess.Popen(command, env=os.environ | environment | added, text=True, **pipes) as process:
+                running.append(process)
+                said = process.stderr.read()
+            if process.returncode:
+                return name, None, (said.strip().splitlines() or ["it died"])[-1]
             return name, [read_tensors(out / f"{kind}.safetensors") for kind in KINDS], ""
 
         with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-            found = list(pool.map(run, environments.items()))
+            try:
+                found = list(pool.map(run, environments.items()))
+            except BaseException:
+                for process in running:
+                    process.kill()
+                raise
     if environments and all(recordings is None for _, recordings, _ in found):
         raise ParityError(f"bundle {bundle.name} cannot be run in a process of its own: {found[0][2]}")
     return {name: recordings for name, recordings, _ in found if recordings is not None}
@@ -127,12 +138,18 @@ def main(arguments: Sequence[str]) -> None:
     """Record a bundle in this process: BUNDLE, the folder of its passes, and the folder to write to."""
     from parity.oracle.floors import own_runs
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     path, given, out = map(Path, arguments)
     bundle = read_bundle(path)
     run = definition().load_trusted(bundle)
     for kind, recording in zip(KINDS, own_runs(run, bundle, read_tensors(given / "passes.safetensors")), strict=True):
         write_tensors(out / f"{kind}.safetensors", recording)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
 
 
 if __name__ == "__main__":

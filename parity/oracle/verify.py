@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from parity.bundle.reading import CHECKSUMS, CONFIG, WEIGHTS, Bundle, read_bundle
+from parity.bundle.checks import CONFIG, WEIGHTS
+from parity.bundle.reading import CHECKSUMS, Bundle, read_bundle
 from parity.bundle.store import checksums, compare_files, listed, read_manifest, whole_bundles
-from parity.errors import ParityError
+from parity.errors import ParityError, printable
 from parity.model import definition
 from parity.tensors.recording import Recording, Tap, read_tensors
 from parity.tensors.sketch import Sketch
@@ -56,7 +57,7 @@ class Verified:
 
     def add(self, place: str, what: str, unusable: bool = False) -> None:
         """Note a problem."""
-        self.problems.append(Problem(place, what, unusable))
+        self.problems.append(Problem(printable(place), printable(what), unusable))
 
 
 def verify(folder: Path, start: Callable[[str], object] = lambda name: None) -> list[Verified]:

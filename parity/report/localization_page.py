@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from parity.files import write_atomically
 from parity.localize.attribution import Attribution, Worth
 from parity.localize.findings import EXPLAINS, Finding, Localization, Picture, SliceError
 from parity.report import words
@@ -21,7 +22,6 @@ from parity.report.plots import exact_shades, map_plot, margins_plot, order_plot
 from parity.report.run_page import page_environment
 from parity.report.words import localization_markdown
 from parity.tensors.names import parse
-from parity.tensors.recording import write_atomically
 
 __all__ = ["localization_markdown", "write_localization"]
 

@@ -1,14 +1,13 @@
 """Where results go: the forms that they can be written in, and the place."""
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 
 from parity.errors import ParityError
+from parity.files import folder_beside
 
 _LIST = ".written-by-lance-parity"
 
@@ -27,7 +26,7 @@ def emit(text: str, output: Path | None) -> None:
     if output is None:
         print(text, end="")
         return
-    from parity.tensors.recording import write_atomically
+    from parity.files import write_atomically
 
     if output.is_symlink():
         output = output.resolve()
@@ -83,25 +82,20 @@ def new_folder(folder: Path) -> Iterator[Path]:
         folder = folder.resolve()
     require_own(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        old = folder.with_name(f"{beside.name}.old")
-        try:
-            yield beside
-            names = sorted(path.name for path in beside.iterdir())
-            (beside / _LIST).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-            beside.chmod(0o755)
+        with folder_beside(folder) as beside:
+            new, old = beside / "new", beside / "old"
+            new.mkdir()
+            yield new
+            names = sorted(path.name for path in new.iterdir())
+            (new / _LIST).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
             if folder.exists():
                 os.replace(folder, old)
             try:
-                os.replace(beside, folder)
+                os.replace(new, folder)
             except OSError:
                 # What was there before is not lost.
                 if old.exists():
                     os.replace(old, folder)
                 raise
-        finally:
-            for left in (beside, old):
-                shutil.rmtree(left, ignore_errors=True)
     except OSError as error:
         raise ParityError(f"the report {folder} cannot be written: {error.strerror}") from error

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +49,11 @@ def _once(name: str) -> Callable[[str], None]:
     return tell
 
 
+def new_console(**options: Any) -> Console:
+    """A console that shows text as it is: names and messages may hold brackets and colons."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
 def print_rows(rows: Sequence[Row]) -> None:
     """Print the table of a run."""
     table = new_table("bundle", "implementation", "dtype", "taps", "worst tap", "error", "verdict")
@@ -67,7 +73,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 def print_result(result: Result) -> None:
     """Print what one comparison found."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(soft_wrap=True)
     heading = Text.assemble(f"{result.bundle}, {result.impl}, {result.dtype}: ", styled(result.verdict))
     console.print(heading)
     counts = f"{len(result.inputs)} integer inputs and {result.compared} taps compared, {len(result.missing)} missing"
@@ -109,9 +115,9 @@ def new_table(*headings: str) -> Table:
 
 def print_table(table: Table) -> None:
     """Print a table; where the output is no terminal its lines are not cut to a terminal's width."""
-    console = Console()
+    console = new_console()
     if not console.is_terminal:
-        console = Console(width=200)
+        console = new_console(width=200)
     console.print(table)
 
 

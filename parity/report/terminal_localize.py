@@ -8,7 +8,7 @@ from parity.localize.attribution import Attribution
 from parity.localize.findings import Finding, Localization
 from parity.model import definition
 from parity.report.run_page import significant
-from parity.report.terminal import new_table, print_table, styled
+from parity.report.terminal import new_console, new_table, print_table, styled
 from parity.report.words import counted, failures, false_alarms, percent, sentence
 
 # Explanations and other taps of the same cause that are listed of each finding.
@@ -17,7 +17,7 @@ EXPLANATIONS, OTHERS = 3, 3
 
 def print_localization(found: Localization) -> None:
     """Print the verdict, then every finding in order."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(soft_wrap=True)
     heading = f"{found.bundle}, {found.impl}, {found.dtype}: "
     console.print(Text.assemble(heading, styled(found.verdict)))
     console.print(sentence(found), style="bold" if found.verdict != AGREE else "", markup=False)

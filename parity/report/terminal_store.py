@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.text import Text
 
 from parity.bundle.store import DAMAGED, INTACT, Stored, sizes
@@ -10,7 +9,7 @@ from parity.comparison.compare import Comparison, TapComparison
 from parity.comparison.verdict import AGREE, DIVERGE
 from parity.oracle.verify import FAILS, SOUND, UNUSABLE, Verified
 from parity.report.run_page import error_of, estimates, significant
-from parity.report.terminal import new_table, print_table
+from parity.report.terminal import new_console, new_table, print_table
 
 SHOWN = 20
 """Lines of one result that are shown at most."""
@@ -46,7 +45,7 @@ def print_verified(results: Sequence[Verified]) -> None:
         counts = (str(count) if count else "–" for count in (result.files, result.tensors, result.derived))
         table.add_row(result.name, *counts, _signed(result.verdict))
     print_table(table)
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(soft_wrap=True)
     for result in results:
         for problem in result.problems[:SHOWN]:
             console.print(Text(f"{result.name}: {problem.place}: {problem.what}"))
@@ -58,7 +57,7 @@ def print_verified(results: Sequence[Verified]) -> None:
 
 def print_comparison(compared: Comparison) -> None:
     """Print what `lance-parity compare` found: the verdict, the first divergence, and the farthest taps."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(soft_wrap=True)
     for label, run in (("a", compared.a), ("b", compared.b)):
         console.print(Text(f"{label}: {run}"))
     console.print(Text.assemble(_signed(compared.verdict), f", {compared.reason}"))

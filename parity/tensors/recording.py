@@ -2,10 +2,9 @@
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from parity.errors import ParityError
+from parity.files import replacing
 from parity.tensors.blocks import blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int32": torch.int32}
@@ -181,6 +181,8 @@ class TensorFile(Mapping[str, Tap]):
         named = {code: dtype for dtype, code in _CODES.items()}
         entries = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
         for name, entry in entries.items():
+            if not name.isprintable():
+                raise ParityError(f"{path} calls a tensor {name!r}: letters that cannot be shown are in no tap's name")
             if entry["dtype"] not in named:
                 raise ParityError(f"{path} holds {name} as {_spelled(entry['dtype'])}: only {', '.join(DTYPES)} "
                                   "can be compared")  # fmt: skip
@@ -236,6 +238,8 @@ def _spelled(code: str) -> str:
 def open_tensors(path: Path) -> Iterator[TensorFile]:
     """Open a safetensors file whose taps are read one by one; errors are those of `read_tensors`."""
     try:
+        if path.exists() and not path.is_file():
+            raise ParityError(f"{path} is no file: copy it again")
         file = path.open("rb")
     except OSError as error:
         raise ParityError(f"{path} cannot be read: {error.strerror}") from error
@@ -273,28 +277,3 @@ def write_tensors(path: Path, taps: Recording) -> None:
                 if taps[name].dtype == "bfloat16":
                     values = (float_bits(values) >> 16).astype(np.uint16)
                 file.write(np.ascontiguousarray(values))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file beside `path` that takes its place at the end, or goes when an exception passes.
-
-    Raises ParityError when it cannot be written.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            yield file
-        os.replace(beside, path)
-    except OSError as error:
-        raise ParityError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file beside its place and rename it there; raises ParityError when that fails."""
-    with replacing(path) as file:
-        file.write(data)

@@ -169,7 +169,7 @@ def test_an_interrupted_run_says_what_is_kept_and_goes_on(run, checkpoint, folde
         ({"1.png": "a"}, ["--prompt", "b"], "--prompt goes with a single request"),
         ({"1.png": "a"}, ["--image", "media/logo.png"], "--image goes with a single request"),
         ({"1.png": "a"}, ["--max-tokens", 3], "--max-tokens means nothing to task t2i"),
-        ({"1.png": "a"}, ["--output", "bad.json"], "output bad.json cannot be made"),
+        ({"1.png": "a"}, ["--output", "bad.json"], "bad.json is not a folder"),
         ({"1.png": "a"}, ["--output", "foreign"], "foreign/prompt.json does not map names to texts"),
         ({"1": edit("a", "media/text.png", "image")}, ["i2v"], "entry '1': image media/text.png is in no format"),
     ],

@@ -193,16 +193,26 @@ class TestStopping:
         converted(checkpoint, Variant.IMAGE, tmp_path / "out")
         load(tmp_path / "out", Variant.IMAGE, BFLOAT16)
 
-    def test_the_command_ends_with_130_and_says_where_it_goes_on(self, checkpoint, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(
-            sys, "argv", ["lance-mlx", "convert", str(checkpoint), str(tmp_path / "out"), "--variant", "image"]
-        )
-        monkeypatch.setattr("lance_mlx.checkpoint.convert._entry", lambda *_: signal.raise_signal(signal.SIGINT))
+    @pytest.mark.parametrize("file", ["model-00001-", "model-00003-"])
+    def test_the_command_ends_with_130_and_says_whether_it_goes_on(
+        self, checkpoint, tmp_path, monkeypatch, capsys, file
+    ):
+        given = ["convert", str(checkpoint), str(tmp_path / "out"), "--variant", "image", "--shard-size", "0.001"]
+        monkeypatch.setattr(sys, "argv", ["lance-mlx", *given])
+
+        def entry(tensor, before, name, dtype, after):
+            if name.startswith(file):
+                signal.raise_signal(signal.SIGINT)
+            return {"converted": {"file": name, "sha256": after}}
+
+        monkeypatch.setattr("lance_mlx.checkpoint.convert._entry", entry)
         with pytest.raises(SystemExit) as ended:
             command.main()
         assert ended.value.code == 130
-        assert "the same command goes on from there" in capsys.readouterr().err
-        assert [path.name for path in tmp_path.iterdir()] == [".out.converting"]
+        begun = file != "model-00001-"
+        assert ("the same command goes on from there" in capsys.readouterr().err) == begun
+        assert [path.name for path in tmp_path.iterdir()] == [".out.converting"] * begun
+        assert not list(tmp_path.rglob("*.partial"))
 
 
 def spoil(path: Path, **arrays: mx.array) -> None:

@@ -2,13 +2,8 @@
 
 import json
 import os
-import signal
 import struct
-import subprocess
-import sys
-import time
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -102,18 +97,3 @@ def test_a_vae_that_is_not_what_its_checksums_say_is_not_converted(checkpoint_co
         convert_vae(path, tmp_path / "vae.safetensors")
     assert "Bad CRC-32" in refused("convert", checkpoint_copy.path, tmp_path / "out")
     assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "out").exists()
-
-
-def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path):
-    script = "import sys\nprint('on', flush=True)\nfrom lance_mlx.cli.main import main\nmain(['--version'])"
-    # A library that takes its time.
-    Path(tmp_path / "tqdm.py").write_text("import time\nprint('in', flush=True)\ntime.sleep(60)")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-c", script]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    while "in" not in running.stdout.readline():
-        assert running.poll() is None
-    time.sleep(0.2)
-    running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
-    assert (running.returncode, errors) == (130, "lance-mlx: interrupted, nothing written\n")

@@ -83,7 +83,7 @@ def test_frames_between_chunks_round_down_to_whole_latent_frames():
     [
         ({"rotary_dim": 4}, "unknown key 'rotary_dim'"),
         ({"hidden_size": None}, "'hidden_size' must be an integer"),
-        ({"hidden_size": "64"}, "'hidden_size' must be an integer of at least 1, not '64'"),
+        ({"hidden_size": "64"}, "'hidden_size' must be an integer from 1 to 16777216, not '64'"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ({"head_dim": 32}, "head_dim 32 contradicts"),
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
@@ -91,6 +91,9 @@ def test_frames_between_chunks_round_down_to_whole_latent_frames():
         ({"rope_scaling": {"mrope_section": [2, 3, 4]}}, "must add up to head_dim / 2 = 8"),
         ({"rope_scaling": None}, "rope_scaling.mrope_section must be a list"),
         ({"rope_theta": -1}, "'rope_theta' must be a positive number"),
+        ({"rope_theta": 10**400}, "'rope_theta' must be a positive number"),
+        ({"rms_norm_eps": float("inf")}, "'rms_norm_eps' must be a positive number"),
+        ({"num_hidden_layers": 2**31}, "'num_hidden_layers' must be an integer from 1 to 1000"),
     ],
 )
 def test_bad_configurations_are_refused(checkpoint_copy, values, line):

@@ -1,5 +1,6 @@
 """Schedule, guidance and the sampler."""
 
+import io
 from dataclasses import replace
 
 import mlx.core as mx
@@ -141,6 +142,14 @@ def test_noise_files_are_read_by_name_or_when_they_hold_one_tensor(tmp_path, ora
     assert read_noise(tmp_path / "noise.npy").shape == (4, 48)
 
 
+def _npy() -> bytes:
+    np.save(file := io.BytesIO(), np.zeros((4, 48), np.float32))
+    return file.getvalue()
+
+
+SMALL = _npy()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
@@ -148,6 +157,8 @@ def test_noise_files_are_read_by_name_or_when_they_hold_one_tensor(tmp_path, ora
         ("noise.txt", b"1 2 3", "must be .npy or .safetensors"),
         ("broken.npy", b"not an array", "is not readable"),
         ("broken.safetensors", b"\x10\x00", "is not readable"),
+        ("short.npy", SMALL[:-100], "is not readable"),
+        ("lying.npy", SMALL.replace(b"(4, 48), }         ", b"(400000000, 48), } "), "is not readable"),
     ],
 )
 def test_unreadable_noise_is_refused(tmp_path, name, content, line):

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -262,16 +263,18 @@ import os, signal, sys
 from parity.cli import main as cli
 from parity.lance import ports
 def waiting(bundle):
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), number)
     signal.pause()
 ports.PORTS["mlx"] = waiting
+number = int(sys.argv[2])
 sys.argv = ["lance-parity", "run", sys.argv[1]]
 cli.main()
 """
 
 
-def test_an_interrupted_process_exits_130_and_leaves_nothing(oracles, tmp_path):
-    command = [sys.executable, "-c", INTERRUPTED_RUN, oracles]
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_an_interrupted_process_says_so_and_leaves_nothing(oracles, tmp_path, number, status):
+    command = [sys.executable, "-c", INTERRUPTED_RUN, oracles, str(int(number))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
-    assert (done.returncode, done.stderr) == (130, "lance-parity: interrupted\n")
+    assert (done.returncode, done.stderr) == (status, "lance-parity: interrupted\n")
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from parity.cli.main import app
@@ -59,6 +60,39 @@ def test_deep_json_and_pipes_are_one_line(copied):
     path.unlink()
     os.mkfifo(path)
     assert "has no manifest.json" in refused("check", copied, "--impl", "reference")
+
+
+STEERING = "\x1b[31m\u202e[/red]\ud800" + "a" * 5000
+
+
+def test_names_that_would_steer_a_terminal_are_shown_escaped(copied):
+    path = copied / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"checkpoint": STEERING, "source": manifest["source"] | {"commit": "[/a]"}}))
+    for command in (["verify"], ["oracles"], ["check", "--impl", "mlx"]):
+        result = CliRunner().invoke(app, [command[0], str(copied), *command[1:]])
+        assert result.exit_code == 2 and "Traceback" not in result.output, result.output
+        assert "\\x1b[31m\\u202e[/red]\\ud800aa" in result.output, result.output
+        assert len(result.output) < 4000
+        assert all(letter.isprintable() for letter in result.output.replace("\n", ""))
+
+
+def test_taps_with_names_of_nothing_are_refused(copied, tmp_path):
+    tensors = load_file(copied / "inputs.safetensors")
+    save_file(tensors | {"a": tensors["text_ids"].clone()}, copied / "inputs.safetensors")
+    line = refused("check", copied, "--impl", "reference")
+    assert "inputs.safetensors of bundle t2i-fp32-nokv: tap 'inputs/a' has no known call" in line
+    save_file({"\x1b[31m": tensors["text_ids"]}, tmp_path / "taps.safetensors")
+    assert r"calls a tensor '\x1b[31m'" in refused("compare", tmp_path, tmp_path)
+
+
+def test_a_stream_is_refused_for_taps_that_are_not_as_listed(oracles, tmp_path):
+    (tmp_path / "checkpoint-a").symlink_to(oracles / "checkpoint-a")
+    path = shutil.copytree(oracles / "t2i-fp32-kv", tmp_path / "t2i-fp32-kv") / "taps.safetensors"
+    taps = load_file(path)
+    one, other = "pixels", "latent"
+    save_file(taps | {one: taps[other], other: taps[one]}, path)
+    assert "has shape" in refused("stream", "--against", path.parent)
 
 
 def test_an_error_of_its_own_is_no_divergence(copied, monkeypatch):

@@ -76,6 +76,12 @@ def test_a_replay_that_departs_is_named(use, replayed):
     assert parity.compare(T2I, "@mlx", allow_missing=True).verdict == AGREE
 
 
+def test_what_a_port_resizes_is_compared_beside_its_taps():
+    compared = parity.compare(ORACLES / "image_edit-fp32-nokv", "@mlx")
+    assert compared.verdict == AGREE, compared.describe()
+    assert {"inputs/vae_pixels0", "inputs/vit_patches0"} <= {row.name for row in compared.taps}
+
+
 def test_two_numerics_are_inconclusive_without_a_bound():
     a, b = f"{T2I}@mlx:float32", "@mlx:bfloat16"
     compared = parity.compare(a, b)

@@ -207,12 +207,15 @@ def test_what_a_killed_recording_leaves_is_no_bundle(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == [str(-signal.SIGKILL)] * 3, done.stderr
     for out in (tmp_path / state / "killed" for state in states):
-        assert not out.exists() and any(out.parent.glob(".killed.*"))
+        assert not out.exists() and any(out.parent.glob(".lance-parity-*.part"))
         for look in (lambda out=out: find_bundles([out.parent]), lambda out=out: list_bundles([out.parent])):
             with pytest.raises(ParityError, match="no oracle bundle"):
                 look()
+    for left in out.parent.glob(".lance-parity-*.part"):
+        os.utime(left, (0, 0))
     record(out, CHECKPOINT, build_request("t2i", SMALL), dtype="float32")
     assert [bundle.path for bundle in list_bundles([out.parent])] == [out]
+    assert not any(out.parent.glob(".*"))
 
 
 def test_a_failed_recording_leaves_nothing(small, tmp_path, monkeypatch):

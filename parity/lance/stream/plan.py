@@ -11,14 +11,13 @@ import numpy as np
 
 from lance_mlx.config import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lance_mlx.requests.visuals import prepare_visuals
-from parity.bundle.reading import Bundle
-from parity.bundle.store import read_manifest
+from parity.bundle.reading import Bundle, open_bundle
 from parity.errors import ParityError, one_line
 from parity.lance.given import replay_of
 from parity.lance.record import NUMERICS
 from parity.lance.record_options import Options, build_request
 from parity.lance.replay_mlx import request_from_bundle
-from parity.tensors.recording import Recording, Replay, Tap, open_tensors, read_tensors
+from parity.tensors.recording import Recording, Replay, Tap
 from reference.vae_layers import LATENT_CHANNELS
 
 TASKS = ("t2i", "t2v", "x2t_image")
@@ -72,17 +71,12 @@ def plan_against(path: Path, checkpoint: Path | None = None) -> Iterator[StreamP
     `checkpoint` is the one beside the bundle by default. Raises ParityError for a bundle of another task or entry, or
     one that is damaged.
     """
-    manifest = read_manifest(path)
-    request, source = manifest["request"], manifest["source"]
-    _check(request["task"], source["dtype"])
-    if source["entry"] != "kv_cache":
-        raise ParityError(f"bundle {path.name} follows the full-sequence entry: stream one of the KV-cache entry")
-    place = checkpoint or path.resolve().parent / manifest["checkpoint"]
-    inputs = read_tensors(path / "inputs.safetensors")
-    with open_tensors(path / "taps.safetensors") as taps:
-        bundle = Bundle(path, manifest, inputs, taps, place)
-        how = request, source["dtype"], replay_of(bundle)
-        yield StreamPlan(path.name, place, manifest["variant"], *how, taps, bundle)
+    with open_bundle(path, checkpoint) as bundle:
+        _check(bundle.task, bundle.dtype)
+        if bundle.entry != "kv_cache":
+            raise ParityError(f"bundle {path.name} follows the full-sequence entry: stream one of the KV-cache entry")
+        how = bundle.request, bundle.dtype, replay_of(bundle)
+        yield StreamPlan(bundle.name, bundle.checkpoint, bundle.variant, *how, bundle.taps, bundle)
 
 
 def size_of_latents(count: int, num_frames: int) -> tuple[int, int]:

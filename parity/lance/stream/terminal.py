@@ -1,11 +1,10 @@
 """What lance-parity shows of a streamed comparison in the terminal."""
 
-from rich.console import Console
 from rich.text import Text
 
 from parity.comparison.verdict import AGREE, DIVERGE
 from parity.lance.stream.comparison import Streamed
-from parity.report.terminal import new_table, print_table, styled
+from parity.report.terminal import new_console, new_table, print_table, styled
 from parity.report.words import counted, false_alarms, number, times
 
 
@@ -26,7 +25,7 @@ def print_streamed(found: Streamed) -> None:
             styled(DIVERGE if part.wrong else AGREE),
         )
     print_table(table)
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(soft_wrap=True)
     console.print(Text.assemble(f"{found.bundle}, {found.impl}, {found.dtype}: ", styled(found.verdict)))
     for finding in found.findings[:1]:
         over = f", {times(finding.local_error / finding.floor)} times its floor" if finding.floor else ""
