@@ -40,6 +40,7 @@ def port(
     with one_line_errors():
         from parity.comparison.verdict import AGREE, DIVERGE, UNUSABLE
         from parity.errors import ParityError
+        from parity.files import write_atomically
         from parity.pairs.localize import localize_pair
         from parity.pairs.pair import load_pair
         from parity.report.localization_page import plots_folder, write_localization
@@ -47,7 +48,6 @@ def port(
         from parity.report.runner import limit_threads
         from parity.report.terminal import progress_bar
         from parity.report.terminal_localize import print_localization
-        from parity.tensors.recording import write_atomically
 
         limit_threads()
         page = report or REPORTS / f"{pair.stem}.html"

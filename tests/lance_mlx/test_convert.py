@@ -200,7 +200,7 @@ class TestStopping:
         given = ["convert", str(checkpoint), str(tmp_path / "out"), "--variant", "image", "--shard-size", "0.001"]
         monkeypatch.setattr(sys, "argv", ["lance-mlx", *given])
 
-        def entry(tensor, before, name, dtype, after):
+        def entry(output, before, name, after):
             if name.startswith(file):
                 signal.raise_signal(signal.SIGINT)
             return {"converted": {"file": name, "sha256": after}}

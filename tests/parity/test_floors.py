@@ -383,7 +383,7 @@ def test_writing_replaces_the_whole_file_or_nothing(stored, monkeypatch):
     oracle, floors = stored
     path = oracle.bundle.path / FILE
     before = path.read_bytes()
-    monkeypatch.setattr("parity.tensors.recording.os.replace", lambda *paths: 1 / 0)
+    monkeypatch.setattr("parity.files.os.replace", lambda *paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_floors(path, oracle, floors)
     assert path.read_bytes() == before
