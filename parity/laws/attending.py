@@ -25,6 +25,7 @@ class Scene:
         labels: of each key, by name: its segment, its frame, ...; -1 for none.
         group: how many heads share a key head.
         counts: how often each key counts, [n, m]; None for once.
+        added: what is added to the scores, [h or 1, n, m]; None for nothing.
     """
 
     q: np.ndarray
@@ -38,11 +39,17 @@ class Scene:
     group: int
     facts: Mapping[str, object] = field(repr=False)
     counts: np.ndarray | None = None
+    added: np.ndarray | None = None
+
+    @cached_property
+    def products(self) -> np.ndarray:
+        """q k^T times the scale, [h, n, m]; also of keys that are not seen."""
+        return self.q @ self.k.swapaxes(1, 2) * self.scale
 
     @cached_property
     def scores(self) -> np.ndarray:
-        """q k^T times the scale, [h, n, m]; also of keys that are not seen."""
-        return self.q @ self.k.swapaxes(1, 2) * self.scale
+        """The products and what is added to them."""
+        return self.products if self.added is None else self.products + self.added
 
     def weights(self, scores: np.ndarray | None = None) -> np.ndarray:
         """The softmax of scores under the mask, [h, n, m]; zeros for a query that sees nothing."""
@@ -60,9 +67,11 @@ class Scene:
     def only(self, rows: np.ndarray) -> "Scene":
         """Some of the queries."""
         counts = None if self.counts is None else self.counts[rows]
+        added = None if self.added is None else self.added[:, rows]
         return replace(
-            self, q=self.q[:, rows], mask=self.mask[rows], rows=self.rows[rows], places=self.places[rows], counts=counts
-        )
+            self, q=self.q[:, rows], mask=self.mask[rows], rows=self.rows[rows], places=self.places[rows],
+            counts=counts, added=added,
+        )  # fmt: skip
 
     def pieces(self) -> list["Scene"]:
         """The queries in runs whose scores are not too many to be held."""
@@ -106,7 +115,9 @@ def scene_of(component: Component) -> Scene | None:
     scale = float(facts.get("scale", q.shape[-1] ** -0.5))
     places = facts.get("places", np.arange(len(mask[0]) - n, len(mask[0])))
     k, v = (np.repeat(x, group, 0) for x in (k, v))
-    return Scene(q, k, v, mask, scale, np.arange(n), places, facts.get("labels", {}), group, facts)
+    added = component.inputs.get("added")
+    added = None if added is None else added.astype(np.float64)
+    return Scene(q, k, v, mask, scale, np.arange(n), places, facts.get("labels", {}), group, facts, added=added)
 
 
 def result_of(component: Component, heads: np.ndarray) -> np.ndarray:

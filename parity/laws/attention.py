@@ -18,6 +18,7 @@ from parity.laws.scoring import (
     FAMILIES,
     STAGES,
     Family,
+    added_to,
     angled,
     by_keys,
     narrowed,
@@ -63,7 +64,7 @@ def attention(component: Component, got: np.ndarray) -> Iterator[Law]:
     read: list[tuple[float, Law]] = []
     beneath: list[tuple[float, Found]] = []
     whole = float(np.linalg.norm(fit.target - fit.plain))
-    for make in (_inputs, _shapes, _heads, seen, _numbers, partial(_beneath, beneath)):
+    for make in (_inputs, _shapes, _heads, _added, seen, _numbers, partial(_beneath, beneath)):
         for found in make(fit):
             law = fit.law(*found)
             if law is not None and law[0] <= LEFT_BENEATH * whole:
@@ -245,6 +246,26 @@ def _heads(fit: Fit) -> Iterator[Found]:
         elif len(set(best.tolist())) == 1:
             moved = [f"every head reads {what} of key head {best[0]}"]
         yield listed(moved), len(moved), of_key_heads(best, use_k, use_v), None
+
+
+def _added(fit: Fit) -> Iterator[Found]:
+    """What is added to the scores is not, or is another head's."""
+    added = fit.scene.added
+    if added is None:
+        return
+    yield "nothing is added to the scores", 1, lambda scene: replace(scene, added=None), None
+    heads = len(added)
+    if heads > 1:
+        lefts = [
+            np.square(made(added_to(np.full(heads, other)), fit.scene) - fit.target).sum((1, 2))
+            for other in range(heads)
+        ]
+        best = np.where(fit.heads, np.argmin(lefts, 0), np.arange(heads))
+        moved = [f"head {i} is added what is head {best[i]}'s" for i in np.flatnonzero(best != np.arange(heads))]
+        if np.array_equal(best, np.arange(heads)[::-1]):
+            moved = ["what is added to the scores of the heads is in reverse order"]
+        if moved:
+            yield listed(moved), len(moved), added_to(best), None
 
 
 def _numbers(fit: Fit) -> Iterator[Found]:

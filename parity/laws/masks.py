@@ -27,12 +27,16 @@ def known_masks(scene: Scene) -> Iterator[Told]:
         query, key = places_of(scene)
         return scene.mask & (key == query)
 
+    def first(scene: Scene) -> np.ndarray:
+        return scene.mask & (places_of(scene)[1] == 0)
+
     def own_pass(scene: Scene) -> np.ndarray:
         return scene.mask & (places_of(scene)[1] >= scene.facts["places"].min())
 
     yield "no key after the query is seen", 1, causal
     yield "every key is seen", 1, lambda scene: np.ones_like(scene.mask)
     yield "a query sees itself alone", 1, alone
+    yield "the first key alone is seen", 1, first
     if "places" in scene.facts and scene.facts["places"].min() > 0:
         yield "no key before this pass is seen", 1, own_pass
     for name in scene.labels:

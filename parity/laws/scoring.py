@@ -84,7 +84,23 @@ def of_key_heads(order: np.ndarray, use_k: int, use_v: int) -> Change:
 
 
 def scaled(c: np.ndarray) -> Change:
-    return lambda scene: scene.attended(c * scene.scores)
+    return lambda scene: scene.attended(scene.scores + (c - 1) * scene.products)
+
+
+def added(c: np.ndarray) -> Change:
+    """What is added to the scores, another number of times."""
+    return lambda scene: None if scene.added is None else scene.attended(scene.scores + (c - 1) * scene.added)
+
+
+def added_to(order: np.ndarray) -> Change:
+    """What is added to the scores of the heads, in another order of those."""
+
+    def change(scene: Scene) -> Scene | None:
+        if scene.added is None or len(order) != len(scene.added):
+            return None
+        return replace(scene, added=scene.added[order])
+
+    return change
 
 
 def larger(c: np.ndarray) -> Change:
@@ -147,7 +163,8 @@ def narrowed(scene: Scene, dtype: str, stages: Sequence[str]) -> np.ndarray:
     scene = replace(scene, **parts)
     scores = rounded_to(dtype, scene.scores) if "scores" in stages else scene.scores
     weights = scene.weights(scores)
-    return (rounded_to(dtype, weights) if "weights" in stages else weights) @ scene.v
+    attended = (rounded_to(dtype, weights) if "weights" in stages else weights) @ scene.v
+    return rounded_to(dtype, attended) if "results" in stages else attended
 
 
 def softmax_in(scene: Scene, dtype: str) -> np.ndarray:
@@ -170,7 +187,9 @@ def with_heads(count: int) -> Change:
 
     def change(scene: Scene) -> np.ndarray | None:
         heads, _, size = scene.q.shape
-        if scene.group > 1 or heads == count or heads * size % count or scene.v.shape[2] != size:
+        if scene.added is not None or scene.group > 1 or heads == count:
+            return None
+        if heads * size % count or scene.v.shape[2] != size:
             return None
 
         def split(x: np.ndarray, into: int) -> np.ndarray:
@@ -216,7 +235,8 @@ def _hidden(which: Callable[[Scene, np.ndarray], np.ndarray]) -> Change:
 
 
 STAGES = (("scores",), ("weights",), ("values",), ("keys",), ("queries",), ("scores", "weights"), ("queries", "keys"),
-          ("queries", "keys", "values"), ("queries", "keys", "scores", "weights"))  # fmt: skip
+          ("queries", "keys", "values"), ("queries", "keys", "scores", "weights"),
+          ("queries", "keys", "values", "scores", "weights", "results"))  # fmt: skip
 """What may be rounded together."""
 BLOCKS = (8, 16, 32, 64, 128, 256)
 COUNTED = (
@@ -234,6 +254,7 @@ FAMILIES: tuple[tuple[str, Family, np.ndarray, bool, float | None], ...] = (
     ("what is attended is {} times as large", larger, np.array([-1, 0, 0.5, 1, 1.5, 2, 4]), True, 1),
     ("scores are {} times as large", scaled, np.concatenate([-_LOG[4:-4:4], [0.0], _LOG, np.geomspace(0.55, 1.8, 13)]),
      True, 1),
+    ("what is added to the scores is {} times as large", added, np.array([-1, 0, 0.25, 0.5, 1, 1.5, 2, 4, 8]), True, 1),
     ("scores are capped at {} by tanh", capped, np.geomspace(0.1, 128, 22), True, None),
     ("scores are clipped to +-{}", clipped, np.geomspace(0.1, 64, 22), True, None),
     ("scores are at most {}", limited_above, np.linspace(-2, 16, 19), True, None),

@@ -15,6 +15,7 @@ from parity.laws.numbers import told
 from parity.laws.support import names_of, regions_of
 
 AXES = ("row", "channel")
+WHOLE = 1e-5
 
 
 def read(component: Component, got: np.ndarray) -> Iterator[Law]:
@@ -78,7 +79,8 @@ def _of_part(parts: Mapping[str, np.ndarray], terms: Sequence[str], fit: Fit) ->
             once = float(name in terms)
             others = fit.own + (design @ np.where(np.arange(len(chosen)) == i, 0, numbers)).reshape(fit.own.shape)
             number = fit.snapped(float(numbers[i]) + once, lambda a, o=others, p=parts[name], c=once: o + (a - c) * p)
-            numbers[i] = number - once
+            # What is that near to a whole number was not written otherwise.
+            numbers[i] = (round(number) if abs(number - round(number)) < WHOLE else number) - once
         yield _weighted({name: float(number) for name, number in zip(chosen, numbers, strict=True) if number}, terms)
 
 

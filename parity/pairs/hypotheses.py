@@ -1,6 +1,6 @@
 """What a port may do instead that no law reads: said beforehand, by kind of part."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,8 +8,8 @@ import numpy as np
 from parity.hypotheses import Hypothesis
 from parity.hypotheses.base import Transform
 from parity.laws.numbers import told
-from parity.pairs.facts import layer_norm
 from parity.pairs.names import distance, relative
+from parity.pairs.norms import layer_norm
 from parity.tensors.rounding import rounded
 
 if TYPE_CHECKING:
@@ -88,11 +88,56 @@ def _layer_norm(**changed: object) -> Transform:
     return transform
 
 
+def _heads_as_tokens(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+    """Heads [heads, tokens, channels] that were put behind each other as if they were [tokens, heads, channels]."""
+    if site.part.kind != "attention" or array.ndim != 2:
+        return None
+    heads = site.part.inputs["q"].shape[1]
+    return array.reshape(len(array), heads, -1).swapaxes(0, 1).reshape(array.shape)
+
+
+def _groups(change: Callable[[int], int]) -> Transform:
+    """A group norm of other groups."""
+
+    def transform(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+        facts = site.part.facts
+        groups = change(facts.get("groups", 0)) if site.part.kind == "layer_norm" else 0
+        if not groups or groups == facts["groups"] or len(facts["weight"]) % groups:
+            return None
+        return layer_norm(site.part.inputs["x"], **{**facts, "groups": groups}).astype(np.float32)
+
+    return transform
+
+
+def _border(pads: Callable[[Sequence], Sequence] = tuple, mode: str = "constant") -> Transform:
+    """A border on another side, or of other values."""
+
+    def transform(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+        if site.part.kind != "bordered":
+            return None
+        return np.pad(site.part.inputs["x"], pads(site.part.facts["pads"]), mode=mode)
+
+    return transform
+
+
+def _of_kernel(order: Sequence[int], step: int = 1) -> Transform:
+    """A kernel [out, rows, columns, in] with axes exchanged, or turned."""
+
+    def transform(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+        if site.part.kind != "weight" or array.ndim != 4:
+            return None
+        made = site.expected.transpose(order)[:, ::step, ::step]
+        return made if made.shape == array.shape and not np.array_equal(made, site.expected) else None
+
+    return transform
+
+
 LAYER_NORMS = {
     "the mean is not subtracted": {"mean": False},
     "the bias is missing": {"bias": 0.0},
     "the weight is missing": {"weight": 1.0},
     "weight and bias are missing": {"weight": 1.0, "bias": 0.0},
+    "the mean is not subtracted, and the bias is missing": {"mean": False, "bias": 0.0},
 } | {f"eps is {told(eps)}": {"eps": eps} for eps in (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3)}
 
 HYPOTHESES = (
@@ -109,6 +154,27 @@ HYPOTHESES = (
         "what is normed and the weight are rounded to bfloat16",
         ("*",),
         transform=_narrow("normed", "weight"),
+        anew=True,
+    ),
+    *(
+        Hypothesis(f"there are {count} groups", ("*",), transform=_groups(lambda _, count=count: count), anew=True)
+        for count in (1, 2, 4, 8, 16, 32, 64)
+    ),
+    Hypothesis("a group's channels lie apart", ("*",), transform=_groups(lambda groups: -groups), anew=True),
+    Hypothesis(
+        "the border is on the other side",
+        ("*",),
+        transform=_border(lambda pads: [(after, before) for before, after in pads]),
+        anew=True,
+    ),
+    Hypothesis("the border holds the nearest values", ("*",), transform=_border(mode="edge"), anew=True),
+    Hypothesis("the border is a mirror", ("*",), transform=_border(mode="reflect"), anew=True),
+    Hypothesis("the kernel's rows and columns are exchanged", ("*",), transform=_of_kernel((0, 2, 1, 3)), anew=True),
+    Hypothesis("the kernel is turned by half a turn", ("*",), transform=_of_kernel((0, 1, 2, 3), -1), anew=True),
+    Hypothesis(
+        "heads are not put behind tokens before their channels are joined",
+        ("*",),
+        transform=_heads_as_tokens,
         anew=True,
     ),
     Hypothesis("gate and up are exchanged", ("*",), transform=_exchanged, anew=True),

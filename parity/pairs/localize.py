@@ -15,15 +15,19 @@ from parity.localize.explain import Causes, explain, removed
 from parity.localize.findings import EXACT, EXPLAINS, LOCAL, Explanation, Finding, Localization, TapError
 from parity.oracle.bounds import EQUAL, Bounds, bounds_of
 from parity.oracle.oracle import UPSTREAM
-from parity.pairs.facts import Known, known
+from parity.pairs.facts import known
 from parity.pairs.hypotheses import HYPOTHESES, rewired
+from parity.pairs.known import NEAR, Known
 from parity.pairs.layouts import in_groups
 from parity.pairs.mlx_side import MlxSide
 from parity.pairs.names import WEIGHTS, kind_of, parse
 from parity.pairs.pair import Pair
 from parity.pairs.probe import PairProbe
+from parity.pairs.readings import readings
 from parity.pairs.rounding import measured
-from parity.pairs.sides import IN, OUTPUT
+from parity.pairs.shapes import other_length
+from parity.pairs.sides import IN, OUTPUT, QKV
+from parity.pairs.sound import differing, require_sound
 from parity.pairs.torch_side import TorchSide
 from parity.pairs.weights import WeightMismatch, check_weights
 from parity.ports.port import versions
@@ -72,13 +76,15 @@ class _Investigation:
         memory.reset_peak()
         self.tell("trusted model")
         with one_line(f"the trusted model of {self.name} cannot run"):
-            self.own = TorchSide().run(self.pair)
+            self.own, again = TorchSide().run(self.pair), TorchSide().run(self.pair)
         self.taps: Recording = self.own.taps
+        require_sound(self.name, self.taps, again.taps)
         with one_line(f"the port of {self.name} cannot run"):
             self.tell("port")
             weights = check_weights(self.pair)
-            free = MlxSide(self.pair, self.taps, {}).run()
+            free, other = (MlxSide(self.pair, self.taps, {}).run() for _ in range(2))
         dtype = "bfloat16" if any(tap.dtype == "bfloat16" for tap in self.taps.values()) else "float32"
+        drawn = differing(free.taps, other.taps)
         with weights.right():
             steered, bounds = self._steered(free.taps.keys(), dtype)
             if elsewhere := self._elsewhere(steered, bounds):
@@ -89,6 +95,10 @@ class _Investigation:
             self._weight(mismatch)
         errors = [*self._errors(bounds, free.taps, steered.taps)]
         wrong = [error for error in errors if error.wrong]
+        if drawn is not None:
+            self._drawn(drawn, free.taps, other.taps)
+            wrong = []
+        self.unlike = {error.tap.name for error in wrong if _other_shape(error)}
         while wrong:
             wrong = self._finding(wrong, steered.taps)
         verdict, reason = self._verdict(errors, steered, self._unmatched(weights.unmatched))
@@ -164,8 +174,9 @@ class _Investigation:
         part = Known("weight", {}, {"name": mismatch.name.rpartition(".")[2], "what": "the weight"}, np.asarray)
         causes = Causes((), 0.0, ())
         if mismatch.got.shape == mismatch.expected.shape:
-            site = PairProbe(tap, part, mismatch.expected, mismatch.got, "float32", exact=True)
-            causes = explain(site, None, self.hypotheses)
+            results = {f"{WEIGHTS}{mismatch.of}": mismatch.got} if mismatch.of else {}
+            site = PairProbe(tap, part, mismatch.expected, mismatch.got, "float32", results=results, exact=True)
+            causes = explain(site, None, [*self.hypotheses, *rewired(site, results)])
         self._add(tap, EXACT, mismatch.error, 0.0, None, causes, [], mismatch.detail)
 
     def _finding(self, wrong: list[TapError], got: Recording) -> list[TapError]:
@@ -178,14 +189,23 @@ class _Investigation:
         site = self._site(first, got)
         second = next((found for error in alike if (found := self._site(error, got)) is not None), None)
         causes = Causes((), 0.0, ())
+        if _other_shape(first):
+            lacks = other_length(self.taps[first.tap.name].array, got[first.tap.name].array, NEAR[first.dtype])
+            causes = Causes((), 0.0, () if lacks is None else (Explanation(lacks, 1.0),))
         if site is not None:
             causes = explain(site, second, [*self.hypotheses, *rewired(site, site.results)])
         covered = {error.tap.name for error in alike if not causes.together or self._explained(error, causes, got)}
         covered |= {error.tap.name for error in wrong[1:] if self._follows(error, got)}
+        covered |= {error.tap.name for error in wrong[1:] if self._of_other_shape(error, first)}
         detail = _sentence(first.tap.name, compare(self.taps[first.tap.name], got[first.tap.name]))
         alike = [name for name in covered if kind_of(name) == kind_of(first.tap.name)]
         self._add(first.tap, LOCAL, first.local, first.floor, first.allowed, causes, sorted(alike), detail)
         return [error for error in wrong[1:] if error.tap.name not in covered]
+
+    def _of_other_shape(self, error: TapError, first: TapError) -> bool:
+        """Whether a tap is of another shape as what came first in its call, or made of what could not be given."""
+        later = _other_shape(first) and _other_shape(error) and error.tap.call == first.tap.call
+        return later or any(f"{error.tap.name}:{read}" in self.unlike for read in (IN[1:], *QKV))
 
     def _follows(self, error: TapError, got: Recording) -> bool:
         """Whether a sum is what it should be of what the port adds: then one of its terms is wrong, and not the sum."""
@@ -193,7 +213,7 @@ class _Investigation:
         part = known(self.pair.trusted, self.own, name, got)
         if part.kind != "sum" or error.allowed is None or len(terms := part.facts["names"]) < 2:
             return False
-        if any(term not in got or got[term].shape != self.taps[name].shape for term in terms):
+        if any(term not in got or got[term].shape != self.taps[term].shape for term in terms):
             return False
         made = sum(got[term].array.astype(np.float64) for term in terms)
         error_of_sum = rel_l2(made.astype(np.float32), got[name].array)
@@ -212,9 +232,17 @@ class _Investigation:
             for other, tap in self.taps.items()
             if parse(other).call == error.tap.call and other != name and tap.shape == found.shape
         }
+        results |= readings(self.taps, name, found.shape)
         results |= {other: array for other, array in self.more.items() if array.shape == found.shape}
         floor, dtype = error.floor or 0.0, self.taps[name].dtype
         return PairProbe(error.tap, part, expected, found, dtype, floor, error.allowed, results)
+
+    def _drawn(self, name: str, one: Recording, other: Recording) -> None:
+        """The finding that a port computes something else each time, beside which nothing can be told."""
+        cause = Explanation("it computes something else each time, as with dropout or noise that is not seeded", 1.0)
+        error = rel_l2(one[name].array, other[name].array)
+        detail = f"{name} differs between two runs of the port: port.eval() leaves dropout out"
+        self._add(parse(name), LOCAL, error, None, None, Causes((), 0.0, (cause,)), [], detail)
 
     def _explained(self, error: TapError, causes: Causes, got: Recording) -> bool:
         site = self._site(error, got)
@@ -279,6 +307,10 @@ class _Investigation:
         elif not any(error.tap.path.startswith(OUTPUT) for error in errors):
             said = "no output was compared: let both runs return what they end in"
         return (INCONCLUSIVE, said) if said else (AGREE, "")
+
+
+def _other_shape(error: TapError) -> bool:
+    return error.local is None
 
 
 def _rounds(error: TapError) -> bool:

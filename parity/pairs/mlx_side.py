@@ -8,7 +8,7 @@ import numpy as np
 
 from parity.pairs.layouts import laid_out, put_back
 from parity.pairs.pair import Pair
-from parity.pairs.sides import IN, OUTPUT, QKV, SDPA, Side, arrays, replaced
+from parity.pairs.sides import IN, OUTPUT, QKV, SDPA, Side, arrays, replaced, tapped
 from parity.ports.attach import Attached
 from parity.tensors.arrays import tap_of
 from parity.tensors.recording import Tap
@@ -104,7 +104,7 @@ class MlxSide(Side):
         if not mx_floating(array):
             return array
         wanted = [self._expected[name] for name in names if name in self._expected]
-        held = tap_of(array)
+        held = tapped(array)
         if len(wanted) < len(names):
             self.more[names[0]] = held.array
             return array

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from parity.laws import Component
-from parity.pairs.facts import NEAR, Known
+from parity.pairs.known import NEAR, Known
 from parity.tensors.names import TapName
 
 

@@ -94,19 +94,23 @@ class _Disturbed(TorchDispatchMode):
 
 
 class _Stepwise(TorchDispatchMode):
-    """What a bfloat16 model computes in float32 or at once rounded after each step, as libraries do that have no such
-    steps; but for statistics, one to a row."""
+    """What a model of a narrow dtype computes in float32 or at once rounded after each step, as libraries do that have
+    no such steps; but for statistics, one to a row."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in (aten.silu.default, aten.gelu.default) and args[0].dtype == torch.bfloat16:
+        if func in (aten.silu.default, aten.gelu.default) and args[0].dtype == self._dtype:
             return _activated(args[0], func, kwargs.get("approximate", "none"))
-        if func is aten.native_layer_norm.default and args[0].dtype == torch.bfloat16:
+        if func is aten.native_layer_norm.default and args[0].dtype == self._dtype:
             x, shape, weight, bias, eps = args
             (normed, *rest) = func(x, shape, None, None, eps)
             made = normed if weight is None else normed * weight
             return (made if bias is None else made + bias, *rest)
-        if func is aten.native_group_norm.default and args[0].dtype == torch.bfloat16:
+        if func is aten.native_group_norm.default and args[0].dtype == self._dtype:
             x, weight, bias, *shape = args
             (made, *rest) = func(x, None, None, *shape)
             across = (1, -1, *(1 for _ in made.shape[2:]))
@@ -119,7 +123,7 @@ class _Stepwise(TorchDispatchMode):
             return made + args[2].reshape(-1, *(1 for _ in made.shape[2:]))
         output = func(*args, **kwargs)
         wide = isinstance(output, Tensor) and output.dtype == torch.float32 and output.ndim and output.shape[-1] > 1
-        return output.bfloat16().float() if wide and func is not aten._to_copy.default else output
+        return output.to(self._dtype).float() if wide and func is not aten._to_copy.default else output
 
 
 def _activated(x: Tensor, func: Any, approximate: str) -> Tensor:
@@ -165,8 +169,9 @@ def _variants(pair: Pair, own: Recording, given: Recording) -> Iterator[tuple[Dr
     for number in range(1, DRAWS + 1):
         with _Disturbed(number):
             yield Draw(f"disturbed {number}", number), TorchSide(given, attend=_step_by_step).run(pair).taps
-    if any(tap.dtype == "bfloat16" for tap in own.values()):
-        with _Stepwise():
+    dtypes = {parameter.dtype for parameter in pair.trusted.parameters()}
+    for dtype in dtypes & {torch.bfloat16, torch.float16}:
+        with _Stepwise(dtype):
             yield Draw("rounded step by step", 0, "stepwise"), TorchSide(given, attend=_step_by_step).run(pair).taps
 
 

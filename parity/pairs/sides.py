@@ -9,6 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
+
+from parity.tensors.arrays import dtype_of, tap_of
 from parity.tensors.recording import Recording, Tap
 
 IN = ":in"
@@ -46,6 +49,15 @@ class Side:
         count = self._counts[path]
         self._counts[path] += 1
         return f"{self._call}/{path}" + (f"#{count}" if count else "")
+
+
+def tapped(array: Any) -> Tap:
+    """An array of either library as a tap; one of float16 or float64 as one of float32."""
+    if dtype_of(array) in ("float16", "float64"):
+        import mlx.core as mx
+
+        array = array.float() if isinstance(array, torch.Tensor) else array.astype(mx.float32)
+    return tap_of(array)
 
 
 def replaced(output: Any, seen: Callable[[Any], Any], kind: type) -> Any:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from parity.pairs.pair import Pair
-from parity.pairs.sides import IN, QKV, ROTARY, SDPA, Side, arrays, replaced
+from parity.pairs.sides import IN, QKV, ROTARY, SDPA, Side, arrays, replaced, tapped
+from parity.pairs.written_out import Attended, WrittenOut
 from parity.ports.attach import Attached
-from parity.tensors.arrays import dtype_of, tap_of
+from parity.tensors.arrays import tap_of
 from parity.tensors.recording import Tap
 
 
@@ -44,7 +45,8 @@ class TorchSide(Side):
             attached = stack.enter_context(self._attention())
             for name, ((owner, attribute), _) in pair.functions.items():
                 attached.wrap(owner, attribute, partial(self._function, name))
-            output = pair.run_trusted(model, pair.inputs, self.begin)
+            with WrittenOut(self._written_out):
+                output = pair.run_trusted(model, pair.inputs, self.begin)
             for name, tensor in arrays(output, Tensor):
                 self._seen(f"{self._call}/{name}", tensor)
                 if not tensor.is_floating_point():
@@ -87,7 +89,7 @@ class TorchSide(Side):
     def _seen(self, name: str, tensor: Any) -> Any:
         if not _is_float(tensor):
             return tensor
-        self.taps[name] = _tap(tensor)
+        self.taps[name] = tapped(tensor)
         forced = self._force.get(name)
         return tensor if forced is None else torch.from_numpy(forced.array).to(tensor.dtype).reshape(tensor.shape)
 
@@ -95,21 +97,28 @@ class TorchSide(Side):
     def _attention(self) -> Iterator[Attached]:
         """Watches PyTorch's attention, and the function that turns queries and keys, wherever a library has it."""
 
-        def attend(*args: Any, **values: Any) -> Tensor:
-            named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | values
-            name = self.name(f"{self._path[-1]}.{SDPA}".lstrip("."))
-            for short, key in zip(QKV, ("query", "key", "value"), strict=True):
-                named[key] = self._seen(f"{name}:{short}", named[key])
-            self.given[name] = (), named
-            return self._seen(name, self._attend(**named))
-
         with Attached() as attached:
             attached.wrap(
-                nn.functional, "scaled_dot_product_attention", lambda _, *args, **values: attend(*args, **values)
+                nn.functional,
+                "scaled_dot_product_attention",
+                lambda _, *args, **values: self._attended(dict(zip(_NAMED, args, strict=False)) | values),
             )
             for module in {id(m): m for m in list(sys.modules.values()) if _holds(m, ROTARY)}.values():
                 attached.wrap(module, ROTARY, self._turned)
             yield attached
+
+    def _attended(self, named: dict[str, Any], output: Tensor | None = None) -> Tensor:
+        """Attention seen, with what is to be gone on with; `output` is what it was computed to be, if it was."""
+        name = self.name(f"{self._path[-1]}.{SDPA}".lstrip("."))
+        for short, key in zip(QKV, _NAMED, strict=False):
+            seen = self._seen(f"{name}:{short}", named[key])
+            output = output if seen is named[key] else None
+            named[key] = seen
+        self.given[name] = (), named
+        return self._seen(name, self._attend(**named) if output is None else output)
+
+    def _written_out(self, found: Attended) -> Tensor:
+        return self._attended(dict(zip(_NAMED, found[:3], strict=False)) | found.values, found.output)
 
     def _function(self, said: str, original: Callable, *args: Any, **values: Any) -> Any:
         name = self.name(f"{self._path[-1]}.{said}".lstrip("."))
@@ -122,9 +131,7 @@ class TorchSide(Side):
         return original(*args, **values)
 
 
-def _tap(tensor: Tensor) -> Tap:
-    """A tensor as a tap; what was computed wider than float32 to be more exact is rounded to that."""
-    return tap_of(tensor.float() if dtype_of(tensor) in ("float64", "float16") else tensor)
+_NAMED = ("query", "key", "value", "attn_mask")
 
 
 def _is_float(value: Any) -> bool:

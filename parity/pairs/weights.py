@@ -12,17 +12,21 @@ from torch import nn
 from parity.errors import ParityError
 from parity.pairs.layouts import in_groups, laid_out
 from parity.pairs.pair import Pair
-from parity.tensors.arrays import tap_of
+from parity.pairs.sides import tapped
 from parity.tensors.metrics import rel_l2
 
 
 @dataclass(frozen=True)
 class WeightMismatch:
-    """A parameter by its trusted name, what it should be and what the port holds, in the trusted layout."""
+    """A parameter by its trusted name, what it should be and what the port holds, in the trusted layout.
+
+    `of` is the name of another parameter that is just that.
+    """
 
     name: str
     expected: np.ndarray
     got: np.ndarray
+    of: str | None = None
 
     @property
     def error(self) -> float | None:
@@ -81,7 +85,8 @@ def check_weights(pair: Pair) -> Weights:
         for (name, wanted), part in zip(expected.items(), parts, strict=True):
             got = laid_out(part, wanted)
             if got is None or not np.array_equal(got, wanted, equal_nan=True):
-                mismatches.append(WeightMismatch(name, wanted, part if got is None else got))
+                got = part if got is None else got
+                mismatches.append(WeightMismatch(name, wanted, got, _holder(theirs, got)))
         compared += expected
         taken |= {name.partition("[")[0] for name in expected}
         if len(mismatches) > count and (whole := _as_port([*expected.values()], array)) is not None:
@@ -127,6 +132,12 @@ def _expected(pair: Pair, path: str, theirs: Mapping[str, Any]) -> dict[str, np.
     return {name: _float32(theirs[name]) for name in names} if all(name in theirs for name in names) else None
 
 
+def _holder(theirs: Mapping[str, Any], got: np.ndarray) -> str | None:
+    """The trusted parameter that a port's is equal to, unless it is one of a single value, as many are."""
+    alike = (name for name, tensor in theirs.items() if tuple(tensor.shape) == got.shape)
+    return next((name for name in alike if np.ptp(got) and np.array_equal(_float32(theirs[name]), got)), None)
+
+
 def _tensors(pair: Pair) -> dict[str, Any]:
     """The trusted model's tensors by name, as MLX's modules of their kinds have them: the inputs of kernels last, and
     the matrices of transformers' Conv1D the other way."""
@@ -158,4 +169,4 @@ def _flat(port: Any) -> list[tuple[str, Any]]:
 
 
 def _float32(array: Any) -> np.ndarray:
-    return np.ascontiguousarray(tap_of(array.detach() if hasattr(array, "detach") else array).array)
+    return np.ascontiguousarray(tapped(array).array)
