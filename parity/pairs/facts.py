@@ -32,7 +32,7 @@ def _alone(side: TorchSide, name: str, batch: int) -> Known:
     """A tap of which nothing is known but its axes."""
     if side.taps[name].array.ndim != 4:
         return Known("any", {}, {}, rows, ("token", "channel"))
-    if f".{SDPA}:" in name:
+    if f"{SDPA}:" in name:
         return Known("any", {}, {}, lambda array: array[batch].swapaxes(0, 1), ("token", "head", "channel"))
     return Known("any", {}, {}, lambda array: np.ascontiguousarray(array[batch]), ("channel", "row", "column"))
 

@@ -18,7 +18,7 @@ def readings(taps: Recording, name: str, shape: tuple[int, ...]) -> dict[str, np
     taps = {other: tap for other, tap in taps.items() if parse(other).call == call and tap.array.ndim == 3}
     if len(shape) == 2:
         return dict(_pooled(taps, shape))
-    return dict(_split(taps, shape)) if f".{SDPA}:" in name and len(shape) == 4 else {}
+    return dict(_split(taps, shape)) if f"{SDPA}:" in name and len(shape) == 4 else {}
 
 
 def _pooled(taps: Recording, shape: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
