@@ -143,9 +143,14 @@ SDPA = r"self_attn\.sdpa$"
 NORM = "input_layernorm"
 ROPES = ("llama", "qwen2", "qwen3")
 PLAIN = ("llama", "qwen2")
+PARTIAL = ("stablelm", "glm4")
 FAULTS = (
     Fault("theta of another model", QKV, "theta is 10000", ROPES, _rope(base=1e4)),
     Fault("neighbouring channels turned", QKV, "neighbouring channels", ROPES, _rope(traditional=True)),
+    Fault("halves turned", QKV, "half of them apart", ("glm4",), _rope(traditional=False)),
+    Fault("neighbouring channels turned", QKV, "neighbouring channels", ("stablelm",), _rope(traditional=True)),
+    Fault("all channels turned", QKV, "16 channels are turned", PARTIAL, _rope(dims=16)),
+    Fault("theta of another model where some turn", QKV, "theta is (1000000|1e6)", PARTIAL, _rope(base=1e6)),
     Fault("positions halved", QKV, "0.5 times as large", ROPES, _rope(scale=0.5)),
     Fault("half of the channels turned", QKV, "first 8 channels", ROPES, _rope(dims=8)),
     Fault("not turned", QKV, "nothing is turned", ROPES, _turned(lambda rope, x, offset: x)),

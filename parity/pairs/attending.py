@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from parity.pairs.known import Known
+from parity.pairs.known import NEAR, Known, View
 from parity.pairs.names import owner_of, parse
 from parity.pairs.sides import ROTARY, SDPA
 from parity.pairs.torch_side import TorchSide
 from parity.tensors.arrays import tap_of
+from parity.tensors.metrics import rel_l2
 
 # What is added to a score that is not to count, at least.
 MASKED = -1e4
@@ -88,19 +89,53 @@ def known_rotary(model: nn.Module, side: TorchSide, name: str, batch: int) -> Kn
         return None
     cos, sin = (tap_of(each.float()).array.reshape(-1, *each.shape[-2:]) for each in turned[0][2:4])
     cos, sin = (each[min(batch, len(each) - 1)] for each in (cos, sin))
-    if cos.shape != (x.shape[-2], x.shape[-1]):
+    count, (tokens, turns) = x.shape[1], cos.shape
+    if tokens != x.shape[-2] or turns > x.shape[-1] or turns % 2:
         return None
-    half = x.shape[-1] // 2
-    count = x.shape[1]
-    inputs = {"x": x[batch].swapaxes(0, 1), "cos": cos[:, :half], "sin": sin[:, :half]}
-    facts: dict[str, Any] = {"axes": np.zeros(half, int), "axis_names": ("",)}
-    ids, theta = _positions(side, parse(name).call, len(cos)), _theta(side, path.removesuffix(SDPA) + ROTARY)
-    if ids is not None and theta is not None:
-        facts["theta"], inputs["position_ids"] = theta, ids
+    x = np.ascontiguousarray(x[batch].swapaxes(0, 1))
 
-    def view(array: np.ndarray) -> np.ndarray:
+    def whole(array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array[batch, :: max(array.shape[1] // count, 1)].swapaxes(0, 1))
 
+    # Channels that are not turned may have been parted from the others before.
+    x = np.concatenate([x, whole(tap.array)[..., x.shape[-1] :]], -1)
+    for order in (halves(turns), neighbours(turns)):
+        # Which of two channels that are turned together stand beside each other tells what was computed.
+        for tables in ((cos[:, : turns // 2], sin[:, : turns // 2]), (cos[:, ::2], sin[:, ::2])):
+            made = turn(x[..., order], *tables)
+            error = rel_l2(whole(tap.array)[..., order], made.astype(np.float32))
+            if error is not None and error <= NEAR[tap.dtype]:
+                return _rotary(side, name, x, order, tables, lambda array, order=order: whole(array)[..., order])
+    return None
+
+
+def halves(count: int) -> np.ndarray:
+    """Channels in an order in which each of the first half is turned with that of the second: of those themselves."""
+    return np.arange(count)
+
+
+def neighbours(count: int) -> np.ndarray:
+    """The same, of channels 2i and 2i + 1."""
+    return np.arange(count).reshape(-1, 2).T.ravel()
+
+
+def turn(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """x [tokens, heads, channels] with channel i of the first half and of the second turned; float64."""
+    first, second = np.split(x.astype(np.float64), 2, axis=-1)
+    cos, sin = cos[:, None].astype(np.float64), sin[:, None].astype(np.float64)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def _rotary(
+    side: TorchSide, name: str, x: np.ndarray, order: np.ndarray, tables: tuple[np.ndarray, np.ndarray], view: View
+) -> Known:
+    """A rotation of channels that are looked at in an order in which those of the first half belong to the second's."""
+    inputs = {"x": np.ascontiguousarray(x[..., order]), "cos": tables[0], "sin": tables[1], "whole": x}
+    facts: dict[str, Any] = {"axes": np.zeros(len(order) // 2, int), "axis_names": ("",), "order": order}
+    path = owner_of(name).partition("#")[0].removesuffix(SDPA) + ROTARY
+    ids, theta = _positions(side, parse(name).call, len(x)), _theta(side, path)
+    if ids is not None and theta is not None:
+        facts["theta"], inputs["position_ids"] = theta, ids
     return Known("rotary", inputs, facts, view, ("token", "head", "channel"))
 
 

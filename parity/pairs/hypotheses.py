@@ -8,6 +8,7 @@ import numpy as np
 from parity.hypotheses import Hypothesis
 from parity.hypotheses.base import Transform
 from parity.laws.numbers import told
+from parity.pairs.attending import halves, neighbours, turn
 from parity.pairs.names import distance, relative
 from parity.pairs.norms import layer_norm
 from parity.tensors.rounding import rounded
@@ -26,27 +27,33 @@ def _beside(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
     return None if x is None else array + x
 
 
-def _neighbours(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
-    """Channels 2i and 2i + 1 are turned together, as GPT-J does."""
-    if site.part.kind != "rotary":
-        return None
-    x, cos, sin = (site.part.inputs[name].astype(np.float64) for name in ("x", "cos", "sin"))
-    even, odd, cos, sin = x[..., ::2], x[..., 1::2], cos[:, None], sin[:, None]
-    return np.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape).astype(np.float32)
-
-
-def _positioned(at: Callable[[np.ndarray], np.ndarray]) -> Transform:
-    """Turned by other positions, which one token alone does not tell from another base."""
+def _turned(
+    at: Callable[[np.ndarray], np.ndarray] | None = None,
+    pairs: Callable[[int], np.ndarray] | None = None,
+    channels: int | None = None,
+) -> Transform:
+    """Turned by other positions, which one token alone does not tell from another base, in other pairs of channels, or
+    in another number of them."""
 
     def transform(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
-        inputs, theta = site.part.inputs, site.part.facts.get("theta")
-        ids = inputs.get("position_ids")
-        if site.part.kind != "rotary" or ids is None or theta is None or np.array_equal(at(ids[0]), ids[0]):
+        if site.part.kind != "rotary":
             return None
-        first, second = np.split(inputs["x"].astype(np.float64), 2, axis=-1)
-        angles = np.multiply.outer(at(ids[0]), theta ** (-np.arange(first.shape[-1]) / first.shape[-1]))
-        cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(np.float32)
+        inputs, facts = site.part.inputs, site.part.facts
+        whole, order, ids, theta = inputs["whole"], facts["order"], inputs.get("position_ids"), facts.get("theta")
+        own = halves if order[-1] - order[-2] == 1 else neighbours
+        count = channels or len(order)
+        if count > whole.shape[-1] or channels == len(order) or pairs is own:
+            return None
+        cos, sin = inputs["cos"], inputs["sin"]
+        if at or channels:
+            if ids is None or theta is None or at and np.array_equal(at(ids[0]), ids[0]):
+                return None
+            angles = np.multiply.outer(at(ids[0]) if at else ids[0], theta ** (-np.arange(count // 2) / (count // 2)))
+            cos, sin = np.cos(angles), np.sin(angles)
+        chosen = (pairs or own)(count)
+        made = whole.astype(np.float64)
+        made[..., chosen] = turn(whole[..., chosen], cos, sin)
+        return made[..., order].astype(np.float32)
 
     return transform
 
@@ -144,10 +151,15 @@ HYPOTHESES = (
     *(Hypothesis(says, ("*",), transform=_layer_norm(**changed), anew=True) for says, changed in LAYER_NORMS.items()),
     Hypothesis("the part is left out", ("*",), transform=_passed, anew=True),
     Hypothesis("the part's input is added to its result", ("*",), transform=_beside),
-    Hypothesis("neighbouring channels are turned together", ("*",), transform=_neighbours, anew=True),
-    Hypothesis("positions are off by +1", ("*",), transform=_positioned(lambda ids: ids + 1), anew=True),
-    Hypothesis("positions are off by -1", ("*",), transform=_positioned(lambda ids: ids - 1), anew=True),
-    Hypothesis("positions begin at 0", ("*",), transform=_positioned(lambda ids: ids - ids[0]), anew=True),
+    Hypothesis("neighbouring channels are turned together", ("*",), transform=_turned(pairs=neighbours), anew=True),
+    Hypothesis("channels half of them apart are turned together", ("*",), transform=_turned(pairs=halves), anew=True),
+    Hypothesis("positions are off by +1", ("*",), transform=_turned(lambda ids: ids + 1), anew=True),
+    Hypothesis("positions are off by -1", ("*",), transform=_turned(lambda ids: ids - 1), anew=True),
+    *(
+        Hypothesis(f"{count} channels are turned", ("*",), transform=_turned(channels=count), anew=True)
+        for count in (4, 8, 16, 32, 64, 80, 96, 128, 256)
+    ),
+    Hypothesis("positions begin at 0", ("*",), transform=_turned(lambda ids: ids - ids[0]), anew=True),
     Hypothesis("the weight is rounded to bfloat16", ("*",), transform=_narrow("weight"), anew=True),
     Hypothesis("what is normed is rounded to bfloat16", ("*",), transform=_narrow("normed"), anew=True),
     Hypothesis(

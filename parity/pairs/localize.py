@@ -1,7 +1,7 @@
 """Which part of a port of any model is wrong by itself, by how much more than rounding, and what it does instead."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -13,10 +13,10 @@ from parity.errors import one_line
 from parity.hypotheses import Hypothesis
 from parity.localize.explain import Causes, explain, removed
 from parity.localize.findings import EXACT, EXPLAINS, LOCAL, Explanation, Finding, Localization, TapError
-from parity.oracle.bounds import EQUAL, Bounds, bounds_of
-from parity.oracle.oracle import UPSTREAM
+from parity.oracle.bounds import Bounds
 from parity.pairs.facts import known
 from parity.pairs.hypotheses import HYPOTHESES, rewired
+from parity.pairs.inputs import untried
 from parity.pairs.known import NEAR, Known
 from parity.pairs.layouts import in_groups
 from parity.pairs.mlx_side import MlxSide
@@ -24,10 +24,10 @@ from parity.pairs.names import WEIGHTS, kind_of, parse
 from parity.pairs.pair import Pair
 from parity.pairs.probe import PairProbe
 from parity.pairs.readings import readings
-from parity.pairs.rounding import measured
 from parity.pairs.shapes import other_length
 from parity.pairs.sides import IN, OUTPUT, QKV
 from parity.pairs.sound import differing, require_sound
+from parity.pairs.steered import Steering
 from parity.pairs.torch_side import TorchSide
 from parity.pairs.weights import WeightMismatch, check_weights
 from parity.ports.port import versions
@@ -38,11 +38,6 @@ from parity.tensors.recording import Recording
 
 # Parts that are named where more have no counterpart.
 SHOWN = 8
-# Kinds of parts that differ of which it is looked at what comes of them.
-TRIED = 16
-# How many times what is allowed a part has to be off for it to be seen whether anything comes of that, and how far what
-# comes of it may be, which also has the part's own rounding.
-FAR, PASSED_ON = 20, 2
 Progress = Callable[[str], None]
 
 
@@ -55,7 +50,24 @@ def localize_pair(
     apart right code may be is measured with the trusted model. `hypotheses` are tried beside the laws that are read
     from the data. Raises ParityError where one of the models cannot run.
     """
-    return _Investigation(pair, name, hypotheses, progress or (lambda what: None)).run()
+    tell = progress or (lambda what: None)
+    found = _Investigation(pair, name, hypotheses, tell).run()
+    for said, inputs in pair.also.items():
+        if found.verdict != AGREE:
+            break
+        tell(said)
+        more = _Investigation(replace(pair, inputs=inputs), f"{name}, {said}", hypotheses, tell).run()
+        found = replace(more, seconds=found.seconds + more.seconds, peak_bytes=max(found.peak_bytes, more.peak_bytes))
+    if found.verdict == AGREE:
+        tried = ", ".join(["the inputs", *pair.also])
+        said = [f"run with {tried}"] if pair.also else []
+        said += (
+            [f"not tried: {', '.join(kinds)}"]
+            if (kinds := untried(pair, {error.tap.call for error in found.taps}))
+            else []
+        )
+        found = replace(found, bundle=name, remark="; ".join(filter(None, [found.remark, *said])))
+    return found
 
 
 def assert_pair_agrees(pair: Pair, name: str = "pair") -> None:
@@ -85,15 +97,16 @@ class _Investigation:
             free, other = (MlxSide(self.pair, self.taps, {}).run() for _ in range(2))
         dtype = "bfloat16" if any(tap.dtype == "bfloat16" for tap in self.taps.values()) else "float32"
         drawn = differing(free.taps, other.taps)
+        steering = Steering(self.pair, self.name, self.taps, self.tell)
         with weights.right():
-            steered, bounds = self._steered(free.taps.keys(), dtype)
-            if elsewhere := self._elsewhere(steered, bounds):
-                steered, bounds = self._steered(free.taps.keys() - elsewhere, dtype)
+            steered, bounds = steering.run(free.taps.keys(), dtype)
+            if elsewhere := steering.elsewhere(steered, bounds):
+                steered, bounds = steering.run(free.taps.keys() - elsewhere, dtype)
         self.more = {name: array for name, array in steered.more.items()
                      if IN not in name and name.partition("#")[0] in self.taps}  # fmt: skip
         for mismatch in weights.mismatches:
             self._weight(mismatch)
-        errors = [*self._errors(bounds, free.taps, steered.taps)]
+        errors = [*steering.errors(bounds, free.taps, steered.taps)]
         wrong = [error for error in errors if error.wrong]
         if drawn is not None:
             self._drawn(drawn, free.taps, other.taps)
@@ -119,55 +132,6 @@ class _Investigation:
             seconds=time.perf_counter() - started,
             peak_bytes=memory.peak(),
         )
-
-    def _steered(self, told: Set[str], dtype: str) -> tuple[MlxSide, Bounds]:
-        """The port given the trusted values at the taps that it tells, and how far it may be then."""
-        given = {name: tap for name, tap in self.taps.items() if name in told}
-        with one_line(f"the port of {self.name} cannot run"):
-            self.tell("steered port")
-            steered = MlxSide(self.pair, self.taps, given).run()
-        with one_line(f"the trusted model of {self.name} cannot run"):
-            self.tell("rounding")
-            floors = measured(self.pair, self.own.taps, given)
-        return steered, bounds_of(floors, given, dtype)
-
-    def _elsewhere(self, steered: MlxSide, bounds: Bounds) -> set[str]:
-        """Taps that differ and of which all that comes is right: the port parts its work elsewhere than the trusted
-        model, as one that scales its embeddings after it looked them up."""
-        wrong = {error.tap.name: error for error in self._errors(bounds, {}, steered.taps) if error.wrong}
-        groups: dict[str, set[str]] = {}
-        for name, error in wrong.items():
-            # What is off by little would be lost in the rounding of what comes of it.
-            if error.mismatch or error.allowed is None or error.local > FAR * error.allowed:
-                groups.setdefault(kind_of(name).partition(" (")[0], set()).add(name)
-        found: set[str] = set()
-        for kind, names in list(groups.items())[:TRIED]:
-            if kind.startswith(OUTPUT):
-                continue
-            given = {name: tap for name, tap in self.taps.items() if name in bounds.taps and name not in names}
-            self.tell(f"what comes of {kind}")
-            with one_line(f"the port of {self.name} cannot run"):
-                left = MlxSide(self.pair, self.taps, given).run()
-            still = {error.tap.name: error for error in self._errors(bounds, {}, left.taps) if error.wrong}
-            if all(name in wrong or _rounds(error) for name, error in still.items()):
-                found |= names | (wrong.keys() - still.keys())
-        return found
-
-    def _errors(self, bounds: Bounds, free: Recording, steered: Recording) -> Iterator[TapError]:
-        for name, expected in self.taps.items():
-            bound = EQUAL if expected.dtype == "int32" else bounds.taps.get(name)
-            if name not in steered or bound is None:
-                continue
-            got = steered[name]
-            # Keys of fewer heads than there are stand for all that they are repeated for.
-            wide = in_groups(expected.array, got.shape)
-            expected = expected if wide is None else replace(expected, array=wide)
-            difference = compare(expected, got)
-            total = rel_l2(expected.array, free[name].array) if name in free else None
-            yield TapError(
-                parse(name), UPSTREAM, expected.shape, expected.dtype, difference.rel_l2, None, total, None,
-                bound.floor, bound.allowed, difference.mismatch,
-            )  # fmt: skip
 
     def _weight(self, mismatch: WeightMismatch) -> None:
         tap = parse(f"{WEIGHTS}{mismatch.name}")
@@ -311,11 +275,6 @@ class _Investigation:
 
 def _other_shape(error: TapError) -> bool:
     return error.local is None
-
-
-def _rounds(error: TapError) -> bool:
-    """Whether a tap is off by no more than its own rounding and that of what was not given its value."""
-    return error.mismatch is None and error.allowed is not None and error.local <= PASSED_ON * error.allowed
 
 
 def _listed(names: list[str]) -> str:

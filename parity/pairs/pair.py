@@ -53,6 +53,8 @@ class Pair:
         trusted: the PyTorch model, in eval mode.
         port: the MLX model.
         inputs: NumPy arrays by name, or whatever the runs take.
+        also: further inputs, by what they are called, such as "a batch" or "beyond the window"; each is run where those
+            before it agree.
         run_trusted, run_port: run a model on the inputs; by default the trusted one is given them by name, the port in
             their order.
         names: paths in the port and what they are called in the trusted model, where the two differ: the beginnings of
@@ -75,6 +77,7 @@ class Pair:
     parts: Mapping[str, Part] = field(default_factory=dict)
     functions: Mapping[str, tuple[Place, Place]] = field(default_factory=dict)
     lacks: Sequence[str] = ()
+    also: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         import mlx.nn

@@ -1,0 +1,61 @@
+"""Further inputs of a pair, and what is said of those that it was not given."""
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import torch
+
+from parity import localize_pair
+from parity.comparison.verdict import AGREE, DIVERGE
+from parity.pairs import Pair, copy_weights
+from parity.pairs.inputs import untried
+
+
+class Torch(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(8, 4)
+
+    def forward(self, ids):
+        return self.embed(ids)
+
+
+class Port(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+
+    def __call__(self, ids):
+        return self.embed(mx.minimum(ids, 3) if ids.shape[1] > 5 else ids)
+
+
+def made(*shape):
+    return {"ids": np.arange(int(np.prod(shape))).reshape(shape) % 8}
+
+
+def test_a_later_input_shows_what_the_first_does_not():
+    pair = Pair(Torch().eval(), Port(), made(1, 4), also={"a batch": made(2, 4), "a long one": made(1, 8)})
+    copy_weights(pair)
+    found = localize_pair(pair, "small")
+    assert (found.verdict, found.bundle) == (DIVERGE, "small, a long one")
+    assert found.first.component == "embed"
+
+
+def test_what_agrees_tells_what_was_run_and_what_was_not():
+    pair = Pair(Torch().eval(), Port(), made(1, 4), also={"a batch": made(2, 4)})
+    copy_weights(pair)
+    found = localize_pair(pair, "small")
+    assert (found.verdict, found.bundle) == (AGREE, "small")
+    assert found.remark == "run with the inputs, a batch; not tried: one token alone, an odd number of tokens"
+
+
+def test_windows_and_scaled_positions_are_asked_for_by_the_configuration():
+    trusted = Torch()
+    trusted.config = SimpleNamespace(sliding_window=16, rope_parameters={"original_max_position_embeddings": 64})
+    pair = Pair(trusted, Port(), made(2, 5), also={"decoding": made(1, 1)})
+    told = ["more than the 16 tokens of sliding_window", "positions above 64, where they are scaled"]
+    assert untried(pair, {"run"}) == told
+    assert untried(Pair(trusted, Port(), made(2, 65)), {"prefill", "decode0"}) == []
+    assert untried(Pair(trusted, Port(), {"x": np.zeros((1, 3), np.float32)}), {"run"}) == []
