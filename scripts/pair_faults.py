@@ -152,7 +152,7 @@ FAULTS = (
     Fault("all channels turned", QKV, "16 channels are turned", PARTIAL, _rope(dims=16)),
     Fault("theta of another model where some turn", QKV, "theta is (1000000|1e6)", PARTIAL, _rope(base=1e6)),
     Fault("positions halved", QKV, "0.5 times as large", ROPES, _rope(scale=0.5)),
-    Fault("half of the channels turned", QKV, "first 8 channels", ROPES, _rope(dims=8)),
+    Fault("half of the channels turned", QKV, "8 channels", ROPES, _rope(dims=8)),
     Fault("not turned", QKV, "nothing is turned", ROPES, _turned(lambda rope, x, offset: x)),
     Fault("not turned in layer 1", QKV, "nothing is turned", PLAIN, _turned(lambda rope, x, offset: x, slice(1, 2))),
     Fault("queries one position ahead", QKV, r"off by \+1", PLAIN,

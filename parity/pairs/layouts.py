@@ -1,28 +1,47 @@
 """The same array as the two models of a pair lay it out."""
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 
 
 def laid_out(array: np.ndarray, expected: np.ndarray) -> np.ndarray | None:
-    """A port's array as the trusted model lays it out: as it is, with channels first, each of a group of equal heads
-    again or once, or without axes of one; None where none of these fits `expected`."""
-    if _channels_last(array, expected):
-        return np.ascontiguousarray(np.moveaxis(array, -1, 1))
-    return in_groups(array, expected.shape)
+    """A port's array as the trusted model lays it out; None where no way to do so fits `expected`.
+
+    That is as it is, with channels first, the places of a picture one behind the other, each of a group of equal heads
+    again or once, or without axes of one. Where several fit, the values tell.
+    """
+    return _nearest(array, expected, array.ndim > 2 and np.moveaxis(array, -1, 1), _in_a_row(array))
 
 
 def put_back(array: np.ndarray, own: np.ndarray) -> np.ndarray | None:
     """A trusted array as a port lays out its own; the reverse of laid_out."""
-    if _channels_last(own, array):
-        return np.ascontiguousarray(np.moveaxis(array, 1, -1))
-    return in_groups(array, own.shape)
+    first = array.ndim > 2 and np.moveaxis(array, 1, -1)
+    places = (array, first) if array.ndim == 3 and own.ndim == 4 else ()
+    return _nearest(array, own, first, (each.reshape(own.shape) for each in places if _fits(each, own)))
 
 
-def _channels_last(array: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether channels stand last in an array and second in what is expected; where both shapes fit, values tell."""
-    if array.ndim != expected.ndim or array.ndim < 3 or np.moveaxis(array, -1, 1).shape != expected.shape:
-        return False
-    return array.shape != expected.shape or _apart(np.moveaxis(array, -1, 1), expected) < _apart(array, expected)
+def _in_a_row(array: np.ndarray) -> Iterator[np.ndarray]:
+    """[batch, rows, columns, channels] as [batch, places, channels] and as [batch, channels, places]."""
+    if array.ndim == 4:
+        rows = array.reshape(len(array), -1, array.shape[-1])
+        yield from (rows, rows.swapaxes(1, 2))
+
+
+def _fits(array: np.ndarray, own: np.ndarray) -> bool:
+    return array.shape == (len(own), own.shape[1] * own.shape[2], own.shape[3])
+
+
+def _nearest(
+    array: np.ndarray, wanted: np.ndarray, first: np.ndarray | bool, others: Iterable[np.ndarray]
+) -> np.ndarray | None:
+    """Of an array laid out in several ways the one of the shape that is wanted, and of several of these the nearest."""
+    ways = [] if isinstance(first, bool) else [first]
+    found = [way for way in (*ways, *others) if way.shape == wanted.shape]
+    grouped = in_groups(array, wanted.shape)
+    found = [*found, grouped] if grouped is not None else found
+    best = min(found, key=lambda way: _apart(way, wanted)) if len(found) > 1 else next(iter(found), None)
+    return None if best is None else np.ascontiguousarray(best)
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> float:

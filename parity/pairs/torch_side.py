@@ -33,7 +33,7 @@ class TorchSide(Side):
         attend: Callable[..., Tensor] = nn.functional.scaled_dot_product_attention,
     ) -> None:
         super().__init__(force)
-        self._wide, self._attend = wide, attend
+        self._wide, self._attend, self._attending = wide, attend, False
 
     def run(self, pair: Pair, model: nn.Module | None = None) -> "TorchSide":
         """Run the pair's trusted model, or another instance of it."""
@@ -115,9 +115,16 @@ class TorchSide(Side):
             output = output if seen is named[key] else None
             named[key] = seen
         self.given[name] = (), named
-        return self._seen(name, self._attend(**named) if output is None else output)
+        if output is None:
+            self._attending = True
+            output = self._attend(**named)
+            self._attending = False
+        return self._seen(name, output)
 
     def _written_out(self, found: Attended) -> Tensor:
+        # What computes attention here may itself write it out.
+        if self._attending:
+            return found.output
         return self._attended(dict(zip(_NAMED, found[:3], strict=False)) | found.values, found.output)
 
     def _function(self, said: str, original: Callable, *args: Any, **values: Any) -> Any:

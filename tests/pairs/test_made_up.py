@@ -405,3 +405,13 @@ def test_names_beside_each_other():
     assert relative(f"{block}.norm#1", f"{block}.mlp:in") == "another call of norm"
     near, far = (distance(name, f"{block}.mlp:in") for name in (f"{block}.norm", "run/model.embed"))
     assert near < far
+
+
+@pytest.mark.parametrize("channels", [5, 6])
+@pytest.mark.parametrize("first", [False, True])
+def test_places_of_a_picture_stand_one_behind_the_other(first, channels):
+    picture = np.random.default_rng(0).standard_normal((2, 2, 3, channels)).astype(np.float32)
+    places = picture.reshape(2, 6, channels)
+    expected = np.ascontiguousarray(places.swapaxes(1, 2) if first else places)
+    assert np.array_equal(laid_out(picture, expected), expected)
+    assert np.array_equal(put_back(expected, picture), picture)
