@@ -202,7 +202,8 @@ def test_biases_of_products(seed):
     assert first(component, 1.02 * product + bias) == "the product is 1.02 times as large, but not the bias"
     assert first(component, product + where(bias, 3, lambda v: 0)).startswith("the bias is 0 instead of ")
     other = np.random.default_rng(seed + 7).standard_normal(96)
-    assert "is another vector" in " ".join(law.sentence for law in fitted(component, held(product + other, "float32")))
+    described = {law.sentence: law.describes for law in fitted(component, held(product + other, "float32"))}
+    assert described["the bias is another vector"] and not fitted(component, held(product, "float32"))[0].describes
 
 
 def test_two_faults_are_not_told_as_a_matrix():
@@ -347,6 +348,7 @@ def test_any_function_of_a_gate_is_drawn():
     weight, bias = component.facts["weight"].astype(np.float64), component.facts["bias"]
     law = fitted(component, held((np.sin(gate) * up) @ weight.T + bias, "float32"))[0]
     assert law.sentence == "the gate passes another function instead of SiLU" and law.figure is not None
+    assert law.describes
     assert np.allclose(law.figure.lines["found"], np.sin(law.figure.x), atol=0.1)
     late = where(component.own, np.s_[9:], lambda v: ((np.maximum(gate, 0) * up) @ weight.T + bias)[9:])
     assert first(component, late) == "the gate passes ReLU instead of SiLU from row 9 on"
