@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -242,6 +243,18 @@ def test_parameters(sentence, change):
     for seed in SEEDS:
         component = components("weight", seed=seed)
         assert first(component, change(component.own)) == sentence
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_as_mlx_quantizes_them(dtype, bits):
+    own = held(np.random.default_rng(bits).standard_normal((40, 128)), dtype)
+    kept = mx.quantize(mx.array(own).astype(getattr(mx, dtype)), 32, bits)
+    got = np.array(mx.dequantize(*kept, 32, bits).astype(mx.float32))
+    component = Component("weight", {}, {"name": "weight"}, own)
+    law = fitted(component, got)[0]
+    assert law.sentence == f"the weight is quantized to {bits} bits in groups of 32, zero kept"
+    assert np.array_equal(law.apply(component), got)
 
 
 def test_kernels():
