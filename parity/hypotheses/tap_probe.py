@@ -27,6 +27,7 @@ class TapProbe:
         allowed: the largest difference that agrees, relative to |expected|; None where the tap has no floor.
         shared: of an exact array, which values along its last axis the implementation has, as booleans; None for all.
         passed: taps before it that the implementation does not tell: they are computed on the way, not given.
+        right: of an exact array, others beside it that are as they should be, and so under whatever explains it.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class TapProbe:
         passed: Sequence[str] = (),
         shared: np.ndarray | None = None,
         allowed: float | None = None,
+        right: Sequence["TapProbe"] = (),
     ) -> None:
         self.oracle, self.tap, self.expected, self.got, self.floor = oracle, tap, expected, got, floor
-        self.passed, self.shared, self.allowed = passed, shared, allowed
+        self.passed, self.shared, self.allowed, self.right = passed, shared, allowed, right
         self._exact = exact
 
     @property

@@ -214,10 +214,10 @@ class MlxCapture:
         return reading._replace(rotary=rotary_table(given.array, model.config, model.numerics))
 
     def _embed_time(self, original: Callable, module: TimestepEmbedder, timesteps: np.ndarray) -> mx.array:
-        output = self.observe(f"{self.call}/time_embedder", original(module, timesteps))
+        output = original(module, timesteps)
         if ".step0" in self.call:
             self.keep("time_embedder", output[-1])
-        return output
+        return self.observe(f"{self.call}/time_embedder", output)
 
     def _embed_places(self, module: LatentPositionEmbedding, output: mx.array) -> mx.array:
         return self.observe(f"{self.call}/latent_pos_embed", output)

@@ -5,6 +5,7 @@ import numpy as np
 from parity.laws import (
     activation,
     attention,
+    borders,
     convolution,
     edits,
     guidance,
@@ -41,7 +42,7 @@ LAWS: dict[str, tuple[Fitter, ...]] = {
     "euler": (sampling.euler,),
     "schedule": (schedule.schedule,),
     "times": (schedule.of_latents,),
-    "tokens": (edits.edited, sequence.elementwise),
+    "tokens": (edits.edited, borders.bordered, sequence.elementwise),
     "integers": (sequence.elementwise,),
     "preprocess": (preprocess.preprocess,),
     "embedding": (table.embedding, sampling.sum_of_parts),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parity.laws import curves, linear
-from parity.laws.base import Component, Curves, Law
+from parity.laws.base import Component, Law
 from parity.laws.curves import FUNCTIONS, Function, Named, Reading
 from parity.laws.fit import Fit, checked
 from parity.laws.support import names_of, regions_of
@@ -67,8 +67,8 @@ def _inside(component: Component, found: list[np.ndarray]) -> Component:
     return replace(component, inputs=inputs, facts={**component.facts, "weight": component.facts["weight"][columns]})
 
 
-def _law(words: str, size: float, inner: Inner, figure: Curves | None = None) -> Law:
-    """Something else that the product is given."""
+def _law(words: str, size: float, inner: Inner, function: Named | None = None) -> Law:
+    """Something else that the product is given, made by another function where there is one."""
 
     def apply(other: Component) -> np.ndarray | None:
         gated = Gated.of(other)
@@ -76,7 +76,7 @@ def _law(words: str, size: float, inner: Inner, figure: Curves | None = None) ->
             return None
         return other.own + (inner(gated) - gated.x) @ other.facts["weight"].astype(np.float64).T
 
-    return Law(words, size, apply, figure)
+    return Law(words, size, apply, function and function.figure, bool(function and function.describes))
 
 
 def _of_part(gated: Gated, weight: np.ndarray, fit: Fit, component: Component) -> Iterator[Law]:
@@ -98,13 +98,13 @@ def _of_part(gated: Gated, weight: np.ndarray, fit: Fit, component: Component) -
     identity = FUNCTIONS["nothing"]
     given = reading(gated.gate, gated.up, target, f)
     for function in (*curves.read(given, f, name, gate), *curves.narrowed(given, f)):
-        yield _law(told(function, gate), function.size, lambda g, of=function.of: of(g.gate) * g.up, function.figure)
+        yield _law(told(function, gate), function.size, lambda g, of=function.of: of(g.gate) * g.up, function)
     if not both:
         return
     given = reading(gated.up, f(gated.gate), target, identity)
     for function in (*curves.read(given, identity, "up", "up"), *curves.narrowed(given, identity)):
         words = f"up{function.words}"
-        yield _law(words, function.size + 0.1, lambda g, of=function.of: g.f(g.gate) * of(g.up), function.figure)
+        yield _law(words, function.size + 0.1, lambda g, of=function.of: g.f(g.gate) * of(g.up), function)
     for words, inner in _structures(name):
         if fit.left(fit.own + (inner(gated) - gated.x) @ weight.T) <= 0.9 * fit.residual:
             yield _law(words, 1, inner)

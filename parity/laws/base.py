@@ -62,12 +62,14 @@ class Law:
         apply: what the component would compute if the law were true, in the shape of what was computed: given the
             component at this or any other tap, None where the law says nothing of that one.
         figure: what a page may draw of it.
+        describes: whether it puts other numbers in the place of the right ones: it says what was computed, not why.
     """
 
     sentence: str
     size: float
     apply: Callable[[Component], np.ndarray | None] = field(repr=False)
     figure: Figure | None = field(default=None, repr=False, compare=False)
+    describes: bool = False
 
 
 Fitter = Callable[[Component, np.ndarray], Iterable[Law]]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parity.laws import order as order_of
-from parity.laws.base import Curves, Figure
+from parity.laws.base import Component, Curves, Figure, Law
 from parity.laws.fit import LEAVES, Fit
 from parity.laws.numbers import plainest, told
 from parity.laws.rounding import formats
@@ -18,12 +18,20 @@ KNOWN_BY = 64
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of an array: `sentence` continues the name of the array, `apply` changes any that is alike."""
+    """What becomes of an array: `sentence` continues the name of the array, `apply` changes any that is alike.
+
+    `describes` as of a Law.
+    """
 
     sentence: str
     size: float
     apply: Callable[[np.ndarray], np.ndarray | None]
     figure: Figure | None = None
+    describes: bool = False
+
+    def law(self, subject: str, apply: Callable[[Component], np.ndarray | None], more: float = 0.0) -> Law:
+        """The law that a subject is changed so; `apply` says what a component then computes."""
+        return Law(subject + self.sentence, self.size + more, apply, self.figure, self.describes)
 
 
 def changes(
@@ -193,6 +201,7 @@ def _vectors(part: Fit, axes: Sequence[str], open_axes: Sequence[int]) -> Iterat
                     write(x, vector.reshape(shape)) if x.shape[axis] == n else None
                 ),
                 figure,
+                True,
             )
 
 

@@ -58,12 +58,16 @@ FUNCTIONS: Mapping[str, Function] = {
 
 @dataclass(frozen=True)
 class Named:
-    """A function with its words, which continue the name of what it is of, and how many numbers they hold."""
+    """A function with its words, which continue the name of what it is of, and how many numbers they hold.
+
+    `describes` as of a Law.
+    """
 
     words: str
     size: float
     of: Function
     figure: Curves | None = None
+    describes: bool = False
 
 
 @dataclass(frozen=True)
@@ -237,5 +241,5 @@ def drawn(reading: Reading, base: Function, expected: str, of: str) -> tuple[flo
     lines = {f"expected: {expected}": base(places), "found": base(places) + by}
     figure = Curves(f"The function of {of}", of, "value", places, lines)
     size = float(len(places))
-    function = Named(" passes another function", size, lambda x: base(x) + np.interp(x, places, by), figure)
+    function = Named(" passes another function", size, lambda x: base(x) + np.interp(x, places, by), figure, True)
     return tested / allowed, left, function

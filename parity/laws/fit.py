@@ -125,7 +125,8 @@ def _together(component: Component, fit: Fit, propose: Propose, base: Law) -> li
             return None if first is None else second.apply(replace(other, own=first))
 
         figure = second.figure or base.figure
-        return Law(f"{base.sentence}, and {second.sentence}", base.size + second.size + 1, apply, figure)
+        size, describes = base.size + second.size + 1, base.describes or second.describes
+        return Law(f"{base.sentence}, and {second.sentence}", size, apply, figure, describes)
 
     return [(left, both(law)) for left, law in pairs]
 

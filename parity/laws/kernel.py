@@ -1,7 +1,7 @@
 """Laws of what a convolution multiplies: parts of its kernel or input that count otherwise, or another kernel."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -120,7 +120,8 @@ def _of_kernel(weight: np.ndarray, step: np.ndarray, bias: np.ndarray) -> Law:
             return None
         return convolved(reading.x, step, reading.geometry, all_places(other.own.shape)) + bias
 
-    return _law(f"the kernel is another{where}: {apart:.3g} of its norm away", float(moved.size), add, figure)
+    words = f"the kernel is another{where}: {apart:.3g} of its norm away"
+    return replace(_law(words, float(moved.size), add, figure), describes=True)
 
 
 def _look(component: Component, got: np.ndarray, reading: Reading) -> Looked | None:

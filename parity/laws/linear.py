@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -50,7 +50,7 @@ def read(component: Component, got: np.ndarray) -> Iterator[Law]:
 def proposed(component: Component, fit: Fit) -> Iterator[Law]:
     """Laws of a product that may be true."""
     for change in changes(fit.own, fit.got, fit.slack, names_of(component, (*AXES, "axis 2"))):
-        yield Law(f"the result{change.sentence}", change.size, _on_own(change), change.figure)
+        yield change.law("the result", _on_own(change))
     whole = part_of(component, fit)
     if whole is None:
         return
@@ -108,15 +108,16 @@ def _biases(part: Part) -> Iterator[Law]:
         yield Law(f"the product {times(factor)}, but not the bias", 1.2, _scaled(factor))
         rounding = part.fit.slack / len(part.off) ** 0.5
         for change in changes(bias, bias + vector, rounding, ("channel",), (), True):
-            words = "the bias" + {" is 0": " is missing"}.get(change.sentence, change.sentence)
-            yield Law(words, change.size, _rebiased(change), change.figure)
+            words = {" is 0": " is missing"}.get(change.sentence, change.sentence)
+            yield replace(change, sentence=words).law("the bias", _rebiased(change))
     if steady and len(vector) > 1:
         words = "the bias is another vector" if bias is not None else "a vector is added as a bias"
-        yield Law(words, float(len(vector)), lambda other: _if_alike(other, other.own + vector[None], len(vector)))
+        anew = partial(_if_alike, vector=vector)
+        yield Law(words, float(len(vector)), anew, describes=bias is not None)
 
 
-def _if_alike(other: Component, result: np.ndarray, width: int) -> np.ndarray | None:
-    return result if other.own.shape[-1] == width else None
+def _if_alike(other: Component, vector: np.ndarray) -> np.ndarray | None:
+    return other.own + vector if other.own.shape[-1] == len(vector) else None
 
 
 def _scaled(factor: float):
@@ -171,7 +172,7 @@ def _weights(part: Part) -> Iterator[Law]:
             ways.append(Change(f" {words}", size, how))
     for change in ways:
         if fit.holds(fit.own + x @ (change.apply(weight)[some] - weight[some]).T):
-            yield Law(f"the weight{change.sentence}", change.size, reweighted(change))
+            yield change.law("the weight", reweighted(change))
     yield from _orders(part, fit, some)
 
 
@@ -207,7 +208,8 @@ def _inputs(part: Part) -> Iterator[Law]:
             x = other.inputs["x"].astype(np.float64)
             return other.own + (of(x) - x) @ other.facts["weight"].astype(np.float64).T
 
-        yield Law(f"the input{function.words}", function.size + 0.1, apply, function.figure)
+        words = f"the input{function.words}"
+        yield Law(words, function.size + 0.1, apply, function.figure, function.describes)
 
 
 def _columns(part: Part) -> Iterator[Law]:
@@ -234,7 +236,7 @@ def _columns(part: Part) -> Iterator[Law]:
         noise = part.fit.slack / square**0.5
         for change in changes(weight[:, j], weight[:, j] + vector, noise, ("output",), (), True):
             change = replace(change, apply=_in_column(change, j))
-            yield Law(f"the weight of input {j}{change.sentence}", change.size + 1, reweighted(change), change.figure)
+            yield change.law(f"the weight of input {j}", reweighted(change), 1)
 
 
 def _in_column(change: Change, j: int):
@@ -262,7 +264,7 @@ def _gains(gains: np.ndarray, noise: float) -> Iterator[Law]:
         yield Law(f"the input {words}{region.words}", 1.1 + region.size, reweighted(_times(vector)))
     figure = Curves("What each input counts", "channel", "factor", np.arange(width), {"found": gains})
     words = f"each input channel is times another factor, from {told(gains.min())} to {told(gains.max())}"
-    yield Law(words, float(width), reweighted(_times(gains)), figure)
+    yield Law(words, float(width), reweighted(_times(gains)), figure, True)
 
 
 def _times(vector: np.ndarray) -> Change:
@@ -295,6 +297,6 @@ def _matrices(part: Part) -> Iterator[Law]:
     added = np.linalg.lstsq(x, part.off, rcond=None)[0].T
     noise = part.fit.slack * float(np.sqrt(np.square(np.linalg.pinv(x)).sum() / len(x)))
     for change in changes(part.weight, part.weight + added, noise, ("output", "input"), (), True):
-        yield Law(f"the weight{change.sentence}", change.size, reweighted(change), change.figure)
-    change = Change(" is another matrix", float(added.size), lambda w: w + added if w.shape == added.shape else None)
-    yield Law(f"the weight{change.sentence}", change.size, reweighted(change))
+        yield change.law("the weight", reweighted(change))
+    anew = Change("", 0, lambda w: w + added if w.shape == added.shape else None)
+    yield Law("the weight is another matrix", float(added.size), reweighted(anew), describes=True)

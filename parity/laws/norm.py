@@ -91,8 +91,7 @@ def proposed(component: Component, fit: Fit) -> Iterator[Law]:
         for law in _of_part(replace(norm, x=norm.x[place]), part, names):
             yield _turned_back(region.law(law, _inside))
     for change in changes(own, got, fit.slack, names, leading):
-        law = Law(f"the result{change.sentence}", change.size, lambda o, c=change: c.apply(o.own), change.figure)
-        yield _turned_back(law)
+        yield _turned_back(change.law("the result", lambda o, c=change: c.apply(o.own)))
 
 
 def _names(ndim: int, axis: int) -> Sequence[str]:
@@ -164,19 +163,21 @@ def _weights(norm: Norm, fit: Fit) -> Iterator[Law]:
             # Said of the result, whose factor may have a name.
             continue
         words = {" is 1 everywhere": " is missing", " is 1 larger": " counts from 1"}
-        yield _law(
+        law = _law(
             f"the weight{words.get(change.sentence, change.sentence)}",
             change.size,
             lambda n, c=change: None if (w := c.apply(n.weight)) is None else n.times(n.normed, w),
             change.figure or figure,
         )
+        yield replace(law, describes=change.describes)
     if len(normed) >= 4:
-        yield _law(
+        law = _law(
             "the weight is another vector",
             float(len(found)),
             lambda n: n.times(n.normed, found) if len(n.weight) == len(found) else None,
             figure,
         )
+        yield replace(law, describes=True)
 
 
 def _statistics(norm: Norm, fit: Fit, names: Sequence[str]) -> Iterator[Law]:

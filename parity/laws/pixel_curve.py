@@ -22,11 +22,12 @@ SIDES = (2, 8, 16)
 
 @dataclass(frozen=True)
 class Curve:
-    """A function of one value, how it is said and how many numbers say it."""
+    """A function of one value, how it is said and how many numbers say it; `describes` as of a Law."""
 
     says: str
     size: float
     of: Callable[[np.ndarray], np.ndarray]
+    describes: bool = False
 
 
 def curve(component: Component, got: np.ndarray) -> Iterator[Law]:
@@ -83,7 +84,7 @@ def _law(component: Component, found: Curve, source: str, where: list[Span], u: 
     within = f"{', '.join(span.within for span in where)} " if where else ""
     of = "" if source == "own" else " of what it is made of"
     size = found.size + sum(span.size for span in where) + (source == "x") * 0.5
-    return Law(f"{within}each value is {found.says}{of}", size, apply, figure)
+    return Law(f"{within}each value is {found.says}{of}", size, apply, figure, found.describes)
 
 
 def _curves(u: np.ndarray, v: np.ndarray) -> Iterator[Curve]:
@@ -185,7 +186,7 @@ def _table(u: np.ndarray, v: np.ndarray) -> Iterator[Curve]:
     basis[np.arange(len(half)), near], basis[np.arange(len(half)), near + 1] = 1 - right, right
     values = np.linalg.lstsq(basis, v[half], rcond=None)[0]
     shown = ", ".join(f"{knots[i]:.2g} becomes {values[i]:.2g}" for i in (0, len(knots) // 2, -1))
-    yield Curve(f"another function: {shown}", float(len(knots)), lambda x: np.interp(x, knots, values))
+    yield Curve(f"another function: {shown}", float(len(knots)), lambda x: np.interp(x, knots, values), True)
 
 
 def _srgb(x: np.ndarray) -> np.ndarray:

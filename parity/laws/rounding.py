@@ -97,8 +97,9 @@ def by_rows(words: str) -> bool:
 
 def _grouped(kind: Callable, how: int | str, group: int | None) -> Rounded:
     def rounded(x: np.ndarray) -> np.ndarray:
+        # What is quantized is float32: where that rounds a code up or down decides.
         shape = (1, -1) if group is None else (-1, group)
-        return kind(x.reshape(shape), how).reshape(x.shape)
+        return kind(np.asarray(x, np.float32).reshape(shape), how).reshape(x.shape).astype(np.float64)
 
     return rounded
 
@@ -125,15 +126,18 @@ def _affine(x: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _towards_zero(x: np.ndarray, bits: int) -> np.ndarray:
-    """The end that is farther from 0 is met exactly, and so is 0."""
+    """The end that is farther from 0 is met exactly, and so is 0; of what is bfloat16 steps are so too, as in MLX."""
     low, high = _ends(x)
     step = np.maximum((high - low) / (2**bits - 1), 1e-7)
     from_low = np.abs(low) > np.abs(high)
     outer, step = np.where(from_low, low, high), np.where(from_low, step, -step)
     turns = np.round(outer / step)
     step = np.where(turns != 0, outer / np.where(turns != 0, turns, 1), step)
-    offset = np.where(turns != 0, outer, 0)
-    return np.clip(np.round((x - offset) / step), 0, 2**bits - 1) * step + offset
+    offset = np.where(turns != 0, outer, np.float32(0))
+    codes = np.clip(np.round((x - offset) / step), 0, 2**bits - 1)
+    if np.array_equal(bfloat16(x), x):
+        return bfloat16(bfloat16(codes * bfloat16(step)) + bfloat16(offset))
+    return codes * step + offset
 
 
 def _scaled_format(x: np.ndarray, name: str) -> np.ndarray:

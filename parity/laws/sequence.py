@@ -194,7 +194,7 @@ def _by_token(component: Component, view: View, new: np.ndarray) -> Iterator[Law
 
             def apply(other: Component, span=span, number=number, adds=adds) -> np.ndarray | None:
                 seen = view_of(other)
-                if seen is None or other.own.shape != component.own.shape:
+                if seen is None or other.facts["axes"] != names or other.own.shape != component.own.shape:
                     return None
                 chosen = span.of(seen.ids.shape[1])[None] & np.isin(np.arange(len(seen.ids)), axes)[:, None]
                 return _shaped(other, np.where(chosen, seen.ids * adds + number, seen.ids))
@@ -264,7 +264,8 @@ def _law(pieces: Sequence[Piece], component: Component) -> Law:
 
     def apply(other: Component) -> np.ndarray | None:
         view = view_of(other)
-        if view is None or len(view.ids) != len(names):
+        # What is said of roles says nothing of token ids.
+        if view is None or other.facts["axes"] != names:
             return None
         ids = view.ids
         for piece in pieces:

@@ -18,12 +18,13 @@ LISTED = 4
 
 @dataclass(frozen=True)
 class Statistics:
-    """Means and deviations by channel, float64 [channels], and what is said of them."""
+    """Means and deviations by channel, float64 [channels], and what is said of them; `describes` as of a Law."""
 
     mean: np.ndarray
     deviation: np.ndarray
     words: str
     size: float
+    describes: bool
 
 
 def read(
@@ -53,19 +54,20 @@ def read(
         "mean": np.abs(found["deviation"]) * (off_b + np.abs(b / a) * off_a),
     }
     right = {"mean": mean, "deviation": deviation}
-    words, size = [], 0.0
+    words, size, describes = [], 0.0, False
     for what in ("mean", "deviation"):
         wrong = np.abs(found[what] - right[what]) > np.maximum(off[what], 1e-6 * np.abs(right[what]))
         if not wrong.any():
             found[what] = right[what]
             continue
-        said, numbers = _told(what, found[what], off[what], wrong, right[what], names, known)
+        said, numbers, unnamed = _told(what, found[what], off[what], wrong, right[what], names, known)
         found[what] = np.where(wrong, found[what], right[what])
         words.append(said)
         size += numbers
+        describes |= unnamed
     if not words:
         return None
-    return Statistics(found["mean"], found["deviation"], " and ".join(words), size)
+    return Statistics(found["mean"], found["deviation"], " and ".join(words), size, describes)
 
 
 def _told(
@@ -76,21 +78,21 @@ def _told(
     right: np.ndarray,
     names: Sequence[str],
     known: Known,
-) -> tuple[str, float]:
-    """What is said of some means or deviations, which are then the numbers that were said."""
+) -> tuple[str, float, bool]:
+    """What is said of some means or deviations, which are then the numbers that were said; whether that names none."""
     for whose, sets in known.items():
         values = np.asarray(sets[what == "deviation"], np.float64)
         if (np.abs(values - found)[wrong] <= np.maximum(off, 1e-9)[wrong]).all():
             same = np.abs(values - right) <= 1e-9
             if (wrong | same).all():
                 found[:] = values
-                return f"the {what} is {whose}", 1
+                return f"the {what} is {whose}", 1, False
     order = [int(np.abs(right - value).argmin()) for value in found]
     if sorted(order) == list(range(len(right))) and order != sorted(order) and len(set(right.tolist())) == len(right):
         if (np.abs(right[order] - found) <= np.maximum(off, 1e-9)).all():
             found[:] = right[order]
             whose = ", ".join(names[i] for i in order) if len(order) <= LISTED else "other channels"
-            return f"the {what}s are those of {whose}", 1.5
+            return f"the {what}s are those of {whose}", 1.5, False
     values = [plainest(float(value), float(near)) for value, near in zip(found, off, strict=True)]
     for i in np.flatnonzero(wrong):
         found[i] = values[i][0]
@@ -98,16 +100,15 @@ def _told(
     if len({values[i][1] for i in places}) == 1:
         where = "" if wrong.all() else f" of {_channels([names[i] for i in places])}"
         alone = " alone" if len(places) == 1 and len(wrong) > 1 else ""
-        return f"the {what}{where}{alone} is {values[places[0]][1]}", 1 + (0 if wrong.all() else len(places))
+        return f"the {what}{where}{alone} is {values[places[0]][1]}", 1 + (0 if wrong.all() else len(places)), False
     ratio = found[wrong] / np.where(right[wrong] != 0, right[wrong], np.nan)
     if np.isfinite(ratio).all() and np.ptp(ratio) <= 1e-4 * abs(ratio.mean()):
         factor, said = plainest(float(ratio.mean()), 1e-4 * abs(ratio.mean()))
         found[wrong] = right[wrong] * factor
-        return f"the {what} is {said} times as large", 1 + (not wrong.all())
-    said = [f"{values[i][1]} of {names[i]}" for i in places]
-    return f"the {what} is {listed(said) if len(said) <= LISTED else f'another in {len(said)} channels'}", 1.0 + len(
-        places
-    )
+        return f"the {what} is {said} times as large", 1 + (not wrong.all()), False
+    said, many = [f"{values[i][1]} of {names[i]}" for i in places], len(places) > LISTED
+    words = f"another in {len(places)} channels" if many else listed(said)
+    return f"the {what} is {words}", 1.0 + len(places), many
 
 
 def _channels(words: Sequence[str]) -> str:
@@ -141,7 +142,8 @@ def normalised(component: Component, got: np.ndarray) -> Iterator[Law]:
         return ((other.own * old_deviation + old_mean - new_mean) / new_deviation).astype(np.float32)
 
     if enough(component, got, apply(component)):
-        yield Law(f"of {component.facts.get('what', 'the result')} {found.words}", found.size, apply)
+        words = f"of {component.facts.get('what', 'the result')} {found.words}"
+        yield Law(words, found.size, apply, describes=found.describes)
 
 
 def brought_back(component: Component, got: np.ndarray) -> Iterator[Law]:

@@ -48,9 +48,9 @@ def proposed(component: Component, fit: Fit) -> Iterator[Law]:
                     changed = None if part is None else change.apply(part.astype(np.float64))
                     return None if changed is None else other.own + (changed - part)
 
-                yield Law(f"{name}{change.sentence}", change.size + 0.1, apply, change.figure)
+                yield change.law(name, apply, 0.1)
     for change in changes(fit.own, fit.got, fit.slack, axes):
-        yield Law(f"the result{change.sentence}", change.size + 0.2, lambda o, c=change: c.apply(o.own), change.figure)
+        yield change.law("the result", lambda o, c=change: c.apply(o.own), 0.2)
 
 
 def _inside(component: Component, found: list[np.ndarray]) -> Component:

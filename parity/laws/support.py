@@ -242,7 +242,7 @@ class Region:
             part = None if found is None else inside(other, found)
             return None if part is None else self.within(other.own, lambda own: law.apply(replace(part, own=own)))
 
-        return Law(law.sentence + self.words, law.size + self.size, apply, law.figure)
+        return replace(law, sentence=law.sentence + self.words, size=law.size + self.size, apply=apply)
 
 
 def regions_of(

@@ -45,7 +45,7 @@ def law_of(subject: str, change: Change, own: np.ndarray, got: np.ndarray) -> La
         result = change.apply(other.own.astype(np.float32))
         return to_format(result, "bfloat16") if narrow and result is not None else result
 
-    return Law(f"{subject}{change.sentence}", change.size, apply, change.figure)
+    return change.law(subject, apply)
 
 
 def axes_of(array: np.ndarray) -> tuple[str, ...]:

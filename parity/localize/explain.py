@@ -1,7 +1,6 @@
 """Trying hypotheses at a place that is wrong by itself, alone and together, and ranking what they explain."""
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
@@ -25,7 +24,8 @@ WORTH_ANOTHER = 0.5
 LISTED = 5
 # The least part of the integers that still differ which a further cause has to account for, and how many may be found.
 LEAST_PART, PARTS = 0.1, 6
-# What a hypothesis removes that makes a sequence of another length: less than this, the less the nearer its tokens are.
+# What a hypothesis removes that makes a sequence of another length, the less the nearer its tokens are, or changes what
+# is right beside it: less than this.
 UNFIT = -1e8
 # Two that leave this much of each other fit alike: what has more numbers to choose always leaves a little less.
 ALIKE = 1.5
@@ -37,8 +37,6 @@ ONCE_IN = 0.01
 # What is read with more numbers than this describes what was computed, rather than why: it stands back behind any
 # cause that leaves nothing to explain.
 MANY = 32
-# Laws that put other numbers in the place of the right ones.
-_DESCRIPTION = re.compile(r"another (number|factor|function|matrix|vector|in \d+ channels)|kernel is another")
 _DIGITS = 6
 
 
@@ -198,8 +196,8 @@ def _of_law(law: Law, kind: str) -> Hypothesis:
         component = site.known(array)
         return law.apply(component) if component is not None and component.kind == kind else None
 
-    describes = bool(_DESCRIPTION.search(law.sentence))
-    return Hypothesis(law.sentence, ("*",), transform=transform, size=law.size, figure=law.figure, describes=describes)
+    told = {"size": law.size, "figure": law.figure, "describes": law.describes}
+    return Hypothesis(law.sentence, ("*",), transform=transform, **told)
 
 
 def _beyond(site: TapProbe, others: Sequence[Hypothesis], known: Sequence[Hypothesis], failed: Failed) -> Causes:
@@ -256,16 +254,26 @@ def _attempted(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed)
 def removed(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> float | None:
     """The part of the residual norm that hypotheses remove.
 
-    None where they do not apply or explain nothing, UNFIT where they make a sequence of another length. What they raise
-    is added to `failed`. What was found of a site is kept for as long as that is.
+    None where they do not apply or explain nothing, less than UNFIT where they make a sequence of another length or
+    change what is right beside it: others on top may still put that right. What they raise is added to `failed`. What
+    was found of a site is kept for as long as that is.
     """
     known, key = _REMOVED.setdefault(site, {}), tuple(hypotheses)
     if key not in known:
         array = _attempted(site, hypotheses, failed)
         if array is None:
             return None
-        known[key] = _removed_by(site, array)
+        changed = any(removed(other, hypotheses, failed) not in (None, 1.0) for other in site.right)
+        known[key] = 10 * UNFIT if changed else _removed_by(site, array)
     return known[key]
+
+
+def rules_out(site: TapProbe, hypotheses: Sequence[Hypothesis]) -> bool:
+    """Whether what was computed is further than agrees from what it would be under hypotheses."""
+    array = _attempted(site, hypotheses, {})
+    if array is None or array.shape != site.got.shape or site.allowed is None:
+        return False
+    return _distance(site.got, array) > site.allowed * _norm(site.expected)
 
 
 def _removed_by(site: TapProbe, array: np.ndarray) -> float | None:

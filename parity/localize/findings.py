@@ -139,6 +139,7 @@ class Finding:
         part: where integers differ for several reasons, the part of them that this finding is about; else None.
         rated: whether how often explanations were right was measured on components such as this one.
         support: where among the compared taps of its kind it holds, in words; None where it is everywhere, or unknown.
+        cause: what was tried of the first explanation, where that explains it.
     """
 
     component: str
@@ -157,6 +158,7 @@ class Finding:
     part: float | None = None
     support: str | None = None
     rated: bool = True
+    cause: Hypothesis | None = field(default=None, repr=False, compare=False)
 
     @property
     def explained(self) -> bool:

@@ -12,14 +12,14 @@ import numpy as np
 from parity import memory
 from parity.bundle.reading import Bundle, read_bundle
 from parity.comparison.check import first_unequal
-from parity.comparison.exact import ExactMismatch, check_exact, check_preprocessed, check_weights
+from parity.comparison.exact import ORDER, ExactMismatch, check_exact, check_preprocessed, check_weights
 from parity.comparison.trajectory import Margin, margins, teacher_forced, trajectory
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE
 from parity.errors import ParityError
 from parity.hypotheses import Hypothesis
 from parity.hypotheses.tap_probe import TapProbe, site_of
 from parity.localize.attribution import Attributing
-from parity.localize.explain import Causes, explain, removed
+from parity.localize.explain import Causes, explain, removed, rules_out
 from parity.localize.findings import (
     EXACT,
     EXPLAINS,
@@ -225,18 +225,18 @@ class Investigation:
     ) -> None:
         """Explain what is wrong, first things first; what an explanation covers is no finding of its own."""
         for group in _grouped(mismatches):
-            self._exact_finding(group)
+            self._exact_finding(group, forced)
         if wider.right:
             self._wider_findings(wider, taps)
         # A steered run chooses from the oracle's logits: only of two that are equal may it take either.
         ties = {margin.step for margin in answered if not margin.margin}
         wrong = [tap for tap in taps if tap.wrong and not self._only_ties(tap, forced.recording, ties)]
-        compared: dict[str, list[TapName]] = {}
+        compared: dict[str, list[TapError]] = {}
         for tap in taps:
-            compared.setdefault(_kind(tap), []).append(tap.tap)
+            compared.setdefault(_kind(tap), []).append(tap)
         while wrong:
             wrong = self._local_finding(wrong, compared, forced.recording)
-        self.findings = [self._held(finding, compared) for finding in self.findings]
+        self.findings = [self._held(finding, compared, forced.recording) for finding in self.findings]
 
     def _wider_findings(self, wider: Wider, taps: Sequence[TapError]) -> None:
         """One finding for all that is right but for its dtype; and one for each kind of which more is told why."""
@@ -275,18 +275,17 @@ class Investigation:
             return False
         return all(int(step) in ties for step in np.flatnonzero(expected != got))
 
-    def _exact_finding(self, group: Sequence[ExactMismatch]) -> None:
+    def _exact_finding(self, group: Sequence[ExactMismatch], forced: Observed) -> None:
         """Explain the first of some mismatches; what its causes leave of the others is a finding of its own."""
         first, rest = group[0], list(group[1:])
         component = parse(first.tap).component
         self.tell(f"hypotheses about {component}")
         exact = self._exact_values(group)
-        sites = [
-            TapProbe(self.oracle, parse(mismatch.tap), mismatch.expected, mismatch.got, exact, shared=mismatch.shared)
-            if mismatch.got is not None and mismatch.expected is not None
-            else None
-            for mismatch in group
-        ]
+        # What comes later follows of what is given in the place of this: that it is right says nothing.
+        before = ORDER[: ORDER.index(first.tap)] if first.tap in ORDER else ()
+        whole = [name for name in before if name in exact and name in forced.exact and name not in forced.absent]
+        right = [TapProbe(self.oracle, parse(name), exact[name], exact[name], exact) for name in whole]
+        sites = [self._exact_site(mismatch, exact, right) for mismatch in group]
         causes, slices, place = Causes((), 0.0, ()), [], None
         if sites[0] is not None:
             second = next((site for site in sites[1:] if site is not None), None)
@@ -302,10 +301,8 @@ class Investigation:
         also = [mismatch.tap for mismatch, _, _ in covered]
         kind = STRUCTURE if first.got is None else EXACT
         # Where a cause would change what is right, it is so only elsewhere.
-        wrong = {mismatch.tap for mismatch in group}
-        right = [TapProbe(self.oracle, parse(name), array, array, exact) for name, array in self.exact.arrays.items()
-                 if causes.together and name not in wrong and _alike(name, first.tap)]  # fmt: skip
-        spared = [site.tap for site in right if removed(site, causes.together, failed) == 0]
+        alike = [site for site in right if causes.together and _alike(site.tap.name, first.tap)]
+        spared = [site.tap for site in alike if removed(site, causes.together, failed) == 0]
         told = [parse(name) for name in (first.tap, *also)]
         support = holding(told, [*told, *spared])
         self._add(first.tap, kind, first.error, 0.0, causes, slices, place, also, first.detail, support=support)
@@ -315,21 +312,46 @@ class Investigation:
             slices, place = self._slices(site) if site is not None else ([], None)
             self._add(mismatch.tap, kind, mismatch.error, 0.0, alone, slices, place, [], mismatch.detail)
 
+    def _exact_site(
+        self, mismatch: ExactMismatch, exact: Mapping[str, np.ndarray], right: Sequence[TapProbe]
+    ) -> TapProbe | None:
+        """The site of a mismatch, and of the arrays that are right those that are of the same component and arm."""
+        if mismatch.got is None or mismatch.expected is None:
+            return None
+        tap, arm = parse(mismatch.tap), definition().arm_of
+        near = [site for site in right if site.component == tap.component and arm(site.tap) == arm(tap)]
+        given = (self.oracle, tap, mismatch.expected, mismatch.got, exact)
+        return TapProbe(*given, shared=mismatch.shared, right=near)
+
     def _exact_values(self, group: Sequence[ExactMismatch]) -> dict[str, np.ndarray]:
         values = dict(self.exact.arrays)
         return values | {mismatch.tap: mismatch.expected for mismatch in group if mismatch.expected is not None}
 
-    def _held(self, finding: Finding, compared: Mapping[str, Sequence[TapName]]) -> Finding:
-        """A finding with where it holds among the compared taps of its kind."""
+    def _held(self, finding: Finding, compared: Mapping[str, Sequence[TapError]], recording: Recording) -> Finding:
+        """A finding with where it holds among the compared taps of its kind.
+
+        Others limit that where they would be seen to have its cause, and have not.
+        """
         kind = component_kind(finding.tap)
         if finding.kind != LOCAL or kind not in compared:
             return finding
-        wrong = {finding.tap, *finding.also}
-        within = compared[kind]
-        return replace(finding, support=holding([tap for tap in within if tap.name in wrong], within))
+        own = {finding.tap, *finding.also}
+        others = [tap for tap in compared[kind] if tap.tap.name not in own and tap.allowed is not None]
+        if cause := finding.cause:
+            others = [tap for tap in others if self._without(tap, cause, recording)]
+        told = [tap.tap for tap in compared[kind] if tap.tap.name in own]
+        return replace(finding, support=holding(told, [*told, *(tap.tap for tap in others)]))
+
+    def _without(self, tap: TapError, cause: Hypothesis, recording: Recording) -> bool:
+        """Whether a tap is seen not to have a cause, beside those that it has."""
+        findings = [each for each in self.findings if tap.tap.name in (each.tap, *each.also)]
+        beside = [each.cause for each in findings if each.cause]
+        if len(beside) < len(findings) or cause.name in [each.name for each in beside] or tap.mismatch:
+            return False
+        return cause.about(tap.tap.component) and rules_out(self._site(tap, recording), [*beside, cause])
 
     def _local_finding(
-        self, wrong: list[TapError], compared: Mapping[str, Sequence[TapName]], recording: Recording
+        self, wrong: list[TapError], compared: Mapping[str, Sequence[TapError]], recording: Recording
     ) -> list[TapError]:
         """Explain the first of the wrong taps; return those that have another cause."""
         first = wrong[0]
@@ -345,7 +367,8 @@ class Investigation:
         if not causes.together and others:
             # The second may have a cause of its own.
             causes = explain(site, self._site(others[0], recording), self.hypotheses)
-        covered = self._covered(first, wrong[1:], causes, compared[_kind(first)], recording)
+        alike = [tap.tap for tap in compared[_kind(first)]]
+        covered = self._covered(first, wrong[1:], causes, alike, recording)
         slices, place = self._slices(site)
         difference = compare(self.oracle.own[name], recording[name], first.tap.most)
         self._add(
@@ -386,6 +409,7 @@ class Investigation:
             allowed=allowed,
             support=support,
             failed=tuple(causes.failed.items()),
+            cause=causes.together[0] if len(causes.together) == 1 else None,
         )
         if causes.parts:
             self._add_parts(finding, causes)
@@ -400,7 +424,7 @@ class Investigation:
                 continue
             own = replace(Explanation.of(hypothesis, causes.removed, agrees=causes.agrees), describes=describes)
             others = [e for e in causes.ranked if e.name != hypothesis.name]
-            self.findings.append(replace(finding, explanations=(own, *others)))
+            self.findings.append(replace(finding, explanations=(own, *others), cause=hypothesis))
 
     def _join_or_append(self, finding: Finding) -> None:
         """Append a finding; weights, and taps of one kind, that are wrong for one reason are one finding."""
@@ -417,7 +441,7 @@ class Investigation:
         """Add a finding for the cause of each part of some integers, and one for those that are left."""
         for hypothesis, part in zip(causes.together, causes.parts, strict=True):
             whole = replace(Explanation.of(hypothesis, 1.0), figure=None)
-            self.findings.append(replace(finding, explanations=(whole,), part=part))
+            self.findings.append(replace(finding, explanations=(whole,), part=part, cause=hypothesis))
         if (left := 1 - sum(causes.parts)) > 1e-9:
             others = [e for e in causes.ranked if e.name not in {h.name for h in causes.together}]
             unexplained = [replace(e, residual_removed=min(e.residual_removed, 0.0)) for e in others]

@@ -14,6 +14,7 @@ class Place:
         self.expected = base() if expected is None else expected
         self.own = self.expected if own is None else own
         self.shared = self.allowed = None
+        self.right = ()
         self.got, self.exact, self.component, self.floor = got, exact, component, floor
         self.computed = 0
 

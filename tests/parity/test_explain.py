@@ -10,7 +10,7 @@ import pytest
 from parity.hypotheses import DoesNotApply, Hypothesis
 from parity.laws import Component
 from parity.localize import explain as explaining
-from parity.localize.explain import BASES, DEPTH, FINALISTS, LISTED, explain, removed
+from parity.localize.explain import BASES, DEPTH, FINALISTS, LISTED, explain, removed, rules_out
 from parity.localize.findings import EXPLAINS
 
 CASES = runpy.run_path(str(Path(__file__).with_name("explain_cases.py")))
@@ -26,6 +26,36 @@ def test_the_right_hypothesis_removes_the_whole_residual():
     # One that changes what is right makes it worse.
     assert all(e.residual_removed < 0 for e in causes.ranked[1:])
     assert len(causes.ranked) == LISTED
+
+
+def test_a_cause_that_changes_what_is_right_beside_it_is_none():
+    right = caused_by(exact=True)
+
+    def unlike(name, there, elsewhere):
+        def transform(site, array):
+            change = there if site is right else elsewhere
+            return change and change.transform(site, array)
+
+        return replace(at(3, name), transform=transform)
+
+    both, alone = at(3, "both"), unlike("alone", None, ALL[3])
+    site = caused_by(ALL[3], exact=True)
+    site.right = [right]
+    assert names(explain(site, None, [both])) == []
+    assert names(explain(site, None, [both, alone])) == ["alone"]
+    # Two that together leave it as it is are no less a cause.
+    back = unlike("back", at(3, amount=-1.0), ALL[4])
+    site = caused_by(ALL[3], ALL[4], exact=True)
+    site.right = [right]
+    assert sorted(names(explain(site, None, [both, back]))) == ["back", "both"]
+
+
+def test_what_is_further_off_than_agrees_is_ruled_out():
+    site = caused_by()
+    assert not rules_out(site, [ALL[3]])
+    site.allowed = 0.01
+    assert rules_out(site, [ALL[3]]) and not rules_out(site, [at(3, amount=1e-3)])
+    assert not rules_out(caused_by(ALL[3], floor=0.0), [ALL[3]])
 
 
 def test_rounding_does_not_hide_the_right_one_and_a_part_is_told_as_such():

@@ -1,14 +1,19 @@
 """Where a cause holds among the compared taps of its kind, and which taps without a cause are one finding."""
 
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from parity.lance.names import parse
 from parity.localize.explain import Causes
+from parity.localize.findings import LOCAL, Explanation, Finding
 from parity.localize.holding import holding
 from parity.localize.investigation import Investigation
 
+CASES = runpy.run_path(str(Path(__file__).with_name("explain_cases.py")))
+CAUSE, OTHER, caused_by = CASES["ALL"][3], CASES["ALL"][4], CASES["caused_by"]
 CALLS = [f"{arm}.{call}" for arm in ("cond", "uncond") for call in ("prefix0", "step0", "step1", "step2", "step3")]
 NAMES = [f"{call}/language_model.model.layers.{layer}.self_attn.q_norm" for call in CALLS for layer in range(3)]
 TAPS = [parse(name) for name in NAMES]
@@ -51,3 +56,53 @@ def test_what_has_no_cause_is_one_finding_where_no_layer_is_right(layers, togeth
     covered = Investigation._covered(None, wrong[0], wrong[1:], Causes((), 0.0, ()), TAPS, {})
     alike = [tap for tap in wrong if together or tap.tap.component == wrong[0].tap.component]
     assert covered == {tap.tap.name for tap in alike[1:]}
+
+
+class Found(Investigation):
+    """What was found at some sites, by the number of their taps: the causes of each."""
+
+    def __init__(self, causes, sites):
+        self.sites = {TAPS[number].name: site for number, site in sites.items()}
+        self.findings = [
+            Finding("layers", TAPS[n].name, "", LOCAL, 1.0, 0.0, cause=c, explanations=[Explanation("", 1.0)])
+            for n, c in causes
+        ]
+
+    def _site(self, tap, recording):
+        return self.sites[tap.tap.name]
+
+    def support(self):
+        compared = [
+            SimpleNamespace(tap=tap, allowed=self.sites[tap.name].allowed, mismatch=None)
+            for tap in TAPS
+            if tap.name in self.sites
+        ]
+        return self._held(self.findings[0], {"layers.*.self_attn.q_norm": compared}, {}).support
+
+
+def site(*causes, allowed=1e-3):
+    made = caused_by(*causes)
+    made.allowed = allowed
+    return made
+
+
+@pytest.mark.parametrize(
+    ("others", "other", "words"),
+    [
+        ([], site(), "in layers.0 only"),
+        # There it would not show, or nobody knows how much is too much.
+        ([], site(allowed=1.0), None),
+        ([], site(allowed=None), None),
+        # There something else is wrong: what is explained without the cause, with it, and what is not explained.
+        ([(1, OTHER)], site(OTHER), "in layers.0 only"),
+        ([(1, OTHER), (1, CAUSE)], site(OTHER, CAUSE), None),
+        ([(1, None)], site(OTHER), None),
+    ],
+)
+def test_what_is_right_limits_a_cause_that_would_show_there(others, other, words):
+    found = Found([(0, CAUSE), *others], {0: site(CAUSE), 1: other})
+    assert found.support() == words
+
+
+def test_what_has_no_cause_is_told_where_it_shows():
+    assert Found([(0, None)], {0: site(CAUSE), 1: site(allowed=1.0)}).support() == "in layers.0 only"

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -202,7 +203,8 @@ def test_biases_of_products(seed):
     assert first(component, 1.02 * product + bias) == "the product is 1.02 times as large, but not the bias"
     assert first(component, product + where(bias, 3, lambda v: 0)).startswith("the bias is 0 instead of ")
     other = np.random.default_rng(seed + 7).standard_normal(96)
-    assert "is another vector" in " ".join(law.sentence for law in fitted(component, held(product + other, "float32")))
+    described = {law.sentence: law.describes for law in fitted(component, held(product + other, "float32"))}
+    assert described["the bias is another vector"] and not fitted(component, held(product, "float32"))[0].describes
 
 
 def test_two_faults_are_not_told_as_a_matrix():
@@ -241,6 +243,18 @@ def test_parameters(sentence, change):
     for seed in SEEDS:
         component = components("weight", seed=seed)
         assert first(component, change(component.own)) == sentence
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_as_mlx_quantizes_them(dtype, bits):
+    own = held(np.random.default_rng(bits).standard_normal((40, 128)), dtype)
+    kept = mx.quantize(mx.array(own).astype(getattr(mx, dtype)), 32, bits)
+    got = np.array(mx.dequantize(*kept, 32, bits).astype(mx.float32))
+    component = Component("weight", {}, {"name": "weight"}, own)
+    law = fitted(component, got)[0]
+    assert law.sentence == f"the weight is quantized to {bits} bits in groups of 32, zero kept"
+    assert np.array_equal(law.apply(component), got)
 
 
 def test_kernels():
@@ -347,6 +361,7 @@ def test_any_function_of_a_gate_is_drawn():
     weight, bias = component.facts["weight"].astype(np.float64), component.facts["bias"]
     law = fitted(component, held((np.sin(gate) * up) @ weight.T + bias, "float32"))[0]
     assert law.sentence == "the gate passes another function instead of SiLU" and law.figure is not None
+    assert law.describes
     assert np.allclose(law.figure.lines["found"], np.sin(law.figure.x), atol=0.1)
     late = where(component.own, np.s_[9:], lambda v: ((np.maximum(gate, 0) * up) @ weight.T + bias)[9:])
     assert first(component, late) == "the gate passes ReLU instead of SiLU from row 9 on"

@@ -216,3 +216,31 @@ def test_nothing_is_read_from_what_is_right_and_from_noise(seed):
     assert fitted(tokens(), rng.integers(0, 900, IDS.shape[1])) == []
     assert fitted(positions(), IDS[:, :5]) == [] and fitted(positions(), np.zeros((3, 0), np.int32)) == []
     assert fitted(tokens(), np.zeros(0, np.int32)) == []
+
+
+@pytest.mark.parametrize(
+    ("by", "sentence"),
+    [
+        (1, "the user's text takes in the first token of the source"),
+        (3, "the user's text takes in the first 3 tokens of the source"),
+        (-2, "the source takes in the last 2 tokens of the user's text"),
+    ],
+)
+def test_a_split_that_ends_elsewhere(by, sentence):
+    split = AT["the user's text"].split
+    border = AT["the user's text"].stop
+    moved = np.concatenate([np.full(s.length, s.split) for s in SEGMENTS])
+    moved[min(border, border + by) : max(border, border + by)] = split if by > 0 else split + 1
+    law = fitted(roles(), moved.astype(np.int32))[0]
+    assert law.sentence == sentence
+    # It is told of the lengths too, and leaves the tokens as they are.
+    counts = lengths().own + np.array([by * ((i == split) - (i == split + 1)) for i in range(len(PARTS))])
+    assert sentence in [each.sentence for each in fitted(lengths(), counts.astype(np.int32))]
+    assert np.array_equal(law.apply(lengths()), counts) and np.array_equal(law.apply(tokens()), tokens().own)
+
+
+def test_what_is_said_of_roles_says_nothing_of_token_ids():
+    other = roles().own.copy()
+    other[AT["the user's text"].rows] = 9
+    law = fitted(roles(), other)[0]
+    assert np.array_equal(law.apply(roles()), other) and law.apply(tokens()) is None

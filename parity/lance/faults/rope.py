@@ -144,14 +144,14 @@ FAULTS = [
         "The second section of the frequencies follows the columns and the third the rows.",
         _Q_ROPE,
         _sections(0, 2, 1),
-        explanation="RoPE sections follow t, w, h",
+        explanation="the frequencies of h follow w and those of w follow h",
     ),
     Fault(
         "rope-sections-reversed",
         "The first section of the frequencies follows the columns and the last one time.",
         _Q_ROPE,
         _sections(2, 1, 0),
-        explanation="RoPE sections follow w, h, t",
+        explanation="the frequencies of t follow w and those of w follow t",
     ),
     Fault(
         "rope-axes-interleaved",
@@ -165,7 +165,7 @@ FAULTS = [
         "All frequencies follow the t axis, as in a model for text.",
         _Q_ROPE,
         _axes(np.zeros_like),
-        explanation="RoPE takes every frequency from the t axis",
+        explanation="all frequencies follow t",
     ),
     Fault(
         "rope-turns-backwards",

@@ -79,7 +79,7 @@ FAULTS = [
     _fault(
         "weight-rows-for-pairs",
         "layers.1.self_attn.k_proj",
-        "the weight's rows are permuted for interleaved RoPE",
+        "the weight's outputs of every 16 are read as 2 x 8 transposed",
         _rows_for_pairs,
         "The rows of a weight are permuted as for a RoPE that turns neighbouring pairs.",
     ),
@@ -115,7 +115,7 @@ FAULTS = [
     _fault(
         "weight-quantized",
         "layers.1.mlp_moe_gen.gate_proj",
-        "the weight is quantized to 8 bits in groups of 32",
+        "the weight is quantized to 8 bits in groups of 32, zero kept",
         _quantized,
         "A weight was quantized to 8 bits in groups of 32.",
     ),
@@ -163,7 +163,7 @@ FAULTS = [
     _fault(
         "vit-queries-and-keys-exchanged",
         "vit_model.blocks.0.attn.qkv",
-        "queries and keys of qkv are exchanged",
+        "the weight's outputs 0 to 31 and 32 to 63 are exchanged",
         _queries_for_keys,
         "Queries and keys are exchanged in the ViT's fused projection.",
         LOOKS,

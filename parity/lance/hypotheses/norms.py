@@ -75,10 +75,6 @@ def eps_is(eps: float) -> Patch:
     return forward(other)
 
 
-def twice(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
-    return original(original(x))
-
-
 def rounded_once(site: "TapProbe", module: nn.Module, original: Callable, x: Tensor) -> Tensor:
     return normed(module, x, Way(rounded=False)).to(x.dtype)
 
@@ -169,7 +165,6 @@ HYPOTHESES = [
     *(Hypothesis(f"norm eps is {written(eps)}", ANY, eps_is(eps)) for eps in EPS),
     Hypothesis("norm eps is added to the root", ROWS, forward(
         lambda site, module, original, x: normed(module, x, Way(eps_on_length=True)))),
-    Hypothesis("the norm is applied twice", ANY, forward(twice)),
     Hypothesis("the norm lacks its factor sqrt(channels)", ANY, as_way(Way(summed=True))),
     Hypothesis("the norm runs over the whole frame in one group", VAE, as_way(Way(axes=(1, -1, -2), centred=True))),
     Hypothesis("queries and keys stay bfloat16 beside latents", QK, kept(torch.bfloat16)),

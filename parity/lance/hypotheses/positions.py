@@ -116,20 +116,6 @@ def as_text(ids: np.ndarray, run: Run) -> None:
         ids[:, run.whole[[0, -1]]] = ids[:, run.whole[:1] - 1] + [1, 2]
 
 
-def after_blocks(change: Callable[[int], int]) -> Change:
-    """Text behind the first visual block moved."""
-
-    def moved_text(site: "TapProbe", ids: np.ndarray) -> np.ndarray | None:
-        seen = False
-        for run in runs(site, ids):
-            if seen and run.split.grid is None:
-                ids[:, run.whole] = change(ids[:, run.whole])
-            seen |= run.split.grid is not None
-        return ids
-
-    return moved_text
-
-
 def goes_on(site: "TapProbe", ids: np.ndarray) -> np.ndarray | None:
     """Closing brackets and text count on from the largest id before them."""
     found, start = runs(site, ids), 0
@@ -235,9 +221,6 @@ HYPOTHESES = [
     recipe("nothing is moved by its role", anchors=(), taken_over=False),
     changed("the target takes over the source's frames alone", take_over((0,))),
     changed("the target takes over the source's rows and columns alone", take_over((1, 2))),
-    *(changed(f"all positions are off by {n:+d}", lambda site, ids, n=n: ids + n) for n in (-2, -1, 1, 2)),
-    *(changed(f"text after a visual block is off by {n:+d}", after_blocks(lambda ids, n=n: ids + n))
-      for n in (-2, -1, 1, 2)),
     recipe("the unconditional prefix is recomputed", unconditional="recomputed"),
     recipe("the unconditional prefix keeps the conditional ids", unconditional="prefix"),
     recipe("the unconditional block keeps the conditional ids", unconditional="conditional"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from parity.hypotheses.base import DoesNotApply, Hypothesis, Patch
+from parity.hypotheses.base import Hypothesis, Patch
 from parity.lance.hypotheses.tokens import pass_tokens
 from parity.lance.hypotheses.tools import around, forward, module_of
 
@@ -22,30 +22,24 @@ ROPES = ("layers.*.self_attn.q_rope", "layers.*.self_attn.k_rope")
 class Angles:
     """How the angles of a rotation may be made; the defaults are upstream's.
 
-    axes: position ids [3, n] -> [3, n]: which of them the three runs of frequencies follow. alternating: axis of
-    frequency i is i % 3. rounding: of frequencies, angles, and cosines and sines; None keeps float32.
+    alternating: axis of frequency i is i % 3. frequency, angle: what they are rounded to.
     """
 
-    theta: float | None = None
-    ids: Callable[[Tensor], Tensor] = staticmethod(lambda ids: ids)
     alternating: bool = False
     sections: Callable[[list[int], int], list[int]] = staticmethod(lambda sections, half: sections)
     exponents: Callable[[Tensor, int], Tensor] = staticmethod(lambda exponents, d: exponents)
     frequency: str = "policy"
     angle: str = "float32"
-    result: str = "policy"
 
 
 def rotation(site: "TapProbe", position_ids: Tensor, way: Angles) -> tuple[Tensor, Tensor]:
     """cos and sin [n, d] made in a way."""
     model = site.pipeline.model.language_model
     config, d, policy = model.config, model.config.head_dim, model.numerics.torch_dtype
-    dtypes = {"policy": policy, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    theta = way.theta or config.rope_theta
+    dtypes = {"policy": policy, "float32": torch.float32, "bfloat16": torch.bfloat16}
     exponents = way.exponents(torch.arange(0, d, 2).float() / d, d)
-    frequencies = (1.0 / theta**exponents).to(dtypes[way.frequency]).float()
-    ids = way.ids(position_ids).float()
-    angles = (ids[:, :, None] * frequencies).to(dtypes[way.angle]).float()
+    frequencies = (1.0 / config.rope_theta**exponents).to(dtypes[way.frequency]).float()
+    angles = (position_ids.float()[:, :, None] * frequencies).to(dtypes[way.angle]).float()
     if way.alternating:
         axis = torch.arange(d // 2) % 3
     else:
@@ -53,7 +47,7 @@ def rotation(site: "TapProbe", position_ids: Tensor, way: Angles) -> tuple[Tenso
         axis = torch.repeat_interleave(torch.arange(len(sections)) % 3, torch.tensor(sections))
     chosen = angles[axis, :, torch.arange(d // 2)].T
     chosen = torch.cat([chosen, chosen], -1)
-    return chosen.cos().to(dtypes[way.result]), chosen.sin().to(dtypes[way.result])
+    return chosen.cos().to(policy), chosen.sin().to(policy)
 
 
 def made(way: Angles) -> Patch:
@@ -61,8 +55,6 @@ def made(way: Angles) -> Patch:
 
     def patched(site: "TapProbe") -> AbstractContextManager[object]:
         module_of(site)
-        if way.theta == site.pipeline.model.config.rope_theta:
-            raise DoesNotApply
         model = site.pipeline.model.language_model
         return around(model, "rotation", lambda original, ids: rotation(site, ids, way))
 
@@ -116,14 +108,6 @@ def in_dtype(dtype: torch.dtype) -> Patch:
     return forward(turned)
 
 
-def order(*axes: int) -> Angles:
-    return Angles(ids=lambda ids: ids[list(axes)])
-
-
-def by_thirds(sections: list[int], half: int) -> list[int]:
-    return [half - 2 * (half // 3), half // 3, half // 3]
-
-
 def doubled(sections: list[int], half: int) -> list[int]:
     """Runs twice as long over the channels of a head, of which only the first half is left."""
     runs, left = [], half
@@ -147,19 +131,12 @@ def rounded_ids(ids: Tensor, places: Tensor) -> Tensor:
     return ids.bfloat16()
 
 
-NAMES = ("t", "h", "w")
-ORDERS = ((0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 HYPOTHESES = [
     Hypothesis("RoPE turns neighbouring pairs instead of halves", ROPES, forward(neighbours)),
     Hypothesis("RoPE gathers neighbouring pairs into halves", ROPES, forward(gathered_pairs)),
     Hypothesis("RoPE exchanges cosines and sines", ROPES, turned_by(lambda x, cos, sin: (x, sin, cos))),
     Hypothesis("RoPE is applied twice", ROPES, forward(twice)),
-    *(Hypothesis(f"RoPE sections follow {', '.join(NAMES[i] for i in axes)}", ROPES, made(order(*axes)))
-      for axes in ORDERS),
-    *(Hypothesis(f"RoPE takes every frequency from the {NAMES[axis]} axis", ROPES, made(order(axis, axis, axis)))
-      for axis in range(3)),
     Hypothesis("RoPE axes alternate frequency by frequency", ROPES, made(Angles(alternating=True))),
-    Hypothesis("RoPE gives each axis a third of the frequencies", ROPES, made(Angles(sections=by_thirds))),
     Hypothesis("RoPE sections are twice as long", ROPES, made(Angles(sections=doubled))),
     Hypothesis("RoPE frequencies are not rounded", ROPES, made(Angles(frequency="float32"))),
     Hypothesis("RoPE frequencies are spaced by half - 1", ROPES, made(Angles(exponents=half_count))),
@@ -167,9 +144,6 @@ HYPOTHESES = [
     Hypothesis("RoPE frequencies fall twice as fast", ROPES, made(Angles(exponents=lambda e, d: e * 2))),
     Hypothesis("RoPE frequencies rise instead of falling", ROPES, made(Angles(exponents=lambda e, d: e.flip(0)))),
     Hypothesis("RoPE angles are rounded to bfloat16", ROPES, made(Angles(angle="bfloat16"))),
-    Hypothesis("RoPE cosines and sines are not rounded", ROPES, made(Angles(result="float32"))),
-    Hypothesis("RoPE frequencies, cosines and sines are not rounded", ROPES,
-               made(Angles(frequency="float32", result="float32"))),
     Hypothesis("RoPE turns in bfloat16", ROPES, in_dtype(torch.bfloat16)),
     Hypothesis("RoPE turns in float32", ROPES, in_dtype(torch.float32)),
     Hypothesis("RoPE reads positions rounded to bfloat16", ROPES, shifted(rounded_ids)),

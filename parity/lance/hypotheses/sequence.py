@@ -264,8 +264,6 @@ HYPOTHESES = [
     edited("an end-of-text token comes first", framed),
     edited("image_pad instead of video_pad", visual(other_pad)),
     edited("the closing bracket is one more cell", visual(lambda site, tokens: (*tokens[:-1], tokens[-2]))),
-    edited("the closing bracket is left out", visual(lambda site, tokens: tokens[:-1])),
-    edited("visual blocks have no brackets", visual(lambda site, tokens: tokens[1:-1])),
     edited("the brackets are exchanged", visual(exchanged)),
     edited("a visual block has one cell too many", visual(lambda site, tokens: (*tokens[:-1], *tokens[-2:]))),
     edited("a visual block has one cell too few", visual(lambda site, tokens: (*tokens[:-2], tokens[-1]))),

@@ -26,10 +26,7 @@ if TYPE_CHECKING:
 Change = Callable[["TapProbe", nn.Module, str, Tensor], Tensor | None]
 """Another value [same shape] of a module's parameter of that name; None leaves it as it is."""
 
-PROJECTIONS = ("layers.*_proj", "layers.*_proj_moe_gen", "lm_head", "vae2llm", "llm2vae", "time_embedder*",
-               "vit_model.*.qkv", "vit_model.*proj", "vit_model.merger*")  # fmt: skip
 PER_LAYER = ("layers.*", "vit_model.blocks.*")
-QK = ("layers.*.q_proj*", "layers.*.k_proj*")
 QKV = ("vit_model.*.qkv", "vae.*.to_qkv")
 VARIANTS = ("Lance_3B", "Lance_3B_Video")
 
@@ -118,71 +115,12 @@ def named(name: str) -> Callable[[str], str]:
     return path
 
 
-def on(key: str, change: Callable[[Tensor], Tensor | None]) -> Change:
-    """A change of the parameter of that name alone."""
-    return lambda site, module, own, value: change(value) if own == key else None
-
-
-def each(change: Callable[[Tensor], Tensor | None]) -> Change:
-    return lambda site, module, own, value: change(value)
-
-
-def per_head(arrange: Callable[[Tensor], Tensor]) -> Change:
-    """Rows of every head in another order: `arrange` is given [heads, head_dim, ...]."""
-
-    def change(site: "TapProbe", module: nn.Module, key: str, value: Tensor) -> Tensor:
-        heads = value.unflatten(0, (-1, site.pipeline.model.config.head_dim))
-        return arrange(heads).reshape(value.shape)
-
-    return change
-
-
-def to_pairs(x: Tensor) -> Tensor:
-    """(2, d / 2) -> (d / 2, 2): what makes neighbouring pairs of halves."""
-    return x.unflatten(1, (2, -1)).transpose(1, 2)
-
-
-def to_halves(x: Tensor) -> Tensor:
-    return x.unflatten(1, (-1, 2)).transpose(1, 2)
-
-
-def thirds(*order: int) -> Change:
-    """Queries, keys and values of one product in another order."""
-    return each(lambda value: value.unflatten(0, (3, -1))[list(order)].flatten(0, 1))
-
-
 def head_by_head(site: "TapProbe", module: nn.Module, key: str, value: Tensor) -> Tensor:
     """Rows in the order (head, query key value, dim)."""
     if not site.component.startswith("vit_model"):
         raise DoesNotApply
     heads = site.pipeline.vit_model.config.num_heads
     return value.unflatten(0, (3, heads, -1)).transpose(0, 1).reshape(value.shape)
-
-
-def quantized(bits: int, group: int, signed: bool = False) -> Change:
-    """Rows in groups, each with its own scale and offset (signed: scale alone)."""
-
-    def change(value: Tensor) -> Tensor | None:
-        if value.ndim != 2 or value.shape[1] % group:
-            return None
-        wide = value.float().unflatten(1, (-1, group))
-        levels = 2**bits - 1
-        low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
-        if signed:
-            step = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / (levels // 2)
-            return ((wide / step).round() * step).flatten(1).to(value.dtype)
-        # The end that is farther from 0 is met exactly, as MLX's affine quantization has it.
-        step = ((high - low) / levels).clamp(min=1e-7)
-        outer = torch.where(low.abs() > high.abs(), low, high)
-        step = torch.where(low.abs() > high.abs(), step, -step)
-        turns = (outer / step).round()
-        step = torch.where(turns != 0, outer / turns, step)
-        offset = torch.where(turns != 0, outer, torch.zeros_like(outer))
-        codes = ((wide - offset) / step).round().clamp(0, levels)
-        # Scale and offset are kept in the weight's dtype, and so is every step back.
-        return (codes.to(value.dtype) * step.to(value.dtype) + offset.to(value.dtype)).flatten(1)
-
-    return on("weight", change)
 
 
 def tied(site: "TapProbe", module: nn.Module, key: str, value: Tensor) -> Tensor:
@@ -238,16 +176,7 @@ HYPOTHESES = [
     weights("the previous layer's weight", PER_LAYER, of_module(moved(-1))),
     *(weights(f"the weight of {name}", components, of_module(named(name))) for name, components in SIBLINGS.items()),
     weights("gate and up are exchanged", ("*.gate_proj", "*.up_proj"), of_module(other_half)),
-    weights("the weight's rows are permuted for interleaved RoPE", QK, per_head(to_pairs)),
-    weights("the weight's rows are permuted for RoPE in halves", QK, per_head(to_halves)),
     Hypothesis("the weight is kept in float32", WEIGHTED, transform=unrounded),
-    *(weights(f"the weight is quantized to {bits} bits in groups of {group}", PROJECTIONS, quantized(bits, group))
-      for bits in (8, 4) for group in (32, 64, 128)),
-    weights("the weight is quantized to 8 bits row by row", PROJECTIONS, on(
-        "weight", lambda value: quantized(8, value.shape[-1], signed=True)(None, None, "weight", value))),
-    weights("queries and keys of qkv are exchanged", QKV, thirds(1, 0, 2)),
-    weights("keys and values of qkv are exchanged", QKV, thirds(0, 2, 1)),
-    weights("queries and values of qkv are exchanged", QKV, thirds(2, 1, 0)),
     weights("qkv is stored head by head", QKV, head_by_head),
     weights("the head is tied to the token embeddings", ("lm_head", "embed_tokens"), tied),
     weights("the weight is the other variant's", WEIGHTED, of_file(other_variant)),
