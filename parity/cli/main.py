@@ -13,6 +13,7 @@ import typer
 from lance_command.unread import end_unread
 from parity.cli import localize as cli_localize
 from parity.cli import port as cli_port
+from parity.cli import sensitivity as cli_sensitivity
 from parity.cli import store as cli_store
 from parity.cli import stream as cli_stream
 from parity.cli.errors import one_line_errors
@@ -202,6 +203,7 @@ def layouts(
 
 cli_localize.register(app)
 cli_port.register(app)
+cli_sensitivity.register(app)
 cli_store.register(app)
 cli_stream.register(app)
 
