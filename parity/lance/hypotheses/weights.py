@@ -28,6 +28,7 @@ Change = Callable[["TapProbe", nn.Module, str, Tensor], Tensor | None]
 
 PROJECTIONS = ("layers.*_proj", "layers.*_proj_moe_gen", "lm_head", "vae2llm", "llm2vae", "time_embedder*",
                "vit_model.*.qkv", "vit_model.*proj", "vit_model.merger*")  # fmt: skip
+QUANTIZED = (*PROJECTIONS, "embed_tokens", "*norm*")
 PER_LAYER = ("layers.*", "vit_model.blocks.*")
 QK = ("layers.*.q_proj*", "layers.*.k_proj*")
 QKV = ("vit_model.*.qkv", "vae.*.to_qkv")
@@ -159,18 +160,21 @@ def head_by_head(site: "TapProbe", module: nn.Module, key: str, value: Tensor) -
     return value.unflatten(0, (3, heads, -1)).transpose(0, 1).reshape(value.shape)
 
 
-def quantized(bits: int, group: int, signed: bool = False) -> Change:
-    """Rows in groups, each with its own scale and offset (signed: scale alone)."""
+def quantized(bits: int, group: int, signed: bool = False, once: bool = False) -> Change:
+    """Rows in groups, each with its own scale and offset (signed: scale alone); a vector is a row.
+
+    The way back is rounded at every step, or `once` at its end.
+    """
 
     def change(value: Tensor) -> Tensor | None:
-        if value.ndim != 2 or value.shape[1] % group:
+        if value.ndim > 2 or value.shape[-1] % group:
             return None
-        wide = value.float().unflatten(1, (-1, group))
+        wide = value.float().unflatten(-1, (-1, group))
         levels = 2**bits - 1
         low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
         if signed:
             step = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / (levels // 2)
-            return ((wide / step).round() * step).flatten(1).to(value.dtype)
+            return ((wide / step).round() * step).flatten(-2).to(value.dtype)
         # The end that is farther from 0 is met exactly, as MLX's affine quantization has it.
         step = ((high - low) / levels).clamp(min=1e-7)
         outer = torch.where(low.abs() > high.abs(), low, high)
@@ -179,8 +183,10 @@ def quantized(bits: int, group: int, signed: bool = False) -> Change:
         step = torch.where(turns != 0, outer / turns, step)
         offset = torch.where(turns != 0, outer, torch.zeros_like(outer))
         codes = ((wide - offset) / step).round().clamp(0, levels)
-        # Scale and offset are kept in the weight's dtype, and so is every step back.
-        return (codes.to(value.dtype) * step.to(value.dtype) + offset.to(value.dtype)).flatten(1)
+        # Scale and offset are kept in the weight's dtype.
+        parts = [each.to(value.dtype) for each in (codes, step, offset)]
+        codes, step, offset = [each.float() for each in parts] if once else parts
+        return (codes * step + offset).flatten(-2).to(value.dtype)
 
     return on("weight", change)
 
@@ -241,7 +247,7 @@ HYPOTHESES = [
     weights("the weight's rows are permuted for interleaved RoPE", QK, per_head(to_pairs)),
     weights("the weight's rows are permuted for RoPE in halves", QK, per_head(to_halves)),
     Hypothesis("the weight is kept in float32", WEIGHTED, transform=unrounded),
-    *(weights(f"the weight is quantized to {bits} bits in groups of {group}", PROJECTIONS, quantized(bits, group))
+    *(weights(f"the weight is quantized to {bits} bits in groups of {group}", QUANTIZED, quantized(bits, group))
       for bits in (8, 4) for group in (32, 64, 128)),
     weights("the weight is quantized to 8 bits row by row", PROJECTIONS, on(
         "weight", lambda value: quantized(8, value.shape[-1], signed=True)(None, None, "weight", value))),
