@@ -7,6 +7,7 @@ from math import gcd, inf
 
 import numpy as np
 
+from parity.bundle.store import sizes
 from parity.errors import ParityError
 
 CELLS = 1 << 18
@@ -40,7 +41,7 @@ def solve(groups: Sequence[Sequence[Option]], budget: int) -> Choice:
     """The choice of least cost whose sizes add up to at most a budget; raises ParityError where none does."""
     least = sum(min(each.size for each in options) for options in groups)
     if budget < least:
-        raise ParityError(f"the budget is too small: the least that these widths can be is {least / 1e9:.3f} GB")
+        raise ParityError(f"the budget is too small by {sizes(least - budget)} for these widths")
     unit = _unit(groups)
     picked, cost = _table(groups, unit, round_up=True).best(budget)
     size = sum(options[i].size for options, i in zip(groups, picked, strict=True))
