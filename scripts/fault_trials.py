@@ -1,5 +1,6 @@
 """The catalogue of faults put to the test: is each found, named and explained, on more than one bundle?"""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,8 +11,9 @@ from parity.comparison.verdict import DIVERGE
 from parity.errors import ParityError
 from parity.lance.faults import Fault
 from parity.lance.hypotheses import HYPOTHESES
+from parity.lance.packed import write_dequantized
 from parity.lance.ports import MlxPort
-from parity.lance.record import record
+from parity.lance.record import record, record_again
 from parity.lance.record_options import Options, build_request
 from parity.localize.findings import Localization
 from parity.localize.investigation import Investigation
@@ -66,6 +68,10 @@ RECORDED = {
     "x2t_image-bf16-large": ("x2t_image", "bfloat16", {**_QUESTION, "vit_resolution": 672, "max_new_tokens": 1}),
     "image_edit-bf16-large": ("image_edit", "bfloat16", {"prompt": "make it blue", **_SMALL, "vit_resolution": 672}),
 }
+QUANTIZED = {"t2i-fp32-kv": "t2i-fp32-packed", "x2t_image-bf16-kv": "x2t_image-bf16-packed"}
+"""Embedded bundles whose requests are recorded with quantized weights, and what those are called."""
+TOWERS = {"bits": 4, "group_size": 32, "*_moe_gen*": {"bits": 8, "group_size": 32}}
+"""A recipe in which each tower has its own width."""
 
 
 def record_more(folder: Path, oracles: Path, start: Callable[[str], Callable[[str], None]]) -> list[Path]:
@@ -77,10 +83,22 @@ def record_more(folder: Path, oracles: Path, start: Callable[[str], Callable[[st
         request = build_request(task, Options(images=images, **(steps | values)))
         tell = start(name)
         path = record(folder / name, oracles / "checkpoint-a", request, dtype=dtype, progress=tell)
-        oracle = Oracle.of(read_bundle(path))
-        write_floors(path / FILE, oracle, measure(oracle, tell))
+        _keep_floors(path, tell)
         paths.append(path)
+    recipe = folder / "towers.json"
+    recipe.write_text(json.dumps(TOWERS), encoding="utf-8")
+    for source, name in QUANTIZED.items():
+        tell, bundle = start(name), read_bundle(oracles / source)
+        place = folder / f"{name}-checkpoint"
+        checkpoint = write_dequantized(place, bundle.checkpoint, bundle.variant, str(recipe), bundle.dtype)
+        paths.append(record_again(folder / name, bundle, checkpoint, tell))
+        _keep_floors(paths[-1], tell)
     return paths
+
+
+def _keep_floors(path: Path, tell: Callable[[str], None]) -> None:
+    oracle = Oracle.of(read_bundle(path))
+    write_floors(path / FILE, oracle, measure(oracle, tell))
 
 
 def plan(faults: Iterable[Fault], bundles: Sequence[Bundle]) -> list[tuple[Bundle, list[Fault]]]:

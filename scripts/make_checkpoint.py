@@ -2,12 +2,13 @@
 """Write a checkpoint in the official layout with random weights, at any size, a block at a time.
 
     python scripts/make_checkpoint.py OUT [--size tiny|official] [--variant image|video|both] [--seed N]
-        [--profile plain|outlier] [--dtype float32|bfloat16] [--layers N] [--hidden N] ...
+        [--profile plain|outlier] [--planted LAYER,...] [--dtype float32|bfloat16] [--layers N] [--hidden N] ...
 
 OUT is the folder to make. The same options make the same bytes, and every tensor has its own stream of random numbers,
 so that a value depends on the seed, the profile and the names of its file and tensor alone. Activations stay near unit
-size through all layers; the outlier profile has the few large channels and norm scales of trained models. The stored
-position table, which nothing reads, is random too.
+size through all layers; the outlier profile has the few large channels and norm scales of trained models. Planted
+layers compute what they would without, but with one weight in 32 that is 32 times as large as the others, which is
+hard to quantize. The stored position table, which nothing reads, is random too.
 Exit status: 0 written, 2 bad input, 130 interrupted.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -58,6 +60,10 @@ VISUAL_TOKENS = {
 # What leaves the model, or the branch that it ends: large channels there would show in nothing but the output.
 UNSCALED = ("lm_head", "llm2vae", "conv1.", "conv2.", "decoder.head", "decoder.conv1", "encoder.conv1", "pos_embed")
 BLOCK_BYTES = 1 << 24
+# Of planted layers: how much larger one in so many channels of a matrix's input is, and what is as much smaller for it.
+PLANTED, EVERY = np.float32(32), 32
+LARGE_COLUMNS = re.compile(r"self_attn\.[qkv]_proj(_moe_gen)?\.weight|mlp(_moe_gen)?\.(gate|up|down)_proj\.weight")
+SMALL_ROWS = re.compile(r"(input|post_attention)_layernorm(_moe_gen)?\.weight|mlp(_moe_gen)?\.up_proj\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -159,11 +165,13 @@ class Weights:
 
     Attributes:
         depth: layers that add to one residual stream, which makes each add less.
+        planted: layers whose weights have outliers that change nothing.
     """
 
     seed: int
     profile: str
     depth: int
+    planted: tuple[int, ...] = ()
 
     def blocks(self, file: str, name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         """Yield the float32 values of a tensor, flat, whole rows at a time."""
@@ -178,7 +186,13 @@ class Weights:
             if norm:
                 values += 1
             values *= factors[start : start + step, None]
+            if self._plants(LARGE_COLUMNS, name):
+                values[:, ::EVERY] *= PLANTED
             yield values.reshape(-1)
+
+    def _plants(self, kind: re.Pattern, name: str) -> bool:
+        match = re.fullmatch(r"language_model\.model\.layers\.(\d+)\.(.*)", name)
+        return bool(match and int(match[1]) in self.planted and kind.fullmatch(match[2]))
 
     def _spread(self, name: str, shape: tuple[int, ...], norm: bool) -> float:
         if norm:
@@ -195,6 +209,8 @@ class Weights:
 
     def _row_factors(self, file: str, name: str, rows: int) -> np.ndarray:
         factors = np.ones(rows, np.float32)
+        if self._plants(SMALL_ROWS, name):
+            factors[::EVERY] /= PLANTED
         if self.profile == "plain" or name.endswith("bias") or any(part in name for part in UNSCALED):
             return factors
         # One channel in two hundred is about ten times as large as the others, which differ by a third.
@@ -284,11 +300,17 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--variant", choices=FOLDERS, default="both")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", choices=("plain", "outlier"), default="plain")
+    parser.add_argument("--planted", type=layers_of, default=(), metavar="LAYER,...", help="layers that get outliers")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the safetensors files")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer's files; one that fits by default")
     for field in fields(Size):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, metavar="N")
     return parser.parse_args(arguments)
+
+
+def layers_of(text: str) -> tuple[int, ...]:
+    """Numbers of layers with commas between them."""
+    return tuple(int(number) for number in text.split(","))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -304,8 +326,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise LanceError(f"{options.out} exists already: choose another folder, or remove it")
         if size.hidden % size.heads or size.hidden // size.heads % 16:
             raise LanceError(f"--hidden {size.hidden} must be a multiple of 16 times --heads {size.heads}")
+        if absent := [layer for layer in options.planted if not 0 <= layer < size.layers]:
+            raise LanceError(f"--planted {absent[0]} is none of the {size.layers} layers")
         beside.mkdir(parents=True)
-        weights = Weights(options.seed, options.profile, size.layers)
+        weights = Weights(options.seed, options.profile, size.layers, options.planted)
         total = make(beside, size, options.variant, options.dtype, tokenizer, weights)
         beside.rename(options.out)
     except (LanceError, OSError, KeyError) as error:

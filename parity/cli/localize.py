@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from parity.cli.errors import one_line_errors
-from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, PythonOption, deliver
+from parity.cli.results import (
+    IMPL_HELP,
+    FormatOption,
+    OutputOption,
+    PythonOption,
+    QuantizeOption,
+    deliver,
+    quantized_as,
+)
 
 REPORTS = Path("reports/localize")
 
@@ -25,6 +33,7 @@ def localize(
     bundle: Annotated[Path, typer.Argument(help="Folder of one bundle.")],
     impl: Annotated[str, typer.Option(metavar="NAME", help=IMPL_HELP)] = "mlx",
     python: PythonOption = None,
+    quantize: QuantizeOption = None,
     fault: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,7 +109,9 @@ def localize(
             with progress_bar(1, "bundle") as start:
                 every = check_unique([*own, *definition().HYPOTHESES])
                 tell = start(f"{bundle.name} {impl}")
-                found = run(bundle, port_loader(impl, python), chosen, every, tell, attribute)
+                load = port_loader(impl, python)
+                with quantized_as(bundle, quantize, tell) as judged:
+                    found = run(judged, load, chosen, every, tell, attribute)
         except ParityError as error:
             if json_file:
                 document = {"verdict": UNUSABLE, "reason": str(error), "findings": [], "bundle": bundle.name}

@@ -13,10 +13,19 @@ import typer
 from lance_command.unread import end_unread
 from parity.cli import localize as cli_localize
 from parity.cli import port as cli_port
+from parity.cli import sensitivity as cli_sensitivity
 from parity.cli import store as cli_store
 from parity.cli import stream as cli_stream
 from parity.cli.errors import one_line_errors
-from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, PythonOption, deliver
+from parity.cli.results import (
+    IMPL_HELP,
+    FormatOption,
+    OutputOption,
+    PythonOption,
+    QuantizeOption,
+    deliver,
+    quantized_as,
+)
 from parity.errors import ParityError
 
 app = typer.Typer(
@@ -65,6 +74,7 @@ def run(
         typer.Option(metavar="NAME", help=f"{IMPL_HELP} May be given several times.", show_default="mlx, reference"),
     ] = None,
     python: PythonOption = None,
+    quantize: QuantizeOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON.", show_default=False)
     ] = None,
@@ -91,7 +101,7 @@ def run(
         known = known_ports()
         loaders = {name: known.get(name) or port_loader(name, python) for name in impl or known}
         with progress_bar(len(paths) * len(loaders), "comparison") as start:
-            rows = compare_all(paths, loaders, start)
+            rows = compare_all(paths, loaders, start, lambda path, tell: quantized_as(path, quantize, tell))
         index = write_report(report, rows, [str(folder) for folder in folders])
         if json_file:
             emit(render(rows, Format.JSON), json_file)
@@ -106,6 +116,7 @@ def check(
     bundle: Annotated[Path, typer.Argument(help="Folder of one bundle.")],
     impl: Annotated[str, typer.Option(metavar="NAME", help=IMPL_HELP)],
     python: PythonOption = None,
+    quantize: QuantizeOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
     dump: Annotated[
         Path | None,
@@ -130,9 +141,10 @@ def check(
         limit_threads()
         try:
             with progress_bar(1, "comparison") as start:
-                tell = start(f"{bundle.name} {impl}")
-                replay = record_bundle(bundle, port_loader(impl, python), tell)
-                result = check_recording(replay, tell)
+                tell, load = start(f"{bundle.name} {impl}"), port_loader(impl, python)
+                with quantized_as(bundle, quantize, tell) as judged:
+                    replay = record_bundle(judged, load, tell)
+                    result = check_recording(replay, tell)
         except ParityError as error:
             if json_file:
                 _write_json(json_file, unusable_json(bundle.name, impl, str(error)))
@@ -191,6 +203,7 @@ def layouts(
 
 cli_localize.register(app)
 cli_port.register(app)
+cli_sensitivity.register(app)
 cli_store.register(app)
 cli_stream.register(app)
 

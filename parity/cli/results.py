@@ -1,5 +1,7 @@
 """Options of all commands that have results, and where those go."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,15 @@ PythonOption = Annotated[
         show_default=False,
     ),
 ]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHAT",
+        help="Quantize the bundle's weights, and compare with the reference that has the dequantized ones: bits, a "
+        "recipe's name or JSON file, or the folder of what lance-mlx convert -q wrote.",
+        show_default=False,
+    ),
+]
 FormatOption = Annotated[
     Format | None,
     typer.Option("--format", help="Print the result in this form, in place of the table.", show_default=False),
@@ -29,6 +40,18 @@ OutputOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+@contextmanager
+def quantized_as(bundle: Path, what: str | None, tell: Callable[[str], None]) -> Iterator[Path]:
+    """A bundle, or what is recorded of its request with weights that are quantized as an option says."""
+    if what is None:
+        yield bundle
+        return
+    from parity.model import definition
+
+    with definition().quantized_bundle(bundle, what, tell) as recorded:
+        yield recorded
 
 
 def deliver(items: object, form: Format | None, output: Path | None) -> bool:

@@ -83,6 +83,15 @@ def record(
     copy_checkpoint: Annotated[
         bool, typer.Option("--copy-checkpoint", help="Copy the checkpoint beside the bundle; else it is linked there.")
     ] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT",
+            help="Quantize the weights as check --quantize does, and run the reference with the dequantized ones: they "
+            "are written beside the bundle, and lance_mlx runs the packed ones.",
+            show_default=False,
+        ),
+    ] = None,
     upstream: Annotated[
         Path | None,
         typer.Option(metavar="CLONE", help="A clone of bytedance/Lance to run in place of the reference."),
@@ -129,6 +138,7 @@ def record(
     """
     with one_line_errors():
         from parity.bundle.store import describe, sizes
+        from parity.errors import ParityError
         from parity.lance import record as recorder
         from parity.lance.record_options import Options, build_request
         from parity.report.terminal import progress_bar
@@ -155,6 +165,8 @@ def record(
             seed=seed,
         )
         if upstream is not None:
+            if quantize is not None:
+                raise ParityError("a clone of upstream runs no quantized weights: leave --quantize or --upstream out")
             from parity.lance.upstream.command import Asked, record_from_clone
 
             how = entry, numerics, copy_checkpoint, weights is Weights.NONE, level, tuple(whole or ())
@@ -167,6 +179,8 @@ def record(
         request = build_request(task, options)
         with progress_bar(1, "bundle") as start:
             tell, patterns = start(f"{out.name} {task}"), tuple(whole or ())
+            if quantize is not None:
+                checkpoint = recorder.quantized_beside(out, checkpoint, request, entry, numerics, quantize)
             recorder.record(out, checkpoint, request, entry, numerics, copy_checkpoint, tell, level, patterns)
         kept = describe(out)
         print(f"{out}: {kept.taps} taps, {kept.dtype}, {kept.entry}, {sizes(kept.size)}")

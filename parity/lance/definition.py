@@ -12,6 +12,7 @@ from parity.lance.hypotheses import HYPOTHESES
 from parity.lance.map import ARMS, PARTS, arm_of, axes_within
 from parity.lance.names import RESULTS, locate, logits_name, parse, velocity_calls
 from parity.lance.ports import PORTS, oracle_weights
+from parity.lance.quantized import quantized_bundle
 from parity.lance.requests import SUPPORTED_TASKS, check_request
 from parity.lance.rows import row_experts, row_frames, row_roles
 from parity.lance.trusted import (
@@ -24,7 +25,7 @@ from parity.lance.trusted import (
     load_wider,
     run_passes,
 )
-from parity.lance.variants import exact_variant, run_variant, variants_of
+from parity.lance.variants import exact_variant, run_variant, variants_for
 from parity.lance.weight_sums import changed, checkpoint_sum, has_weights, require_checkpoint
 
 CONFIDENCE = json.loads(Path(__file__).with_name("confidence.json").read_text(encoding="utf-8"))
@@ -48,12 +49,13 @@ __all__ = [
     "exact_of",
     "SEQUENCE",
     "answer_logits",
-    "variants_of",
+    "variants_for",
     "exact_variant",
     "run_variant",
     # A bundle: what a run of it is given and records, its checkpoint, what can be derived of it.
     "answered",
     "wanted",
+    "quantized_bundle",
     "oracle_weights",
     "require_checkpoint",
     "changed",

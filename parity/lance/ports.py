@@ -11,6 +11,7 @@ from parity.bundle.reading import Bundle
 from parity.errors import one_line
 from parity.lance.faults import Fault, Target, combined
 from parity.lance.given import replay_of
+from parity.lance.packed import run_folder
 from parity.lance.trusted import cut, load_run, unconditional_ids
 from parity.oracle.oracle import Oracle
 from parity.ports.port import Asked, Loader, Port, Weights, versions
@@ -33,7 +34,7 @@ class MlxPort(Port):
         self.bundle, self._replay = bundle, replay_of(bundle)
         with one_line(f"mlx cannot run bundle {bundle.name}"):
             self._asked = request_from_bundle(bundle.request, bundle.entry)
-            self.pipeline = load_for(self._asked, bundle.checkpoint / bundle.variant, bundle.dtype)
+            self.pipeline = load_for(self._asked, run_folder(bundle.checkpoint, bundle.variant), bundle.dtype)
 
     def _run(self, asked: Asked) -> Observed:
         from parity.lance.replay_mlx import replay_pipeline

@@ -1,6 +1,7 @@
 """Records what the reference computes for a request, as a bundle in the format of those captured from upstream."""
 
 import importlib.metadata
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from parity.bundle.reading import Bundle
 from parity.errors import ParityError, one_line
+from parity.lance.given import replay_of
+from parity.lance.packed import write_dequantized
 from parity.lance.publish import checkpoint_name, publish, staging_beside, with_media
 from parity.lance.recorded_taps import INPUTS, RecordedTaps
-from parity.lance.replay_torch import record_pipeline
-from parity.lance.retention import RetentionPolicy, keep_whole, parted
+from parity.lance.replay_torch import TorchReplay, record_pipeline
+from parity.lance.retention import Retention, RetentionPolicy, keep_whole, parted
 from parity.ports.provenance import code_commit
 from parity.tensors.recording import Recording, Replay, Tap
 from parity.tensors.sketch_file import SKETCH, WHOLE, check_level
@@ -71,9 +75,8 @@ def record(
             pipeline = Pipeline.load(Path(checkpoint), variant, Numerics(dtype))
             layout = pipeline.layout(asked, [visual.size for visual in visuals])
             replay = draw(asked, layout, visuals, dtype, request.get("seed", 0))
-            kept = RecordedTaps(entry, asked.num_steps)
             hold = RetentionPolicy(layout, whole) if level == SKETCH else keep_whole
-            taps, sketches = parted(record_pipeline(pipeline, asked, entry, replay, kept, progress, hold))
+            taps, sketches = _taps(TorchReplay(pipeline, asked, entry, replay), progress, hold)
         manifest = {
             "source": source(entry, dtype),
             "checkpoint": name,
@@ -83,6 +86,47 @@ def record(
         kept_as = sketches if level == SKETCH else None
         publish(out, staging, Path(checkpoint), manifest, _inputs(layout, replay), taps, copy_checkpoint, kept_as)
     return out
+
+
+def quantized_beside(
+    out: Path, checkpoint: Path, request: dict[str, Any], entry: str, dtype: str, what: str
+) -> Path:
+    """Write the quantized checkpoint of a bundle to be recorded, OUT-checkpoint; see packed.write_dequantized."""
+    place = out.with_name(f"{out.name}-checkpoint")
+    for path in (out, place):
+        if os.path.lexists(path):
+            raise ParityError(f"{path} exists already: remove it, or record under another name")
+    with one_line("the request cannot be recorded"):
+        variant = variant_for(request, entry)
+    return write_dequantized(place, checkpoint, variant, what, dtype)
+
+
+def record_again(out: Path, bundle: Bundle, checkpoint: Path, progress: Callable[[str], None] | None = None) -> Path:
+    """Run a bundle's request on the reference, from what the bundle gives, with another checkpoint in its layout, and
+    write the bundle `out`; the media of the request have to lie beside it.
+
+    Raises ParityError as `record` does.
+    """
+    name = checkpoint_name(out, checkpoint)
+    with staging_beside(out) as staging:
+        with one_line("the request cannot be recorded"):
+            pipeline = Pipeline.load(checkpoint, bundle.variant, Numerics(bundle.dtype))
+            run = TorchReplay(pipeline, Request.from_dict(bundle.request), bundle.entry, replay_of(bundle))
+            taps, _ = _taps(run, progress, keep_whole)
+        manifest = {
+            "source": source(bundle.entry, bundle.dtype),
+            "checkpoint": name,
+            "variant": bundle.variant,
+            "request": bundle.request,
+        }
+        publish(out, staging, checkpoint, manifest, _inputs(run.layout, run.replay), taps, False)
+    return out
+
+
+def _taps(run: TorchReplay, progress: Callable[[str], None] | None, hold: Retention) -> tuple[Recording, dict]:
+    """What a bundle holds of a run: whole taps, and sketches."""
+    kept = RecordedTaps(run.entry, run.request.num_steps)
+    return parted(record_pipeline(run.pipeline, run.request, run.entry, run.replay, kept, progress, hold))
 
 
 def variant_for(request: dict[str, Any], entry: str) -> str:

@@ -164,7 +164,7 @@ def replay_pipeline(
 def _record_answer(
     capture: MlxCapture, pipeline: Pipeline, question: Question, replay: Replay, tell: Callable[[str], None]
 ) -> None:
-    visuals = _visuals(replay, len(question.visuals))
+    visuals = visuals_of(replay, question)
     for name, array in _question_layout(question, pipeline.tokenizer, visuals).items():
         capture.keep(name, array)
     tell("vit_model")
@@ -184,7 +184,7 @@ def _record_generation(
     replay: Replay,
     tell: Callable[[str], None],
 ) -> None:
-    visuals = _visuals(replay, len(request.visuals))
+    visuals = visuals_of(replay, request)
     clean = []
     # Upstream encodes the target's placeholder as well, which nothing then uses.
     for index, pixels in enumerate(replay.vae_pixels):
@@ -232,10 +232,10 @@ def _record_steps(
     capture.keep("frames", media.to_uint8(np.array(pixels)).astype(np.int32))
 
 
-def _visuals(replay: Replay, count: int) -> list[PreparedVisual]:
+def visuals_of(replay: Replay, request: Request | Question) -> list[PreparedVisual]:
     """What a bundle's inputs hold of each visual of its request."""
     visuals = []
-    for index in range(count):
+    for index in range(len(request.visuals)):
         looked_at = index < len(replay.vit_patches)
         encoded = index < len(replay.vae_pixels)
         visuals.append(

@@ -7,6 +7,7 @@ import numpy as np
 from parity.bundle.reading import Bundle
 from parity.lance.given import replay_of
 from parity.lance.names import logits_name
+from parity.lance.packed import note_packed, packed_beside
 from parity.lance.replay_torch import TorchReplay
 from parity.lance.splitting import split_passes
 from parity.oracle.oracle import Oracle
@@ -59,6 +60,7 @@ def exact_of(run: TorchReplay) -> ExactInputs:
 def load_run(bundle: Bundle, numerics: Numerics) -> TorchReplay:
     """Load the reference for a bundle's request; raises ReferenceError."""
     pipeline = Pipeline.load(bundle.checkpoint, bundle.variant, numerics)
+    note_packed(packed_beside(bundle.checkpoint, bundle.variant), pipeline.model)
     return TorchReplay(pipeline, Request.from_dict(bundle.request), bundle.entry, replay_of(bundle))
 
 

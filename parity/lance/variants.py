@@ -2,12 +2,13 @@
 
 Attention by an explicit softmax, in float64, or a few queries at a time; products in float64, padded, by the
 processor's own kernels, or disturbed by what another order of summing would do; another number of threads; every
-float32 tap off by a unit in its last place. `exact_variant` is the one that rounds least.
+float32 tap off by a unit in its last place; single rows times packed weights that bfloat16 does not round.
+`exact_variant` is the one that rounds least.
 """
 
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 import reference.sampler
+from parity.bundle.reading import Bundle
+from parity.lance.packed import packed_beside, unrounded
 from parity.tensors.names import parse
 from parity.tensors.recording import Recording, Tap
 from reference.numerics import Numerics
@@ -34,6 +37,7 @@ class Variant:
         numerics: the reference's.
         threads: PyTorch's.
         draw: which errors are drawn at the taps: of their last place, or where `sums` is set of the sums in norms.
+        unrounded: whether a single row is multiplied with packed weights as they are, and not as bfloat16 rounds them.
     """
 
     name: str
@@ -42,6 +46,16 @@ class Variant:
     threads: int = 1
     draw: int = 0
     sums: bool = False
+    unrounded: bool = False
+
+
+UNROUNDED = Variant("packed weights not rounded", "packed", Numerics("bfloat16"), unrounded=True)
+
+
+def variants_for(bundle: Bundle) -> list[Variant]:
+    """The equally right variants of a bundle's run, which goes on from its own values."""
+    packed = packed_beside(bundle.checkpoint, bundle.variant)
+    return variants_of(bundle.dtype, carried=True) + ([UNROUNDED] if packed and bundle.dtype == "bfloat16" else [])
 
 
 def variants_of(dtype: str, carried: bool = False) -> list[Variant]:
@@ -84,9 +98,12 @@ def run_variant(variant: Variant, run: Callable[[], Recording]) -> Recording:
     torch.set_num_threads(variant.threads)
     # Of a float32 run the errors are drawn afterwards.
     rounded = variant.sums and variant.numerics.dtype == "bfloat16"
-    norms = patch.object(reference.sampler, "norm", _DisturbedNorm(variant.draw)) if rounded else nullcontext()
     try:
-        with norms:
+        with ExitStack() as stack:
+            if rounded:
+                stack.enter_context(patch.object(reference.sampler, "norm", _DisturbedNorm(variant.draw)))
+            if variant.unrounded:
+                stack.enter_context(unrounded())
             taps = run()
     finally:
         torch.set_num_threads(threads)

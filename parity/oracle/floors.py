@@ -76,7 +76,7 @@ def measure(
             names.append(name)
 
         add(OWN, (oracle.own, oracle.own, own))
-        for variant in definition().variants_of(bundle.dtype, carried=True):
+        for variant in definition().variants_for(bundle):
             add(variant.name, _runs_of(bundle, oracle.passes, variant, tell), variant)
     elsewhere = record_elsewhere(bundle, oracle.passes, others() if environments is None else environments, tell)
     for name, recordings in elsewhere.items():

@@ -22,6 +22,7 @@ class PairProbe:
     """
 
     shared = None
+    right = ()
 
     def __init__(
         self,

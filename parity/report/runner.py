@@ -1,6 +1,7 @@
 """Runs all comparisons of lance-parity and tells how they ended."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,12 +17,19 @@ from parity.report.run_page import UNSUPPORTED, Row, row_of
 MAX_THREADS = 1
 
 
+Tell = Callable[[str], None]
+
+
 def compare_all(
-    paths: Sequence[Path], loaders: Mapping[str, Loader], start: Callable[[str], Callable[[str], None]]
+    paths: Sequence[Path],
+    loaders: Mapping[str, Loader],
+    start: Callable[[str], Tell],
+    prepared: Callable[[Path, Tell], AbstractContextManager[Path]] = lambda path, tell: nullcontext(path),
 ) -> list[Row]:
     """Compare every port with every bundle; what is unusable becomes a row that says why.
 
-    `start` is told the name of each comparison and returns the callback for its progress.
+    `start` is told the name of each comparison and returns the callback for its progress. `prepared` gives the bundle
+    that is compared in the place of one, for as long as its context lasts.
     """
     limit_threads()
     rows, pages = [], {"index.html"}
@@ -29,7 +37,8 @@ def compare_all(
         for name, load in loaders.items():
             progress = start(f"{path.name} {name}")
             try:
-                rows.append(row_of(check_bundle(path, load, progress), pages))
+                with prepared(path, progress) as bundle:
+                    rows.append(row_of(check_bundle(bundle, load, progress), pages))
             except UnsupportedTask as error:
                 rows.append(Row(path.name, name, UNSUPPORTED, read_bundle(path).dtype, message=str(error)))
             except ParityError as error:

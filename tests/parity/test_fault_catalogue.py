@@ -15,6 +15,7 @@ import pytest
 
 import lance_mlx.requests.prompt_data as prompt_data
 from lance_mlx.backend.numerics import policy
+from lance_mlx.checkpoint.recipe import Recipe
 from lance_mlx.errors import LanceError
 from lance_mlx.pipeline import Pipeline, load
 from lance_mlx.requests.request import Question, Request
@@ -22,6 +23,7 @@ from lance_mlx.requests.visuals import prepare_visuals
 from parity.bundle.reading import read_bundle
 from parity.errors import ParityError
 from parity.lance.faults import CATALOGUE, PROFILES, Fault, Profile, Target, combined, load_fault
+from parity.lance.faults.quantization import PACKED
 from parity.lance.given import replay_of
 from parity.lance.replay_mlx import record_pipeline, request_from_bundle
 from parity.tensors.metrics import compare
@@ -75,15 +77,16 @@ def read(task: str) -> tuple[Any, Replay]:
 
 
 @cache
-def load_pipeline(variant: str, dtype: str) -> Pipeline:
+def load_pipeline(variant: str, dtype: str, packed: bool = False) -> Pipeline:
     bundle, _ = read("t2i")
-    return load(bundle.checkpoint / variant, variant, policy(dtype), looks=True)
+    recipe = Recipe.from_dict("towers", {"bits": 4, "group_size": 32, "*_moe_gen*": {"bits": 8}}) if packed else None
+    return load(bundle.checkpoint / variant, variant, policy(dtype), looks=True, recipe=recipe)
 
 
 @cache
-def case_of(task: str, dtype: str, entry: str, demanding: bool) -> Case:
+def case_of(task: str, dtype: str, entry: str, demanding: bool, packed: bool = False) -> Case:
     """A run of two steps or two tokens; a demanding one leaves a step unguided, looks at several windows, and answers
-    in eight tokens."""
+    in eight tokens. With `packed` weights each tower's have a width of their own."""
     bundle, replay = read(task)
     request = request_from_bundle(bundle.request, entry)
     if isinstance(request, Question):
@@ -95,7 +98,8 @@ def case_of(task: str, dtype: str, entry: str, demanding: bool) -> Case:
         grid = (2, 12, 12)
         patches = np.random.default_rng(0).standard_normal((int(np.prod(grid)), 1176)).astype(np.float32)
         replay = replace(replay, vit_patches=(patches,), vit_grids=(grid,))
-    return Case(load_pipeline(request.variant, dtype), request, replay, ROUNDING[dtype])
+    how = (request.variant, dtype, True) if packed else (request.variant, dtype)
+    return Case(load_pipeline(*how), request, replay, ROUNDING[dtype])
 
 
 @cache
@@ -168,7 +172,7 @@ def test_a_fault_breaks_a_run_and_mends_it(name):
     suited = [run for run in RUNS if fault.touches(*run)]
     # What the embedded bundles hold no video for shows in a picture of two frames, which a demanding run looks at.
     demanding = bool(fault.needs) or not suited
-    key = (*(suited or [("x2t_image", fault.dtypes[0], "kv_cache")])[0], demanding)
+    key = (*(suited or [("x2t_image", fault.dtypes[0], "kv_cache")])[0], demanding, fault.needs is PACKED)
     pipeline = case_of(*key).pipeline
     before = state(pipeline)
     assert breaks(fault, *key)

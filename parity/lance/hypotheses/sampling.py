@@ -114,6 +114,9 @@ HYPOTHESES = [
     noise("the first state is noise throughout", all_noise),
     noise("the given frame comes last", given_last),
     noise("noise is drawn channel by channel", channels_first),
+    noise("the noise is cast to an unsigned integer", lambda site, array: np.trunc(np.maximum(array, 0))),
+    noise("the noise is cast to an unsigned integer, which wraps", lambda site, array: np.float32(
+        np.trunc(array).astype(np.int64) % 2**32)),
     Hypothesis("the vocabulary is not masked", ("tokens",), transform=chosen(
         lambda logits, size: int(logits.argmax()))),
     Hypothesis("the second best token is answered", ("tokens",), transform=chosen(

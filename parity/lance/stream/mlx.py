@@ -27,6 +27,7 @@ from parity.lance.boundaries_mlx import MlxBoundaries
 from parity.lance.capture_mlx import MlxCapture
 from parity.lance.faults import Target
 from parity.lance.faults.base import parameter
+from parity.lance.packed import run_folder
 from parity.lance.replay_mlx import request_from_bundle
 from parity.lance.stream.parts import GUIDED, HEAD_TAPS, Except
 from parity.tensors.recording import ExactInputs, Observed, Recording, Tap
@@ -62,7 +63,7 @@ class MlxStream:
     """
 
     def __init__(self, checkpoint: Path, variant: str, request: dict[str, Any], numerics: str) -> None:
-        files = find_checkpoint(checkpoint / variant, Variant(variant))
+        files = find_checkpoint(run_folder(checkpoint, variant), Variant(variant))
         architecture = inspect_lance(files, False, ViTSource.LANCE)
         self._model = architecture.build(policy(numerics))
         self._tensors = architecture.parts[0].tensors

@@ -13,10 +13,11 @@ from torch import nn
 
 from lance_mlx.backend.allocator import release
 from parity.lance.capture_torch import TorchCapture
+from parity.lance.packed import note_packed, packed_beside
 from parity.lance.replay_torch import TorchReplay, look
 from parity.lance.stream.parts import EMBEDDINGS, HEAD_TAPS, LAYER, head_parts
 from parity.lance.stream.passes import Passes, finish_passes, note_passes, sampled
-from parity.lance.variants import Variant, exact_variant, run_variant, variants_of
+from parity.lance.variants import UNROUNDED, Variant, exact_variant, run_variant, variants_of
 from parity.oracle.floors import OWN, Floors, LevelTable
 from parity.tensors.recording import Recording, Replay, Tap
 from reference.config import LanguageConfig
@@ -70,9 +71,13 @@ class ReferenceStream:
         pipeline = Pipeline(checkpoint, variant, tokenizer, model, nn.Module(), self._numerics, torch.device("cpu"))
         self.run = TorchReplay(pipeline, Request.from_dict(request), "kv_cache", replay)
         kinds = {(variant.family, variant.draw): variant for variant in variants_of(numerics)}
-        self.variants = [exact_variant(numerics), *kinds.values()]
+        self._packed = packed_beside(checkpoint, variant)
+        packed = [UNROUNDED] if self._packed and numerics == "bfloat16" else []
+        self.variants = [exact_variant(numerics), *kinds.values(), *packed]
         self._levels, self._segments, self._twins_of = LevelTable(), LevelTable(), dict[str, str]()
         self._runs = [_without_layers(self.run, each.numerics) for each in self.variants]
+        for run in self._runs:
+            note_packed(self._packed, run.pipeline.model)
         self._passes: Passes = {}
 
     @property
@@ -167,6 +172,7 @@ class ReferenceStream:
             model, dtype, found = run.pipeline.model, variant.numerics.torch_dtype, Recording()
             # Its name is the one that it has in the whole model.
             own_layer = _variant_layer(layer, self._model.config, index, variant)
+            note_packed(self._packed, own_layer, LAYER.format(index))
             model.language_model.model.layers = nn.ModuleDict({str(index): own_layer})
             try:
                 for call, each in measured.items():

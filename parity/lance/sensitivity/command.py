@@ -1,0 +1,59 @@
+"""One measurement of sensitivity, with its files: what was measured, the page, the recipe."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from parity.errors import ParityError
+from parity.files import write_atomically
+from parity.lance.sensitivity.cases import read_inputs
+from parity.lance.sensitivity.measure import Measured, Plan, Session, Tell
+from parity.lance.sensitivity.page import page_of
+from parity.report.output import require_own_page
+
+KEPT, PAGE, RECIPE = "measured.json", "index.html", "recipe.json"
+
+
+def measure(
+    paths: Sequence[Path],
+    out: Path,
+    tell: Tell,
+    model: Path | None = None,
+    numerics: str | None = None,
+    widths: Sequence[int] = (4, 6, 8),
+    bands: int = 4,
+    group_size: int = 64,
+    budget: str | None = None,
+) -> Measured:
+    """Measure what quantizing each group of weights does to runs, and write `out`/index.html, and the recipe of a
+    budget.
+
+    What is measured is kept in `out`/measured.json as it comes, from where another call goes on.
+
+    Args:
+        paths: bundles, and JSON files of requests; see read_inputs.
+        model: the checkpoint in any layout; that of the bundles where None.
+        widths: bits, of 3, 4, 5, 6 and 8.
+        bands: of layers that are told apart.
+        budget: such as 7.5GB for all files, or 5.2bits a weight.
+
+    Raises:
+        ParityError: an input, an option or the folder cannot be used.
+    """
+    known = {3, 4, 5, 6, 8}
+    if not widths or set(widths) - known:
+        raise ParityError(f"bits {', '.join(map(str, widths))} must be of {', '.join(map(str, sorted(known)))}")
+    if bands < 1 or group_size not in (32, 64, 128):
+        raise ParityError("there must be a band of layers at least, and groups of 32, 64 or 128 weights")
+    if out.exists() and not out.is_dir():
+        raise ParityError(f"{out} is no folder: name another one with --out")
+    if (out / PAGE).exists():
+        require_own_page(out / PAGE)
+    if (out / RECIPE).exists() and not (out / KEPT).exists():
+        raise ParityError(f"{out / RECIPE} is not of this command: name another folder with --out")
+    plan = Plan(read_inputs(paths, model, numerics), tuple(sorted(set(widths))), bands, group_size)
+    measured = Session(plan, out / KEPT, tell).run(budget)
+    if measured.solved:
+        write_atomically(out / RECIPE, json.dumps(measured.solved.recipe, indent=1).encode())
+    write_atomically(out / PAGE, page_of(measured).encode())
+    return measured
