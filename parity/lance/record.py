@@ -88,9 +88,7 @@ def record(
     return out
 
 
-def quantized_beside(
-    out: Path, checkpoint: Path, request: dict[str, Any], entry: str, dtype: str, what: str
-) -> Path:
+def quantized_beside(out: Path, checkpoint: Path, request: dict[str, Any], entry: str, dtype: str, what: str) -> Path:
     """Write the quantized checkpoint of a bundle to be recorded, OUT-checkpoint; see packed.write_dequantized."""
     place = out.with_name(f"{out.name}-checkpoint")
     for path in (out, place):

@@ -95,11 +95,9 @@ def factors(off: np.ndarray, slack: float) -> tuple[np.ndarray, np.ndarray] | No
 
 
 def quantized(fit: Fit) -> Iterator[Change]:
-    """Ways to quantize a matrix, or a kernel as one, under which it comes out as it did, as far as its first rows
-    tell."""
-    if fit.own.ndim < 2:
-        return
-    own, got = (array.reshape(len(array), -1) for array in (fit.own, fit.got))
+    """Ways to quantize a matrix (a kernel as one, a vector as a row) under which it comes out as it did, as far as its
+    first rows tell."""
+    own, got = (_as_rows(array) for array in (fit.own, fit.got))
     touched = np.flatnonzero((own != got).any(1))
     rows = touched[: max(TRIED // own.shape[1], 1)]
     for words, size, rounded in grids(own.shape[1]):
@@ -107,7 +105,11 @@ def quantized(fit: Fit) -> Iterator[Change]:
             continue
         tried = rounded(own[rows]) if by_rows(words) else rounded(own)[rows]
         if Fit(own[rows], got[rows], fit.rounding).holds(rounded_as(got, tried)):
-            yield Change(f" {words}", size, lambda x, of=rounded: of(x.reshape(len(x), -1)).reshape(x.shape))
+            yield Change(f" {words}", size, lambda x, of=rounded: of(_as_rows(x)).reshape(x.shape))
+
+
+def _as_rows(array: np.ndarray) -> np.ndarray:
+    return array.reshape(len(array) if array.ndim > 1 else 1, -1)
 
 
 def _flips(own: np.ndarray) -> Iterator[Change]:

@@ -127,18 +127,6 @@ def _border(pads: Callable[[Sequence], Sequence] = tuple, mode: str = "constant"
     return transform
 
 
-def _of_kernel(order: Sequence[int], step: int = 1) -> Transform:
-    """A kernel [out, rows, columns, in] with axes exchanged, or turned."""
-
-    def transform(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
-        if site.part.kind != "weight" or array.ndim != 4:
-            return None
-        made = site.expected.transpose(order)[:, ::step, ::step]
-        return made if made.shape == array.shape and not np.array_equal(made, site.expected) else None
-
-    return transform
-
-
 LAYER_NORMS = {
     "the mean is not subtracted": {"mean": False},
     "the bias is missing": {"bias": 0.0},
@@ -181,8 +169,6 @@ HYPOTHESES = (
     ),
     Hypothesis("the border holds the nearest values", ("*",), transform=_border(mode="edge"), anew=True),
     Hypothesis("the border is a mirror", ("*",), transform=_border(mode="reflect"), anew=True),
-    Hypothesis("the kernel's rows and columns are exchanged", ("*",), transform=_of_kernel((0, 2, 1, 3)), anew=True),
-    Hypothesis("the kernel is turned by half a turn", ("*",), transform=_of_kernel((0, 1, 2, 3), -1), anew=True),
     Hypothesis(
         "heads are not put behind tokens before their channels are joined",
         ("*",),

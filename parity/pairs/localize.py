@@ -135,7 +135,9 @@ class _Investigation:
 
     def _weight(self, mismatch: WeightMismatch) -> None:
         tap = parse(f"{WEIGHTS}{mismatch.name}")
-        part = Known("weight", {}, {"name": mismatch.name.rpartition(".")[2], "what": "the weight"}, np.asarray)
+        facts = {"name": mismatch.name.rpartition(".")[2], "what": "the weight"}
+        # Kernels as PyTorch has them.
+        part = Known("weight", {}, facts, lambda array: np.moveaxis(array, -1, 1) if array.ndim > 2 else array)
         causes = Causes((), 0.0, ())
         if mismatch.got.shape == mismatch.expected.shape:
             results = {f"{WEIGHTS}{mismatch.of}": mismatch.got} if mismatch.of else {}

@@ -212,8 +212,8 @@ def test_group_norms_and_borders(fault, cause):
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
-        (lambda weight: weight.swapaxes(1, 2), "the kernel's rows and columns are exchanged"),
-        (lambda weight: weight[:, ::-1, ::-1], "the kernel is turned by half a turn"),
+        (lambda weight: weight.swapaxes(1, 2), "the weight's rows and columns are exchanged"),
+        (lambda weight: weight[:, ::-1, ::-1], "the weight's rows and columns are reversed"),
     ],
 )
 def test_kernels_laid_out_another_way(change, cause):

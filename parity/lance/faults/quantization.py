@@ -182,9 +182,9 @@ FAULTS = [
     ),
     Fault(
         "embeddings-quantized",
-        "The token embeddings were quantized with the weights, to 4 bits in groups of 64.",
+        "The token embeddings were quantized with the weights, to 4 bits in groups of 32.",
         "embed_tokens",
-        weight(_quantized(4, 64), "embed_tokens"),
-        explanation="the weight is quantized to 4 bits in groups of 64, zero kept",
+        weight(_quantized(4, 32), "embed_tokens"),
+        explanation="the weight is quantized to 4 bits in groups of 32, zero kept",
     ),
 ]
