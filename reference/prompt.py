@@ -49,7 +49,11 @@ class Tokenizer:
 
 
 def check_text(text: str) -> None:
-    """Raise ReferenceError for a text that holds a visual control token."""
+    """Raise ReferenceError for a text that is no Unicode or holds a visual control token."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ReferenceError("request: the prompt is not valid Unicode; write it as UTF-8") from None
     for token in CONTROL:
         if token in text:
             raise ReferenceError(f"request: the prompt holds {token}, which only the model may place; take it out")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 ORACLES = Path(__file__).parents[1] / "oracles"
 CHECKPOINT = ORACLES / "checkpoint-a"
 MODULES = {"lance-parity": "parity.cli.main", "lance-mlx": "lance_mlx.cli.main"}
-_DRAWING = ["--model", CHECKPOINT, "--width", 64, "--height", 64, "--steps", 4, "-q"]
+_DRAWING = ["--model", CHECKPOINT, "--width", 64, "--height", 64, "--steps", 4, "-Q"]
 _BUNDLE = ORACLES / "t2i-fp32-nokv"
 COMMANDS = {
     "generate": ["lance-mlx", "generate", "t2i", "--prompt", "a", "-o", "out/a.png", "--overwrite", *_DRAWING],
@@ -27,7 +27,7 @@ COMMANDS = {
                  *_DRAWING],
     "benchmark": ["lance-mlx", "benchmark", "geneval", "--prompts", "prompts.jsonl", "-o", "out", "--samples", 2,
                   "--batch-size", 1, *_DRAWING],
-    "convert": ["lance-mlx", "convert", CHECKPOINT, "out/converted", "--variant", "image", "--shard-size", 0.001, "-q"],
+    "convert": ["lance-mlx", "convert", CHECKPOINT, "out/converted", "--variant", "image", "--shard-size", 0.001, "-Q"],
     "convert-vae": ["lance-mlx", "convert-vae", CHECKPOINT / "Wan2.2_VAE.pth", "out/vae.safetensors"],
     "serve": ["lance-mlx", "serve", "--model", CHECKPOINT, "--port"],
     "record": ["lance-parity", "record", "t2i", "--checkpoint", CHECKPOINT, "--out", "out/bird", "--prompt", "a",
