@@ -29,6 +29,7 @@ class Tokenizer:
         transformers_logging.set_verbosity_error()
         try:
             self._bpe = Qwen2Tokenizer.from_pretrained(directory, local_files_only=True)
+            self.encode("a")  # some settings are used only then
         except Exception as error:  # transformers raises whatever its parsers raise
             raise ReferenceError(f"{directory}: the tokenizer cannot be read ({error})") from None
         vocabulary = self._bpe.get_vocab()

@@ -106,6 +106,12 @@ def test_an_error_of_its_own_is_no_divergence(copied, monkeypatch):
     assert result.stderr.splitlines()[-1] == "lance-parity: this should not happen: TypeError, as told above"
 
 
+@pytest.mark.parametrize("command", ["verify", "check", "oracles", "compare", "localize", "port", "layouts"])
+def test_a_name_that_no_disk_takes_is_one_line(command):
+    more = {"check": ["--impl", "mlx"], "compare": ["."]}.get(command, [])
+    assert " cannot be used: File name too long" in refused(command, "a" * 5000, *more)
+
+
 def test_help_and_version_import_nothing_large():
     script = "import sys, parity.cli.main as c\ntry: c.main()\nexcept SystemExit: pass\n"
     script += "assert not {'torch', 'mlx', 'numpy'} & set(sys.modules)"
