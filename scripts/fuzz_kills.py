@@ -146,7 +146,7 @@ def _wrong_end(name: str, number: signal.Signals, status: int | None, said: str,
         "does not end": status is None,
         # A process that is done already ends by the signal itself, which a shell gives the same status.
         f"status {status}": status not in (DOCUMENTED[number], -number, *_STATUSES.get(name, (0,))),
-        f"traceback: {' '.join(said.split())[-300:]}": "Traceback" in said or "Exception ignored" in said,
+        **{f"{mark}: {said[said.find(mark) :][:600]!r}": mark in said for mark in ("Traceback", "Exception ignored")},
         f"{len(said.splitlines())} lines": status == DOCUMENTED[number] and len(said.splitlines()) > 4,
         said[said.find("processes are left") :]: "processes are left" in said,
     }
