@@ -4,10 +4,10 @@ import sys
 
 from lance_command import Interrupts
 from lance_command.unread import end_unread
+from lance_command.usage import UsageError, usage_line
 from lance_mlx.cli.app import app
 from lance_mlx.cli.console import Interrupted
 from lance_mlx.cli.meaning import in_options
-from lance_mlx.cli.usage import UsageError, usage_line
 from lance_mlx.errors import LanceError, printable
 
 _INTERRUPTED = 130
