@@ -8,7 +8,7 @@ files, images and videos (fuzz_damage.py): each in a fork of this process, every
 to end in time with a documented status, in a few plain lines that name what is bad, without a traceback, in bounded
 memory, with what it was given unchanged and nothing left behind. What is killed (fuzz_kills.py) may leave nothing that
 passes for whole, and has to go on from there when it is given again. Linux. Exit status: 0 when all cases do so, 1 when
-one does not: its folder is kept where --keep names a place.
+one does not: its folder is kept where --keep names a place. Ctrl-C ends with the counts so far.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import time
 import traceback
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -271,7 +272,7 @@ def main() -> None:
     asked = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell runs in the background ignores
     counts: Counter[tuple[str, str, str]] = Counter()
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
+    with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="fuzz-") as root:
         os.environ[CACHE] = f"{root}/cache"
         Path(root, "cache").mkdir()
         for module in [*MODULES.values(), *IMPORTED]:
