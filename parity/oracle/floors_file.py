@@ -150,6 +150,8 @@ def _packed(values: Mapping[str, float]) -> np.ndarray:
 
 
 def _unpacked(logarithms: np.ndarray) -> list[float]:
+    if logarithms.ndim != 1 or logarithms.dtype != np.float16:
+        raise ValueError(f"a table is {logarithms.dtype} of shape {list(logarithms.shape)}")
     return np.exp2(logarithms.astype(np.float32)).tolist()
 
 
