@@ -1,6 +1,7 @@
 """Sizes of what upstream's preprocessing makes of an image or video; no pixel is touched."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def read_size(path: Path, medium: Medium) -> MediaSize:
     """Size of a file as stored; raises ReferenceError when it cannot be read."""
     with reading(path, medium):
         if medium is Medium.IMAGE:
-            with Image.open(path) as image:
+            with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
                 return MediaSize(*image.size)
         with av.open(str(path)) as container:
             stream = container.streams.video[0]

@@ -91,8 +91,8 @@ def frames(path: Path, medium: Medium) -> Iterator[Image.Image]:
 
 
 def _image(path: Path) -> Iterator[Image.Image]:
-    # Photos may well be larger than what Pillow warns of.
-    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), Image.open(path) as image:
+    # Pillow warns of the sizes of ordinary photos, and of metadata that nothing is asked of.
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
         yield _rgb(image, path)
 
 

@@ -29,6 +29,7 @@ class Tokenizer:
         transformers_logging.set_verbosity_error()
         try:
             self._bpe = Qwen2Tokenizer.from_pretrained(directory, local_files_only=True)
+            self.encode("a")  # some settings are used only then
         except Exception as error:  # transformers raises whatever its parsers raise
             raise ReferenceError(f"{directory}: the tokenizer cannot be read ({error})") from None
         vocabulary = self._bpe.get_vocab()
@@ -49,7 +50,11 @@ class Tokenizer:
 
 
 def check_text(text: str) -> None:
-    """Raise ReferenceError for a text that holds a visual control token."""
+    """Raise ReferenceError for a text that is no Unicode or holds a visual control token."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ReferenceError("request: the prompt is not valid Unicode; write it as UTF-8") from None
     for token in CONTROL:
         if token in text:
             raise ReferenceError(f"request: the prompt holds {token}, which only the model may place; take it out")

@@ -8,7 +8,7 @@ files, images and videos (fuzz_damage.py): each in a fork of this process, every
 to end in time with a documented status, in a few plain lines that name what is bad, without a traceback, in bounded
 memory, with what it was given unchanged and nothing left behind. What is killed (fuzz_kills.py) may leave nothing that
 passes for whole, and has to go on from there when it is given again. Linux. Exit status: 0 when all cases do so, 1 when
-one does not: its folder is kept where --keep names a place.
+one does not: its folder is kept where --keep names a place. Ctrl-C ends with the counts so far.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import time
 import traceback
 import unicodedata
 from collections import Counter
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,7 @@ IMPORTED = """parity.comparison.check parity.comparison.compare parity.localize.
     parity.report.formats parity.lance.stream.comparison parity.lance.stream.given parity.oracle.judgement
     parity.lance.sequence_layouts lance_mlx.cli.app""".split()
 """What commands import, once for all forks; nothing may compute before them."""
-SECONDS, FRESH = 120, 25
+SECONDS, FRESH = 400, 25
 MOST_RESIDENT, MOST_DATA = 2 << 30, 8 << 30
 LINES, LETTERS = 6, 1000
 """Most that a refusal says."""
@@ -122,15 +123,15 @@ def checkpoint_case(rng: random.Random, folder: Path) -> Case:
     suffix = rng.choice([".npy", ".safetensors"])
     np.save(folder / "noise.npy", np.zeros((4, 48), np.float32))
     save_file({"noise": np.zeros((4, 48), np.float32)}, folder / "noise.safetensors")
-    drawing = ["--model", "given", "--steps", 1, "-q", "-o", "out"]
+    drawing = ["--model", "given", "--steps", 1, "-Q", "-o", "out"]
     small, seeing = ["--width", 32, "--height", 32], ["--vae-resolution", 64, "--vit-resolution", 56]
     command = rng.choice([
         ["info", "--model", "given"], ["info", "--model", "given", "--task", "t2i"],
         ["generate", "t2i", "--prompt", "a", *drawing[:-1], "out.png", *small],
         ["generate", "t2i", "--prompt", "a", *drawing[:-1], "out.png", *small, "--noise", f"noise{suffix}"],
-        ["generate", "x2t_image", "--image", photo, *drawing[:2], "-q", "--max-tokens", 2, "--vit-resolution", 56],
+        ["generate", "x2t_image", "--image", photo, *drawing[:2], "-Q", "--max-tokens", 2, "--vit-resolution", 56],
         ["generate", "--requests", "image_edit.json", *drawing, *seeing],
-        ["convert", "given", "out", "-q"], ["convert-vae", "given/Wan2.2_VAE.pth", "out.safetensors"],
+        ["convert", "given", "out", "-Q"], ["convert-vae", "given/Wan2.2_VAE.pth", "out.safetensors"],
     ])  # fmt: skip
     file = f"given/{'Wan2.2_VAE.pth' if command[0] == 'convert-vae' else rng.choice(files)}"
     file = "image_edit.json" if "--requests" in command and rng.random() < 0.7 else file
@@ -143,7 +144,7 @@ def converted() -> Path:
     """A checkpoint in several files, made once."""
     folder = Path(os.environ[CACHE]) / "converted"
     if not folder.exists():
-        options = ["-q", "--variant", "image", "--shard-size", "0.001"]
+        options = ["-Q", "--variant", "image", "--shard-size", "0.001"]
         ended = run(["lance-mlx", "convert", CHECKPOINT, folder, *options], folder.parent, True)
         assert ended.status == 0, ended
     return folder
@@ -154,12 +155,12 @@ def media_case(rng: random.Random, folder: Path) -> Case:
     make, is_image = rng.choice([(fuzz_damage.any_image, True), (fuzz_damage.any_video, False)])
     if rng.random() < 0.1:
         path, how = fuzz_damage.any_notes(rng, folder / "given") if rng.random() < 0.7 else make(rng, folder / "given")
-        command = ["generate", "--model", CHECKPOINT, "--config-from", path.name, "-o", f"out{path.suffix}", "-q"]
+        command = ["generate", "--model", CHECKPOINT, "--config-from", path.name, "-o", f"out{path.suffix}", "-Q"]
         return Case(f"notes of {path.suffix} {how}", ["lance-mlx", *command], ("given", "out"))
     path, how = make(rng, folder / "given")
     is_image ^= rng.random() < 0.1
     task = rng.choice(["image_edit", "i2v", "x2t_image", "subject"] if is_image else ["x2t_video", "video_edit"])
-    command = ["generate", task, "--model", CHECKPOINT, "--image" if is_image else "--video", path.name, "-q"]
+    command = ["generate", task, "--model", CHECKPOINT, "--image" if is_image else "--video", path.name, "-Q"]
     command += ["--question", "a", "--max-tokens", 1] if task.startswith("x2t") else ["--prompt", "a", "--steps", 1]
     command += [] if task.startswith("x2t") else ["-o", f"out{rng.choice(['.png', '.mp4'])}"]
     command += ["--width", 32, "--height", 32] if task == "subject" else []
@@ -269,8 +270,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the first one")
     parser.add_argument("--keep", type=Path, help="folder for the cases that are wrong")
     asked = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell runs in the background ignores
     counts: Counter[tuple[str, str, str]] = Counter()
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
+    with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="fuzz-") as root:
         os.environ[CACHE] = f"{root}/cache"
         Path(root, "cache").mkdir()
         for module in [*MODULES.values(), *IMPORTED]:

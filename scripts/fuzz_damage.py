@@ -236,7 +236,7 @@ def any_notes(rng: Random, stem: Path) -> tuple[Path, str]:
     request = {"task": "t2i", "prompt": "a", "height": 32, "width": 32, "num_steps": 1, "seed": 3, "visuals": [],
                "guidance_interval": [0.4, 1.0], "timestep_shift": 3.5}  # fmt: skip
     made = {"generator": "lance-mlx", "model": "a", "variant": "Lance_3B", "numerics": "bfloat16", "reencode": False,
-            "noise": None, "request": request, "earlier": [request]}  # fmt: skip
+            "noise": None, "request": request, "earlier": rng.choice([[], [], [request]])}  # fmt: skip
     text = stem.with_suffix(".json")
     text.write_text(json.dumps(made))
     what, path = any_json(rng, text), stem.with_suffix(rng.choice([".png", ".gif", ".jpg", ".webp"]))

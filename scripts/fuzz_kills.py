@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 ORACLES = Path(__file__).parents[1] / "oracles"
 CHECKPOINT = ORACLES / "checkpoint-a"
 MODULES = {"lance-parity": "parity.cli.main", "lance-mlx": "lance_mlx.cli.main"}
-_DRAWING = ["--model", CHECKPOINT, "--width", 64, "--height", 64, "--steps", 4, "-q"]
+_DRAWING = ["--model", CHECKPOINT, "--width", 64, "--height", 64, "--steps", 4, "-Q"]
 _BUNDLE = ORACLES / "t2i-fp32-nokv"
 COMMANDS = {
     "generate": ["lance-mlx", "generate", "t2i", "--prompt", "a", "-o", "out/a.png", "--overwrite", *_DRAWING],
@@ -27,7 +27,7 @@ COMMANDS = {
                  *_DRAWING],
     "benchmark": ["lance-mlx", "benchmark", "geneval", "--prompts", "prompts.jsonl", "-o", "out", "--samples", 2,
                   "--batch-size", 1, *_DRAWING],
-    "convert": ["lance-mlx", "convert", CHECKPOINT, "out/converted", "--variant", "image", "--shard-size", 0.001, "-q"],
+    "convert": ["lance-mlx", "convert", CHECKPOINT, "out/converted", "--variant", "image", "--shard-size", 0.001, "-Q"],
     "convert-vae": ["lance-mlx", "convert-vae", CHECKPOINT / "Wan2.2_VAE.pth", "out/vae.safetensors"],
     "serve": ["lance-mlx", "serve", "--model", CHECKPOINT, "--port"],
     "record": ["lance-parity", "record", "t2i", "--checkpoint", CHECKPOINT, "--out", "out/bird", "--prompt", "a",
@@ -38,6 +38,8 @@ COMMANDS = {
     "floors": ["lance-parity", "floors", "given/t2i-fp32-nokv"],
     "check": ["lance-parity", "check", _BUNDLE, "--impl", "mlx", "--dump", "out/dump", "--json", "out/result.json"],
 }  # fmt: skip
+_LONG = 3600.0
+"""Seconds after which a command that is left alone is ended all the same; a machine may have other work."""
 MEASURED: dict[str, float] = {}
 """Seconds that each command takes when it is left alone."""
 DOCUMENTED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
@@ -56,7 +58,7 @@ def killed(seed: int, folder: Path) -> tuple[str, str, str]:
         beside.mkdir()
         _prepare(beside)
         started = time.monotonic()
-        status, said = _run(name, beside, number, 8.0 if name == "serve" else 600.0)
+        status, said = _run(name, beside, number, 8.0 if name == "serve" else _LONG)
         MEASURED[name] = time.monotonic() - started
         if name != "serve" and status not in _STATUSES.get(name, (0,)):
             return name, str(status), f"fails when it is left alone: {said[-300:]}"
@@ -69,7 +71,7 @@ def killed(seed: int, folder: Path) -> tuple[str, str, str]:
         # Nothing is taken for abandoned that was made a moment ago.
         os.utime(path, (time.time() - 120,) * 2, follow_symlinks=False)
     if name != "serve":
-        again, said = _run(name, folder, number, 600.0)
+        again, said = _run(name, folder, number, _LONG)
         refused = again == 2 and name in _THERE_ALREADY and any(folder.glob("out/*"))
         if again not in _STATUSES.get(name, (0,)) and not refused:
             found.append(f"given again: {again}, {said[-300:]}")
@@ -82,7 +84,7 @@ def killed(seed: int, folder: Path) -> tuple[str, str, str]:
         if name in _THERE_ALREADY:
             use = ["lance-mlx", "info", "--model", "out/converted"]
             use = ["lance-parity", "verify", "out/bird"] if name == "record" else use
-            found += [f"{use[1]}: {told[-200:]}" for status, told in [_run(use, folder, number, 600.0)] if status]
+            found += [f"{use[1]}: {told[-200:]}" for status, told in [_run(use, folder, number, _LONG)] if status]
     return f"{what} after {delay:.2f} s", str(status), "; ".join(filter(None, found))
 
 
@@ -117,7 +119,7 @@ def _run(name: str | list, folder: Path, number: signal.Signals, seconds: float)
         except subprocess.TimeoutExpired:
             running.send_signal(number)
             try:
-                status = running.wait(60)
+                status = running.wait(300)
             except subprocess.TimeoutExpired:
                 status = None
         deadline = time.monotonic() + 10
@@ -146,7 +148,7 @@ def _wrong_end(name: str, number: signal.Signals, status: int | None, said: str,
         "does not end": status is None,
         # A process that is done already ends by the signal itself, which a shell gives the same status.
         f"status {status}": status not in (DOCUMENTED[number], -number, *_STATUSES.get(name, (0,))),
-        f"traceback: {' '.join(said.split())[-300:]}": "Traceback" in said or "Exception ignored" in said,
+        **{f"{mark}: {said[said.find(mark) :][:600]!r}": mark in said for mark in ("Traceback", "Exception ignored")},
         f"{len(said.splitlines())} lines": status == DOCUMENTED[number] and len(said.splitlines()) > 4,
         said[said.find("processes are left") :]: "processes are left" in said,
     }

@@ -1,6 +1,7 @@
 """`lance-mlx benchmark`: the pictures and videos that public benchmarks evaluate."""
 
 import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -189,7 +190,8 @@ class _Work:
         if self.entry.source is None or (path := self.folder / self.entry.source).is_file():
             return
         try:
-            with Image.open(io.BytesIO(self.entry.read_source())) as image, whole(path) as part:
+            source = io.BytesIO(self.entry.read_source())
+            with warnings.catch_warnings(action="ignore"), Image.open(source) as image, whole(path) as part:
                 upright = ImageOps.exif_transpose(image)
                 (upright if image.mode in _OF_PNG else upright.convert("RGB")).save(part, format="PNG")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

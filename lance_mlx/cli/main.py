@@ -4,11 +4,11 @@ import sys
 
 from lance_command import Interrupts
 from lance_command.unread import end_unread
+from lance_command.usage import UsageError, usage_line
 from lance_mlx.cli.app import app
 from lance_mlx.cli.console import Interrupted
 from lance_mlx.cli.meaning import in_options
-from lance_mlx.cli.usage import UsageError, usage_line
-from lance_mlx.errors import LanceError
+from lance_mlx.errors import LanceError, printable
 
 _INTERRUPTED = 130
 """What typer makes of every KeyboardInterrupt."""
@@ -31,6 +31,12 @@ def main(arguments: list[str] | None = None) -> None:
         except (LanceError, UsageError) as error:
             line = in_options(str(error)) if isinstance(error, LanceError) else usage_line(error)
             print(f"lance-mlx: {line}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            # What no file system takes or lets be read, such as a name that is too long, wherever it is first touched.
+            if error.filename is None:
+                raise
+            print(f"lance-mlx: {printable(f'{error.filename} cannot be used: {error.strerror}')}", file=sys.stderr)
             sys.exit(2)
         except Interrupted as stopped:
             print(f"lance-mlx: {stopped}", file=sys.stderr)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lance_mlx.backend.numerics import policy
-from lance_mlx.cli.meaning import OPTIONS, means
+from lance_mlx.cli.meaning import EDITING, OPTIONS, means
 from lance_mlx.errors import LanceError
 from lance_mlx.media.write import read_metadata
 from lance_mlx.requests.request import Request, Variant, VisualKind
@@ -28,6 +28,8 @@ def options_of(path: Path) -> dict[str, Any]:
         variant = Variant(metadata["variant"]) if "variant" in metadata else requests[0].variant
         if "numerics" in metadata:
             policy(metadata["numerics"])
+        if len(requests) > 1 and requests[0].task not in EDITING:
+            raise ValueError(f"'earlier' is for {' and '.join(EDITING)}")
         for name, kind in (("noise", str), ("reencode", bool), ("vae_tiling", int)):
             if not isinstance(metadata.get(name), kind | None):
                 raise ValueError(f"'{name}' is {metadata[name]!r}")

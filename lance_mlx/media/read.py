@@ -57,9 +57,8 @@ def _read_image(path: Path, as_upstream: bool) -> Frames:
                 f"image {path} is HEIC, which needs pillow-heif: pip install '.[heif]' in the checkout"
             ) from None
         register_heif_opener()
-    # Above Pillow's warning, but below its error, lie the pictures that today's phones take.
-    with warnings.catch_warnings(), _image_errors(path):
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    # Pillow warns of the sizes that today's phones take, and of metadata that nothing is asked of.
+    with warnings.catch_warnings(action="ignore"), _image_errors(path):
         with Image.open(path) as image:
             check_size("image", path, image.height, image.width)
             if image.mode == "F":

@@ -223,7 +223,7 @@ def _comment(path: Path, file: BinaryIO) -> str | bytes | None:
         with av.open(file) as container:
             return container.metadata.get("comment")
     # No pixel is read, however many there are.
-    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), Image.open(file) as image:
+    with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
         if image.format == "PNG":
             return image.text.get(METADATA_KEY)
         return image.info.get("comment") if image.format == "GIF" else image.getexif().get(_DESCRIPTION)

@@ -93,10 +93,8 @@ def _sniff(path: Path) -> tuple[VisualKind | None, str]:
         if re.match(pattern, head, re.DOTALL):
             return VisualKind.VIDEO, f".{name}"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_IMAGES) as image:
-                return VisualKind.IMAGE, f".{image.format.lower()}"
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_IMAGES) as image:
+            return VisualKind.IMAGE, f".{image.format.lower()}"
     except Image.DecompressionBombError:
         raise _too_many_pixels("an image", BOUNDS.image_pixels) from None
     except Exception:  # whatever Pillow's parsers stumble over
@@ -106,10 +104,8 @@ def _sniff(path: Path) -> tuple[VisualKind | None, str]:
 def _check_bounds(path: Path, kind: VisualKind, shown: str) -> None:
     """Refuse a file that would take too much memory or time to decode, before it is."""
     if kind is VisualKind.IMAGE:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_IMAGES) as image:
-                width, height = image.size
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_IMAGES) as image:
+            width, height = image.size
         if width * height > BOUNDS.image_pixels:
             raise _too_many_pixels(f"{shown}, {width}x{height},", BOUNDS.image_pixels)
         return

@@ -9,14 +9,15 @@ from typing import NoReturn
 import typer
 
 from lance_command import Interrupts
-from parity.errors import ParityError, interrupted
+from parity.errors import ParityError, interrupted, printable
 
 UNUSABLE_STATUS = 2
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the command with one line on stderr: status 2 for a ParityError, 128 and its number for a signal.
+    """End the command with one line on stderr: status 2 for a ParityError or a file that cannot be used, 128 and its
+    number for a signal.
 
     Anything else is an error of the engine's own: a traceback stands before the line, and the status is 2, since 1
     would say that something diverges.
@@ -30,6 +31,11 @@ def one_line_errors() -> Iterator[None]:
             _end(str(error), UNUSABLE_STATUS)
         except ModuleNotFoundError as error:
             _end(f"{error.name} is not installed: pip install 'lance-mlx[parity]'", UNUSABLE_STATUS)
+        except OSError as error:
+            # What no file system takes or lets be read, such as a name that is too long, wherever it is first touched.
+            if error.filename is None:
+                _end_unexpected(error)
+            _end(printable(f"{error.filename} cannot be used: {error.strerror}"), UNUSABLE_STATUS)
         except (KeyboardInterrupt, RuntimeError) as error:
             if not interrupted(error):
                 _end_unexpected(error)

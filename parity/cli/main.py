@@ -11,12 +11,13 @@ from typing import Annotated
 import typer
 
 from lance_command.unread import end_unread
+from lance_command.usage import UsageError, usage_line
 from parity.cli import localize as cli_localize
 from parity.cli import port as cli_port
 from parity.cli import sensitivity as cli_sensitivity
 from parity.cli import store as cli_store
 from parity.cli import stream as cli_stream
-from parity.cli.errors import one_line_errors
+from parity.cli.errors import UNUSABLE_STATUS, one_line_errors
 from parity.cli.results import (
     IMPL_HELP,
     FormatOption,
@@ -222,7 +223,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         # A file's name may hold any bytes.
         stream.reconfigure(errors="backslashreplace")
-    app()
+    try:
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="lance-parity", standalone_mode=False))
+    except UsageError as error:
+        print(f"lance-parity: {usage_line(error)}", file=sys.stderr)
+        sys.exit(UNUSABLE_STATUS)
 
 
 if __name__ == "__main__":

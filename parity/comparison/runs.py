@@ -148,9 +148,9 @@ def _stored(path: Path) -> Iterator[Source]:
             places |= {name: (taps, name) for name in taps}
             sketches = read_sketches(path, manifest)
             places |= {name: (sketches, name) for name in sketches}
-            listed = {entry.get("name") for entry in manifest["taps"] if isinstance(entry, dict)}
+            listed = {str(entry.get("name")) for entry in manifest["taps"] if isinstance(entry, dict)}
             if listed != set(taps) | set(sketches):
-                odd = min(map(str, listed ^ (set(taps) | set(sketches))))
+                odd = min(listed ^ (set(taps) | set(sketches)))
                 raise ParityError(f"bundle {path.name}: its manifest or its tensors lack {odd}: copy the bundle again")
             numerics = manifest["source"].get("dtype")
             yield Source(str(path), Taps(places), path, True, numerics=numerics if numerics in NUMERICS else None)

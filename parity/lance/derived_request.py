@@ -1,5 +1,6 @@
 """What a bundle's request alone decides, as the reference lays it out."""
 
+import os
 from functools import cached_property
 
 import numpy as np
@@ -50,7 +51,7 @@ class DerivedRequest:
         """Sizes that the files of the visuals make; why they make none, or None where there are no files."""
         root = self.bundle.path.parent
         paths = [root / element.content for element in self.request.visuals]
-        if not paths or not all(path.is_file() for path in paths):
+        if not paths or not all(map(os.path.isfile, paths)):
             return None
         try:
             if self.recorded:

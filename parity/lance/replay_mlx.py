@@ -1,5 +1,6 @@
 """Replaying a bundle's request on lance_mlx, and laying out requests with it."""
 
+import os
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
@@ -254,7 +255,7 @@ def preprocess_mlx(request: dict, entry: str, media: Path) -> dict[str, np.ndarr
     None where there are none or their files are not below `media`. Raises LanceError for a file that cannot be read.
     """
     asked = request_from_bundle(request, entry, media)
-    if not asked.visuals or not all(Path(visual.path).is_file() for visual in asked.visuals):
+    if not asked.visuals or not all(os.path.isfile(visual.path) for visual in asked.visuals):
         return None
     arrays: dict[str, np.ndarray] = {}
     for index, visual in enumerate(lance_mlx.requests.visuals.prepare_visuals(asked)):

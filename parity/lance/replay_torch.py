@@ -1,5 +1,6 @@
 """Replaying a request on the reference, whole or one call of it, and laying out requests with it."""
 
+import os
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -314,7 +315,7 @@ def preprocess_reference(request: Request, media: Path) -> dict[str, np.ndarray]
 
     None where there are none or their files are not below `media`. Raises ReferenceError for a file that is unreadable.
     """
-    if not request.visuals or not all((media / element.content).is_file() for element in request.visuals):
+    if not request.visuals or not all(os.path.isfile(media / element.content) for element in request.visuals):
         return None
     arrays = {}
     for index, visual in enumerate(preprocess(request, media)):

@@ -102,9 +102,11 @@ def read_floors(path: Path, oracle: Oracle) -> FloorSet | None:
     Raises FloorsRefused for a file that is damaged, changed, of another format, of another capture or of other taps, or
     holds what no rounding does.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     remedy = f"remove {path.name}, or measure it again with lance-parity floors"
+    if not path.is_file():
+        raise FloorsRefused(f"{path} is no file: {remedy}")
     try:
         with safe_open(path, framework="np") as file:
             kept = dict(json.loads((file.metadata() or {}).get(_FACTS, "{}")))
@@ -148,6 +150,8 @@ def _packed(values: Mapping[str, float]) -> np.ndarray:
 
 
 def _unpacked(logarithms: np.ndarray) -> list[float]:
+    if logarithms.ndim != 1 or logarithms.dtype != np.float16:
+        raise ValueError(f"a table is {logarithms.dtype} of shape {list(logarithms.shape)}")
     return np.exp2(logarithms.astype(np.float32)).tolist()
 
 

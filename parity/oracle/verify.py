@@ -1,5 +1,6 @@
 """Verifies what is kept: checksums, formats, values, and everything that can be derived anew."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -176,7 +177,7 @@ def _verify_files(root: Path, entries: dict[str, Any]) -> Verified:
     sums = compare_files(root, entries)
     found = Verified(CHECKSUMS, files=sums.checked)
     for name in sums.wrong:
-        found.add(name, "does not match its checksum" if (root / name).is_file() else "is missing")
+        found.add(name, "does not match its checksum" if os.path.isfile(root / name) else "is missing")
     return found
 
 
@@ -224,5 +225,6 @@ def _bundle(path: Path, manifest: dict, inputs: Recording, taps: Recording, foun
     # What is damaged in one place may still be derived in the others.
     path = path.resolve()
     checkpoint = path.parent / str(manifest.get("checkpoint"))
-    usable = (checkpoint / str(manifest.get("variant")) / "llm_config.json").is_file()
+    # pathlib raises for names that no disk takes.
+    usable = os.path.isfile(checkpoint / str(manifest.get("variant")) / "llm_config.json")
     return Bundle(path, manifest, inputs, taps, checkpoint) if usable else None

@@ -36,7 +36,7 @@ def read_sketches(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Sketch
         return {}
     sketches = {}
     with open_tensors(folder / FILE) as file:
-        entries = {e["name"]: e for e in manifest["taps"] if isinstance(e, dict) and "groups" in e}
+        entries = {str(e.get("name")): e for e in manifest["taps"] if isinstance(e, dict) and "groups" in e}
         odd = sorted(set(file) ^ set(entries))
         if odd:
             raise ParityError(
@@ -46,7 +46,7 @@ def read_sketches(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Sketch
             try:
                 runs = tuple((str(label), int(count)) for label, count in entry["groups"])
                 sketches[name] = unpacked(file[name].array, entry["dtype"], tuple(entry["shape"]), runs)
-            except (TypeError, ValueError) as error:
+            except (KeyError, OverflowError, TypeError, ValueError) as error:
                 raise ParityError(f"bundle {folder.name}: the sketch of {name} is damaged ({error})") from None
     return sketches
 

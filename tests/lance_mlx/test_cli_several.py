@@ -14,7 +14,7 @@ from PIL import Image
 import lance_mlx.api as api
 import lance_mlx.cli.drawing as cli_drawing
 import lance_mlx.loaded as loaded
-from lance_mlx.media.write import read_metadata
+from lance_mlx.media.write import read_metadata, save_image
 
 TINY = ["--vae-resolution", 64, "--vit-resolution", 56]
 DRAWING = ["--width", 48, "--height", 32, "--steps", 2, "--numerics", "float32"]
@@ -189,6 +189,14 @@ def test_a_file_without_a_request_cannot_be_replayed(refused, tmp_path, media):
     (tmp_path / "answer.txt").write_text("a bird")
     line = refused(*given, tmp_path / "answer.txt")
     assert line == f"lance-mlx: {tmp_path}/answer.txt holds no request written by lance-mlx"
+
+
+def test_metadata_of_turns_that_nothing_takes_are_no_request(refused, tmp_path):
+    request = api.Request("t2i", "a bird", height=32, width=32).to_dict()
+    made = {"variant": "Lance_3B", "request": request, "earlier": [request]}
+    save_image(tmp_path / "a.png", np.zeros((32, 32, 3), np.uint8), made)
+    line = refused("generate", "--config-from", tmp_path / "a.png", "--model", "x", "-o", "b.png")
+    assert line.endswith("a.png holds no request that can be replayed ('earlier' is for image_edit and video_edit)")
 
 
 def test_every_step_is_shown(draw):

@@ -68,6 +68,22 @@ def test_pipes_and_devices_among_the_arguments_are_not_waited_for(refused, check
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe.png", "pipe.pth"]
 
 
+@pytest.mark.parametrize("length", [300, 5000])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["info", "--model"],
+        ["convert"],
+        ["generate", "x2t_image", "--model", "{model}", "--image"],
+        ["generate", "t2i", "--model", "{model}", "--prompt", "a", "--noise"],
+    ],
+)
+def test_a_name_that_no_disk_takes_is_one_line(refused, checkpoint, tmp_path, command, length):
+    given = [str(checkpoint) if word == "{model}" else word for word in command] + ["a" * length]
+    line = refused(*given, *([tmp_path / "out"] if command == ["convert"] else []))
+    assert line.endswith("a cannot be used: File name too long")
+
+
 def test_an_index_with_something_else_than_names_is_one_line(invoke, refused, checkpoint, tmp_path):
     assert invoke("convert", checkpoint, tmp_path / "out", "--variant", "image", "-Q").returncode == 0
     path = tmp_path / "out" / "model.safetensors.index.json"

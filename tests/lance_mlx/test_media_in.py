@@ -2,6 +2,7 @@
 
 import sys
 import tracemalloc
+import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from lance_mlx.errors import LanceError
 from lance_mlx.media.read import read_visual
 from lance_mlx.media.video import sample_indices
+from lance_mlx.media.write import read_metadata
 
 ORIENTATION = 0x0112
 # How the stored pixels of each EXIF orientation become upright.
@@ -225,6 +227,15 @@ def test_a_decompression_bomb(tmp_path, monkeypatch):
     assert read_visual(tmp_path / "a.png", "image").pixels.shape == (1, 64, 64, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert "too many pixels" in refusal(tmp_path / "a.png", "image")
+
+
+def test_metadata_that_are_damaged_are_nothing_to_warn_of(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (64, 64)).save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\0\0\0")
+    with warnings.catch_warnings(action="error"):
+        assert read_visual(path, "image").pixels.shape == (1, 64, 64, 3)
+        with pytest.raises(LanceError, match="holds no request"):
+            read_metadata(path)
 
 
 def test_floating_point_pixels(tmp_path):

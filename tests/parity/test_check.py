@@ -230,6 +230,10 @@ def test_damaged_floors_are_one_line(bundle, replayed):
     (bundle / "floors.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ParityError, match="^[^\n]*floors.safetensors is not a complete file[^\n]*$"):
         check(bundle, replayed())
+    (bundle / "floors.safetensors").unlink()
+    (bundle / "floors.safetensors").mkdir()
+    with pytest.raises(ParityError, match="^[^\n]*floors.safetensors is no file: remove [^\n]*$"):
+        check(bundle, replayed())
 
 
 def test_an_interrupt_stays_one_whatever_wraps_it():

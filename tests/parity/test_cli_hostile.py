@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from parity.cli.main import app
+from parity.cli.main import app, main
 from parity.errors import ParityError
 from parity.lance.record_options import Options, build_request
 
@@ -106,6 +106,12 @@ def test_an_error_of_its_own_is_no_divergence(copied, monkeypatch):
     assert result.stderr.splitlines()[-1] == "lance-parity: this should not happen: TypeError, as told above"
 
 
+@pytest.mark.parametrize("command", ["verify", "check", "oracles", "compare", "localize", "port", "layouts"])
+def test_a_name_that_no_disk_takes_is_one_line(command):
+    more = {"check": ["--impl", "mlx"], "compare": ["."]}.get(command, [])
+    assert " cannot be used: File name too long" in refused(command, "a" * 5000, *more)
+
+
 def test_help_and_version_import_nothing_large():
     script = "import sys, parity.cli.main as c\ntry: c.main()\nexcept SystemExit: pass\n"
     script += "assert not {'torch', 'mlx', 'numpy'} & set(sys.modules)"
@@ -125,3 +131,20 @@ def test_the_subject_driven_task_has_both_names(tmp_path):
     assert build_request("subject", options) == build_request("idip", options)
     with pytest.raises(ParityError, match="needs an --image"):
         build_request("subject", Options(prompt="a"))
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["verify", "a", "--jsn"], "No such option: --jsn; lance-parity verify -h lists what there is"),
+        (["nothing"], "No such command 'nothing'; lance-parity -h lists what there is"),
+        (["record"], "Missing argument"),
+        (["layouts", "a", "--impl", "b"], "--impl 'b'"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line(monkeypatch, capsys, given, line):
+    monkeypatch.setattr(sys, "argv", ["lance-parity", *given])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith(f"lance-parity: {line}") and said.count("\n") == 1, said

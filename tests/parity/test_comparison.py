@@ -196,6 +196,12 @@ def test_a_damaged_bundle_is_refused(bundle):
     write_tensors(bundle / "taps.safetensors", taps)
     with pytest.raises(ParityError, match="lack latent"):
         parity.compare(bundle, bundle)
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["taps"][0]["name"] = ["a"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ParityError, match=r"lack \['a'\]"):
+        parity.compare(bundle, bundle)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import reference.sampler
@@ -210,9 +211,15 @@ def test_what_breaks_what_is_derived_is_one_line(copy_bundle, monkeypatch):
 
 def test_a_bundle_is_not_sound_where_what_is_there_keeps_the_reference_from_judging(copy_bundle):
     bundle = copy_bundle(SMALL)
-    (bundle / "floors.safetensors").write_bytes(b"")
-    verified = verify_bundle(bundle)
-    assert verified.verdict == "unusable" and "floors.safetensors" in verified.problems[0].what
+    path = bundle / "floors.safetensors"
+    with safe_open(path, "pt") as file:
+        tables = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 -- no mapping
+        metadata = file.metadata()
+    tables |= {name: table[:, None] for name, table in tables.items() if name.endswith("spreads")}
+    for write in (lambda: path.write_bytes(b""), lambda: save_file(tables, path, metadata)):
+        write()
+        verified = verify_bundle(bundle)
+        assert verified.verdict == "unusable" and "floors.safetensors" in verified.problems[0].what
 
 
 def test_a_wrong_reference_is_told_where_the_port_agrees_with_the_oracle(oracles, monkeypatch):

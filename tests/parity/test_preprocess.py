@@ -1,5 +1,6 @@
 """The reference's own preprocessing: what upstream was given, and not what a broken lance_mlx makes."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +18,14 @@ from parity.comparison.check import check_bundle
 from parity.comparison.exact import check_preprocessed
 from parity.comparison.verdict import AGREE, DIVERGE
 from parity.lance.components.visuals import IMAGENET
+from parity.lance.derived_request import DerivedRequest
+from parity.lance.hypotheses.resizing import Way, bucket, resized
+from parity.lance.names import parse
 from parity.lance.ports import ReferencePort
 from parity.lance.record import record
 from parity.lance.record_options import Options, build_request
 from parity.lance.replay_mlx import preprocess_mlx
+from parity.lance.replay_torch import preprocess_reference
 from reference.errors import ReferenceError
 from reference.preprocess import _displayed, aspect_box, frames, preprocess
 from reference.request import Medium, Request
@@ -84,6 +89,18 @@ def test_what_is_compared_is_read_as_upstream_reads(tmp_path):
         (visual,) = preprocess(edit_of(path), Path())
         assert np.array_equal(arrays["vae_pixels0"], visual.vae_pixels)
         assert np.array_equal(arrays["vit_patches0"], visual.vit_patches)
+
+
+def test_a_path_that_no_disk_takes_is_a_file_that_is_not_at_hand(tmp_path):
+    bundle = read_bundle(ORACLES / "image_edit-fp32-nokv")
+    path = "a" * 5000
+    request = build_request("image_edit", Options("blue", images=(path,), vae_resolution=64, vit_resolution=56))
+    assert preprocess_mlx(request, "kv_cache", tmp_path) is None
+    assert preprocess_reference(Request.from_dict(request), tmp_path) is None
+    asked = DerivedRequest(replace(bundle, manifest=bundle.manifest | {"request": request}))
+    assert asked.media is None
+    site = SimpleNamespace(oracle=SimpleNamespace(run=asked, bundle=bundle), tap=parse("inputs/vit_patches0"))
+    assert resized(Way(bucket))(site, None) is None
 
 
 def test_both_sides_cut_pictures_of_any_size_alike():

@@ -113,6 +113,23 @@ def test_what_is_sketched_is_verified(bundles, tmp_path):
         read_bundle(damaged)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("name", ["a"]), ("shape", None), ("groups", [["noise", 1e400]]), ("groups", 3)],
+)
+def test_a_sketch_that_is_listed_as_none_is_told(bundles, tmp_path, key, value):
+    damaged = Path(shutil.copytree(bundles["sketch"], tmp_path / "sketch"))
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    entry = next(entry for entry in manifest["taps"] if "groups" in entry)
+    entry[key] = value
+    if value is None:
+        del entry[key]
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    assert {problem.place for problem in verify_bundle(damaged).problems} & {FILE, "manifest.json"}
+    with pytest.raises(ParityError, match="bundle sketch"):
+        compare_runs(str(damaged), str(bundles["whole"]))
+
+
 @pytest.mark.parametrize("name", ["key-norm-missing", "weight-quantized", "renorm-channel"])
 def test_faults_are_found_and_named_from_sketches(bundles, localized_sketch, name):
     trial = try_fault(CATALOGUE[name], *localized_sketch)

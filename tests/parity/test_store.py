@@ -106,6 +106,17 @@ def problems(bundle):
     return {problem.place: problem.what for problem in found.problems}, found.verdict
 
 
+def test_names_that_no_disk_takes_are_what_is_missing(recorded):
+    path = recorded / "manifest.json"
+    # A second problem, so that what can be derived without that is looked for.
+    change(recorded, "latent", None)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"checkpoint": "a" * 5000}))
+    listed = {"format": "lance-oracles/1", "files": {"a" * 5000: {}}}
+    (recorded.parent / "MANIFEST.json").write_text(json.dumps(listed))
+    found = {problem.place[:13]: problem.what for result in verify(recorded.parent) for problem in result.problems}
+    assert found["a" * 13] == "is missing" and "does not match" in found["taps.safetens"]
+
+
 DERIVED = [
     ("t2i-fp32-kv", "sampler.timestep2", add(1e-4), "timesteps"),
     ("t2i-fp32-kv", "sampler.x_init", add(1e-4), "first state"),

@@ -68,6 +68,11 @@ def test_control_tokens_in_the_prompt_are_refused(real_tokenizer, token):
         layout_of(real_tokenizer, f"a {token} b")
 
 
+def test_half_a_surrogate_pair_in_the_prompt_is_refused(real_tokenizer):
+    with pytest.raises(ReferenceError, match="not valid Unicode"):
+        layout_of(real_tokenizer, "a \ud800 b")
+
+
 def test_instructions_differ_by_task(real_tokenizer):
     assert PROMPTS.is_file()
     image, video = layout_of(real_tokenizer), layout_of(real_tokenizer, task="t2v", num_frames=1)

@@ -12,6 +12,7 @@ from reference.config import LanguageConfig
 from reference.errors import ReferenceError
 from reference.model import Pipeline
 from reference.numerics import Numerics
+from reference.prompt import Tokenizer
 
 VARIANT = "Lance_3B"
 
@@ -142,3 +143,11 @@ def test_tied_embeddings_of_the_official_file_are_ignored(checkpoint):
     path = checkpoint / VARIANT / "llm_config.json"
     assert json.loads(path.read_text())["tie_word_embeddings"] is True
     assert LanguageConfig.from_file(path).head_dim == 16
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_max_length", "a"), ("added_tokens_decoder", 3)])
+def test_settings_of_the_tokenizer_of_another_type(copy, key, value):
+    path = copy / VARIANT / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ReferenceError, match="^[^\n]*the tokenizer cannot be read[^\n]*$"):
+        Tokenizer(copy / VARIANT).encode("a bird")

@@ -3,6 +3,7 @@
 Each resizes the request's own files again; where they are not at hand, none applies.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -69,7 +70,7 @@ def resized(way: Way, swapped: bool = False) -> Callable[["TapProbe", np.ndarray
         visual, for_vit = request.visuals[index], site.tap.name.startswith("inputs/vit_patches")
         path = site.oracle.bundle.path.parent / visual.content
         resolution = resolutions(request)[for_vit if not swapped else not for_vit]
-        if resolution is None or not path.is_file():
+        if resolution is None or not os.path.isfile(path):
             return None
         try:
             return _made(path, visual.medium, way, resolution, (request.height, request.width), for_vit)
