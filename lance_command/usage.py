@@ -5,10 +5,10 @@ import typer
 UsageError = typer.BadParameter.__base__
 
 
-def usage_line(error: UsageError) -> str:
-    """What is wrong with the command line: the option, its value, and what it may be."""
+def usage_line(error: UsageError, program: str) -> str:
+    """What is wrong with a program's command line: the option, its value, and what it may be."""
     if type(error) is not typer.BadParameter or error.param is None:
-        command = error.ctx.command_path if error.ctx else "the command"
+        command = error.ctx.command_path if error.ctx else program
         return f"{error.format_message().rstrip('.')}; {command} -h lists what there is"
     name = error.param.opts[0]
     if not name.startswith("-"):

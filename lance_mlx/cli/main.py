@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             sys.exit(app(given or ["--help"], prog_name="lance-mlx", standalone_mode=False))
         except (LanceError, UsageError) as error:
-            line = in_options(str(error)) if isinstance(error, LanceError) else usage_line(error)
+            line = in_options(str(error)) if isinstance(error, LanceError) else usage_line(error, "lance-mlx")
             print(f"lance-mlx: {line}", file=sys.stderr)
             sys.exit(2)
         except OSError as error:

@@ -114,7 +114,9 @@ class _Investigation:
         self.unlike = {error.tap.name for error in wrong if _other_shape(error)}
         while wrong:
             wrong = self._finding(wrong, steered.taps)
-        verdict, reason = self._verdict(errors, steered, self._unmatched(weights.unmatched))
+        lacking = [name for name in weights.unmatched if any(fnmatchcase(name, each) for each in self.pair.lacks)]
+        unmatched = [name for name in weights.unmatched if name not in lacking]
+        verdict, reason = self._verdict(errors, steered, unmatched)
         return Localization(
             bundle=self.name,
             impl="port",
@@ -123,7 +125,7 @@ class _Investigation:
             dtype=dtype,
             verdict=verdict,
             reason=reason,
-            remark=self._left_out(steered, bounds),
+            remark=self._left_out(steered, bounds, lacking),
             findings=self.findings,
             taps=errors,
             exact=[f"{WEIGHTS}{name}" for name in weights.compared],
@@ -241,11 +243,7 @@ class _Investigation:
                 return
         self.findings.append(finding)
 
-    def _unmatched(self, weights: Sequence[str]) -> list[str]:
-        """Parameters of one side that the other has no counterpart of, but for what it lacks on purpose."""
-        return [name for name in weights if not any(fnmatchcase(name, pattern) for pattern in self.pair.lacks)]
-
-    def _left_out(self, steered: MlxSide, bounds: Bounds) -> str:
+    def _left_out(self, steered: MlxSide, bounds: Bounds, lacking: Sequence[str]) -> str:
         absent = dict.fromkeys(kind_of(name) for name in self.taps if name not in steered.taps)
         elsewhere = dict.fromkeys(kind_of(name) for name in steered.taps if name not in bounds.taps)
         said = [f"not compared, for the port computes no such thing: {_listed(list(absent))}"] if absent else []
@@ -254,6 +252,8 @@ class _Investigation:
             said.append(f"computed in float32 what is bfloat16 in the trusted model: {_listed(kinds)}")
         if elsewhere:
             said.append(f"differs, but all that comes of it is right: {_listed(list(elsewhere))}")
+        if lacking:
+            said.append(f"lacking on purpose: {_listed(list(lacking))}")
         return "; ".join(said)
 
     def _verdict(self, errors: Sequence[TapError], steered: MlxSide, unmatched: Sequence[str]) -> tuple[str, str]:

@@ -188,7 +188,8 @@ def test_what_matches_nothing_fails_unless_it_is_lacking_on_purpose():
     found = localize_pair(made)
     assert found.verdict == INCONCLUSIVE and "extra.weight" in found.reason and "Pair.names" in found.reason
     lacking = Pair(made.trusted, made.port, made.inputs, names=made.names, lacks=("extra.*",))
-    assert localize_pair(lacking).verdict == AGREE
+    found = localize_pair(lacking)
+    assert found.verdict == AGREE and "lacking on purpose: extra.weight, extra.bias" in found.remark
 
 
 class Ends(torch.nn.Module):
