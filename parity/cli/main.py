@@ -226,7 +226,7 @@ def main() -> None:
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="lance-parity", standalone_mode=False))
     except UsageError as error:
-        print(f"lance-parity: {usage_line(error, "lance-parity")}", file=sys.stderr)
+        print(f"lance-parity: {usage_line(error, 'lance-parity')}", file=sys.stderr)
         sys.exit(UNUSABLE_STATUS)
 
 
