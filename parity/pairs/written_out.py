@@ -26,7 +26,8 @@ class Attended(NamedTuple):
 class WrittenOut(TorchFunctionMode):
     """Calls `seen` with every attention that is written out; what it returns is gone on with.
 
-    Only scores of four axes (batch, heads, queries, keys) are; the products may have batch and heads in one.
+    Only scores of four axes (batch, heads, queries, keys) are, and not too many; the products may have batch and heads
+    in one.
     """
 
     def __init__(self, seen: Callable[[Attended], Tensor]) -> None:
@@ -39,7 +40,8 @@ class WrittenOut(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if func in _SOFTMAX and self._product is not None:
             scores, (left, right, made) = args[0], self._product
-            if scores.ndim == 4 and scores.numel() == made.numel() and output.shape == scores.shape:
+            alike = scores.numel() == made.numel() <= _MOST and output.shape == scores.shape
+            if scores.ndim == 4 and alike:
                 self._weights = scores, output, (left, right)
             self._product = None
         elif func in _PRODUCTS:
@@ -63,6 +65,8 @@ class WrittenOut(TorchFunctionMode):
         return self._seen(Attended(q, k, v, made_of, values)).reshape(output.shape)
 
 
+# Scores that are looked at, in float64.
+_MOST = 1 << 26
 # What hides a key adds at least that much to its score; how far a score may be from what it is made of.
 _HIDDEN, _ROUNDING = -1e4, {torch.bfloat16: 3e-2}
 
