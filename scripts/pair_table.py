@@ -110,8 +110,8 @@ def trial(model: str, dtype: str, fault: Fault | None, seed: int = 0) -> Trial:
 
 
 def _others(pair: Pair, dtype: str) -> dict[str, str | None]:
-    own = TorchSide().run(pair).taps
-    got = MlxSide(pair, own, {}).run().taps
+    trusted = TorchSide().run(pair)
+    own, got = trusted.taps, MlxSide(pair, trusted, {}).run().taps
     wide = TorchSide().run(pair, copy.deepcopy(pair.trusted).float()).taps if dtype == "bfloat16" else {}
     return {name: _first(criterion, own, got, wide) for name, criterion in CRITERIA.items()}
 

@@ -108,7 +108,7 @@ def _groups(change: Callable[[int], int]) -> Transform:
 
     def transform(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
         facts = site.part.facts
-        groups = change(facts.get("groups", 0)) if site.part.kind == "layer_norm" else 0
+        groups = change(facts["groups"]) if site.part.kind == "layer_norm" and "groups" in facts else 0
         if not groups or groups == facts["groups"] or len(facts["weight"]) % groups:
             return None
         return layer_norm(site.part.inputs["x"], **{**facts, "groups": groups}).astype(np.float32)
@@ -133,7 +133,7 @@ LAYER_NORMS = {
     "the weight is missing": {"weight": 1.0},
     "weight and bias are missing": {"weight": 1.0, "bias": 0.0},
     "the mean is not subtracted, and the bias is missing": {"mean": False, "bias": 0.0},
-} | {f"eps is {told(eps)}": {"eps": eps} for eps in (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3)}
+} | {f"eps is {told(eps)}": {"eps": eps} for eps in (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1)}
 
 HYPOTHESES = (
     *(Hypothesis(says, ("*",), transform=_layer_norm(**changed), anew=True) for says, changed in LAYER_NORMS.items()),

@@ -94,10 +94,10 @@ class _Investigation:
         with one_line(f"the port of {self.name} cannot run"):
             self.tell("port")
             weights = check_weights(self.pair)
-            free, other = (MlxSide(self.pair, self.taps, {}).run() for _ in range(2))
+            free, other = (MlxSide(self.pair, self.own, {}).run() for _ in range(2))
         dtype = "bfloat16" if any(tap.dtype == "bfloat16" for tap in self.taps.values()) else "float32"
         drawn = differing(free.taps, other.taps)
-        steering = Steering(self.pair, self.name, self.taps, self.tell)
+        steering = Steering(self.pair, self.name, self.own, self.tell)
         with weights.right():
             steered, bounds = steering.run(free.taps.keys(), dtype)
             if elsewhere := steering.elsewhere(steered, bounds):
@@ -219,8 +219,10 @@ class _Investigation:
 
     def _add(self, tap: TapName, kind: str, error: float | None, floor: float | None, allowed: float | None,
              causes: Causes, also: Sequence[str], detail: str) -> None:  # fmt: skip
+        # What removes nothing was not worth saying.
+        ranked = tuple(each for each in causes.ranked if each.residual_removed > 0)
         finding = Finding(
-            tap.component, tap.name, tap.call, kind, error, floor, explanations=causes.ranked, also=also, detail=detail,
+            tap.component, tap.name, tap.call, kind, error, floor, explanations=ranked, also=also, detail=detail,
             failed=tuple(causes.failed.items()), allowed=allowed, rated=False,
         )  # fmt: skip
         together = [hypothesis for hypothesis in causes.together if hypothesis not in causes.beside]
@@ -252,6 +254,8 @@ class _Investigation:
             said.append(f"computed in float32 what is bfloat16 in the trusted model: {_listed(kinds)}")
         if elsewhere:
             said.append(f"differs, but all that comes of it is right: {_listed(list(elsewhere))}")
+        if steered.moved:
+            said.append(f"its channels stand elsewhere than the trusted model's: {_listed(steered.moved)}")
         if lacking:
             said.append(f"lacking on purpose: {_listed(list(lacking))}")
         return "; ".join(said)

@@ -1,18 +1,24 @@
 """The port of a pair, recorded and given other values to go on with."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from parity.pairs.layouts import laid_out, put_back
+from parity.pairs.names import parse
 from parity.pairs.pair import Pair
 from parity.pairs.sides import IN, OUTPUT, QKV, SDPA, Side, arrays, replaced, tapped
+from parity.pairs.torch_side import TorchSide
 from parity.ports.attach import Attached
 from parity.tensors.arrays import tap_of
 from parity.tensors.recording import Tap
 from parity.tensors.rounding import rounded
+
+# Factors that are no other than rounding makes them; how near two lengths of queries have to be to be of one scale.
+SAME, ALIKE = 1e-6, 0.1
 
 
 class MlxSide(Side):
@@ -20,12 +26,14 @@ class MlxSide(Side):
 
     Attributes:
         more: results of parts, or of further calls of them, that the trusted model has none of, by name.
+        moved: outputs whose channels stand elsewhere than the trusted model's.
         wider: taps that are float32 where the trusted model's are bfloat16; they are rounded to be held against those.
     """
 
-    def __init__(self, pair: Pair, expected: Mapping[str, Tap], force: Mapping[str, Tap]) -> None:
+    def __init__(self, pair: Pair, trusted: TorchSide, force: Mapping[str, Tap]) -> None:
         super().__init__(force)
-        self._pair, self._expected = pair, expected
+        self._pair, self._expected, self._given_there = pair, trusted.taps, trusted.given
+        self.moved: list[str] = []
         self.more: dict[str, np.ndarray] = {}
         self.wider: list[str] = []
 
@@ -52,7 +60,11 @@ class MlxSide(Side):
                 called.pop()
             return replaced(output, lambda array: self._seen(names, array), mx.array)
 
-        with Attached() as attached:
+        # What is compiled is run as it is written: its parts cannot be looked at otherwise.
+        mx.disable_compile()
+        with ExitStack() as stack:
+            stack.callback(mx.enable_compile)
+            attached = stack.enter_context(Attached())
             for kind in kinds:
                 attached.wrap(kind, "__call__", call)
             attached.wrap(mx.fast, "scaled_dot_product_attention", self._attend)
@@ -92,10 +104,27 @@ class MlxSide(Side):
         named = dict(zip(("q", "k", "v"), args, strict=False)) | values
         (theirs, *_) = self._pair.trusted_paths(self._path[-1])
         name = self.name(f"{theirs}.{SDPA}".lstrip("."))
+        factor = self._scaled_before(name, named)
+        named["q"] = named["q"] * factor
         for short in QKV:
             named[short] = self._seen([f"{name}:{short}"], named[short])
+        named["q"] = named["q"] / factor
         queries, keys, values_ = (named.pop(short) for short in QKV)
         return self._seen([name], original(queries, keys, values_, **named))
+
+    def _scaled_before(self, name: str, named: Mapping[str, Any]) -> float:
+        """What queries are to be multiplied by to be the trusted model's, where the two share the scale of the scores
+        between queries and attention in another way; else 1."""
+        import mlx.core as mx
+
+        there, queries = self._given_there.get(name), self._expected.get(f"{name}:q")
+        own = named.get("scale")
+        if there is None or queries is None or own is None:
+            return 1.0
+        own, q = float(own), named["q"].astype(mx.float32)
+        factor = own / (there[1].get("scale") or queries.shape[-1] ** -0.5)
+        lengths = float(mx.sqrt(mx.mean(q * q))) * factor, float(np.sqrt(np.mean(np.square(queries.array))))
+        return factor if abs(factor - 1) > SAME and abs(lengths[0] - lengths[1]) <= ALIKE * lengths[1] else 1.0
 
     def _seen(self, names: list[str], array: Any) -> Any:
         """Record an array under the trusted names of its parts, in the trusted layout; what to go on with."""
@@ -112,6 +141,9 @@ class MlxSide(Side):
         parts = np.split(held.array, ends, axis=-1) if len(names) > 1 else [held.array]
         for name, part, tap in zip(names, parts, wanted, strict=True):
             there = laid_out(part, tap.array)
+            of_run = parse(name).path.startswith(OUTPUT)
+            if of_run and there is not None and not np.array_equal(there.ravel(), part.ravel(), equal_nan=True):
+                self.moved.append(name)
             there = np.ascontiguousarray(part if there is None else there)
             dtype = held.dtype
             if (dtype, tap.dtype) == ("float32", "bfloat16"):

@@ -22,13 +22,25 @@ Run = Callable[[Any, Any, Call], object]
 
 
 def _run_torch(model: nn.Module, inputs: Mapping[str, np.ndarray], call: Call) -> object:
-    return model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    return model(**{name: None if array is None else torch.from_numpy(array) for name, array in inputs.items()})
 
 
 def _run_mlx(model: Any, inputs: Mapping[str, np.ndarray], call: Call) -> object:
     import mlx.core as mx
 
-    return model(*(mx.array(array) for array in inputs.values()))
+    return model(*(None if array is None else mx.array(array) for array in inputs.values()))
+
+
+def _check_inputs(inputs: Any) -> None:
+    """Raise ParityError for inputs that runs which are not the pair's own could not be given to both models."""
+    if not isinstance(inputs, Mapping):
+        raise ParityError(f"the inputs are a {type(inputs).__name__}: name NumPy arrays, or say how to run both models "
+                          "in run_trusted and run_port")  # fmt: skip
+    for name, array in inputs.items():
+        if array is not None and not isinstance(array, np.ndarray):
+            raise ParityError(f"input {name!r} is a {type(array).__name__}: give a NumPy array")
+        if array is not None and array.dtype == np.float64:
+            raise ParityError(f"input {name!r} is float64, which MLX does not compute in: {name}.astype(np.float32)")
 
 
 Place = tuple[Any, str]
@@ -82,6 +94,8 @@ class Pair:
     def __post_init__(self) -> None:
         import mlx.nn
 
+        for inputs in (self.inputs, *self.also.values()) if self.run_trusted is _run_torch else ():
+            _check_inputs(inputs)
         for what, model, kind in (("trusted", self.trusted, nn.Module), ("port", self.port, mlx.nn.Module)):
             if not isinstance(model, kind):
                 library = "PyTorch" if what == "trusted" else "MLX"

@@ -13,6 +13,7 @@ from parity.pairs.names import kind_of, parse
 from parity.pairs.pair import Pair
 from parity.pairs.rounding import measured
 from parity.pairs.sides import OUTPUT
+from parity.pairs.torch_side import TorchSide
 from parity.tensors.metrics import compare, rel_l2
 from parity.tensors.recording import Recording
 
@@ -29,15 +30,15 @@ class Steering:
     Its methods raise ParityError where one of the models cannot run.
     """
 
-    def __init__(self, pair: Pair, name: str, taps: Recording, tell: Callable[[str], None]) -> None:
-        self._pair, self._name, self._taps, self._tell = pair, name, taps, tell
+    def __init__(self, pair: Pair, name: str, own: TorchSide, tell: Callable[[str], None]) -> None:
+        self._pair, self._name, self._own, self._taps, self._tell = pair, name, own, own.taps, tell
 
     def run(self, told: Set[str], dtype: str) -> tuple[MlxSide, Bounds]:
         """The port given the trusted values at the taps that it tells, and how far it may be then."""
         given = {name: tap for name, tap in self._taps.items() if name in told}
         with one_line(f"the port of {self._name} cannot run"):
             self._tell("steered port")
-            steered = MlxSide(self._pair, self._taps, given).run()
+            steered = MlxSide(self._pair, self._own, given).run()
         with one_line(f"the trusted model of {self._name} cannot run"):
             self._tell("rounding")
             floors = measured(self._pair, self._taps, given)
@@ -59,7 +60,7 @@ class Steering:
             given = {name: tap for name, tap in self._taps.items() if name in bounds.taps and name not in names}
             self._tell(f"what comes of {kind}")
             with one_line(f"the port of {self._name} cannot run"):
-                left = MlxSide(self._pair, self._taps, given).run()
+                left = MlxSide(self._pair, self._own, given).run()
             still = {error.tap.name: error for error in self.errors(bounds, {}, left.taps) if error.wrong}
             if all(name in wrong or _rounds(error) for name, error in still.items()):
                 found |= names | (wrong.keys() - still.keys())

@@ -251,3 +251,72 @@ def test_float16_is_compared_as_what_it_rounds_to():
         torch.from_numpy(inputs["ids"])))  # fmt: skip
     copy_weights(pair)
     assert localize_pair(pair).verdict == AGREE
+
+
+class Fused(torch.nn.Module):
+    """Attention by PyTorch's function, its queries scaled before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x):
+        q, k, v = (part(x).reshape(*x.shape[:2], HEADS, SIZE).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q = q * SIZE**-0.5
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2)
+
+
+class ScalesScores(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self._scale = scale
+
+    def __call__(self, x):
+        q, k, v = (part(x).reshape(*x.shape[:2], HEADS, SIZE).swapaxes(1, 2) for part in (self.q, self.k, self.v))
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._scale)
+        return out.swapaxes(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("scale", "verdict"), [(SIZE**-0.5, AGREE), (1.0, DIVERGE), (SIZE**-1, DIVERGE)])
+def test_queries_may_be_scaled_before_or_in_attention(scale, verdict):
+    torch.manual_seed(0)
+    assert found(Fused(), ScalesScores(scale), noise(BATCH, TOKENS, WIDTH)).verdict == verdict
+
+
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+
+class TwoOf(nn.Module):
+    def __init__(self, act=mx.tanh, compiled=False, last=False):
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self._act, self._last = act, last
+        self._run = mx.compile(self._computed) if compiled else self._computed
+
+    def _computed(self, x):
+        return self.b(self._act(self.a(x)))
+
+    def __call__(self, x):
+        made = self._run(x)
+        return made.swapaxes(1, 2) if self._last else made
+
+
+def test_a_compiled_port_is_looked_into():
+    torch.manual_seed(0)
+    x = noise(BATCH, TOKENS, WIDTH)
+    assert found(Two(), TwoOf(compiled=True), x).verdict == AGREE
+    result = found(Two(), TwoOf(mx.sigmoid, compiled=True), x)
+    assert result.first.explanations[0].name == "x passes sigmoid instead of tanh"
+
+
+def test_an_output_that_is_laid_out_another_way_is_told():
+    torch.manual_seed(0)
+    result = found(Two(), TwoOf(last=True), noise(BATCH, TOKENS, WIDTH))
+    assert (result.verdict, "stand elsewhere than the trusted model's: run/output" in result.remark) == (AGREE, True)

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import pytest
 import torch
 
-from parity import localize_pair
+from parity import ParityError, localize_pair
 from parity.comparison.verdict import AGREE, DIVERGE
 from parity.pairs import Pair, copy_weights
 from parity.pairs.inputs import untried
@@ -59,3 +60,18 @@ def test_windows_and_scaled_positions_are_asked_for_by_the_configuration():
     assert untried(pair, {"run"}) == told
     assert untried(Pair(trusted, Port(), made(2, 65)), {"prefill", "decode0"}) == []
     assert untried(Pair(trusted, Port(), {"x": np.zeros((1, 3), np.float32)}), {"run"}) == []
+
+
+@pytest.mark.parametrize(
+    ("inputs", "told"),
+    [
+        ([np.zeros((1, 3), np.int64)], "the inputs are a list: name NumPy arrays"),
+        ({"ids": torch.zeros(1, 3)}, "input 'ids' is a Tensor: give a NumPy array"),
+        ({"ids": np.zeros((1, 3))}, r"input 'ids' is float64, .*ids.astype\(np.float32\)"),
+    ],
+)
+def test_inputs_that_cannot_be_given_to_both_are_named(inputs, told):
+    with pytest.raises(ParityError, match=told):
+        Pair(Torch(), Port(), inputs)
+    with pytest.raises(ParityError, match=told):
+        Pair(Torch(), Port(), made(1, 4), also={"another": inputs})
