@@ -214,12 +214,18 @@ def test_what_says_nothing_about_inference_and_how_it_is_written_are_no_configur
     ("values", "held", "likely"),
     [
         ({"rms_norm_eps": 1e-2}, {}, "the weights or the configuration: layers.0.input_layernorm"),
-        (
+        pytest.param(
             {"rms_norm_eps": 1e-2},
             {WEIGHTS},
             "the configuration, upstream's commit or the reference: layers.0.input_lay",
+            marks=pytest.mark.exhaustive,
         ),
-        ({"rope_theta": 5e2}, {}, "the configuration, upstream's commit or the reference: layers.0.self_attn.q_rope"),
+        pytest.param(
+            {"rope_theta": 5e2},
+            {},
+            "the configuration, upstream's commit or the reference: layers.0.self_attn.q_rope",
+            marks=pytest.mark.exhaustive,
+        ),
         ({"rope_theta": 5e2}, {WEIGHTS, CONFIG}, "upstream's commit or the reference: layers.0.self_attn.q_rope"),
     ],
 )
