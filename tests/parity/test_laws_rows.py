@@ -398,6 +398,8 @@ def test_parts_of_sums():
     assert "the attention branch is added 0.7 times" in said and "the MLP branch is added 0.7 times" in said
 
 
+# The blind faults are read from runs as well.
+@pytest.mark.exhaustive
 def test_faults_that_nobody_wrote_down_are_read_from_a_run(localized):
     found = {finding.component: finding for finding in localized("t2i-fp32-kv", *broken(), thorough=False).findings}
     said = {component: finding.explanations[0].name for component, finding in found.items()}
