@@ -125,7 +125,7 @@ class _Investigation:
             dtype=dtype,
             verdict=verdict,
             reason=reason,
-            remark=self._left_out(steered, bounds, lacking),
+            remark=self._left_out(steered, bounds, lacking, len(weights.mismatches) == len(weights.compared) > 0),
             findings=self.findings,
             taps=errors,
             exact=[f"{WEIGHTS}{name}" for name in weights.compared],
@@ -245,10 +245,12 @@ class _Investigation:
                 return
         self.findings.append(finding)
 
-    def _left_out(self, steered: MlxSide, bounds: Bounds, lacking: Sequence[str]) -> str:
+    def _left_out(self, steered: MlxSide, bounds: Bounds, lacking: Sequence[str], unloaded: bool) -> str:
         absent = dict.fromkeys(kind_of(name) for name in self.taps if name not in steered.taps)
         elsewhere = dict.fromkeys(kind_of(name) for name in steered.taps if name not in bounds.taps)
         said = [f"not compared, for the port computes no such thing: {_listed(list(absent))}"] if absent else []
+        if unloaded:
+            said.append("no weight is the trusted model's: see that the port was given them, or use copy_weights")
         if steered.wider:
             kinds = list(dict.fromkeys(map(kind_of, steered.wider)))
             said.append(f"computed in float32 what is bfloat16 in the trusted model: {_listed(kinds)}")

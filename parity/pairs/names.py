@@ -43,6 +43,8 @@ def relative(name: str, to: str) -> str:
     last, _, what = ".".join(path[shared:]).partition(":")
     if shared == len(block) and not last:
         last = "the block"
+    # What is all that the two share.
+    last = last or path[shared - 1]
     again = "another call of " if "#" in name else ""
     return again + (f"the input of {last}" if what == IN[1:] else f"{last} ({what})" if what else last)
 

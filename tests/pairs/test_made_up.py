@@ -404,6 +404,7 @@ def test_names_beside_each_other():
     assert relative(f"{block}.mlp", block) == "mlp"
     assert relative(f"{block}:in", f"{block}.post.norm:in".replace("post.", "")) == "the input of the block"
     assert relative(f"{block}.norm#1", f"{block}.mlp:in") == "another call of norm"
+    assert relative("run/a.b:in", "run/a.b.c.d") == "the input of b"
     near, far = (distance(name, f"{block}.mlp:in") for name in (f"{block}.norm", "run/model.embed"))
     assert near < far
 
@@ -416,3 +417,9 @@ def test_places_of_a_picture_stand_one_behind_the_other(first, channels):
     expected = np.ascontiguousarray(places.swapaxes(1, 2) if first else places)
     assert np.array_equal(laid_out(picture, expected), expected)
     assert np.array_equal(put_back(expected, picture), picture)
+
+
+def test_a_port_that_was_given_no_weights_is_told_so():
+    given = pair()
+    made = Pair(given.trusted, Port(), given.inputs, names=given.names)
+    assert "no weight is the trusted model's" in localize_pair(made).remark
