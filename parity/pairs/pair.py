@@ -22,13 +22,20 @@ Run = Callable[[Any, Any, Call], object]
 
 
 def _run_torch(model: nn.Module, inputs: Mapping[str, np.ndarray], call: Call) -> object:
-    return model(**{name: None if array is None else torch.from_numpy(array) for name, array in inputs.items()})
+    given = {name: None if array is None else torch.from_numpy(array) for name, array in inputs.items()}
+    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+    # Floats are those of the model, as the pair's caller has NumPy's alone.
+    return model(**{name: t.to(dtype) if t is not None and t.is_floating_point() else t for name, t in given.items()})
 
 
 def _run_mlx(model: Any, inputs: Mapping[str, np.ndarray], call: Call) -> object:
     import mlx.core as mx
+    from mlx.utils import tree_flatten
 
-    return model(*(None if array is None else mx.array(array) for array in inputs.values()))
+    floats = (each.dtype for _, each in tree_flatten(model.parameters()) if mx.issubdtype(each.dtype, mx.floating))
+    dtype = next(floats, mx.float32)
+    given = [None if array is None else mx.array(array) for array in inputs.values()]
+    return model(*(x.astype(dtype) if x is not None and mx.issubdtype(x.dtype, mx.floating) else x for x in given))
 
 
 def _check_inputs(inputs: Any) -> None:

@@ -320,3 +320,29 @@ def test_an_output_that_is_laid_out_another_way_is_told():
     torch.manual_seed(0)
     result = found(Two(), TwoOf(last=True), noise(BATCH, TOKENS, WIDTH))
     assert (result.verdict, "stand elsewhere than the trusted model's: run/output" in result.remark) == (AGREE, True)
+
+
+class Pooled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.b(self.a(x).mean(1))
+
+
+class Pools(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def __call__(self, x):
+        return self.b(self.a(x).mean(1))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_means_of_bfloat16_may_be_rounded_twice(seed):
+    torch.manual_seed(seed)
+    pair = Pair(Pooled().eval().bfloat16(), Pools(), {"x": noise(1, 6, WIDTH, seed=seed)})
+    copy_weights(pair)
+    assert localize_pair(pair).verdict == AGREE

@@ -75,3 +75,29 @@ def test_inputs_that_cannot_be_given_to_both_are_named(inputs, told):
         Pair(Torch(), Port(), inputs)
     with pytest.raises(ParityError, match=told):
         Pair(Torch(), Port(), made(1, 4), also={"another": inputs})
+
+
+class Linear(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Linear(4, 4)
+
+    def forward(self, x, skip=None):
+        return self.a(x)
+
+
+class LinearPort(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def __call__(self, x, skip=None):
+        return self.a(x)
+
+
+def test_floats_are_given_in_the_models_dtype_and_what_is_left_out_as_none():
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    pair = Pair(Linear().eval().bfloat16(), LinearPort(), {"x": x, "skip": None})
+    copy_weights(pair)
+    found = localize_pair(pair)
+    assert (found.verdict, found.dtype) == (AGREE, "bfloat16")
