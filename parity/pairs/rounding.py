@@ -29,8 +29,12 @@ _FUNCTIONS = {
     aten.exp.default, aten.silu.default, aten.gelu.default, aten.sigmoid.default, aten.tanh.default, aten.rsqrt.default,
     aten.sqrt.default, aten.cos.default, aten.sin.default, aten.pow.Tensor_Scalar, aten.div.Tensor,
 }  # fmt: skip
-_SUMS = {aten.mean.dim, aten.sum.dim_IntList, aten._softmax.default, aten.native_layer_norm.default,
-         aten.native_group_norm.default}  # fmt: skip
+# Made of an exponential and what cancels it.
+_CANCELLING = {aten.elu.default, aten.expm1.default, aten.softplus.default, aten.mish.default}
+_SUMS = {
+    aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.cumsum.default, aten._softmax.default,
+    aten.native_layer_norm.default, aten.native_group_norm.default,
+}  # fmt: skip
 # In units of 2^-24: how far libraries' exponentials are off (MLX's on a CPU: 1.5, root mean square), and what the
 # rounding of one term after the other makes of a sum of n terms, over the square root of n (0.4 / sqrt(3)).
 _FUNCTION, _TERM = 1.5, 0.23
@@ -64,7 +68,7 @@ class _Disturbed(TorchDispatchMode):
             order = torch.randperm(args[1].shape[1], generator=self._random)
             return func(args[0].index_select(1, order), args[1].index_select(1, order), *args[2:], **kwargs)
         output = func(*args, **kwargs)
-        if func not in _FUNCTIONS and func not in _SUMS:
+        if func not in _FUNCTIONS | _CANCELLING | _SUMS:
             return output
         first = output[0] if isinstance(output, tuple) else output
         if first.dtype not in (torch.float32, torch.bfloat16):
@@ -79,7 +83,12 @@ class _Disturbed(TorchDispatchMode):
             # The two terms of GELU cancel where x is below 0.
             by = args[0].float() if func is aten.gelu.default else wide
             return (wide + by * self._noise(wide.shape, _FUNCTION)).to(value.dtype)
-        if func in (aten.mean.dim, aten.sum.dim_IntList):
+        if func in _CANCELLING:
+            return (wide + wide.abs().clamp(min=1) * self._noise(wide.shape, _FUNCTION)).to(value.dtype)
+        if func is aten.cumsum.default:
+            terms = args[0].float().abs().cumsum(args[1])
+            return (wide + terms * self._noise(wide.shape, _TERM * wide.shape[args[1]] ** 0.5)).to(value.dtype)
+        if func in (aten.mean.dim, aten.sum.dim_IntList, aten.var.correction):
             off = _TERM * (args[0].numel() / max(wide.numel(), 1)) ** 0.5
             return (wide * (1 + self._noise(wide.shape, off))).to(value.dtype)
         # What is divided by a sum over a row is off as that is, all of it alike.
@@ -116,6 +125,8 @@ class _Stepwise(TorchDispatchMode):
             across = (1, -1, *(1 for _ in made.shape[2:]))
             made = made if weight is None else made * weight.reshape(across)
             return (made if bias is None else made + bias.reshape(across), *rest)
+        if func in _CANCELLING and args[0].dtype == self._dtype:
+            return _in_steps(args, func)
         if func is aten.mean.dim and args[0].dtype == self._dtype:
             # The sum is rounded, and its part of it again.
             total = args[0].sum(*args[1:], **kwargs)
@@ -137,6 +148,18 @@ def _activated(x: Tensor, func: Any, approximate: str) -> Tensor:
     if approximate == "tanh":
         return 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
     return x * (1 + torch.erf(x / 2**0.5)) / 2
+
+
+def _in_steps(args: tuple, func: Any) -> Tensor:
+    """What is made of an exponential, one operation after the other."""
+    x = args[0]
+    if func is aten.expm1.default:
+        return torch.exp(x) - 1
+    if func is aten.elu.default:
+        alpha = args[1] if len(args) > 1 else 1.0
+        return torch.where(x > 0, x, alpha * (torch.exp(x) - 1))
+    soft = torch.log(1 + torch.exp(x))
+    return soft if func is aten.softplus.default else x * torch.tanh(soft)
 
 
 def measured(pair: Pair, own: Recording, told: Container[str]) -> Floors:

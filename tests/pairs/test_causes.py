@@ -346,3 +346,40 @@ def test_means_of_bfloat16_may_be_rounded_twice(seed):
     pair = Pair(Pooled().eval().bfloat16(), Pools(), {"x": noise(1, 6, WIDTH, seed=seed)})
     copy_weights(pair)
     assert localize_pair(pair).verdict == AGREE
+
+
+class Passed(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.b, self.function = torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH), function
+
+    def forward(self, x):
+        return self.b(self.function(self.a(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (torch.nn.functional.elu, nn.elu),
+        (torch.nn.functional.softplus, nn.softplus),
+        (torch.nn.functional.mish, nn.mish),
+    ],
+)
+def test_exponentials_that_something_cancels_round_in_their_own_way(theirs, ours, dtype):
+    torch.manual_seed(0)
+    pair = Pair(Passed(theirs).eval().to(dtype), TwoOf(ours), {"x": noise(BATCH, TOKENS, WIDTH)})
+    copy_weights(pair)
+    assert localize_pair(pair).verdict == AGREE
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (lambda x: x.var(1, unbiased=False), lambda x: x.var(1)),
+        (lambda x: x.cumsum(1), lambda x: x.cumsum(1)),
+    ],
+)
+def test_variances_and_running_sums_round_term_by_term(theirs, ours):
+    torch.manual_seed(0)
+    assert found(Passed(theirs), TwoOf(ours), noise(BATCH, TOKENS, WIDTH)).verdict == AGREE
