@@ -10,6 +10,7 @@ from parity.bundle.reading import Bundle, read_bundle
 from parity.comparison.verdict import DIVERGE
 from parity.errors import ParityError
 from parity.lance.faults import Fault
+from parity.lance.faults.quantization import PACKED
 from parity.lance.hypotheses import HYPOTHESES
 from parity.lance.packed import write_dequantized
 from parity.lance.ports import MlxPort
@@ -106,7 +107,9 @@ def plan(faults: Iterable[Fault], bundles: Sequence[Bundle]) -> list[tuple[Bundl
     load = {bundle.path: 0 for bundle in bundles}
     chosen: dict[Path, list[Fault]] = {bundle.path: [] for bundle in bundles}
     for fault in faults:
-        fit = [bundle for bundle in bundles if fault.suits(bundle)]
+        # Of packed weights other faults may reach nothing.
+        whole = [each for each in bundles if fault.needs is PACKED or each.path.name not in QUANTIZED.values()]
+        fit = [bundle for bundle in whole if fault.suits(bundle)]
         # The second bundle is of another task where there is one.
         picked: list[Bundle] = []
         for _ in range(min(BUNDLES, len(fit))):
