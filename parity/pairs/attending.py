@@ -11,11 +11,9 @@ from parity.pairs.known import NEAR, Known, View
 from parity.pairs.names import owner_of, parse
 from parity.pairs.sides import ROTARY, SDPA
 from parity.pairs.torch_side import TorchSide
+from parity.pairs.written_out import HIDDEN
 from parity.tensors.arrays import tap_of
 from parity.tensors.metrics import rel_l2
-
-# What is added to a score that is not to count, at least.
-MASKED = -1e4
 
 
 def known_attention(model: nn.Module, side: TorchSide, name: str, batch: int) -> Known | None:
@@ -60,8 +58,8 @@ def _masked(
     if not given.is_floating_point():
         return given[0].numpy().astype(bool), None
     added = given.float().numpy()
-    seen = added[0] > MASKED
-    added = np.where(added > MASKED, added, 0)
+    seen = added[0] > HIDDEN
+    added = np.where(added > HIDDEN, added, 0)
     return seen, added if added.any() else None
 
 
@@ -77,10 +75,10 @@ def _once(x: np.ndarray) -> np.ndarray:
 
 
 def known_rotary(model: nn.Module, side: TorchSide, name: str, batch: int) -> Known | None:
+    """A rotation at what attention reads, of as many channels and in such pairs as come out as what it read."""
     if not name.endswith((":q", ":k")):
         return None
-    path = owner_of(name).partition("#")[0]
-    turned = side.given.get(path.removesuffix(SDPA) + ROTARY)
+    turned = side.given.get(_turned(name))
     if turned is None or len(turned[0]) < 4:
         return None
     tap = side.taps[name]
@@ -132,11 +130,15 @@ def _rotary(
     """A rotation of channels that are looked at in an order in which those of the first half belong to the second's."""
     inputs = {"x": np.ascontiguousarray(x[..., order]), "cos": tables[0], "sin": tables[1], "whole": x}
     facts: dict[str, Any] = {"axes": np.zeros(len(order) // 2, int), "axis_names": ("",), "order": order}
-    path = owner_of(name).partition("#")[0].removesuffix(SDPA) + ROTARY
-    ids, theta = _positions(side, parse(name).call, len(x)), _theta(side, path)
+    ids, theta = _positions(side, parse(name).call, len(x)), _theta(side, _turned(name))
     if ids is not None and theta is not None:
         facts["theta"], inputs["position_ids"] = theta, ids
     return Known("rotary", inputs, facts, view, ("token", "head", "channel"))
+
+
+def _turned(name: str) -> str:
+    """Where the function that turns it was called, of what attention reads."""
+    return owner_of(name).partition("#")[0].removesuffix(SDPA) + ROTARY
 
 
 def _positions(side: TorchSide, call: str, count: int) -> np.ndarray | None:

@@ -38,7 +38,8 @@ def composed(model: nn.Module, side: TorchSide, name: str, told: Container[str],
             if (b or function != "nothing") and near(side, name, made * up):
                 inputs = {"gate": rows(gate), "x": rows(own)} | ({} if b is None else {"up": rows(up)})
                 return Known("gated", inputs, {**identity, "activation": function}, rows, ("token", "channel"))
-    for among in (before, _recent(side, name, side.taps)):
+    # What the port does not tell may be a term too.
+    for among in dict.fromkeys((tuple(before), tuple(_recent(side, name, side.taps)))):
         for count in range(2, TERMS + 1):
             if found := _sum(side, name, among, count, batch):
                 return found

@@ -67,8 +67,10 @@ class WrittenOut(TorchFunctionMode):
 
 # Scores that are looked at, in float64.
 _MOST = 1 << 26
-# What hides a key adds at least that much to its score; how far a score may be from what it is made of.
-_HIDDEN, _ROUNDING = -1e4, {torch.bfloat16: 3e-2}
+HIDDEN = -1e4
+"""What hides a key adds at least that much to its score."""
+# How far a score may be from what it is made of.
+_ROUNDING = {torch.bfloat16: 3e-2}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -80,7 +82,7 @@ def _made_of(products: Tensor, scores: Tensor, size: int, dtype: torch.dtype) ->
 
     The factor is what fits; where something is added, 1 or 1 / sqrt(d), whichever fits better.
     """
-    hidden = scores < _HIDDEN
+    hidden = scores < HIDDEN
     x, y = products[~hidden], scores[~hidden]
     most = _ROUNDING.get(dtype, 1e-5) * y.abs().max()
     scale = float((x * y).sum() / (x * x).sum().clamp(min=1e-30))
