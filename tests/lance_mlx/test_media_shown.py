@@ -1,8 +1,11 @@
 """Media as people have them are read as they are shown, and with `as_upstream` as they are stored."""
 
+import os
 import struct
+import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -224,12 +227,23 @@ def write_png(path: Path, pixels: np.ndarray, cicp: bytes, *more: bytes) -> Path
     return path
 
 
+@contextmanager
+def same_priority() -> Iterator[None]:
+    """Where root runs it, SVT-AV1 gives its caller's thread real-time priority: all else on the machine would wait."""
+    policy = os.sched_getscheduler(0) if sys.platform == "linux" else None
+    try:
+        yield
+    finally:
+        if policy is not None:
+            os.sched_setscheduler(0, policy, os.sched_param(0))
+
+
 def write_still(path: Path, signal: np.ndarray, transfer: ColorTrc) -> Path:
     """An HDR still of BT.2020: 16 bits in a PNG, 10 in an AVIF or a HEIC."""
     if path.suffix == ".png":
         return write_png(path, np.round(signal * 65535).astype(np.uint16), bytes((9, transfer, 0, 1)))
     if path.suffix == ".avif":
-        with av.open(str(path), "w") as container:
+        with same_priority(), av.open(str(path), "w") as container:
             stream = container.add_stream("libsvtav1", options={"crf": "1"})
             stream.height, stream.width, stream.pix_fmt = *signal.shape[:2], "yuv420p10le"
             context = stream.codec_context
