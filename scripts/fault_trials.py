@@ -33,9 +33,10 @@ class Trial:
     Attributes:
         detected: the verdict was diverge.
         named: the first finding is about the component that the fault breaks.
-        explained: the right explanation ranks first; None where none is known of the fault.
+        explained: the right explanation ranks first, alone or with others that do the same there; None where none is
+            known of the fault.
         first: component of the first finding.
-        why: its first explanation.
+        why: its first explanation, and others that do the same there.
         further: components of other findings that are none that the fault breaks.
     """
 
@@ -165,7 +166,7 @@ def _say_nothing(what: str) -> None:
 def judge(fault: Fault, found: Localization) -> Trial:
     """Whether a localization tells what a fault did."""
     first = found.first
-    why = first.explanations[0].name if first and first.explanations else ""
+    why = first.cause_names if first else ""
     return Trial(
         fault=fault,
         bundle=found.bundle,

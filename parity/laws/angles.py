@@ -23,6 +23,11 @@ def read_speeds(read: Read, positions: np.ndarray, own: np.ndarray) -> np.ndarra
     weighted = weight * table
     found = np.empty(len(own))
     for i, frequency in enumerate(own):
+        if len(positions) and np.ptp(positions[:, i]) == 0 and positions[0, i]:
+            # One angle is that of many frequencies: the nearest is meant.
+            angle = np.angle(weighted[:, i].sum() * np.exp(-1j * frequency * positions[0, i]))
+            found[i] = frequency + angle / positions[0, i]
+            continue
         far = float(np.abs(positions[:, i]).max(initial=0.0))
         grid = np.linspace(-np.pi, np.pi, int(min(GRID, 6 * far + 16)))
         grid = np.concatenate([frequency * np.array([1.0, 0.5, 0.25, 0.0, -1.0, 2.0]), grid])

@@ -1,11 +1,12 @@
 """Laws of guidance: the scale at which two velocities are mixed, and the factor that the mixture is scaled back by."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
 from parity.laws.base import Component, Law
-from parity.laws.mixture import Where, comparable, enough, grain, put, seen
+from parity.laws.mixture import Where, comparable, enough, grain, put, rounded_as, seen
 from parity.laws.numbers import plainest
 from parity.laws.renorm import GROUPS, Renorm, renorms
 from parity.laws.sampling import sum_of_parts
@@ -191,7 +192,8 @@ def _mixed(
         if chosen is None:
             return None
         scale = np.where(chosen, value(component), right)
-    return uncond + scale * (cond - uncond)
+    rounded = partial(rounded_as, component.own)
+    return rounded(uncond + rounded(scale * rounded(cond - uncond)))
 
 
 def _law(right: Renorm, renorm: Renorm, where: Where, value: Value | None, words: str, numbers: float) -> Law | None:
@@ -218,6 +220,8 @@ def _mixture(
         mixed = mix(cond, uncond, other.facts["scale"], other)
         if mixed is None:
             return None
-        return put(other.own, np.ones(1, bool), mixed * renorm.factor(cond, uncond, mixed))
+        return put(
+            other.own, np.ones(1, bool), mixed * renorm.factor(cond, uncond, mixed, partial(rounded_as, other.own))
+        )
 
     return Law(" and ".join(filter(None, [words, said])), 0.9 * more + size, apply)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from parity.laws.numbers import plainest
+from parity.laws.rounding import Rounded
 
 EPS = 1e-8
 GROUPS = {"global": (0, 1), "per token": (1,), "per channel": (0,)}
@@ -40,12 +41,15 @@ class Renorm:
     blend: float = 1.0
     eps: float = EPS
 
-    def factor(self, cond: np.ndarray, uncond: np.ndarray, guided: np.ndarray) -> np.ndarray:
-        """The factor [n or 1, c or 1]."""
+    def factor(
+        self, cond: np.ndarray, uncond: np.ndarray, guided: np.ndarray, rounded: Rounded = lambda x: x
+    ) -> np.ndarray:
+        """The factor [n or 1, c or 1], of measures and a ratio that are rounded."""
         if self.over == "none":
             return np.ones((1, 1))
         axes, measure = GROUPS[self.over], MEASURES[self.measure]
-        ratio = measure({"cond": cond, "uncond": uncond}[self.to], axes) / (measure(guided, axes) + self.eps)
+        target = rounded(measure({"cond": cond, "uncond": uncond}[self.to], axes))
+        ratio = rounded(target / (rounded(measure(guided, axes)) + self.eps))
         return np.clip(1 + self.blend * (ratio**self.power - 1), self.low, self.high)
 
     def against(self, other: "Renorm") -> tuple[str, float]:

@@ -5,6 +5,7 @@ The angle of every pair is read from x and the result, over all heads; then what
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -29,6 +30,8 @@ from parity.laws.turning import (
 
 # What a law may leave of the residual, beneath another; how many are told.
 LEFT_BENEATH, TOLD = 0.5, 3
+# Of orders in which sections follow axes so many are tried; those that are likely are held against what was computed.
+MOST_ORDERS, LIKELY = 64, 6
 # So many times as fast as it should no frequency turns by a mistake that can be read.
 FASTEST = 64
 
@@ -182,7 +185,7 @@ def _tables(fit: _Fit) -> Iterator[Found]:
         yield (
             f"cosines and sines are {dtype}",
             1,
-            lambda turn, dtype=dtype: turn.z * rounded_to(dtype, turn.table)[:, None],
+            lambda turn, dtype=dtype: turn.times(rounded_to(dtype, turn.table)),
             None,
         )
         yield (
@@ -239,18 +242,31 @@ def _axes(fit: _Fit, read: Read) -> Iterator[Found]:
     order = np.where(scores.max(0) > own + 1e-9 * read.weight.sum(0), scores.argmax(0), turn.axes)
     if not np.any(order != turn.axes):
         return
-    # Frequencies too slow to tell an axis go with the others of their section.
-    for axis in np.unique(turn.axes):
-        others = np.unique(order[(turn.axes == axis) & (order != axis)])
-        if len(others) == 1 and order[turn.axes == axis][0] == others[0]:
-            order[turn.axes == axis] = others[0]
+    sections = np.unique(turn.axes)
+    orders = {tuple(order)}
+    if len(sections) > 1 and len(turn.ids) ** len(sections) <= MOST_ORDERS:
+        # Whole sections are what one exchanges; frequencies too slow to tell an axis tell nothing by themselves.
+        by_section = [np.array(each)[np.searchsorted(sections, turn.axes)]
+                      for each in product(range(len(turn.ids)), repeat=len(sections))]  # fmt: skip
+        places = np.arange(len(turn.axes))
+        by_section.sort(key=lambda order: -scores[order, places].sum())
+        orders |= {tuple(order) for order in by_section[:LIKELY] if np.any(order != turn.axes)}
+    for order in orders:
+        yield _following(fit, np.array(order))
 
+
+def _following(fit: _Fit, order: np.ndarray) -> Found:
     def follow(turn: Turn) -> np.ndarray | None:
         if turn.ids is None or len(turn.axes) != len(order):
             return None
         return turn.by(turn.ids[order].T * turn.frequencies)
 
-    yield *_followed(fit.names, turn.axes, order), follow, None
+    words, size = _followed(fit.names, fit.turn.axes, order)
+    sections = {axis: set(order[fit.turn.axes == axis]) for axis in np.unique(fit.turn.axes)}
+    if all(len(others) == 1 for others in sections.values()) and len(np.unique(order)) == len(sections):
+        # Another order of the axes is one choice, and a likelier one than an axis that is left out.
+        size = 0.9
+    return words, size, follow, None
 
 
 def _followed(names: str, axes: np.ndarray, order: np.ndarray) -> tuple[str, int]:

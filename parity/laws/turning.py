@@ -17,7 +17,8 @@ WHOLLY = 0.02
 class Turn:
     """x as complex pairs z [n, heads, f] and their table [n, f]; positions [n, f] and frequencies [f] where known.
 
-    `dtype` is what the table is rounded to, `speeds` what its frequencies are.
+    `dtype` is what the table is rounded to, `speeds` what its frequencies are, `products` what products are before
+    they are added.
     """
 
     z: np.ndarray
@@ -29,14 +30,24 @@ class Turn:
     theta: float
     dtype: str
     speeds: str = "float32"
+    products: str = "float32"
 
     @property
     def turned(self) -> np.ndarray:
-        return self.z * self.table[:, None]
+        return self.times(self.table)
+
+    def times(self, table: np.ndarray) -> np.ndarray:
+        """What comes of a table [n, f]."""
+        if self.products == "float32":
+            return self.z * table[:, None]
+        with_cosines, with_sines = (
+            rounded_to(self.products, self.z * part[:, None]) for part in (table.real, table.imag)
+        )
+        return with_cosines + 1j * with_sines
 
     def by(self, angles: np.ndarray) -> np.ndarray:
         """What comes of angles [n, f], rounded as the table is."""
-        return self.z * rounded_to(self.dtype, np.exp(1j * angles))[:, None]
+        return self.times(rounded_to(self.dtype, np.exp(1j * angles)))
 
     def with_theta(self, theta: float) -> np.ndarray:
         """What comes of frequencies of another theta, rounded as they are."""
@@ -78,6 +89,9 @@ def turn_of(component: Component) -> Turn | None:
     axes = np.asarray(component.facts.get("axes", np.zeros(half, int)))
     dtype = "bfloat16" if np.array_equal(rounded_to("bfloat16", table), table) else "float32"
     turn = Turn(as_pairs(x.astype(np.float64)), table, None, None, None, axes, theta, dtype)
+    if is_bfloat16(component.own):
+        in_steps = replace(turn, products="bfloat16")
+        turn = min(turn, in_steps, key=lambda each: np.linalg.norm(beside(component, each)))
     ids = component.inputs.get("position_ids")
     if ids is None or theta <= 1 or len(axes) != half or axes.max() >= len(ids):
         return turn

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,7 +97,8 @@ class Explanation:
     `residual_removed` is 1 when the hypothesis reproduces what was computed, 0 (or less) when it does not help.
     `second` is None where there is no second input of the kind. `left` is what remains, in floors; None where rounding
     may do nothing; `agrees` whether that is no more than agrees. `figure` is what a page may draw of a law;
-    `read` whether it was read from the data rather than said beforehand, `describes` whether it only describes them.
+    `size` is how many numbers and choices were read from the data to say it, 0 where it was said beforehand, and
+    `describes` whether it only describes them.
     """
 
     name: str
@@ -106,8 +107,13 @@ class Explanation:
     left: float | None = None
     agrees: bool = True
     figure: Figure | None = field(default=None, repr=False, compare=False)
-    read: bool = False
+    size: float = 0.0
     describes: bool = False
+
+    @property
+    def read(self) -> bool:
+        """Whether it was read from the data rather than said beforehand."""
+        return self.size > 0
 
     @classmethod
     def of(
@@ -115,7 +121,7 @@ class Explanation:
         agrees: bool = True,
     ) -> "Explanation":  # fmt: skip
         """What a hypothesis explains, with what is known of the hypothesis."""
-        known = hypothesis.figure, bool(hypothesis.size), hypothesis.describes
+        known = hypothesis.figure, hypothesis.size, hypothesis.describes
         return cls(hypothesis.name, removed, second, left, agrees, *known)
 
 
@@ -164,6 +170,18 @@ class Finding:
     def explained(self) -> bool:
         """Whether the first explanation removes most of the residual."""
         return bool(self.explanations) and self.explanations[0].residual_removed >= EXPLAINS
+
+    @property
+    def causes(self) -> Sequence[Explanation]:
+        """The first explanation and those that say as little and do the same, here and on the second input: which of
+        them it is nothing tells."""
+        first = self.explanations[:1]
+        return [e for e in self.explanations if first and replace(e, name=first[0].name) == first[0]]
+
+    @property
+    def cause_names(self) -> str:
+        """Their names in a line."""
+        return " or ".join(each.name for each in self.causes)
 
     @property
     def certain(self) -> bool:

@@ -49,8 +49,9 @@ def _print_finding(console: Console, number: int, finding: Finding) -> None:
         more = f" and {len(finding.also) - OTHERS} more" if len(finding.also) > OTHERS else ""
         lines.append(f"same cause: {', '.join(finding.also[:OTHERS])}{more}")
     sign = ("why" if finding.certain else "hint") if finding.explained else "tried"
+    equal = len(finding.causes) if finding.explained else 0
     lines += [
-        f"{'tried' if i else sign}: {e.name} (removes {e.residual_removed:.1%}"
+        f"{'tried' if i >= max(equal, 1) else 'or' if i else sign}: {e.name} (removes {e.residual_removed:.1%}"
         + (f", {e.second:.1%} on a second input)" if e.second is not None else ")")
         for i, e in enumerate(finding.explanations[:EXPLANATIONS])
     ]

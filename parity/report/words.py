@@ -46,7 +46,7 @@ def _further(findings: Sequence[Finding]) -> str:
     """Return what else is wrong by itself, by its cause where that is known."""
     if not findings:
         return ""
-    causes = [next(iter(f.explanations)).name if f.explained else f.component for f in findings]
+    causes = [f.cause_names if f.explained else f.component for f in findings]
     shown = ", ".join(dict.fromkeys(causes[:FURTHER]))
     return f"; wrong by itself too: {shown}" + (f" and {len(causes) - FURTHER} more" if len(causes) > FURTHER else "")
 
@@ -58,17 +58,17 @@ def explained(finding: Finding) -> str:
         return "no hypothesis explains it"
     if finding.explained:
         if finding.part is not None:
-            return f"{best.name} (accounts for {percent(finding.part)} of the values that differ)"
+            return f"{finding.cause_names} (accounts for {percent(finding.part)} of the values that differ)"
         if not finding.certain:
             left = "" if best.left is None else f", which leaves {times(best.left)} times the floor"
-            return f"a hint{left}: {_removing(best)}"
-        return _removing(best)
+            return f"a hint{left}: {_removing(finding)}"
+        return _removing(finding)
     tried = len(finding.explanations)
     return f"no hypothesis explains it (the best of {tried} removes {percent(best.residual_removed)})"
 
 
-def _removing(explanation: Explanation) -> str:
-    return f"{explanation.name} (removes {percent(explanation.residual_removed)} of the difference)"
+def _removing(finding: Finding) -> str:
+    return f"{finding.cause_names} (removes {percent(finding.explanations[0].residual_removed)} of the difference)"
 
 
 def failures(finding: Finding) -> str:
@@ -225,7 +225,7 @@ def _row(place: int, finding: Finding) -> str:
     best = next(iter(finding.explanations), None) if finding.explained else None
     over = "exact" if finding.kind == EXACT else times(multiple(finding))
     cells = [str(place), _cell(finding.component), _cell(finding.tap), number(finding.local_error), over]
-    cells += [_plain(finding.slice or "–"), _plain(best.name if best else "none")]
+    cells += [_plain(finding.slice or "–"), _plain(finding.cause_names if best else "none")]
     cells += [percent(best.residual_removed) if best else "–"]
     return f"| {' | '.join(cells)} |"
 

@@ -41,13 +41,13 @@ def test_too_few_tell_nothing(graded):
 
 
 def test_an_explanation_of_a_sort_that_is_often_wrong_is_a_hint(graded):
-    explanation = Explanation("the scale is 2", 1.0, read=True)
+    explanation = Explanation("the scale is 2", 1.0, size=1)
     finding = Finding("layers.0.mlp", "cond.step0/x", "cond.step0", LOCAL, 1.0, 0.1, explanations=[explanation])
     graded(*trials("euler", 90, 10))
     assert finding.certain and finding.record == Record(90, 100) and finding.to_json()["record"]["right"] == 90
     graded(*trials("euler", 80, 20))
     assert finding.explained and not finding.certain
-    said = replace(finding, explanations=[replace(explanation, read=False)])
+    said = replace(finding, explanations=[replace(explanation, size=0)])
     assert said.certain and said.record is None
     assert replace(finding, explanations=[]).record is None
 
@@ -56,3 +56,11 @@ def test_what_is_kept_is_what_is_counted():
     kept = definition.CONFIDENCE
     assert set(kept) == set(confidence._SORTS.values())
     assert all(0 <= right <= told for counts in kept.values() for right, told in counts.values())
+
+
+def test_explanations_that_say_as_little_and_do_the_same_are_told_together():
+    first = Explanation("positions are places", 1.0, 1.0)
+    others = [replace(first, name="positions are off by +1"), replace(first, name="a longer one", size=2)]
+    finding = Finding("positions", "x", "x", "exact", 0.1, None, explanations=[first, *others])
+    assert finding.cause_names == "positions are places or positions are off by +1"
+    assert replace(finding, explanations=[]).cause_names == ""

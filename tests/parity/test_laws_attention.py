@@ -52,6 +52,39 @@ def best(fitter, component, got):
     return found[0]
 
 
+def rounded_products(x, ids, axes, dtype="bfloat16"):
+    """What halves [n, heads, d / 2] become that are turned in bfloat16, every product and sum rounded."""
+    angles = ids[axes].T * rounded_to(dtype, turning.frequencies(THETA, HALF))
+    cos, sin = (rounded_to(dtype, f(angles))[:, None] for f in (np.cos, np.sin))
+    (a, b), r = (x[..., :HALF], x[..., HALF:]), lambda v: rounded_to(dtype, v)
+    both = r(r(a * cos) - r(b * sin)), r(r(b * cos) + r(a * sin))
+    inputs = {"x": x, "cos": cos[:, 0].astype(np.float32), "sin": sin[:, 0].astype(np.float32)}
+    return np.concatenate(both, -1).astype(np.float32), inputs | {"position_ids": ids.astype(np.int32)}
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1), (2, 1, 0)])
+def test_axes_in_another_order_are_told_of_few_tokens_to_the_last_bit(order):
+    ids = np.array([[27, 28, 28, 28, 28, 30], [27, 28, 28, 29, 29, 30], [27, 28, 29, 28, 29, 30]])
+    axes = np.array([0, 0, 1, 1, 1, 2, 2, 2])
+    x = rounded_to("bfloat16", np.random.default_rng(3).standard_normal((6, 4, 2 * HALF))).astype(np.float32)
+    own, inputs = rounded_products(x, ids, axes)
+    got, _ = rounded_products(x, ids, np.array(order)[axes])
+    facts = {"theta": THETA, "axes": axes, "axis_names": "thw"}
+    law = next(iter(turns.rotary(Component("rotary", inputs, facts, own, 0.03), got)))
+    a, b = ("thw"[axis] for axis in range(3) if order[axis] != axis)
+    assert law.sentence == f"the frequencies of {a} follow {b} and those of {b} follow {a}"
+    np.testing.assert_array_equal(law.apply(Component("rotary", inputs, facts, own)), got)
+
+
+def test_theta_is_read_of_a_single_token():
+    component = rotary(seed=1, rows=58)
+    one = {name: array[57:] for name, array in component.inputs.items()}
+    one["position_ids"] = component.inputs["position_ids"][:, 57:]
+    alone = replace(component, inputs=one, own=component.own[57:])
+    got = turned(alone, lambda t: t.by(t.positions * turning.frequencies(1e4, HALF)))
+    assert next(iter(turns.rotary(alone, got))).sentence == "theta is 10000"
+
+
 ROTATIONS = {
     "the sine of the second half has the wrong sign": lambda t: (
         t.turned.real + 1j * (t.table.real[:, None] * t.z.imag - t.table.imag[:, None] * t.z.real)

@@ -177,6 +177,22 @@ def test_in_bfloat16_the_numbers_are_read_too():
     assert "the guidance scale is 3.2" in {law.sentence for law in fitted(component, rounded(3.2))}
 
 
+def test_what_is_rounded_at_every_step_is_read_to_the_last_bit():
+    cond, uncond, *_ = (bfloat16(array) for array in arrays(0, shape=(120, 48)))
+    uncond *= np.float32(0.98)
+    facts = {"scale": 4.0, "renorm": "global", "minimum": 0.0, "t": 1.0, "step": 0, "steps": 4, "axes": AXES}
+
+    def rounded(to):
+        guided = bfloat16(uncond + bfloat16(4 * bfloat16(cond - uncond)))
+        ratio = bfloat16(bfloat16(np.linalg.norm(to)) / bfloat16(np.linalg.norm(guided)))
+        return bfloat16(guided * ratio)
+
+    component = of("guidance", rounded(cond), {"cond": cond, "uncond": uncond}, facts, 4e-4)
+    law = fitted(component, rounded(uncond))[0]
+    assert law.sentence == "the renorm aims at the unconditional velocity"
+    np.testing.assert_array_equal(law.apply(component), rounded(uncond))
+
+
 @pytest.mark.parametrize("shift", [2.0, 3.5, 7.0])
 def test_times_are_read(shift):
     u = np.linspace(1, 0, 6)
