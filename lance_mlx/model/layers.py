@@ -9,6 +9,7 @@ import numpy as np
 
 from lance_mlx.backend import vectorized
 from lance_mlx.backend.numerics import runs_on_cpu
+from lance_mlx.backend.pieces import by_rows
 
 _FEW_ROWS, _LARGE = 4, 1 << 22
 """Rows that are few, such as the brackets of a block in both arms, and elements of a large matrix."""
@@ -85,8 +86,12 @@ def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
     dtype = weight.dtype
     if dtype != mx.float32 and runs_on_cpu() and not _stays_half(len(x), weight.size):
         # The CPU backend multiplies half precision outside BLAS; float32 gives the same bits sooner.
-        wide = None if bias is None else bias.astype(mx.float32)
-        return _product(x.astype(dtype).astype(mx.float32), weight.astype(mx.float32), wide).astype(dtype)
+        wide, bias = weight.astype(mx.float32), None if bias is None else bias.astype(mx.float32)
+
+        def product(rows: mx.array) -> mx.array:
+            return _product(rows.astype(dtype).astype(mx.float32), wide, bias).astype(dtype)
+
+        return by_rows(product, x, max(weight.shape))
     x = x.astype(dtype)
     if dtype == mx.float32 and runs_on_cpu():
         return _product(x, weight, bias)
@@ -155,9 +160,13 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size, bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias)
         self._gate_up: FusedLinear | None = None
+        self._intermediate_size = intermediate_size
 
     def __call__(self, x: mx.array) -> mx.array:
         """[rows, hidden] -> [rows, hidden]."""
+        return by_rows(self._some, x, self._intermediate_size)
+
+    def _some(self, x: mx.array) -> mx.array:
         gate, up = self._gate_up(x) if self._gate_up else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(_swiglu(gate, up))
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import lance_mlx.sampling.flow as flow
 import lance_mlx.sampling.text as text
 import reference.sampler
+from lance_mlx.backend import pieces
 from lance_mlx.model.mot import MoTModel
 from lance_mlx.model.rope import rotary_table
 from lance_mlx.model.vae_decoder import Decoder
@@ -167,6 +168,17 @@ def test_both_arms_in_one_pass_are_recorded_as_they_are_apart(oracle_of, subject
     limit = 1e-5 if "fp32" in name else 0.05
     for tap, other in apart.items():
         assert together[tap].dtype == other.dtype and compare(other, together[tap]).rel_l2 < limit, tap
+
+
+def test_rows_that_are_computed_in_pieces_are_recorded_whole(oracle_of, subject_of, monkeypatch):
+    subject, wanted = subject_of("t2i-fp32-kv"), set(oracle_of("t2i-fp32-kv").taps)
+    whole = subject.run(wanted).recording
+    monkeypatch.setattr(pieces, "PIECE_VALUES", 1 << 8)
+    monkeypatch.setattr(pieces, "GPU_PIECE_VALUES", 1 << 8)
+    recording = subject.run(wanted).recording
+    assert {name: tap.array.shape for name, tap in recording.items()} == {
+        name: tap.array.shape for name, tap in whole.items()
+    }
 
 
 def test_a_token_that_is_begun_in_vain_is_not_recorded(oracle_of, monkeypatch):
