@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from lance_mlx.backend import cpu_attention
 from lance_mlx.backend.numerics import BFLOAT16, Numerics
 from lance_mlx.checkpoint.recipe import Recipe, plan
 from lance_mlx.checkpoint.tensors import Checkpoint, ViTSource
@@ -22,7 +23,7 @@ from lance_mlx.config import SPATIAL_STRIDE, TEMPORAL_STRIDE, LanceConfig
 from lance_mlx.estimate.cost import Convolution, decoder_convolutions, encoder_convolutions
 from lance_mlx.estimate.tiling import Coder
 from lance_mlx.media.preprocess import TEMPORAL_PATCH_SIZE, VIT_DIVISOR
-from lance_mlx.model.attention import GPU_SCORE_BUDGET, SCORE_BUDGET
+from lance_mlx.model.attention import GPU_SCORE_BUDGET
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.quantized import Scheme, make_quantized
 from lance_mlx.model.vae import VAE, TileChooser
@@ -309,7 +310,8 @@ def _activations(
     # Half precision is multiplied in float32 there, and weights are cast as they are used. A pass of two readings takes
     # no more than a pass does while MLX runs ahead to the next one.
     mlp = layer.casts * 4 * width * hidden + layer.value * item.rows * width
-    return round(max(mlp, layer.score * min(scores, SCORE_BUDGET)))
+    tile = max(cpu_attention.SCORES, heads * cpu_attention.ROWS * min(item.keys, cpu_attention.KEYS))
+    return round(max(mlp, layer.score * min(scores, tile)))
 
 
 def coded(sizes: Sizes, work: Work) -> Iterator[tuple[int, Convolution]]:

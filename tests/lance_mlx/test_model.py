@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lance_mlx import BFLOAT16, FLOAT32, Request, Task
-from lance_mlx.backend import vectorized
+from lance_mlx.backend import cpu_attention, vectorized
 from lance_mlx.backend.numerics import runs_on_cpu
 from lance_mlx.model import attention as attending
 from lance_mlx.model import layers
@@ -43,24 +43,40 @@ def test_a_text_prefix_is_the_same_however_it_is_cut(pipeline, n, data):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(1, 24), st.integers(0, 24), st.booleans(), st.integers(1, 400), st.booleans())
-def test_query_chunks_change_nothing(n, past, causal, budget, on_cpu):
+@given(st.integers(1, 24), st.integers(0, 24), st.booleans(), st.integers(1, 400))
+def test_query_chunks_change_nothing(n, past, causal, budget):
     key = mx.random.key(n * 31 + past)
     q = mx.random.normal((1, 4, n, 8), key=key)
     k, v = mx.random.normal((2, 1, 2, n + past, 8), key=key)
     whole, pieces = attention(q, k, v, causal), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attending, "_FEW_SCORES", 0)
-        patch.setattr(attending, "runs_on_cpu", lambda: on_cpu)
+        patch.setattr(attending, "runs_on_cpu", lambda: False)
         # CUDA holds the scores of float32.
         patch.setattr(mx.cuda, "is_available", lambda: True)
-        patch.setattr(attending, "SCORE_BUDGET" if on_cpu else "GPU_SCORE_BUDGET", budget)
-        for name in ("_attend", "_mlx_attention"):
-            original = getattr(attending, name)
-            patch.setattr(attending, name, lambda q, *rest, call=original: pieces.append(q.shape[2]) or call(q, *rest))
+        patch.setattr(attending, "GPU_SCORE_BUDGET", budget)
+        own = attending._mlx_attention
+        patch.setattr(attending, "_mlx_attention", lambda q, *rest: pieces.append(q.shape[2]) or own(q, *rest))
         chunked = attention(q, k, v, causal)
     assert relative(chunked, whole) < 1e-6
     assert sum(pieces) == n and max(pieces) == min(n, max(1, budget // (4 * (n + past))))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 24), st.integers(0, 24), st.booleans(), st.integers(1, 9), st.integers(1, 9), st.booleans())
+def test_tiles_of_scores_change_nothing(n, past, causal, rows, keys, half):
+    key = mx.random.key(n * 31 + past)
+    dtype = mx.bfloat16 if half else mx.float32
+    q = (5 * mx.random.normal((2, 4, n, 8), key=key)).astype(dtype)
+    k, v = mx.random.normal((2, 2, 2, n + past, 8), key=key).astype(dtype)
+    exact = attending._mlx_attention(*(x.astype(mx.float32) for x in (q, k, v)), causal)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_attention, "ROWS", rows)
+        patch.setattr(cpu_attention, "KEYS", keys)
+        patch.setattr(cpu_attention, "SCORES", 1)
+        tiled = cpu_attention.attention(q, k, v, causal)
+    assert tiled.dtype == dtype and tiled.shape == q.shape
+    assert relative(tiled.astype(mx.float32), exact) < (2 * 2**-8 if half else 1e-6)
 
 
 def test_only_what_mlx_fuses_is_left_to_it_whole(monkeypatch):
@@ -99,25 +115,24 @@ def test_few_rows_are_multiplied_in_blocks_to_the_same_product(rows, width, dept
 def test_what_is_computed_on_the_host_is_the_same(rows, columns, scale):
     x = scale * mx.random.normal((rows, columns), key=mx.random.key(columns))
     assert relative(vectorized.silu(x), x * mx.sigmoid(x)) < 1e-6
-    weights, total = vectorized.exponentials(x)
-    assert weights.shape == x.shape and total.shape == (rows, 1)
+    scores = np.array(x)
+    rounded = scores.copy()
+    total = cpu_attention.exponentials(scores, scores.max(axis=-1, keepdims=True), rounded=False)
+    assert np.array_equal(total, cpu_attention.exponentials(rounded, rounded.max(axis=-1, keepdims=True), rounded=True))
+    assert np.array_equal(rounded, np.array(mx.array(scores).astype(mx.bfloat16).astype(mx.float32)))
     exact = np.exp(np.array(x, np.float64) - np.max(np.array(x), axis=-1, keepdims=True))
-    exact /= exact.sum(axis=-1, keepdims=True)
-    assert np.linalg.norm(np.array(weights / total) - exact) < 1e-6 * np.linalg.norm(exact)
-
-
-def test_a_row_that_sees_some_keys_only_has_no_weight_on_the_others():
-    weights, total = vectorized.exponentials(mx.array([[0.0, -mx.inf], [-100.0, -mx.inf]]))
-    assert weights.tolist() == [[1, 0], [1, 0]]
-    assert total.tolist() == [[1], [1]]
+    assert np.linalg.norm(scores - exact) < 1e-6 * np.linalg.norm(exact)
+    assert np.linalg.norm(total[:, 0] - exact.sum(axis=-1)) < 1e-6 * np.linalg.norm(total)
 
 
 def test_what_is_not_finite_is_passed_on_in_silence():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.isnan(np.array(vectorized.silu(mx.array([-mx.inf, mx.nan])))).all()
-        weights, _ = vectorized.exponentials(mx.array([[mx.inf, 0.0], [-mx.inf, -mx.inf], [mx.nan, 0.0]]))
-    assert np.isnan(np.array(weights)).any(axis=1).all()
+        for value in (mx.inf, -mx.inf, mx.nan):
+            q = mx.full((1, 2, 3, 8), value)
+            attended = cpu_attention.attention(q, mx.ones((1, 1, 4, 8)), mx.ones((1, 1, 4, 8)), False)
+            assert np.isnan(np.array(attended)).all()
 
 
 def test_every_latent_sees_both_brackets_and_they_see_every_latent(pipeline):
