@@ -1,10 +1,11 @@
 """Try every fault of the catalogue on two bundles and write the table of what was found into reports/README.md.
 
-    python scripts/fault_table.py [FOLDER...] [--fault NAME]... [--output FILE]
+    python scripts/fault_table.py [FOLDER...] [--fault NAME]... [--output FILE] [--rows FILE.jsonl]
 
 Beside the bundles given, a few are recorded from the reference: some faults need what no captured bundle has.
 FOLDERs hold oracle bundles (by default oracles/). With --fault only these are tried and the table is printed, and where
-FOLDERs are named as well, these are all that is looked at.
+FOLDERs are named as well, these are all that is looked at. With --rows every trial is appended to a file as it ends,
+and trials that are in it are not tried again, so that it may be interrupted.
 Exit status: 0 when every fault is tried, detected and named, 1 otherwise.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from fault_trials import markdown, record_more, summary, try_faults, untried
+from fault_trials import Rows, markdown, record_more, summary, try_faults, untried
 from tables import README, replace_between
 
 from parity.bundle.reading import find_bundles, read_bundle
@@ -30,6 +31,7 @@ def main(
     folders: Annotated[list[Path] | None, typer.Argument(help="Folders of bundles.", show_default="oracles/")] = None,
     fault: Annotated[list[str] | None, typer.Option("--fault", metavar="NAME", help="Try only these.")] = None,
     output: Annotated[Path, typer.Option(metavar="FILE", help="File that holds the table.")] = README,
+    rows: Annotated[Path | None, typer.Option(metavar="FILE", help="File of the trials that have been made.")] = None,
 ) -> None:
     """Try the faults and write the table."""
     with one_line_errors():
@@ -42,7 +44,7 @@ def main(
                 paths += record_more(Path(folder), ORACLES, start)
             left_out = untried(faults, [read_bundle(path) for path in paths])
             print("".join(f"{line}\n" for line in left_out), end="", file=sys.stderr)
-            for trial in try_faults(paths, faults, start):
+            for trial in try_faults(paths, faults, start, Rows(rows)):
                 trials.append(trial)
                 if trial.further:
                     print(f"{trial.fault.name} on {trial.bundle}: also {', '.join(trial.further)}", file=sys.stderr)

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from parity.bundle.reading import Bundle, read_bundle
 from parity.comparison.verdict import DIVERGE
 from parity.errors import ParityError
-from parity.lance.faults import Fault
+from parity.lance.faults import CATALOGUE, Fault
 from parity.lance.faults.quantization import PACKED
 from parity.lance.hypotheses import HYPOTHESES
 from parity.lance.packed import write_dequantized
@@ -49,6 +49,36 @@ class Trial:
     why: str
     seconds: float
     further: tuple[str, ...] = ()
+
+
+@dataclass
+class Rows:
+    """Trials that have been made, kept in a file where one is given: a JSON object each, with the fault's name."""
+
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        self._made: dict[tuple[str, str], Trial] = {}
+        if self.path is not None and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                values = json.loads(line)
+                fault = CATALOGUE.get(values["fault"])
+                if fault is not None:
+                    self._made[fault.name, values["bundle"]] = Trial(
+                        **(values | {"fault": fault, "further": tuple(values["further"])})
+                    )
+
+    def of(self, fault: Fault, bundle: str) -> Trial | None:
+        """What is known of a fault on a bundle."""
+        return self._made.get((fault.name, bundle))
+
+    def keep(self, trial: Trial) -> Trial:
+        """Append a trial."""
+        if self.path is not None:
+            values = {field.name: getattr(trial, field.name) for field in fields(trial)} | {"fault": trial.fault.name}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        return trial
 
 
 # Requests that no embedded bundle has and some faults need: steps that are not guided, more than one attention window
@@ -135,18 +165,25 @@ def untried(faults: Iterable[Fault], bundles: Sequence[Bundle]) -> list[str]:
 
 
 def try_faults(
-    paths: Sequence[Path], faults: Sequence[Fault], start: Callable[[str], Callable[[str], None]]
+    paths: Sequence[Path],
+    faults: Sequence[Fault],
+    start: Callable[[str], Callable[[str], None]],
+    rows: Rows | None = None,
 ) -> Iterator[Trial]:
-    """Try every fault on its bundles; each bundle's oracle and model are loaded once.
+    """Try every fault on its bundles, but for trials that have been made; each bundle's oracle and model are loaded
+    once.
 
     `start` is told the name of each bundle and returns the callback for its progress.
     """
     for bundle, chosen in plan(faults, [read_bundle(path) for path in paths]):
-        tell = start(bundle.name)
-        oracle, port = Oracle.of(bundle), MlxPort(bundle)
+        tell, loaded, rows = start(bundle.name), None, rows or Rows()
         for fault in chosen:
             tell(fault.name)
-            yield try_fault(fault, bundle, oracle, port)
+            if (made := rows.of(fault, bundle.name)) is not None:
+                yield made
+                continue
+            oracle, port = loaded = loaded or (Oracle.of(bundle), MlxPort(bundle))
+            yield rows.keep(try_fault(fault, bundle, oracle, port))
 
 
 def try_fault(fault: Fault, bundle: Bundle, oracle: Oracle, port: MlxPort) -> Trial:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import fault_table
 import pytest
 import typer
-from fault_trials import BUNDLES, Trial, judge, markdown, plan, summary, try_fault, try_faults, untried
+from fault_trials import BUNDLES, Rows, Trial, judge, markdown, plan, summary, try_fault, try_faults, untried
 from typer.testing import CliRunner
 
 from parity.bundle.reading import read_bundle
@@ -196,6 +196,23 @@ def test_trials_load_each_bundle_once_and_tell_what_they_do(oracles, monkeypatch
     assert sorted(found) == sorted((f.name, p.name, "oracle", "subject") for f in faults for p in paths)
     assert loaded == ["t2i-fp32-kv", "t2v-bf16-kv"]
     assert told == ["t2i-fp32-kv", "rope-pairs", "renorm-channel", "t2v-bf16-kv", "rope-pairs", "renorm-channel"]
+
+
+def test_trials_that_were_made_are_not_made_again(oracles, monkeypatch, tmp_path):
+    tried, path = [], tmp_path / "rows.jsonl"
+
+    def once(fault, bundle, *rest):
+        tried.append(fault.name)
+        return Trial(fault, bundle.name, True, True, None, "norm", "why", 1.0, ("x",))
+
+    monkeypatch.setattr("fault_trials.Oracle.of", lambda bundle: "oracle")
+    monkeypatch.setattr("fault_trials.MlxPort", lambda bundle: "subject")
+    monkeypatch.setattr("fault_trials.try_fault", once)
+    paths, faults = [oracles / "t2i-fp32-kv"], [CATALOGUE["rope-pairs"], CATALOGUE["renorm-channel"]]
+    first = list(try_faults(paths, faults[:1], lambda name: tried.append, Rows(path)))
+    tried.clear()
+    assert list(try_faults(paths, faults, lambda name: lambda what: None, Rows(path)))[:1] == first
+    assert tried == ["renorm-channel"] and len(path.read_text().splitlines()) == 2
 
 
 def test_a_fault_on_a_real_bundle(oracle_of, subject_of):
