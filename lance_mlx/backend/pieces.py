@@ -11,18 +11,21 @@ PIECE_VALUES, GPU_PIECE_VALUES = 1 << 24, 1 << 26
 pieces."""
 
 
-def by_rows(function: Callable[[mx.array], mx.array], x: mx.array, width: int) -> mx.array:
-    """function(x) of rows [n, ...] that do not depend on each other, so many at a time as the memory allows.
+def by_rows(function: Callable[..., mx.array], width: int, *arrays: mx.array) -> mx.array:
+    """function(*arrays) of arrays [n, ...] whose rows do not depend on each other, so many at a time as the memory
+    allows.
 
     Args:
         width: values of a row of the widest array that the function makes on its way.
     """
     rows = max(1, (PIECE_VALUES if runs_on_cpu() else GPU_PIECE_VALUES) // width)
-    if len(x) <= rows:
-        return function(x)
+    if len(arrays[0]) <= rows:
+        return function(*arrays)
     pieces = []
-    for start in range(0, len(x), rows):
-        pieces.append(function(x[start : start + rows]))
+    for start in range(0, len(arrays[0]), rows):
+        pieces.append(function(*(array[start : start + rows] for array in arrays)))
         # Else MLX would hold what all pieces need until the last.
         mx.eval(pieces[-1])
-    return mx.concatenate(pieces)
+    whole = mx.concatenate(pieces)
+    mx.eval(whole)
+    return whole

@@ -91,7 +91,7 @@ def linear(x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
         def product(rows: mx.array) -> mx.array:
             return _product(rows.astype(dtype).astype(mx.float32), wide, bias).astype(dtype)
 
-        return by_rows(product, x, max(weight.shape))
+        return by_rows(product, max(weight.shape), x)
     x = x.astype(dtype)
     if dtype == mx.float32 and runs_on_cpu():
         return _product(x, weight, bias)
@@ -160,13 +160,9 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size, bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias)
         self._gate_up: FusedLinear | None = None
-        self._intermediate_size = intermediate_size
 
     def __call__(self, x: mx.array) -> mx.array:
         """[rows, hidden] -> [rows, hidden]."""
-        return by_rows(self._some, x, self._intermediate_size)
-
-    def _some(self, x: mx.array) -> mx.array:
         gate, up = self._gate_up(x) if self._gate_up else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(_swiglu(gate, up))
 

@@ -6,7 +6,9 @@ segment in one or more readings, such as the arms of guidance: their rows follow
 each attends for itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -14,6 +16,7 @@ import mlx.nn as nn
 
 from lance_mlx.backend.allocator import release
 from lance_mlx.backend.numerics import runs_on_cpu
+from lance_mlx.backend.pieces import by_rows
 from lance_mlx.config import LanceConfig
 from lance_mlx.model.attention import attention
 from lance_mlx.model.layers import MLP, FusedLinear, Linear
@@ -123,7 +126,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: LanceConfig) -> None:
         super().__init__()
         hidden, head_dim = config.hidden_size, config.head_dim
-        self.head_dim = head_dim
+        self.head_dim, self._width = head_dim, hidden
         heads, kv_heads = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         for suffix in ("", "_moe_gen"):
             self[f"q_proj{suffix}"] = Linear(hidden, heads)
@@ -151,8 +154,8 @@ class SelfAttention(nn.Module):
         attended, seen = [], []
         by_arm = (rows.split_arms(len(contexts)) for rows in (queries, keys, values))
         for q, k, v, context in zip(*by_arm, contexts, strict=True):
-            turned = self.q_rope(q.interleave(), context.rotary).astype(dtype)
-            kv = context.followed_by(self.k_rope(k.interleave(), context.rotary).astype(dtype), v.interleave())
+            turned, keys = self._turned("q", q, context.rotary, dtype), self._turned("k", k, context.rotary, dtype)
+            kv = context.followed_by(keys, v.interleave())
             attended.append(q.by_expert(self.sdpa(turned, kv, causal)))
             seen.append(kv)
         rows = ExpertRows.concat_arms(attended)
@@ -181,11 +184,18 @@ class SelfAttention(nn.Module):
         return [ExpertRows(headed(u), headed(g)) for u, g in zip(und, gen, strict=True)]
 
     def _normed(self, heads: ExpertRows, kind: str, wide: bool) -> ExpertRows:
-        if wide:
-            heads = ExpertRows(heads.und.astype(mx.float32), heads.gen.astype(mx.float32))
-        und = self[f"{kind}_norm"](heads.und)
-        gen = None if heads.gen is None else self[f"{kind}_norm_moe_gen"](heads.gen)
-        return ExpertRows(und, gen)
+        def norm(suffix: str, rows: mx.array) -> mx.array:
+            return self[f"{kind}_norm{suffix}"](rows.astype(mx.float32) if wide else rows)
+
+        return _each(norm, heads, self._width)
+
+    def _turned(self, kind: str, heads: ExpertRows, rotary: RotaryTable, dtype: mx.Dtype) -> mx.array:
+        """The heads in sequence order, rotated."""
+
+        def turn(rows: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+            return self[f"{kind}_rope"](rows, replace(rotary, cos=cos, sin=sin)).astype(dtype)
+
+        return by_rows(turn, self._width, heads.interleave(), rotary.cos, rotary.sin)
 
 
 class MoTDecoderLayer(nn.Module):
@@ -193,6 +203,7 @@ class MoTDecoderLayer(nn.Module):
 
     def __init__(self, config: LanceConfig) -> None:
         super().__init__()
+        self._intermediate_size = config.intermediate_size
         self.self_attn = SelfAttention(config)
         for suffix in ("", "_moe_gen"):
             self[f"mlp{suffix}"] = MLP(config.hidden_size, config.intermediate_size, bias=False)
@@ -204,8 +215,11 @@ class MoTDecoderLayer(nn.Module):
     ) -> tuple[ExpertRows, list[KeyValues]]:
         """Residual stream in and out, with the layer's keys and values of every reading."""
         attended, seen = self.self_attn(_by_expert(self, "input_layernorm", x), contexts, causal, qk_float32)
-        x = x + attended
-        return x + _by_expert(self, "mlp", _by_expert(self, "post_attention_layernorm", x)), seen
+        return _each(self._fed, x + attended, self._intermediate_size), seen
+
+    def _fed(self, suffix: str, x: mx.array) -> mx.array:
+        """One expert's residual stream [rows, hidden] after its feed-forward."""
+        return x + self[f"mlp{suffix}"](self[f"post_attention_layernorm{suffix}"](x))
 
 
 class MoTModel(nn.Module):
@@ -269,4 +283,11 @@ class LanguageModel(nn.Module):
 
 def _by_expert(module: nn.Module, name: str, x: ExpertRows) -> ExpertRows:
     """Apply the child `name` to the understanding rows and its `_moe_gen` twin to the generation rows."""
-    return ExpertRows(module[name](x.und), None if x.gen is None else module[f"{name}_moe_gen"](x.gen))
+    return _each(lambda suffix, rows: module[f"{name}{suffix}"](rows), x, x.und.shape[-1])
+
+
+def _each(function: Callable[[str, mx.array], mx.array], x: ExpertRows, width: int) -> ExpertRows:
+    """function(suffix of an expert's modules, its rows) of both experts; `width` as in by_rows."""
+    suffixes = zip(("", "_moe_gen"), x, strict=True)
+    return ExpertRows(*(None if rows is None else by_rows(partial(function, suffix), width, rows)
+                        for suffix, rows in suffixes))  # fmt: skip

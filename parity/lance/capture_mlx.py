@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from lance_mlx.model import layers
+from lance_mlx.model import layers, mot
 from lance_mlx.model.lance import Lance, LatentPositionEmbedding, TimestepEmbedder
 from lance_mlx.model.layers import FusedLinear
 from lance_mlx.model.mot import ArmInput, ExpertRows, KVCache, MoTModel, ScaledDotProductAttention
@@ -123,7 +123,8 @@ class MlxCapture:
             self._wrap(kind, "__call__", after=self._module)
         self._wrap(FusedLinear, "__call__", after=self._joined)
         # A module that is given its rows in pieces is recorded as one call.
-        self.wrap(layers, "by_rows", lambda original, function, x, width: function(x))
+        for module in (layers, mot):
+            self.wrap(module, "by_rows", lambda original, function, width, *arrays: function(*arrays))
         self.wrap(MoTModel, "__call__", self._model)
         self.wrap(TimestepEmbedder, "__call__", self._embed_time)
         self._wrap(LatentPositionEmbedding, "__call__", after=self._embed_places)

@@ -167,9 +167,9 @@ def _signs(fit: _Fit) -> Iterator[Found]:
         return
 
     def change(turn: Turn) -> np.ndarray:
-        c, s = turn.table.real[:, None], turn.table.imag[:, None]
-        first = factors[0] * c * turn.z.real - factors[1] * s * turn.z.imag
-        return first + 1j * (factors[2] * c * turn.z.imag + factors[3] * s * turn.z.real)
+        with_cosines, with_sines = turn.parts(turn.table)
+        first = factors[0] * with_cosines.real - factors[1] * with_sines.imag
+        return first + 1j * (factors[2] * with_cosines.imag + factors[3] * with_sines.real)
 
     if factors == [1, -1, 1, -1]:
         yield "the rotation goes the other way", 1, change, None

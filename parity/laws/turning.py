@@ -36,13 +36,14 @@ class Turn:
     def turned(self) -> np.ndarray:
         return self.times(self.table)
 
+    def parts(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The pairs times the cosines, and times the sines, of a table [n, f]."""
+        parts = self.z * table.real[:, None], self.z * table.imag[:, None]
+        return parts if self.products == "float32" else tuple(rounded_to(self.products, part) for part in parts)
+
     def times(self, table: np.ndarray) -> np.ndarray:
         """What comes of a table [n, f]."""
-        if self.products == "float32":
-            return self.z * table[:, None]
-        with_cosines, with_sines = (
-            rounded_to(self.products, self.z * part[:, None]) for part in (table.real, table.imag)
-        )
+        with_cosines, with_sines = self.parts(table)
         return with_cosines + 1j * with_sines
 
     def by(self, angles: np.ndarray) -> np.ndarray:

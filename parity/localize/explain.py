@@ -37,6 +37,8 @@ ONCE_IN = 0.01
 # What is read with more numbers than this describes what was computed, rather than why: it stands back behind any
 # cause that leaves nothing to explain.
 MANY = 32
+# What so few choices reproduce to the last bit is not so by chance.
+CHOICES = 2
 _DIGITS = 6
 
 
@@ -84,14 +86,16 @@ def explain(
     # What was said beforehand says more than what is read, of some tokens alone or where several of it meet.
     alone = [h for h, _ in tried] if not any(_agrees(site, share) for _, share in tried) else []
     for likely in (_by_merit(site, _of_some_tokens(site, alone, failed), failed), tried):
-        if likely and _suffices(second, causes := _caused(site, second, likely, failed, reads=False), failed):
+        if likely and _suffices(site, second, causes := _caused(site, second, likely, failed, reads=False), failed):
             return causes
     return _caused(site, second, _ordered(site, [*tried, *_by_merit(site, _read(site, [], failed), failed)]), failed)
 
 
-def _suffices(second: TapProbe | None, causes: Causes, failed: Failed) -> bool:
-    """Whether causes leave nothing to explain, and hold on a second input."""
-    if not causes.together or not (sum(causes.parts) >= 1 - 1e-9 if causes.parts else causes.agrees):
+def _suffices(site: TapProbe, second: TapProbe | None, causes: Causes, failed: Failed) -> bool:
+    """Whether causes leave no more than rounding, and hold on a second input."""
+    # What agrees and yet leaves more than rounding may be next to the cause: what is read may be the cause itself.
+    enough = sum(causes.parts) >= 1 - 1e-9 if causes.parts else causes.agrees and _whole(site, causes.removed)
+    if not causes.together or not enough:
         return False
     there = removed(second, causes.together, failed) if second is not None else None
     return there is None or there >= NEARLY
@@ -141,12 +145,21 @@ def _of_some_tokens(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Fa
 
 
 def _ordered(site: TapProbe, tried: Sequence[tuple[Hypothesis, float]]) -> list[tuple[Hypothesis, float]]:
-    """First those that leave no more than rounding, or nearly as little as the best: of them the smallest before."""
+    """First those that leave no more than rounding, or nearly as little as the best: of them what is right to the last
+    bit before, and then the smallest."""
     best = max((share for _, share in tried), default=0.0)
     near = _alike(site, [(h, share, share) for h, share in tried], 1.0) if tried and _agrees(site, best) else best
     fits = [share >= near or _whole(site, share) for _, share in tried]
-    merit = [(0, h.size, -r) if fit else (1, -r) for (h, r), fit in zip(tried, fits, strict=True)]
+    merit = [
+        (0, not _to_the_last_bit(h, share), h.size, -share) if fit else (1, -share)
+        for (h, share), fit in zip(tried, fits, strict=True)
+    ]
     return [tried[i] for i in sorted(range(len(tried)), key=merit.__getitem__)]
+
+
+def _to_the_last_bit(hypothesis: Hypothesis, share: float) -> bool:
+    """Whether a few choices, and not what was read number by number, leave nothing at all."""
+    return share == 1 and hypothesis.size <= CHOICES and not hypothesis.describes
 
 
 def _whole(site: TapProbe, share: float, times: float = 1.0) -> bool:

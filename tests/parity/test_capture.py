@@ -164,10 +164,12 @@ def test_both_arms_in_one_pass_are_recorded_as_they_are_apart(oracle_of, subject
     monkeypatch.setattr(flow, "goes_in_one_pass", lambda *given: False)
     apart = subject.run(wanted).recording
     assert together.keys() == apart.keys()
-    # Products of more rows may add up in another order.
+    # Products of more rows may add up in another order, which may take a pixel to the next level.
     limit = 1e-5 if "fp32" in name else 0.05
     for tap, other in apart.items():
-        assert together[tap].dtype == other.dtype and compare(other, together[tap]).rel_l2 < limit, tap
+        difference = compare(other, together[tap])
+        near = difference.rel_l2 < limit or (tap == "frames" and difference.max_abs <= 1)
+        assert together[tap].dtype == other.dtype and near, tap
 
 
 def test_rows_that_are_computed_in_pieces_are_recorded_whole(oracle_of, subject_of, monkeypatch):

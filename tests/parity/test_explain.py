@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from parity.hypotheses import DoesNotApply, Hypothesis
-from parity.laws import Component
+from parity.laws import Component, Law
 from parity.localize import explain as explaining
 from parity.localize.explain import BASES, DEPTH, FINALISTS, LISTED, explain, removed, rules_out
 from parity.localize.findings import EXPLAINS
@@ -281,3 +281,25 @@ def test_what_is_true_of_some_tokens_alone_is_told_with_them():
     site = Known(site.got + (np.arange(9)[:, None] == 2))
     site.own = site.expected = own
     assert not any("only" in explanation.name for explanation in explain(site, None, [doubled]).ranked)
+
+
+def test_what_is_read_and_right_to_the_last_bit_comes_before_what_is_nearly_so(monkeypatch):
+    near = at(3, "nearly", amount=0.97)
+    site = caused_by(at(3), floor=1e-3)
+    site.allowed = 1.0
+    law = Law("the whole", 1.0, lambda component: at(3).transform(None, component.own))
+    monkeypatch.setattr(explaining, "fitted", lambda component, got: [law])
+    monkeypatch.setattr(site, "known", lambda own: Component("norm", {}, {}, own))
+    causes = explain(site, None, [near])
+    assert causes.ranked[0].name == "the whole" and causes.ranked[0].residual_removed == 1
+    # What leaves nothing but rounding was said beforehand, and says it well enough.
+    monkeypatch.setattr(site, "floor", 0.1)
+    assert explain(site, None, [near]).ranked[0].name == "nearly"
+
+
+def test_many_numbers_are_no_proof_though_they_leave_nothing():
+    exact, near = replace(at(3, "read"), size=20.0), at(3, "said", amount=0.99999)
+    site = caused_by(at(3), floor=1e-3)
+    assert [h.name for h, _ in explaining._ordered(site, [(exact, 1.0), (near, 0.9999)])] == ["said", "read"]
+    few = replace(exact, size=1.0)
+    assert [h.name for h, _ in explaining._ordered(site, [(near, 0.9999), (few, 1.0)])] == ["read", "said"]
