@@ -4,11 +4,15 @@ Scores exist in tiles that stay in the processor's cache, and are overwritten th
 computes; what rows have summed so far is scaled down whenever a larger score comes.
 """
 
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 
 ROWS, KEYS, SCORES = 64, 512, 1 << 19
 """Of a tile: the fewest queries a head and the most keys, and scores beyond which it has no more queries than ROWS."""
+DERIVED_SCORES = 1 << 22
+"""Scores held at once for a derivative, several times."""
 _BLOCK = 1 << 15
 """Scores whose exponentials are taken at once: 128 KiB."""
 
@@ -18,6 +22,13 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, causal: bool)
 
     In bfloat16 it rounds once inside, as flash attention does: the weights before they meet the values.
     """
+    # What NumPy computes MLX cannot differentiate.
+    attend = mx.custom_function(partial(_attend, causal=causal))
+    attend.vjp(partial(_derived, causal=causal))
+    return attend(queries, keys, values)
+
+
+def _attend(queries: mx.array, keys: mx.array, values: mx.array, causal: bool) -> mx.array:
     batch, heads, n, head_dim = queries.shape
     kv_heads, m = keys.shape[1:3]
     dtype = queries.dtype
@@ -43,6 +54,27 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, causal: bool)
             sums.add(scores, values[:, :, tile], rounded=dtype == mx.bfloat16)
         pieces.append(mx.array(sums.mean().reshape(batch, heads, -1, head_dim)).astype(dtype))
     return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=2)
+
+
+def _derived(given: tuple[mx.array, ...], cotangent: mx.array, output: mx.array, causal: bool) -> tuple[mx.array, ...]:
+    """Cotangents of queries, keys and values, by MLX's own operations on some queries at a time; float32 inside."""
+    queries, keys, values = (x.astype(mx.float32) for x in given)
+    n, m = queries.shape[2], keys.shape[2]
+    rows = max(1, DERIVED_SCORES // (queries.shape[0] * queries.shape[1] * m))
+    parts, to_keys, to_values = [], mx.zeros_like(keys), mx.zeros_like(values)
+    for start in range(0, n, rows):
+        some = slice(start, start + rows)
+        hidden = mx.arange(m) <= mx.arange(m - n, m)[some, None] if causal else None
+
+        def attend(q: mx.array, k: mx.array, v: mx.array, mask: mx.array | None = hidden) -> mx.array:
+            return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
+
+        _, found = mx.vjp(attend, [queries[:, :, some], keys, values], [cotangent[:, :, some].astype(mx.float32)])
+        parts.append(found[0])
+        to_keys, to_values = to_keys + found[1], to_values + found[2]
+        mx.eval(parts[-1], to_keys, to_values)
+    results = mx.concatenate(parts, axis=2), to_keys, to_values
+    return tuple(result.astype(x.dtype) for result, x in zip(results, given, strict=True))
 
 
 class _Sums:

@@ -79,6 +79,20 @@ def test_tiles_of_scores_change_nothing(n, past, causal, rows, keys, half):
     assert relative(tiled.astype(mx.float32), exact) < (2 * 2**-8 if half else 1e-6)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("scores", [1, 1 << 22])
+def test_attention_has_the_derivative_of_what_mlx_computes(monkeypatch, causal, scores):
+    monkeypatch.setattr(cpu_attention, "DERIVED_SCORES", scores)
+    q, k, v = mx.random.normal((1, 4, 9, 8)), *mx.random.normal((2, 1, 2, 13, 8))
+    weights = mx.random.normal(q.shape)
+
+    def loss(attend):
+        return mx.grad(lambda *given: (weights * attend(*given, causal)).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    for own, exact in zip(loss(cpu_attention.attention), loss(attending._mlx_attention), strict=True):
+        assert relative(own, exact) < 1e-5
+
+
 def test_only_what_mlx_fuses_is_left_to_it_whole(monkeypatch):
     def fused(dim, dtype):
         return attending._is_fused(mx.zeros((1, 1, 2, dim), dtype))
