@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from lance_mlx.backend import cpu_attention
 from lance_mlx.backend.numerics import BFLOAT16, Numerics
+from lance_mlx.backend.pieces import PIECE_VALUES
 from lance_mlx.checkpoint.recipe import Recipe, plan
 from lance_mlx.checkpoint.tensors import Checkpoint, ViTSource
 from lance_mlx.checkpoint.weights import check_unpacked, decoder_shape, encoder_shape, packed_modules
@@ -42,20 +42,17 @@ _MLP_VALUES_ON_GPU = 12
 
 
 class _Layer(NamedTuple):
-    """Of a layer on the CPU: matrices of its MLP that are cast, bytes a value inside its MLP, bytes a score."""
+    """Of a layer on the CPU: matrices of its MLP that are cast, bytes a value inside its MLP, and bytes a value of the
+    hidden states around it."""
 
     casts: int
     value: float
-    score: float
+    around: float
 
 
-_LAYERS = {
-    ("float32", False): _Layer(0, 34.5, 19.5),
-    ("float32", True): _Layer(0, 34.5, 12.5),
-    ("bfloat16", False): _Layer(11, 54.0, 23.5),
-    # Layers that are evaluated one by one leave less to run ahead to.
-    ("bfloat16", True): _Layer(4, 54.0, 13.0),
-}
+_LAYERS = {"float32": _Layer(0, 20.0, 70.0), "bfloat16": _Layer(2, 30.0, 60.0)}
+_IN_PIECES = {"float32": _Layer(0, 34.5, 6.0), "bfloat16": _Layer(3, 14.0, 8.3)}
+"""The same where rows go in pieces, between which MLX does not run ahead."""
 
 
 @dataclass(frozen=True)
@@ -256,27 +253,25 @@ def peak_memory(
 ) -> dict[str, int]:
     """Bytes of MLX's arrays at the peak of every stage of one request from the command line; the VAE may be in tiles.
 
-    Within 25 % of `mx.get_peak_memory` where it was compared: hidden size 64 at 256x256, float32 and bfloat16, with and
-    without `low_ram`; hidden size 512 with 4 layers at 256x256 and 512x512, both numerics, without.
+    Within 25 % of `mx.get_peak_memory` where it was compared on the CPU: hidden size 64 at 256x256 and 512x512, float32
+    and bfloat16, with and without `low_ram`. What a layer makes at the official width and 1,024 latents is taken for
+    twice (float32) and 1.5 times (bfloat16) of what one layer by itself was seen to make.
     """
     config, weights = sizes.config, weights_of(sizes, numerics)
     looks, answers = work.patches + work.encoded > 0, work.decoded == 0
     held = weights.others + (weights.head if answers else 0)
     caches = _cache(config, work.cached, numerics)
-    layer, kept = _LAYERS[numerics.name, low_ram], _LAYERS[numerics.name, False]
     heads, width = config.num_attention_heads, config.intermediate_size
 
     def activations(item: Pass) -> int:
-        # With two readings there is as much to run ahead to within a layer as there is without `low_ram` between two.
-        own = layer if item.readings == 1 else layer._replace(score=kept.score)
-        return _activations(item, heads, width, config.hidden_size, own, numerics, on_cpu)
+        return _activations(item, heads, width, config.hidden_size, numerics, on_cpu)
 
     largest = max(activations(item) for item in (*work.reading, *work.steps))
     if answers and on_cpu and numerics.name == "bfloat16":
         largest = max(largest, 2 * weights.head)
     vit = sizes.vit
     seeing = (Pass(work.patches, 0, work.patches), vit.num_heads, vit.intermediate_size, vit.hidden_size)
-    seeing = _activations(*seeing, kept, numerics, on_cpu) if work.patches else 0
+    seeing = _activations(*seeing, numerics, on_cpu) if work.patches else 0
     decoder, encoder = coders_of(sizes, numerics, low_ram, on_cpu)
     size = work.rows, work.columns
     encoding, decoding = (
@@ -298,20 +293,17 @@ def _cache(config: LanceConfig, tokens: int, numerics: Numerics) -> int:
     return tokens * values * numerics.dtype.size
 
 
-def _activations(
-    item: Pass, heads: int, width: int, hidden: int, layer: _Layer, numerics: Numerics, on_cpu: bool
-) -> int:
-    """Bytes that exist at once in a layer: what its MLP makes, or its attention."""
-    scores = heads * item.rows * item.keys
+def _activations(item: Pass, heads: int, width: int, hidden: int, numerics: Numerics, on_cpu: bool) -> int:
+    """Bytes that exist at once in a layer: what its MLP makes, and what is around it, or its attention."""
     if not on_cpu:
         mlp = _MLP_VALUES_ON_GPU * item.readings * item.rows * width * numerics.dtype.size
         # In float32 scores and weights may exist, as in CUDA.
+        scores = heads * item.rows * item.keys
         return mlp if numerics.name == "bfloat16" else max(mlp, 8 * min(scores, GPU_SCORE_BUDGET))
-    # Half precision is multiplied in float32 there, and weights are cast as they are used. A pass of two readings takes
-    # no more than a pass does while MLX runs ahead to the next one.
-    mlp = layer.casts * 4 * width * hidden + layer.value * item.rows * width
-    tile = max(cpu_attention.SCORES, heads * cpu_attention.ROWS * min(item.keys, cpu_attention.KEYS))
-    return round(max(mlp, layer.score * min(scores, tile)))
+    # Half precision is multiplied in float32 there, and weights are cast as they are used.
+    layer = (_IN_PIECES if item.rows * width > PIECE_VALUES else _LAYERS)[numerics.name]
+    inside, around = min(item.rows * width, PIECE_VALUES), item.readings * item.rows * hidden
+    return round(layer.casts * 4 * width * hidden + layer.value * inside + layer.around * around)
 
 
 def coded(sizes: Sizes, work: Work) -> Iterator[tuple[int, Convolution]]:
