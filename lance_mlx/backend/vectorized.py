@@ -1,6 +1,7 @@
 """Elementwise functions that MLX's CPU backend takes one element at a time, computed by NumPy, which is vectorised.
 
-They work on blocks that stay in the processor's cache, so that memory is read and written once. Float32 only.
+They work on blocks that stay in the processor's cache, so that memory is read and written once. Float32 only. What
+NumPy computes MLX cannot differentiate, so that each has its derivative beside it.
 """
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ _BLOCK = 1 << 15
 """Elements of a block: 128 KiB."""
 
 
+@mx.custom_function
 def silu(x: mx.array) -> mx.array:
     """x / (1 + e ** -x) of float32, same shape."""
     values = np.asarray(x).reshape(-1)
@@ -24,6 +26,13 @@ def silu(x: mx.array) -> mx.array:
     return mx.array(result.reshape(x.shape))
 
 
+@silu.vjp
+def _(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+    gate = mx.sigmoid(x)
+    return cotangent * gate * (1 + x * (1 - gate))
+
+
+@mx.custom_function
 def exponentials(scores: mx.array) -> tuple[mx.array, mx.array]:
     """A softmax before it is divided: e ** (score - the row's largest) of float32 scores, same shape, and the rows'
     sums, whose last axis is 1."""
@@ -37,3 +46,9 @@ def exponentials(scores: mx.array) -> tuple[mx.array, mx.array]:
             np.exp(out, out=out)
             np.sum(out, axis=1, keepdims=True, out=totals[start : start + step])
     return mx.array(weights.reshape(scores.shape)), mx.array(totals.reshape(*scores.shape[:-1], 1))
+
+
+@exponentials.vjp
+def _(scores: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:
+    # The row's largest score cancels in the quotient that both are made for, so that it counts as a constant.
+    return outputs[0] * (cotangents[0] + cotangents[1])
