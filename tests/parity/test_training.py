@@ -23,7 +23,7 @@ from parity.errors import ParityError
 from parity.lance.training.bundle import TrainingBundle, read_training_bundle
 from parity.lance.training.judge import beyond, errors_of, expected, floors_of, inexact
 from parity.lance.training.mlx_side import MlxTraining
-from parity.lance.training.torch_side import TorchTraining
+from parity.lance.training.torch_side import TorchTraining, variants_of
 from parity.tensors.recording import Tap
 from reference.training import Optimizer, OptimizerSettings
 
@@ -231,6 +231,26 @@ def test_both_sides_agree_on_a_pack_of_many_tasks(dtype, as_upstream):
     errors = errors_of(bundle, run, floors)
     assert len(errors) > 300
     assert beyond(errors, floors) == {}
+
+
+def test_ten_steps_from_one_state_stay_together():
+    bundle, steps = made_up("float32", True), 10
+    names = [f"step{steps}/{name}" for name in bundle.gradients]
+
+    def far(run, other) -> dict[str, float]:
+        lengths = {name: np.linalg.norm(run.deltas[name]) for name in names}
+        return {n: np.linalg.norm(other.deltas[n] - run.deltas[n]) / lengths[n] for n in names if lengths[n]}
+
+    right, ours = TorchTraining(bundle).run(steps), MlxTraining(bundle).run(steps)
+    variants = list(variants_of("float32").values())[1:3]
+    rounded = [far(right, TorchTraining(bundle, each).run(steps)) for each in variants]
+    floors = {name: max(each[name] for each in rounded) for name in rounded[0]}
+    usual = float(np.median(list(floors.values())))
+    errors = far(right, ours)
+    assert len(errors) > 80 and max(floors.values()) < 1e-3
+    assert {name: error for name, error in errors.items() if error > 4 * max(floors[name], usual)} == {}
+    assert ours.outputs["loss_step10"].item() == pytest.approx(right.outputs["loss_step10"].item(), rel=1e-4)
+    assert right.outputs["loss_step10"].item() < 0.9 * right.outputs["loss"].item()
 
 
 def test_what_upstream_trains_otherwise_than_it_infers():
