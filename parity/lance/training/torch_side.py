@@ -34,13 +34,14 @@ DROPPED = {"caption": (Role.TEXT,), "visuals": (Role.VIT, Role.SOURCE, Role.SUBJ
 class TorchTraining:
     """The reference, loaded for a bundle of training.
 
-    numerics: an equally right variant of the bundle's own policy, which is the default.
+    numerics: an equally right variant of the bundle's own policy, which is the default. vocabulary: ids that may be
+    answered.
     """
 
     def __init__(self, bundle: TrainingBundle, numerics: Numerics | None = None) -> None:
         self.bundle = bundle
         self.pipeline = Pipeline.load(bundle.checkpoint, bundle.manifest["variant"], numerics or Numerics(bundle.dtype))
-        self.model = self.pipeline.model
+        self.model, self.vocabulary = self.pipeline.model, len(self.pipeline.tokenizer)
         self.samples = [self._sample(asked) for asked in bundle.samples]
         training = bundle.training
         weights = (training[key] for key in ("timestep_shift", "ce_weight", "mse_weight", "ce_loss_reweighting"))
@@ -65,8 +66,7 @@ class TorchTraining:
 
     def forward(self) -> Computed:
         """The pack's forward."""
-        times, vocabulary = self.bundle.times, len(self.pipeline.tokenizer)
-        return forward(self.model, self.samples, times, self.noise, vocabulary, self.recipe)
+        return forward(self.model, self.samples, self.bundle.times, self.noise, self.vocabulary, self.recipe)
 
     def run(self, steps: int = _STEPS) -> TrainingRun:
         """Forward, backward and steps of the optimizer, after which the weights are as before."""
