@@ -29,6 +29,7 @@ from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by
 from lance_mlx.sampling.batch import go_together
 from lance_mlx.sampling.flow import Step
 from lance_mlx.sampling.noise import check_noise
+from lance_mlx.training.adapter_files import read_adapter
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, how much of it is done, and how much there is."""
@@ -162,7 +163,8 @@ class LanceModel(Loaded):
             latents = step.x_next.reshape(*own.request.latent_grid, -1)
             weights = self.name, self.variant_for(own.request)
             recipe = self.recipe and self.recipe.name
-            given = self.numerics.name, seconds, earlier, pipeline.vae, weights, stopped, recipe
+            lora = tuple((adapter.name, adapter.strength) for adapter in self.adapters)
+            given = self.numerics.name, seconds, earlier, pipeline.vae, weights, stopped, recipe, lora
             made.append(Generated(own.request, latents, *given))
         return made
 
@@ -231,6 +233,7 @@ def load(
     keep_encoders: bool = True,
     vae_tiling: str | int = AUTO,
     quantize: int | str | Recipe | None = None,
+    lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
 ) -> LanceModel:
     """Open a checkpoint; its models are fetched and read when a task first needs one.
 
@@ -253,6 +256,7 @@ def load(
             "none" never.
         quantize: pack the weights while they are read: 3, 4, 5, 6 or 8 bits of both towers' attention and MLP, a recipe
             ("8bit", "small"), or the JSON file of one. Not with `low_ram`, which reads a checkpoint that is quantized.
+        lora: folders of adapters, in mlx-lm's form or peft's, and how strong each is: 1 as it was trained.
 
     Raises:
         LanceError: there is no such folder, an option is unknown, or two contradict each other.
@@ -269,7 +273,9 @@ def load(
         recipe = recipe_of(bits=quantize) if isinstance(quantize, int) else recipe_of(predicate=quantize)
     if recipe is not None and low_ram:
         raise LanceError("low_ram would quantize every layer anew in every pass: convert the checkpoint with -q first")
-    return LanceModel(name, numerics, vit_source, track, variant, quiet, low_ram, keep_encoders, tiling, recipe)
+    adapters = [read_adapter(Path(folder)).scaled(strength) for folder, strength in lora]
+    options = variant, quiet, low_ram, keep_encoders, tiling, recipe, adapters
+    return LanceModel(name, numerics, vit_source, track, *options)
 
 
 def _of_one(callback: Callable[[Step], bool | None] | None) -> Callable[[list[Step]], bool | None] | None:

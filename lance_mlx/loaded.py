@@ -1,5 +1,6 @@
 """Which of a checkpoint's two models is in memory, and how much of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lance_mlx.estimate.tiling import AUTO, NONE, fixed_tiles, tile_chooser
 from lance_mlx.pipeline import Pipeline
 from lance_mlx.pipeline import load as load_pipeline
 from lance_mlx.requests.request import Question, Request, Variant
+from lance_mlx.training.lora import Adapter
 
 
 class Loaded:
@@ -35,6 +37,7 @@ class Loaded:
         keep_encoders: bool,
         vae_tiling: str | int,
         recipe: Recipe | None,
+        adapters: Sequence[Adapter],
     ) -> None:
         self.model = model
         self.numerics = numerics
@@ -46,6 +49,7 @@ class Loaded:
         self._keep_encoders = keep_encoders
         self._vae_tiling = vae_tiling
         self.recipe = recipe
+        self.adapters = adapters
         self._pipeline: Pipeline | None = None
         self._loaded: tuple[Variant, bool] | None = None
 
@@ -74,7 +78,8 @@ class Loaded:
         self.release()
         path = fetch(self.model, variant, self._quiet) if is_repository(self.model) else Path(self.model)
         source, track, low_ram = self._vit_source, self._track, self._low_ram
-        self._pipeline = load_pipeline(path, variant, self.numerics, looks, source, track, low_ram, self.recipe)
+        given = self.recipe, self.adapters
+        self._pipeline = load_pipeline(path, variant, self.numerics, looks, source, track, low_ram, *given)
         self._loaded = variant, looks
         if self._vae_tiling == AUTO:
             sizes = sizes_of(find_checkpoint(path, variant), looks=False, recipe=self.recipe)

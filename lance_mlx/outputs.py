@@ -31,6 +31,7 @@ class Generated:
         weights: name of the model's folder or repository, and the variant that was used.
         stopped_after: steps that were done where the callback stopped it, None where all were.
         quantize: what the weights were quantized by when they were read: a number of bits, or a recipe's name.
+        lora: the folders of the adapters that were used, and how strong each was.
     """
 
     request: Request
@@ -42,6 +43,7 @@ class Generated:
     weights: tuple[str, Variant]
     stopped_after: int | None = None
     quantize: int | str | None = None
+    lora: tuple[tuple[str, float], ...] = ()
 
     def __repr__(self) -> str:
         size = f"{self.num_frames}x{self.request.height}x{self.request.width}"
@@ -83,6 +85,7 @@ class Generated:
             "vae_tiling": tile,
             "stopped_after": self.stopped_after,
             "quantize": self.quantize,
+            "lora": [list(each) for each in self.lora],
         }
         return values | {name: value for name, value in more.items() if value}
 

@@ -27,6 +27,7 @@ from lance_mlx.sampling.text import AnswerDecoder, answer_tokens, make_decoder, 
 from lance_mlx.sequence.prompt import answer_start, build_question, build_sequence
 from lance_mlx.sequence.segments import Sequence as TokenSequence
 from lance_mlx.sequence.tokenizer import LanceTokenizer
+from lance_mlx.training.lora import Adapter, add_adapters
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,6 +253,7 @@ def load(
     track: Tracker = iter,
     low_ram: bool = False,
     recipe: Recipe | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> Pipeline:
     """Load one variant of a checkpoint, in any layout that `find_checkpoint` knows.
 
@@ -263,6 +265,7 @@ def load(
         track: wraps the list of tensors while they are read, as tqdm does, to show progress.
         low_ram: read the decoder layers, the ViT and the VAE from their files each time they run.
         recipe: quantize weights by this as they are read.
+        adapters: what layers use besides their weights.
 
     Raises:
         LanceError: a file, key or tensor is missing or wrong.
@@ -275,6 +278,7 @@ def load(
         vae = stream_vae(checkpoint.vae(), numerics, looks)
     model = load_lance(checkpoint, numerics, looks, vit_source, track, low_ram, recipe)
     tokenizer.check(model.config)
+    add_adapters(model, adapters)
     if not low_ram:
         vae = load_vae(checkpoint.vae(), numerics, looks)
     return Pipeline(model, vae, tokenizer, checkpoint.rgb_factors)

@@ -60,15 +60,17 @@ def check_text(text: str) -> None:
             raise ReferenceError(f"request: the prompt holds {token}, which only the model may place; take it out")
 
 
-def template(request: Request) -> tuple[str, str, str]:
+def template(request: Request, instruction: str | None = None) -> tuple[str, str, str]:
     """The template's text before the user's content, between it and the answer, and after the answer.
 
     The instruction in it depends on the task, an edit's also on what its last element is
-    (bytedance/Lance data/common.py:generate_system_prompt); a question brings its own.
+    (bytedance/Lance data/common.py:generate_system_prompt); a question brings its own. `instruction` takes its place.
     """
     prompts = json.loads(PROMPTS.read_text(encoding="utf-8"))
     last = request.elements[-1]
-    if request.understanding:
+    if instruction is not None:
+        pass
+    elif request.understanding:
         instruction = last.content[0]
     else:
         instruction = prompts["instructions"][PROMPT_KEYS.get(request.task, request.task)]

@@ -47,6 +47,17 @@ def build_layout(
         if element.medium is Medium.TEXT:
             check_text("".join(element.content))
     pieces, answered = sequence_pieces(request, tokenizer, visuals)
+    clean_frames = 1 if request.task == "i2v" else 0
+    return lay_out(pieces, answered if request.understanding else None, clean_frames, tokens_per_second)
+
+
+def lay_out(
+    pieces: list[Piece], answered: int | None, clean_frames: int, tokens_per_second: int, anchors: bool = False
+) -> Layout:
+    """The layout of pieces in order, of which the last `answered` tokens are an answer; None where there is none.
+
+    Positions in a sequence with an answer are not anchored by role unless `anchors` is set.
+    """
     splits: list[Split] = []
     for piece in pieces:
         start = splits[-1].stop if splits else 0
@@ -63,7 +74,8 @@ def build_layout(
         for split in kept:
             segments += [Text(1), split.grid, Text(1)] if split.grid else [Text(split.length)]
         ids = rope_position_ids(segments, tokens_per_second)
-        if request.understanding or all(split.mode in (Mode.CAUSAL, Mode.NOISE) for split in kept):
+        unmoved = answered is not None and not anchors
+        if unmoved or all(split.mode in (Mode.CAUSAL, Mode.NOISE) for split in kept):
             return ids
         roles = np.concatenate([np.full(split.length, split.role) for split in kept])
         return anchored(ids, *(roles == role for role in (Role.VIT, Role.SUBJECT, Role.SOURCE, Role.NOISE)))
@@ -73,8 +85,8 @@ def build_layout(
         splits=splits,
         position_ids=positions(None),
         uncond_position_ids=positions(Role.TEXT),
-        answer=len(text_ids) - answered if request.understanding else None,
-        clean_frames=1 if request.task == "i2v" else 0,
+        answer=None if answered is None else len(text_ids) - answered,
+        clean_frames=clean_frames,
     )
 
 

@@ -1,5 +1,8 @@
 """What MLX's CPU backend takes one element at a time, computed by NumPy, which is vectorised, in blocks that stay in
-the processor's cache, so that memory is read and written once. Float32 only."""
+the processor's cache, so that memory is read and written once. Float32 only.
+
+What NumPy computes MLX cannot differentiate, so that it has its derivative beside it.
+"""
 
 import mlx.core as mx
 import numpy as np
@@ -8,6 +11,7 @@ _BLOCK = 1 << 15
 """Elements of a block: 128 KiB."""
 
 
+@mx.custom_function
 def silu(x: mx.array) -> mx.array:
     """x / (1 + e ** -x) of float32, same shape."""
     values = np.asarray(x).reshape(-1)
@@ -20,3 +24,9 @@ def silu(x: mx.array) -> mx.array:
             out += 1
             np.divide(part, out, out=out)
     return mx.array(result.reshape(x.shape))
+
+
+@silu.vjp
+def _(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+    gate = mx.sigmoid(x)
+    return cotangent * gate * (1 + x * (1 - gate))

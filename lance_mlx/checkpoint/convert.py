@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lance_mlx.backend.numerics import BFLOAT16, policy
 from lance_mlx.checkpoint.converted_config import converted_config
 from lance_mlx.checkpoint.layouts import INDEX, VAE, find_checkpoint, read_vae
 from lance_mlx.checkpoint.model_card import model_card
-from lance_mlx.checkpoint.packing import Output, outputs_of
+from lance_mlx.checkpoint.packing import Added, Output, outputs_of
 from lance_mlx.checkpoint.preview import RGB_FACTORS, to_text
 from lance_mlx.checkpoint.pth import check_pth
 from lance_mlx.checkpoint.recipe import Plan, Recipe, plan
@@ -57,6 +57,7 @@ class Conversion:
         dtype: float32 or bfloat16, of every tensor that is not packed.
         shard_size: most bytes of a shard, unless one tensor is larger.
         recipe: what to quantize; without one, what is quantized is dequantized.
+        added: what is added to weights, and where it is from: a line each.
     """
 
     source: str
@@ -66,6 +67,7 @@ class Conversion:
     shard_size: int
     vit_source: ViTSource
     recipe: Recipe | None = None
+    added: tuple[Added, Sequence[str]] = ({}, ())
 
     @property
     def staging(self) -> Path:
@@ -115,7 +117,8 @@ class Conversion:
         config = converted_config(self.checkpoint.variant, self.dtype, origin, llm, vit, decoder, encoder, quantized)
         tensors = {name: tensor for part in architecture.parts for name, tensor in sorted(part.tensors.items())}
         tensors |= {f"{VAE}{name}": tensor for name, tensor in sorted(vae.tensors.items())}
-        return outputs_of(tensors, self.dtype, quantized, architecture.packed), config, quantized
+        outputs = outputs_of(tensors, self.dtype, quantized, architecture.packed, self.added[0])
+        return outputs, config, quantized
 
     def _write(
         self,
@@ -172,7 +175,7 @@ class Conversion:
         stats = {str(path.resolve()): path.stat() for path in files}
         return {
             "files": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()},
-            "options": [self.checkpoint.variant, self.dtype, self.shard_size, self.vit_source],
+            "options": [self.checkpoint.variant, self.dtype, self.shard_size, self.vit_source, *self.added[1]],
             "quantized": {name: str(output.scheme) for name, output in outputs.items() if output.scheme},
         }
 
@@ -216,6 +219,7 @@ class Conversion:
 
     def _report(self, entries: dict[str, Any], quantized: Plan) -> dict[str, Any]:
         said = {"recipe": self.recipe.name, "not_in_groups": list(quantized.left)} if self.recipe else {}
+        said |= {"added": list(self.added[1])} if self.added[1] else {}
         return said | {
             "source": self.source,
             "variant": str(self.checkpoint.variant),
@@ -234,6 +238,7 @@ def prepare(
     shard_size: int,
     vit_source: ViTSource,
     recipe: Recipe | None = None,
+    added: tuple[Added, Sequence[str]] = ({}, ()),
 ) -> Conversion:
     """A conversion whose options can be used; raises LanceError for those that cannot."""
     policy(dtype)
@@ -242,7 +247,7 @@ def prepare(
     if destination.exists():
         raise LanceError(f"{destination} exists already: choose another folder, or remove it")
     check_place(destination)
-    return Conversion(source, checkpoint, destination, dtype, shard_size, vit_source, recipe)
+    return Conversion(source, checkpoint, destination, dtype, shard_size, vit_source, recipe, added)
 
 
 def convert_vae(source: Path, destination: Path, overwrite: bool = True) -> int:

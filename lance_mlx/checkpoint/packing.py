@@ -1,4 +1,5 @@
-"""What a conversion writes of each tensor: the tensor itself, what its weight is packed in, or what was packed."""
+"""What a conversion writes of each tensor: the tensor itself, what its weight is packed in, or what was packed; with
+what is added to it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -7,13 +8,16 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from lance_mlx.checkpoint.safetensors import StoredTensor, TensorInfo, Tensors
+from lance_mlx.checkpoint.safetensors import StoredTensor, TensorInfo, Tensors, to_bfloat16
 from lance_mlx.model.quantized import Scheme
 
 _WORDS = 1 << 18
 """About so many packed integers are dequantized at once."""
 
 Watch = Callable[[np.ndarray], None]
+Blocks = Callable[[Watch], Iterator[np.ndarray]]
+Added = Mapping[str, Callable[[], mx.array]]
+"""What is added to the weights of modules, float32 in the weight's shape, by path."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,13 @@ class Output:
 
     info: TensorInfo
     source: StoredTensor
-    blocks: Callable[[Watch], Iterator[np.ndarray]]
+    blocks: Blocks
     read: int
     scheme: Scheme | None = None
 
 
 def outputs_of(
-    tensors: Tensors, dtype: str, to_pack: Mapping[str, Scheme], packed: Mapping[str, Scheme]
+    tensors: Tensors, dtype: str, to_pack: Mapping[str, Scheme], packed: Mapping[str, Scheme], added: Added
 ) -> dict[str, Output]:
     """What is written of some tensors, by name.
 
@@ -43,24 +47,40 @@ def outputs_of(
         dtype: of what is not packed.
         to_pack: the modules whose weights are to be packed, by path.
         packed: those whose weights are packed in `tensors`, and are dequantized.
+        added: in float32, before what comes of it is rounded or packed.
     """
     outputs = {}
     for name, tensor in tensors.items():
         path, _, kind = name.rpartition(".")
+        more = added.get(path) if kind == "weight" else None
         if path in packed and kind in packed[path].names:
             if kind == "weight":
-                outputs[name] = _dequantized(path, tensors, packed[path], dtype)
-        elif path in to_pack and kind == "weight":
-            outputs |= _quantized(path, tensor, to_pack[path], dtype)
+                outputs[name] = _dequantized(path, tensors, packed[path], dtype, more)
+            continue
+        values = partial(tensor.blocks, dtype) if more is None else _sum(partial(tensor.blocks, "float32"), more, dtype)
+        if path in to_pack and kind == "weight":
+            outputs |= _quantized(path, tensor, values, to_pack[path], dtype)
         else:
-            info = TensorInfo(dtype, tensor.shape)
-            outputs[name] = Output(info, tensor, partial(tensor.blocks, dtype), tensor.info.nbytes)
+            outputs[name] = Output(TensorInfo(dtype, tensor.shape), tensor, values, tensor.info.nbytes)
     return outputs
 
 
-def _quantized(path: str, tensor: StoredTensor, scheme: Scheme, dtype: str) -> dict[str, Output]:
+def _sum(blocks: Blocks, more: Callable[[], mx.array], dtype: str) -> Blocks:
+    """Float32 blocks and what is added to them, rounded once."""
+
+    def summed(watch: Watch) -> Iterator[np.ndarray]:
+        flat, start = np.array(more()).reshape(-1), 0
+        for block in blocks(watch):
+            values = block + flat[start : start + len(block)]
+            start += len(block)
+            yield to_bfloat16(values) if dtype == "bfloat16" else values
+
+    return summed
+
+
+def _quantized(path: str, tensor: StoredTensor, values: Blocks, scheme: Scheme, dtype: str) -> dict[str, Output]:
     shapes = scheme.shapes(*tensor.shape)
-    pair = _Quantizing(tensor, scheme, dtype)
+    pair = _Quantizing(values, scheme, dtype)
     outputs = {}
     for name in scheme.names:
         kind = "uint32" if name == "weight" else dtype if scheme.mode == "affine" else "uint8"
@@ -76,7 +96,7 @@ def _quantized(path: str, tensor: StoredTensor, scheme: Scheme, dtype: str) -> d
 class _Quantizing:
     """A weight that is packed block by block; its scales and biases, which are small, wait until it is written."""
 
-    tensor: StoredTensor
+    values: Blocks
     scheme: Scheme
     dtype: str
     _kept: dict[str, list[np.ndarray]] = field(default_factory=dict)
@@ -84,7 +104,7 @@ class _Quantizing:
     def weight(self, watch: Watch) -> Iterator[np.ndarray]:
         self._kept = {name: [] for name in self.scheme.names[1:]}
         # Every block is whole groups, of which none depends on another.
-        for block in self.tensor.blocks(self.dtype, watch):
+        for block in self.values(watch):
             array = mx.array(block)
             array = array.view(mx.bfloat16) if self.dtype == "bfloat16" else array
             made = self.scheme.quantize(array.reshape(-1, self.scheme.group_size))
@@ -96,7 +116,13 @@ class _Quantizing:
         yield from self._kept.pop(name)
 
 
-def _dequantized(path: str, tensors: Tensors, scheme: Scheme, dtype: str) -> Output:
+def _dequantized(
+    path: str, tensors: Tensors, scheme: Scheme, dtype: str, more: Callable[[], mx.array] | None
+) -> Output:
+    if more is not None:
+        whole = _dequantized(path, tensors, scheme, "float32", None)
+        info = TensorInfo(dtype, whole.info.shape)
+        return Output(info, whole.source, _sum(whole.blocks, more, dtype), whole.read)
     weight = tensors[f"{path}.weight"]
     words = scheme.group_size * scheme.bits // 32
 

@@ -1,7 +1,7 @@
 """Parts of the model that are read from the checkpoint's files while they run and are in memory at no other time."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten
 
 from lance_mlx.backend.allocator import release
 from lance_mlx.checkpoint.safetensors import StoredTensor, Tensors
@@ -46,7 +46,7 @@ class Streamed:
         Raises:
             LanceError: a file ends too soon or holds a value that is not finite.
         """
-        with _emptied_after(self.module):
+        with _emptied_after(self.module, self.tensors):
             for name, tensor in self.tensors.items():
                 self.module.load_weights([(name, tensor.read(self.dtype))], strict=False)
             yield self.module
@@ -74,6 +74,11 @@ class StreamedLayers(Sequence[Callable]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    @property
+    def modules(self) -> Sequence[MoTDecoderLayer]:
+        """The layers themselves, without weights."""
+        return self._layers
+
     def __getitem__(self, index: int) -> Callable[..., tuple[ExpertRows, list[KeyValues]]]:
         """A layer, to be called as a MoTDecoderLayer is; its output is evaluated."""
         return partial(self._run, range(len(self))[index])
@@ -83,7 +88,7 @@ class StreamedLayers(Sequence[Callable]):
     ) -> tuple[ExpertRows, list[KeyValues]]:
         both = x.gen is not None
         layer, values = self._layers[index], self._take(index, both)
-        with _emptied_after(layer):
+        with _emptied_after(layer, self._tensors[index]):
             while values:
                 name, tensor, read = values.popleft()
                 layer.load_weights([(name, tensor.array(read))], strict=False)
@@ -176,10 +181,11 @@ def below(tensors: Tensors, prefix: str) -> Tensors:
 
 
 @contextmanager
-def _emptied_after(module: nn.Module) -> Iterator[None]:
-    """Leave a module without the parameters that the block gives it."""
+def _emptied_after(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Leave a module without the parameters of these names, which the block gives it."""
     try:
         yield
     finally:
-        module.update(tree_map(lambda array: mx.zeros((0,), array.dtype), module.parameters()))
+        parameters = dict(tree_flatten(module.parameters()))
+        module.load_weights([(name, mx.zeros((0,), parameters[name].dtype)) for name in names], strict=False)
         release()

@@ -10,6 +10,7 @@ from lance_mlx.cli import convert as cli_convert
 from lance_mlx.cli import generate as cli_generate
 from lance_mlx.cli import info as cli_info
 from lance_mlx.cli import serve as cli_serve
+from lance_mlx.cli import train as cli_train
 
 _EXIT = (
     "Exit status: 0 done, 2 bad input, or an output that is there already (one line on stderr says what and how to "
@@ -41,5 +42,6 @@ def _commands(
 cli_generate.register(app, _EXIT)
 cli_benchmark.register(app, _EXIT)
 cli_convert.register(app, _EXIT)
+cli_train.register(app, _EXIT)
 cli_info.register(app, _EXIT)
 cli_serve.register(app, _EXIT)

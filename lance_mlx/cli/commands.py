@@ -88,6 +88,8 @@ def work_through(
     made_by = {"model": model.name, "variant": str(used), "numerics": model.numerics.name}
     if model.recipe is not None:
         made_by["quantize"] = model.recipe.name
+    if model.adapters:
+        made_by["lora"] = ", ".join(f"{adapter.name} {adapter.strength:g}" for adapter in model.adapters)
     results = ResultsFolder(folder, requests, asked, made_by, rewriter is not None, overwrite)
     total, pending = len(requests.items), results.pending
 

@@ -1,6 +1,7 @@
 """The commands of lance-mlx that write checkpoints."""
 
 import time
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,15 +11,25 @@ import typer
 from lance_mlx.checkpoint.convert import convert_vae, prepare
 from lance_mlx.checkpoint.hub import fetch, is_repository
 from lance_mlx.checkpoint.layouts import check_folder, find_checkpoint, variants_in
-from lance_mlx.checkpoint.recipe import recipe_of
+from lance_mlx.checkpoint.recipe import Recipe, recipe_of
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.cli.console import Console, Interrupted, gigabytes
-from lance_mlx.cli.options import PredicateOption, ViTSourceOption
+from lance_mlx.cli.options import BitsOption, LoRAOption, LoRAScaleOption, PredicateOption, ViTSourceOption
+from lance_mlx.cli.settings import chosen_recipe
+from lance_mlx.cli.several import TakesSeeds
 from lance_mlx.errors import LanceError
+from lance_mlx.files import check_place
 from lance_mlx.model.quantized import MODES
 from lance_mlx.requests.request import Variant, VisualKind
+from lance_mlx.training.adapter_files import read_adapter, write_adapter
+from lance_mlx.training.lora import Adapter, added_to
 
 Mode = StrEnum("Mode", {name.upper(): name for name in MODES})
+
+
+VariantInSource = Annotated[
+    VisualKind | None, typer.Option(help="Which model to convert where SOURCE holds both.", show_default=False)
+]
 
 
 class DType(StrEnum):
@@ -32,6 +43,8 @@ def register(app: typer.Typer, epilog: str) -> None:
     """Add the commands to an app."""
     app.command(epilog=epilog)(convert)
     app.command("convert-vae", epilog=epilog)(convert_vae_command)
+    app.command(epilog=epilog, cls=TakesSeeds)(fuse)
+    app.command("convert-lora", epilog=epilog)(convert_lora)
 
 
 def convert(
@@ -39,10 +52,7 @@ def convert(
         str, typer.Argument(metavar="SOURCE", help="Folder of a checkpoint in any layout, or OWNER/NAME on the hub.")
     ],
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make.")],
-    variant: Annotated[
-        VisualKind | None,
-        typer.Option(help="Which model to convert where SOURCE holds both.", show_default=False),
-    ] = None,
+    variant: VariantInSource = None,
     dtype: Annotated[DType, typer.Option(help="Of all weights; bfloat16 is the launcher's.")] = DType.BFLOAT16,
     shard_size: Annotated[float, typer.Option(metavar="GB", help="Most gigabytes of a file.")] = 4.0,
     vit_source: ViTSourceOption = ViTSource.LANCE,
@@ -70,10 +80,67 @@ def convert(
         recipe = recipe_of(q_bits, quant_predicate, q_group_size, q_mode.value)
     elif (q_bits, q_group_size, q_mode, quant_predicate) != (None, None, Mode.AFFINE, None):
         raise LanceError("--q-bits, --q-group-size, --q-mode and --quant-predicate say how to quantize: add -q")
+    _convert(source, destination, variant, dtype, shard_size, vit_source, recipe, (), quiet)
+
+
+def fuse(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Folder of a checkpoint in any layout, or OWNER/NAME on the hub.")
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make.")],
+    lora: LoRAOption = None,
+    lora_scale: LoRAScaleOption = None,
+    variant: VariantInSource = None,
+    dtype: Annotated[DType, typer.Option(help="Of all weights; bfloat16 is the launcher's.")] = DType.BFLOAT16,
+    shard_size: Annotated[float, typer.Option(metavar="GB", help="Most gigabytes of a file.")] = 4.0,
+    vit_source: ViTSourceOption = ViTSource.LANCE,
+    quantize: BitsOption = None,
+    quant_predicate: PredicateOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-Q", help="Show errors only.")] = False,
+) -> None:
+    """Write one model with adapters added to its weights, as convert does: generate needs no --lora then.
+
+    The sums are rounded once. A SOURCE that is quantized is dequantized first; -q quantizes what comes of one that is
+    not.
+    """
+    if not lora:
+        raise LanceError("give the folder of an adapter with --lora")
+    adapters = [read_adapter(Path(path)).scaled(scale) for path, scale in zip(lora, lora_scale, strict=True)]
+    recipe = chosen_recipe(quantize, quant_predicate)
+    _convert(source, destination, variant, dtype, shard_size, vit_source, recipe, adapters, quiet)
+
+
+def convert_lora(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of an adapter, in mlx-lm's form or peft's.")],
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make.")],
+    peft: Annotated[bool, typer.Option("--peft", help="Write peft's form and not mlx-lm's.")] = False,
+) -> None:
+    """Write an adapter in the other form."""
+    adapter = read_adapter(source)
+    if destination.exists():
+        raise LanceError(f"{destination} exists already: choose another folder, or remove it")
+    check_place(destination)
+    write_adapter(destination, adapter.pairs, peft)
+    typer.echo(f"{destination}: adapters of {len(adapter.pairs)} layers")
+
+
+def _convert(
+    source: str,
+    destination: Path,
+    variant: VisualKind | None,
+    dtype: DType,
+    shard_size: float,
+    vit_source: ViTSource,
+    recipe: Recipe | None,
+    adapters: Sequence[Adapter],
+    quiet: bool,
+) -> None:
     began = time.perf_counter()
     console = Console(quiet)
     checkpoint = find_checkpoint(*_located(source, variant, quiet))
-    conversion = prepare(source, checkpoint, destination, dtype.value, round(shard_size * 1e9), vit_source, recipe)
+    added = added_to(checkpoint, adapters)
+    size = round(shard_size * 1e9)
+    conversion = prepare(source, checkpoint, destination, dtype.value, size, vit_source, recipe, added)
     bar = console.bar(total=0, desc="converting", unit="B", unit_scale=True)
 
     def started(total: int, done: int):
@@ -93,7 +160,7 @@ def convert(
     files = {entry["converted"]["file"] for entry in report["tensors"].values()}
     size = sum((destination / file).stat().st_size for file in files)
     elapsed = time.perf_counter() - began
-    kind = dtype.value
+    kind = dtype.value + (f", adapters of {len(added[0])} layers added" if adapters else "")
     if recipe is not None:
         packed = [entry["converted"] for entry in report["tensors"].values() if "bits" in entry["converted"]]
         kind += f", {len(packed)} weights quantized"

@@ -23,6 +23,8 @@ from lance_mlx.cli.options import (
     BitsOption,
     GuidanceIntervalOption,
     GuidanceOption,
+    LoRAOption,
+    LoRAScaleOption,
     LowRamOption,
     ModelOption,
     NumericsOption,
@@ -240,6 +242,8 @@ def generate(
     ] = AUTO,
     quantize: BitsOption = None,
     quant_predicate: PredicateOption = None,
+    lora: LoRAOption = None,
+    lora_scale: LoRAScaleOption = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-Q", help="Show errors only, and an answer that no --output takes.")
     ] = False,
@@ -263,8 +267,9 @@ def generate(
     # Nothing looks again after the one request.
     again = requests is not None or prompts_file is not None or len(prompt or ()) > 1 or len(seeds) > 1
     opened = partial(
-        load, model, policy(numerics), vit_source, track, variant, quiet, low_ram, again, vae_tiling, recipe
-    )
+        load, model, policy(numerics), vit_source, track, variant, quiet, low_ram, again, vae_tiling, recipe,
+        tuple(zip(lora or (), lora_scale or (), strict=True)),
+    )  # fmt: skip
     if requests is not None:
         refuse(given, _IN_THE_FILE, "goes with a single request, not with --requests")
         if len(seeds) > 1:

@@ -92,3 +92,14 @@ LowRamOption = Annotated[
         "model does not fit into. The result is the same.",
     ),
 ]
+LoRAOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        help="Folder of an adapter, in mlx-lm's form or peft's, and how strong it is: 1 as it was trained. Several add "
+        "up: --lora A 0.8 --lora B.",
+        metavar="DIR [SCALE]",
+        show_default=False,
+    ),
+]
+LoRAScaleOption = Annotated[list[float] | None, typer.Option("--lora-scale", hidden=True)]

@@ -33,6 +33,7 @@ def options_of(path: Path) -> dict[str, Any]:
         for name, kind in (("noise", str), ("reencode", bool), ("vae_tiling", int)):
             if not isinstance(metadata.get(name), kind | None):
                 raise ValueError(f"'{name}' is {metadata[name]!r}")
+        lora = [(str(folder), float(scale)) for folder, scale in metadata.get("lora", ())]
     except (LanceError, KeyError, TypeError, ValueError) as error:
         raise LanceError(f"{path} holds no request that can be replayed ({error})") from None
     first = requests[0]
@@ -47,6 +48,8 @@ def options_of(path: Path) -> dict[str, Any]:
         "noise": metadata.get("noise"),
         "reencode": metadata.get("reencode"),
         "vae_tiling": metadata.get("vae_tiling"),
+        "lora": [folder for folder, _ in lora],
+        "lora_scale": [scale for _, scale in lora],
         "quantize" if isinstance(metadata.get("quantize"), int) else "quant_predicate": metadata.get("quantize"),
     }
     del values["visuals"]

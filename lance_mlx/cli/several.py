@@ -1,5 +1,6 @@
 """Several outputs of one run: their prompts, their seeds, and their names."""
 
+import math
 import random
 import sys
 from collections import Counter
@@ -17,19 +18,35 @@ _STDIN = "-"
 
 
 class TakesSeeds(TyperCommand):
-    """A command to which `--seed 1 2 3` is `--seed 1 --seed 2 --seed 3`."""
+    """A command to which `--seed 1 2 3` is `--seed 1 --seed 2 --seed 3`, and `--lora PATH [SCALE]` is `--lora PATH
+    --lora-scale SCALE`, SCALE 1 where there is none."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         """As click's, of the arguments so spread."""
         spread: list[str] = []
         before = None
         for word in args:
+            if before == "--lora" or word.startswith("--lora="):
+                spread += [word, "--lora-scale", "1"]
+                before = "lora"
+                continue
+            if before == "lora" and is_number(word):
+                spread[-1], before = word, word
+                continue
             number = word.isdecimal()
             if number and before == "seed":
                 spread.append("--seed")
             spread.append(word)
             before = "seed" if number and before in ("seed", "--seed") else word
         return super().parse_args(ctx, spread)
+
+
+def is_number(word: str) -> bool:
+    """Whether a word is a number that is finite."""
+    try:
+        return math.isfinite(float(word))
+    except ValueError:
+        return False
 
 
 def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:

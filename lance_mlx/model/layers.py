@@ -19,11 +19,24 @@ _VECTORIZED = 1 << 16
 """Elements below which it is not worth waiting for them on the host."""
 
 
-class Linear(nn.Linear):
+class LowRank:
+    """A linear layer that may have an adapter: scale * (x @ lora_a) @ lora_b is added to what it gives, once it has
+    these as `lora_a` [in, rank], `lora_b` [rank, out] and `lora_scale`.
+    """
+
+    def adapted(self, x: mx.array, y: mx.array) -> mx.array:
+        """What the layer gives, y, and the adapter's share of it; in the dtype of y."""
+        if "lora_a" not in self:
+            return y
+        low = x.astype(self.lora_a.dtype) @ self.lora_a
+        return y + (self.lora_scale * (low @ self.lora_b)).astype(y.dtype)
+
+
+class Linear(LowRank, nn.Linear):
     """y = x @ weight.T + bias in the dtype of `weight`, rounded once at the end."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.product(x, self)
+        return self.adapted(x, self.product(x, self))
 
     def product(self, x: mx.array, parameters: Mapping[str, mx.array]) -> mx.array:
         """The same with other parameters."""
@@ -31,7 +44,7 @@ class Linear(nn.Linear):
 
     def goes_with(self, others: Sequence[nn.Module]) -> bool:
         """Whether one row is multiplied in the same dtype by this one, by each of others and by all of them at once."""
-        if not all(isinstance(other, Linear) for other in others):
+        if not all(isinstance(each, Linear) and "lora_a" not in each for each in (self, *others)):
             return False
         sizes = [each.weight.size for each in (self, *others)]
         half = self.weight.dtype != mx.float32 and runs_on_cpu()

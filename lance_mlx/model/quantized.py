@@ -16,7 +16,7 @@ from mlx.utils import tree_unflatten
 
 from lance_mlx.backend.numerics import runs_on_cpu
 from lance_mlx.errors import LanceError
-from lance_mlx.model.layers import Linear, fused, linear
+from lance_mlx.model.layers import Linear, LowRank, fused, linear
 
 MODES = {
     "affine": ((8, 3, 4, 5, 6), (64, 32, 128)),
@@ -125,7 +125,7 @@ _AFFINE = {
 }
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(LowRank, nn.Module):
     """A `Linear` whose weight is packed.
 
     One row, such as a token of an answer, is multiplied with the packed weight. For more rows the weight is dequantized
@@ -144,7 +144,7 @@ class QuantizedLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[..., in] -> [..., out]."""
-        return self.product(x, self)
+        return self.adapted(x, self.product(x, self))
 
     def product(self, x: mx.array, parameters: Mapping[str, mx.array]) -> mx.array:
         """The same with other parameters of the same scheme."""
@@ -162,6 +162,8 @@ class QuantizedLinear(nn.Module):
 
     def goes_with(self, others: Sequence[nn.Module]) -> bool:
         """Whether one product can take the place of this one's and those of others."""
+        if any("lora_a" in each for each in (self, *others)):
+            return False
         return all(isinstance(each, QuantizedLinear) and each.scheme == self.scheme for each in others)
 
 

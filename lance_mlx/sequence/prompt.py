@@ -19,18 +19,27 @@ Grid = tuple[int, int, int]
 _TEMPLATE = PROMPT_DATA["template"]
 
 
-def build_sequence(request: Request, tokenizer: LanceTokenizer, visuals: Items[PreparedVisual] = ()) -> Sequence:
+def build_sequence(
+    request: Request,
+    tokenizer: LanceTokenizer,
+    visuals: Items[PreparedVisual] = (),
+    instruction: str | None = None,
+) -> Sequence:
     """The segments of a request (bytedance/Lance data/datasets_custom/validation_dataset.py:t2v_sample, tiv2v_sample).
 
     Visuals come before the text: for editing and for subjects a ViT block and a clean VAE block each. Image to video
     has neither; its picture is the first latent frame of the denoised block.
+
+    Args:
+        instruction: the system's part of the prompt; the task's own when None.
     """
     clean_frames = 1 if request.task is Task.I2V else 0
     target = _visual_block(Role.NOISE, AttentionMode.NOISE, request.latent_grid, tokenizer, clean_frames)
     if not request.text_template:
         ids = [tokenizer.token_id("<|im_start|>"), *tokenizer.encode(request.prompt), tokenizer.token_id("<|im_end|>")]
         return Sequence((_text(Role.TEXT, ids), target))
-    instruction = PROMPT_DATA["instructions"][request.task].format(vision_type=_vision_type(request))
+    if instruction is None:
+        instruction = PROMPT_DATA["instructions"][request.task].format(vision_type=_vision_type(request))
     blocks: list[Segment] = []
     if request.task is not Task.I2V:
         role = Role.REFERENCE if request.task is Task.SUBJECT else Role.SOURCE

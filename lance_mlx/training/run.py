@@ -1,0 +1,195 @@
+"""A run of training: steps on images with captions, and all that is needed to go on after one."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from lance_mlx.checkpoint.safetensors import TensorInfo, read_header, read_notes, write_safetensors
+from lance_mlx.config import SPATIAL_STRIDE
+from lance_mlx.errors import LanceError
+from lance_mlx.files import whole, write_text
+from lance_mlx.model.lance import Lance
+from lance_mlx.requests.request import Request, Task
+from lance_mlx.sequence.tokenizer import LanceTokenizer
+from lance_mlx.training.adapter_files import write_adapter
+from lance_mlx.training.folder import Encoded
+from lance_mlx.training.lora import Adapter, adaptable, add_adapters, new_pairs, pairs_of
+from lance_mlx.training.pack import CAPTION, Draw, Sample, draw, drawing_sample
+from lance_mlx.training.settings import TrainSettings
+from lance_mlx.training.step import Optimizer, gradients
+
+STATE, LOG = "state.safetensors", "log.jsonl"
+_ORDER, _STEP, _ADAPTERS = range(3)
+"""What something is drawn for, so that no two are drawn alike."""
+_MAY_CHANGE = {"iters", "save_every", "grad_checkpoint", "adapter_path"}
+"""Settings that a run may go on with changed: they change none of its steps."""
+
+
+class Told(NamedTuple):
+    """What is logged of a step."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    latents: int
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """A model whose adapters are learned; one run at a time writes into its folder.
+
+    Nothing is drawn from a state that goes on: what a step draws depends on the seed and its number alone, so that a
+    run which was stopped ends in the same bits.
+    """
+
+    settings: TrainSettings
+    model: Lance
+    tokenizer: LanceTokenizer
+    data: Encoded
+
+    @property
+    def folder(self) -> Path:
+        """Where everything is written."""
+        return Path(self.settings.adapter_path)
+
+    def run(self, resume: bool) -> Iterator[Told]:
+        """Yield each step when it is made and logged; the adapter is written at the end and as often as is asked for.
+
+        Args:
+            resume: go on from what the folder holds, which must be of the same settings.
+
+        Raises:
+            LanceError: the folder holds another run, or cannot be written.
+        """
+        pairs = new_pairs(self.model, self.settings.lora, mx.random.key(self._number(_ADAPTERS)))
+        add_adapters(self.model, [Adapter("new", pairs)])
+        learn_adapters(self.model)
+        optimizer = Optimizer(self.settings.optimizer, dict(tree_flatten(self.model.trainable_parameters())))
+        if resume:
+            self._restore(optimizer)
+        elif (self.folder / STATE).exists():
+            raise LanceError(
+                f"{self.folder} holds a run already: go on with --resume, or choose another --adapter-path"
+            )
+        self._begin_log(optimizer.steps)
+        while optimizer.steps < self.settings.iters:
+            told = self._step(optimizer)
+            self._log(told)
+            if told.step % self.settings.save_every == 0 or told.step == self.settings.iters:
+                self._save(optimizer)
+            yield told
+
+    def pack(self, step: int) -> list[tuple[Sample, Draw]]:
+        """What a step, numbered from 0, learns from: samples, and what is drawn for each."""
+        count, size = len(self.data.captions), self.settings.batch_size
+        keys = mx.random.split(mx.random.key(self._number(_STEP, step)), size)
+        return [self._sample(self._place(step * size + index, count), key) for index, key in enumerate(keys)]
+
+    def _place(self, index: int, count: int) -> int:
+        """Number of the image that comes at a place of the run: all come once, in an order of their own, before any
+        comes again."""
+        order = np.random.default_rng([self.settings.seed, _ORDER, index // count]).permutation(count)
+        return int(order[index % count])
+
+    def _sample(self, number: int, key: mx.array) -> tuple[Sample, Draw]:
+        chance, latent, rest = mx.random.split(key, 3)
+        statistics, settings = self.data.statistics[number], self.settings
+        _, rows, columns, _ = statistics.mean.shape
+        request = Request(Task.T2I, self.data.captions[number], SPATIAL_STRIDE * rows, SPATIAL_STRIDE * columns)
+        sampled = statistics.sample(mx.random.normal(statistics.mean.shape, key=latent))
+        dropped = CAPTION if mx.random.uniform(key=chance).item() < settings.caption_dropout else ()
+        seconds, as_upstream = self.model.config.tokens_per_second, settings.as_upstream
+        sample = drawing_sample(request, self.tokenizer, seconds, [sampled], dropped=dropped, as_upstream=as_upstream)
+        return sample, draw(sample, rest, self.model.numerics.dtype)
+
+    def _step(self, optimizer: Optimizer) -> Told:
+        began, number = time.perf_counter(), optimizer.steps
+        samples, draws = zip(*self.pack(number), strict=True)
+        losses, found = gradients(self.model, samples, draws, self.settings.loss, len(self.tokenizer))
+        if not mx.isfinite(losses.loss).item():
+            raise LanceError(f"the loss of step {number + 1} is not finite: lower the learning rate and --resume")
+        rate = self.settings.optimizer.rate(mx.array(number)).item() if self.settings.warmup else (
+            self.settings.learning_rate
+        )  # fmt: skip
+        norm = optimizer.step(self.model, found)
+        latents = sum(sample.noised for sample in samples)
+        return Told(number + 1, losses.loss.item(), norm.item(), rate, latents, time.perf_counter() - began)
+
+    def _number(self, *what: int) -> int:
+        """The seed of a key for something."""
+        return int(np.random.SeedSequence([self.settings.seed, *what]).generate_state(1, np.uint64)[0])
+
+    def _save(self, optimizer: Optimizer) -> None:
+        """What the run goes on from, and the adapter."""
+        kept = {name: np.array(array) for name, array in optimizer.state().items() if name != "step"}
+        notes = {"step": str(optimizer.steps), "settings": json.dumps(self.settings.to_dict())}
+        notes["data"] = self.data.digest
+        try:
+            with whole(self.folder / STATE) as beside, beside.open("wb") as file:
+                infos = {name: TensorInfo("float32", array.shape) for name, array in kept.items()}
+                write_safetensors(file, infos, lambda name: [kept[name]], notes)
+        except OSError as error:
+            raise LanceError(f"{self.folder} cannot be written ({error.strerror})") from None
+        settings = self.settings.to_dict()
+        write_adapter(self.folder, pairs_of(self.model), notes=settings | {"step": optimizer.steps})
+
+    def _restore(self, optimizer: Optimizer) -> None:
+        path = self.folder / STATE
+        if not path.is_file():
+            raise LanceError(f"{self.folder} holds no run to go on with: leave --resume out")
+        tensors, notes = read_header(path), read_notes(path)
+        changed = _changed(json.loads(notes.get("settings", "{}")), self.settings.to_dict())
+        if changed:
+            raise LanceError(f"{self.folder} was run with another {changed[0]}: give that, or another --adapter-path")
+        if notes["data"] != self.data.digest:
+            raise LanceError(f"{self.settings.data} holds other images or captions than {self.folder} was run with")
+        kept = {name: tensor.read(mx.float32) for name, tensor in tensors.items()}
+        optimizer.restore(self.model, kept | {"step": mx.array(int(notes["step"]), mx.int32)})
+
+    def _begin_log(self, steps: int) -> None:
+        """Keep the lines of steps that are not made again."""
+        path = self.folder / LOG
+        lines = path.read_text(encoding="utf-8").splitlines() if steps and path.is_file() else []
+        kept = [line for line in lines if _step_of(line) <= steps]
+        try:
+            write_text(path, "".join(f"{line}\n" for line in kept))
+        except OSError as error:
+            raise LanceError(f"{path} cannot be written ({error.strerror})") from None
+
+    def _log(self, told: Told) -> None:
+        path = self.folder / LOG
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(told._asdict()) + "\n")
+        except OSError as error:
+            raise LanceError(f"{path} cannot be written ({error.strerror})") from None
+
+
+def _step_of(line: str) -> float:
+    """The step that a line of the log is of; none for one that was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
+
+
+def learn_adapters(model: nn.Module) -> None:
+    """Freeze all of a model but its adapters."""
+    model.freeze()
+    for layer in adaptable(model).values():
+        if "lora_a" in layer:
+            layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in {*before, *now} - _MAY_CHANGE if before.get(name) != now.get(name))
