@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from lance_mlx.errors import LanceError, reason
@@ -31,11 +31,20 @@ _JPEG_METADATA, _GROWTH = 65_000, 1_000
 """Bytes of a JPEG's EXIF, and what may be added to a request's before it is written."""
 # libx264's scale: 0 is lossless, 23 the default; 18 is commonly taken as visually transparent.
 VIDEO_CRF = 18
-# FFmpeg's SWS_BILINEAR, av's default, and SWS_ACCURATE_RND, for which av 17 has no name; else blue is 0.3 too low.
-_ROUNDED = 2 | 0x40000
 # ITU-T H.273's number of the matrix: av's `Colorspace.ITU601` is 5, of the same matrix, which QuickTime does not list.
 # Not BT.709's, whose blue Chromium shows wrong by up to 12 where it converts on the CPU.
 _BT601 = 6
+# Blue from Cb lies between BT.601's 1.772 * 255 / 224 and the 2 that Chromium takes on the CPU: flat colours come back
+# within 2 of 255 by either.
+_TO_RGB = np.array(
+    (
+        (255 / 219, 0, 1.402 * 255 / 224),
+        (255 / 219, -0.344136 * 255 / 224, -0.714136 * 255 / 224),
+        (255 / 219, (1.772 * 255 / 224 + 2) / 2, 0),
+    )
+)
+"""From Y, Cb and Cr of limited range, less 16, 128 and 128."""
+_TO_YUV = np.linalg.inv(_TO_RGB).T.astype(np.float32)
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
@@ -165,14 +174,7 @@ def _encode(part: Path, frames: Iterator[np.ndarray], fps: float, form: str, com
         for frame in frames:
             if stream is None:
                 stream = _add_stream(container, *frame.shape[:2], Fraction(fps).limit_denominator(1001))
-            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
-                format="yuv420p",
-                interpolation=_ROUNDED,
-                dst_colorspace=Colorspace.ITU601,
-                src_color_range=ColorRange.JPEG,
-                dst_color_range=ColorRange.MPEG,
-            )
-            container.mux(stream.encode(image))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(_to_yuv(frame), format="yuv420p")))
         if stream is not None:
             container.mux(stream.encode(None))
             container.close()
@@ -181,6 +183,15 @@ def _encode(part: Path, frames: Iterator[np.ndarray], fps: float, form: str, com
         # The first error is the one to report, and the file goes away.
         with suppress(av.error.FFmpegError):
             container.close()
+
+
+def _to_yuv(frame: np.ndarray) -> np.ndarray:
+    """The planes of YUV 4:2:0 below each other, uint8 [H * 3 / 2, W], rounded: FFmpeg's are not the nearest."""
+    height, width, _ = frame.shape
+    yuv = frame.astype(np.float32) @ _TO_YUV + np.float32((16, 128, 128))
+    chroma = yuv.reshape(height // 2, 2, width // 2, 2, 3)[..., 1:].mean((1, 3))
+    planes = [yuv[..., 0].ravel(), *np.moveaxis(chroma, 2, 0).reshape(2, -1)]
+    return np.rint(np.concatenate(planes)).astype(np.uint8).reshape(height * 3 // 2, width)
 
 
 def _add_stream(container: av.container.OutputContainer, height: int, width: int, rate: Fraction) -> av.VideoStream:
