@@ -43,7 +43,7 @@ def sensitivity(
         typer.Option(
             "--calibrate",
             help="Search for scales of input channels too, on what goes through each tower in these runs, and have the "
-            "recipe keep those of the groups that do less behind theirs.",
+            "recipe keep those of the groups that do clearly less behind theirs.",
         ),
     ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the page and the recipe.")] = Path(

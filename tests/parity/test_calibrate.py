@@ -78,7 +78,7 @@ def test_only_what_wins_is_kept(measured):
         assert all((source in kept) == (bits < 16 and found.wins(group, bits)) for source in sources)
         if group.name in found.solved.scaled:
             costs = [sum(each.cost for each in by[group.name, bits]) for by in (found.scaled, found.single)]
-            assert costs[0] < costs[1]
+            assert costs[0] < 0.9 * costs[1]
     assert found.even_scaled[4][0].cost < found.even[4][0].cost
 
 

@@ -104,8 +104,8 @@ class Session:
         for bits in plan.widths:
             widths = {group.name: bits for group in self.groups if group.name not in measured.unread}
             measured.even[bits] = self.effects(widths)
-            if scalable:
-                measured.even_scaled[bits] = self.effects(widths, measured.winners(widths))
+            if winners := measured.winners(widths):
+                measured.even_scaled[bits] = self.effects(widths, winners)
         if budget:
             measured.solved = self._solve(measured, bytes_of(budget, measured))
         return measured

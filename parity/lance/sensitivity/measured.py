@@ -10,6 +10,9 @@ from parity.lance.sensitivity.budget import Choice, Option, frontier
 from parity.lance.sensitivity.cases import Effect, Inputs
 from parity.lance.sensitivity.groups import AS_IS, Group, options_of
 
+CLEARLY = 0.8
+"""Of a cost: runs that are nearer by less may be so by how bfloat16 rounded in them."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,9 +86,9 @@ class Measured:
         return (self.scaled if self.wins(group, bits) else self.single)[group.name, bits]
 
     def wins(self, group: Group, bits: int) -> bool:
-        """Whether quantizing a group does less behind its scales, over all cases alike."""
+        """Whether quantizing a group does clearly less behind its scales, over all cases alike."""
         key = group.name, bits
-        return key in self.scaled and self._share(self.scaled[key]) < self._share(self.single[key])
+        return key in self.scaled and self._share(self.scaled[key]) < CLEARLY * self._share(self.single[key])
 
     def winners(self, widths: Mapping[str, int]) -> set[str]:
         """The groups whose scales win at their widths."""
