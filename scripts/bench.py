@@ -42,7 +42,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What a case took: seconds, megabytes, GFLOP/s, and the product rate of the same process."""
+    """What a case took: seconds, megabytes, GFLOP/s, the product rate of the same process, and of one that is quantized
+    the seconds of the same with nothing quantized, in turn with it."""
 
     name: str
     arguments: tuple[Any, ...]
@@ -51,6 +52,7 @@ class Result:
     items: int
     gflops: float | None
     product_gflops: float
+    plain: float | None = None
 
 
 def whole_model_cases() -> list[Case]:
@@ -79,6 +81,10 @@ def cases(quick: bool) -> list[Case]:
     edit = ("image_edit", sizes[min(1, len(sizes) - 1)], hidden, layers, "float32")
     found += [Case(name, edit) for name in ("step", "step, no prefix cache", "prefix")]
     found += [Case("text", (*texts, dtype)) for dtype in ("float32", "bfloat16")]
+    alone = (8, 64, 2) if quick else (32, 2048, 4)
+    for recipe, bits in (("8bit", 8), ("small", 4)):
+        found.append(Case("step", ("t2i", 64 if quick else 2304, *wide[1:], "bfloat16", recipe)))
+        found += [Case("text", (*alone, "bfloat16", recipe)), Case("text, mlx-lm", (*alone, "bfloat16", bits))]
     found.append(Case("ViT, 4 blocks", (vit, "float32")))
     if not quick:
         found.append(Case("VAE decode", (*pictures, "float32")))
@@ -103,7 +109,9 @@ def measure(case: Case, repeats: int) -> Result:
     rate = product_rate(dtype)
     with torch.inference_mode():
         work.run()
-        times, most = [], 0
+        times, plain, most = [], [], 0
+        if work.plain:
+            work.plain()
         for _ in range(repeats):
             memory.give_back()
             mx.reset_peak_memory()
@@ -113,10 +121,17 @@ def measure(case: Case, repeats: int) -> Result:
             work.run()
             times.append(clock() - start)
             most = max(most, (memory.peak() if work.whole else mx.get_peak_memory()) - held)
+            if work.plain:
+                start = clock()
+                work.plain()
+                plain.append(clock() - start)
     work.remove()
     seconds = min(times)
     gflops = work.operations / seconds / 1e9 if work.operations else None
-    return Result(case.name, case.arguments, seconds, most / 1e6, work.items, gflops, max(rate, product_rate(dtype)))
+    rate = max(rate, product_rate(dtype))
+    return Result(
+        case.name, case.arguments, seconds, most / 1e6, work.items, gflops, rate, min(plain) if plain else None
+    )
 
 
 def exponent(points: list[tuple[float, float]]) -> float:
@@ -154,8 +169,10 @@ def summary(results: list[Result]) -> list[str]:
         few, many = narrow
         ratio = many.megabytes / few.megabytes
         lines.append(f"VAE decode: {many.items} latent frames take {ratio:.2f} of the memory of {few.items}")
-    lines += [f"text ({Case(r.name, r.arguments).label}): {r.items / r.seconds:.0f} tokens/s"
-              for r in results if r.name == "text"]  # fmt: skip
+    lines += [f"{r.name} ({Case(r.name, r.arguments).label}): {r.items / r.seconds:.3g} tokens/s"
+              for r in results if r.name.startswith("text")]  # fmt: skip
+    lines += [f"{r.name} ({Case(r.name, r.arguments).label}): {r.seconds / r.plain:.2f} of the time without quantizing"
+              for r in results if r.plain]  # fmt: skip
     lines += [f"conversion ({Case(r.name, r.arguments).label}): {r.items / r.seconds:.0f} MB/s of the source"
               for r in results if r.name == "conversion"]  # fmt: skip
     return lines

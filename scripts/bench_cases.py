@@ -13,11 +13,13 @@ from mlx.utils import tree_map
 
 import lance_mlx.model.mot as mot
 from lance_mlx.backend.numerics import policy, runs_on_cpu
+from lance_mlx.checkpoint.recipe import RECIPES, plan
 from lance_mlx.config import LanceConfig
 from lance_mlx.estimate.cost import decoder_convolutions, encoder_convolutions, pass_operations, step_operations
 from lance_mlx.estimate.estimate import OFFICIAL
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows
+from lance_mlx.model.quantized import make_quantized, quantizable
 from lance_mlx.model.vae import VAE
 from lance_mlx.model.vae_decoder import DecoderShape
 from lance_mlx.model.vae_encoder import EncoderShape
@@ -49,13 +51,14 @@ NARROW = DecoderShape(
 class Work:
     """What is timed: `run` computes and evaluates; `operations` is how many it needs, None where not counted; `items`
     is how many things it makes, such as tokens; `whole` is whether its memory is that of the process, not MLX's,
-    and `remove` what has to be done when all is timed."""
+    `remove` what has to be done when all is timed, and `plain` the same with nothing quantized, to be timed in turn."""
 
     run: Callable[[], object]
     operations: int | None = None
     items: int = 1
     whole: bool = False
     remove: Callable[[], object] = lambda: None
+    plain: Callable[[], object] | None = None
 
 
 def config_of(hidden: int, layers: int) -> LanceConfig:
@@ -90,9 +93,17 @@ def randomized(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
     return module
 
 
-def _model(hidden: int, layers: int, dtype: str) -> Lance:
+def _model(hidden: int, layers: int, dtype: str, recipe: str = "") -> Lance:
     numerics = policy(dtype)
-    return randomized(Lance(config_of(hidden, layers), numerics), numerics.dtype)
+    model = randomized(Lance(config_of(hidden, layers), numerics), numerics.dtype)
+    if not recipe:
+        return model
+    schemes, modules = plan(RECIPES[recipe], model), quantizable(model)
+    arrays = [(f"{path}.{name}", array) for path, scheme in schemes.items()
+              for name, array in (dict(modules[path]) | scheme.quantize(modules[path].weight)).items()]  # fmt: skip
+    make_quantized(model, schemes, numerics.dtype)
+    mx.eval(arrays)
+    return model.load_weights(arrays, strict=False)
 
 
 def _request(task: str, latents: int) -> tuple[Request, list[PreparedVisual]]:
@@ -127,8 +138,8 @@ def state_of(model: Lance, sequence: Sequence, pictures: int = 1) -> State:
     return State(1, 0.5, timestep, x_t, ExpertRows(brackets, embeds))
 
 
-def _sampling(task: str, latents: int, hidden: int, layers: int, dtype: str):
-    model = _model(hidden, layers, dtype)
+def _sampling(task: str, latents: int, hidden: int, layers: int, dtype: str, recipe: str = ""):
+    model = _model(hidden, layers, dtype, recipe)
     request, visuals = _request(task, latents)
     sequence = build_sequence(request, LanceTokenizer(CHECKPOINT), visuals)
     arms = make_arms(model, request, sequence, _conditions(model, request, sequence))
@@ -152,11 +163,12 @@ def _sampling(task: str, latents: int, hidden: int, layers: int, dtype: str):
     return model, arms, step, prefix
 
 
-def step(task: str, latents: int, hidden: int, layers: int, dtype: str) -> Work:
+def step(task: str, latents: int, hidden: int, layers: int, dtype: str, recipe: str = "") -> Work:
     """A guided denoising step behind a cached prefix."""
-    model, arms, run, prefix = _sampling(task, latents, hidden, layers, dtype)
+    model, arms, run, prefix = _sampling(task, latents, hidden, layers, dtype, recipe)
     prefix()
-    return Work(run, step_operations(model.config, [arm.sequence for arm in arms.values()]))
+    plain = step(task, latents, hidden, layers, dtype).run if recipe else None
+    return Work(run, step_operations(model.config, [arm.sequence for arm in arms.values()]), plain=plain)
 
 
 def batch(pictures: int, latents: int, hidden: int, layers: int, dtype: str) -> Work:
@@ -225,9 +237,9 @@ def both_experts() -> Iterator[None]:
         yield
 
 
-def text(tokens: int, hidden: int, layers: int, dtype: str) -> Work:
+def text(tokens: int, hidden: int, layers: int, dtype: str, recipe: str = "") -> Work:
     """Decoding so many tokens of an answer, one by one, behind a prefix of 256."""
-    model = _model(hidden, layers, dtype)
+    model = _model(hidden, layers, dtype, recipe)
     mot.join_projections(model.language_model.model)
     ids = np.arange(256, dtype=np.int32) % 300
     sequence = Sequence((Segment(Role.TEMPLATE, AttentionMode.CAUSAL, ids),))
@@ -245,7 +257,34 @@ def text(tokens: int, hidden: int, layers: int, dtype: str) -> Work:
 
     head = 2 * hidden * model.config.vocab_size
     operations = sum(pass_operations(model.config, 1, 257 + index) + head for index in range(tokens))
-    return Work(run, operations, tokens)
+    plain = text(tokens, hidden, layers, dtype).run if recipe else None
+    return Work(run, operations, tokens, plain=plain)
+
+
+def mlx_lm_text(tokens: int, hidden: int, layers: int, dtype: str, bits: int) -> Work:
+    """The same of mlx-lm's Qwen2, whose layers are one of the two towers, quantized by MLX."""
+    from mlx_lm.models import qwen2
+    from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+
+    config = config_of(hidden, layers)
+    names = "hidden_size num_hidden_layers intermediate_size num_attention_heads num_key_value_heads rms_norm_eps"
+    sizes = {name: getattr(config, name) for name in f"{names} vocab_size".split()}
+    model = randomized(qwen2.Model(qwen2.ModelArgs("qwen2", **sizes, tie_word_embeddings=False)), policy(dtype).dtype)
+    # As the recipes do: neither embeddings nor head, nor what does not part into groups.
+    fits = {path for path, each in model.named_modules() if "layers." in path and "weight" in each
+            and each.weight.ndim == 2 and each.weight.shape[1] % 64 == 0}  # fmt: skip
+    nn.quantize(model, 64, bits, class_predicate=lambda path, each: path in fits)
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.arange(256)[None] % 300, cache), model.parameters())
+
+    def run() -> None:
+        token = mx.array([[1]])
+        for _ in range(tokens):
+            token = model(token, cache).argmax(-1)
+            mx.eval(token)
+        trim_prompt_cache(cache, tokens)
+
+    return Work(run, items=tokens)
 
 
 def vit(side: int, dtype: str) -> Work:
@@ -320,6 +359,7 @@ CASES: dict[str, Callable[..., Work]] = {
     "step, PyTorch": torch_step,
     "prefix": prefix,
     "text": text,
+    "text, mlx-lm": mlx_lm_text,
     "ViT, 4 blocks": vit,
     "VAE decode": vae_decode,
     "VAE encode": vae_encode,

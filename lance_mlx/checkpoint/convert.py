@@ -18,6 +18,7 @@ import numpy as np
 
 from lance_mlx.backend.numerics import BFLOAT16, policy
 from lance_mlx.checkpoint.converted_config import converted_config
+from lance_mlx.checkpoint.folding import fold
 from lance_mlx.checkpoint.layouts import INDEX, VAE, find_checkpoint, read_vae
 from lance_mlx.checkpoint.model_card import model_card
 from lance_mlx.checkpoint.packing import Added, Output, outputs_of
@@ -116,6 +117,8 @@ class Conversion:
         origin = checkpoint.vit_origin(self.vit_source)
         config = converted_config(self.checkpoint.variant, self.dtype, origin, llm, vit, decoder, encoder, quantized)
         tensors = {name: tensor for part in architecture.parts for name, tensor in sorted(part.tensors.items())}
+        if self.recipe is not None and self.recipe.scales:
+            tensors = fold(tensors, self.recipe.scales)
         tensors |= {f"{VAE}{name}": tensor for name, tensor in sorted(vae.tensors.items())}
         outputs = outputs_of(tensors, self.dtype, quantized, architecture.packed, self.added[0])
         return outputs, config, quantized
@@ -171,7 +174,8 @@ class Conversion:
 
     def _plan(self, outputs: dict[str, Output]) -> dict[str, Any]:
         """What a staged shard depends on."""
-        files = sorted({output.source.path for output in outputs.values()})
+        scales = {self.recipe.scales} if self.recipe and self.recipe.scales else set()
+        files = sorted({output.source.path for output in outputs.values()} | scales)
         stats = {str(path.resolve()): path.stat() for path in files}
         return {
             "files": {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()},
@@ -220,6 +224,8 @@ class Conversion:
     def _report(self, entries: dict[str, Any], quantized: Plan) -> dict[str, Any]:
         said = {"recipe": self.recipe.name, "not_in_groups": list(quantized.left)} if self.recipe else {}
         said |= {"added": list(self.added[1])} if self.added[1] else {}
+        if self.recipe and self.recipe.scales:
+            said["scales"] = str(self.recipe.scales)
         return said | {
             "source": self.source,
             "variant": str(self.checkpoint.variant),

@@ -1,7 +1,7 @@
 """Recipes: which weights are quantized, and how; MLX's own entry in config.json is one."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lance_mlx.model.quantized import Scheme, quantizable
 KEYS = ("quantization", "quantization_config")
 """Of config.json, where MLX's tools write how a checkpoint is quantized; some write both."""
 _SCHEME = {"bits", "group_size", "mode"}
+_SCALES = "scales"
 _VIT = "vit_model"
 _LAYERS = "language_model.model.layers.*"
 _BOTH_TOWERS = f"{_LAYERS}_proj", f"{_LAYERS}_proj_moe_gen"
@@ -31,11 +32,13 @@ class Recipe:
         scheme: of both towers' attention and MLP, where no pattern matches.
         patterns: on the modules' paths in the official checkpoint, as a shell's; the first that matches decides, and
             None leaves a module as it is.
+        scales: a file of scales that are moved into the weights before they are quantized, see folding.fold.
     """
 
     name: str | int
     scheme: Scheme
     patterns: tuple[tuple[str, Scheme | None], ...] = ()
+    scales: Path | None = None
 
     @classmethod
     def from_dict(cls, name: str | int, values: Mapping[str, Any]) -> "Recipe":
@@ -61,8 +64,15 @@ class Recipe:
 
     @classmethod
     def from_file(cls, path: Path) -> "Recipe":
-        """Read a JSON file; raises LanceError naming it."""
-        return read_config(path, lambda values: cls.from_dict(str(path), values), f"give {_CHOICES}")
+        """Read a JSON file, in which `scales` may name a file beside it; raises LanceError naming the recipe."""
+
+        def build(values: dict[str, Any]) -> "Recipe":
+            scales = values.pop(_SCALES, None)
+            if not isinstance(scales, str | None):
+                raise LanceError(f"'{_SCALES}' must be the name of a safetensors file")
+            return replace(cls.from_dict(str(path), values), scales=scales and path.parent / scales)
+
+        return read_config(path, build, f"give {_CHOICES}")
 
     def at(self, path: str) -> Scheme | None:
         """How the module at a path is quantized; None for not at all."""

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from lance_mlx.backend.numerics import Numerics
+from lance_mlx.checkpoint.folding import fold
 from lance_mlx.checkpoint.recipe import Plan, Recipe, plan
 from lance_mlx.checkpoint.safetensors import INTEGERS, Tensors
 from lance_mlx.checkpoint.streaming import Streamed, StreamedVAE, stream_layers
@@ -108,6 +109,8 @@ def load_lance(
         check_unpacked(checkpoint, architecture.packed)
         to_pack = plan(recipe, model)
         make_quantized(model, to_pack, numerics.dtype)
+        if recipe.scales:
+            tensors = fold(tensors, recipe.scales)
     if streams:
         tensors = stream_layers(model, tensors)
     _fill(model, tensors, numerics, track, to_pack)

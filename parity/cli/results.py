@@ -23,8 +23,8 @@ QuantizeOption = Annotated[
     str | None,
     typer.Option(
         metavar="WHAT",
-        help="Quantize the bundle's weights, and compare with the reference that has the dequantized ones: bits, a "
-        "recipe's name or JSON file, or the folder of what lance-mlx convert -q wrote.",
+        help="Quantize the weights, and let lance_mlx run them packed, the reference dequantized: bits, a recipe's "
+        "name or JSON file, or the folder of what lance-mlx convert -q wrote.",
         show_default=False,
     ),
 ]

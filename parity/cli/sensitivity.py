@@ -38,6 +38,14 @@ def sensitivity(
             show_default=False,
         ),
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Search for scales of input channels too, on what goes through each tower in these runs, and have the "
+            "recipe keep those of the groups that do clearly less behind theirs.",
+        ),
+    ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the page and the recipe.")] = Path(
         "reports/sensitivity"
     ),
@@ -73,7 +81,7 @@ def sensitivity(
                 bar.set_description(what)
 
             numbers = [int(each) for each in widths]
-            measured = measure(inputs, out, tell, model, numerics, numbers, bands, group_size, budget)
+            measured = measure(inputs, out, tell, model, numerics, numbers, bands, group_size, budget, calibrate)
         if json_file:
             write_atomically(json_file, json.dumps(measured.to_json(), indent=1, allow_nan=False).encode())
         print_measured(measured)

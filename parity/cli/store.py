@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from parity.cli.errors import one_line_errors
-from parity.cli.results import FormatOption, OutputOption, PythonOption, deliver
+from parity.cli.results import FormatOption, OutputOption, PythonOption, QuantizeOption, deliver
 
 
 class Weights(StrEnum):
@@ -83,15 +83,7 @@ def record(
     copy_checkpoint: Annotated[
         bool, typer.Option("--copy-checkpoint", help="Copy the checkpoint beside the bundle; else it is linked there.")
     ] = False,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WHAT",
-            help="Quantize the weights as check --quantize does, and run the reference with the dequantized ones: they "
-            "are written beside the bundle, and lance_mlx runs the packed ones.",
-            show_default=False,
-        ),
-    ] = None,
+    quantize: QuantizeOption = None,
     upstream: Annotated[
         Path | None,
         typer.Option(metavar="CLONE", help="A clone of bytedance/Lance to run in place of the reference."),

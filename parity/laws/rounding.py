@@ -126,7 +126,16 @@ def _affine(x: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _towards_zero(x: np.ndarray, bits: int) -> np.ndarray:
-    """The end that is farther from 0 is met exactly, and so is 0; of what is bfloat16 steps are so too, as in MLX."""
+    """As MLX does; of what is bfloat16 steps are so too."""
+    codes, step, offset = codes_towards_zero(x, bits)
+    if np.array_equal(bfloat16(x), x):
+        return bfloat16(bfloat16(codes * bfloat16(step)) + bfloat16(offset))
+    return codes * step + offset
+
+
+def codes_towards_zero(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes of groups float32 [n, group], and each group's step and offset [n, 1]; the end that is farther from 0 is
+    met exactly, and so is 0."""
     low, high = _ends(x)
     step = np.maximum((high - low) / (2**bits - 1), 1e-7)
     from_low = np.abs(low) > np.abs(high)
@@ -134,10 +143,7 @@ def _towards_zero(x: np.ndarray, bits: int) -> np.ndarray:
     turns = np.round(outer / step)
     step = np.where(turns != 0, outer / np.where(turns != 0, turns, 1), step)
     offset = np.where(turns != 0, outer, np.float32(0))
-    codes = np.clip(np.round((x - offset) / step), 0, 2**bits - 1)
-    if np.array_equal(bfloat16(x), x):
-        return bfloat16(bfloat16(codes * bfloat16(step)) + bfloat16(offset))
-    return codes * step + offset
+    return np.clip(np.round((x - offset) / step), 0, 2**bits - 1), step, offset
 
 
 def _scaled_format(x: np.ndarray, name: str) -> np.ndarray:

@@ -21,7 +21,8 @@ from parity.lance.sensitivity import budget, measure
 from parity.lance.sensitivity.budget import Option, frontier, solve
 from parity.lance.sensitivity.cases import read_inputs
 from parity.lance.sensitivity.groups import AS_IS, as_quantized
-from parity.lance.sensitivity.measure import Plan, Session
+from parity.lance.sensitivity.measure import Session
+from parity.lance.sensitivity.measured import Plan, bytes_of
 
 PLANTED = (1, 4)
 WIDTHS = (3, 4, 6)
@@ -245,9 +246,9 @@ def test_what_is_there_already_is_not_overwritten(lance_parity, tmp_path):
 
 def test_a_budget_is_a_size_or_bits(session):
     found, measured = session
-    assert measure.bytes_of("7.5GB", measured) == 7_500_000_000
+    assert bytes_of("7.5GB", measured) == 7_500_000_000
     # Scales and biases of groups of 32 take a bit.
-    assert measure.bytes_of("5bits", measured) == measured.size(4)
+    assert bytes_of("5bits", measured) == measured.size(4)
     for wrong in ("7.5", "GB", "0bits", "-1GB", "1e3GB"):
         with pytest.raises(ParityError, match="neither a size"):
-            measure.bytes_of(wrong, measured)
+            bytes_of(wrong, measured)

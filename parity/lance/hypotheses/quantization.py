@@ -13,6 +13,7 @@ from parity.lance.dequantize import Packed, scaled
 from parity.lance.hypotheses.tools import twin_path
 from parity.lance.hypotheses.weights import weights
 from parity.lance.packed import PackedCheckpoint, packed_beside
+from parity.laws.rounding import codes_towards_zero
 
 if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
@@ -79,24 +80,10 @@ def other_tower(site: "TapProbe", module: nn.Module, key: str, value: Tensor) ->
         raise DoesNotApply
     if key != "weight" or value.ndim > 2 or value.shape[-1] % scheme.group_size:
         return None
-    return as_affine(value, scheme.bits, scheme.group_size)
-
-
-def as_affine(value: Tensor, bits: int, group: int) -> Tensor:
-    """Rows quantized in groups, each with its own scale and offset, as MLX's affine mode does."""
-    wide, levels = value.float().unflatten(-1, (-1, group)), 2**bits - 1
-    low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
-    # The end that is farther from 0 is met exactly.
-    step = ((high - low) / levels).clamp(min=1e-7)
-    outer = torch.where(low.abs() > high.abs(), low, high)
-    step = torch.where(low.abs() > high.abs(), step, -step)
-    turns = (outer / step).round()
-    step = torch.where(turns != 0, outer / turns, step)
-    offset = torch.where(turns != 0, outer, torch.zeros_like(outer))
-    codes = ((wide - offset) / step).round().clamp(0, levels)
+    made = codes_towards_zero(value.detach().float().numpy().reshape(-1, scheme.group_size), scheme.bits)
     # Scale and offset are kept in the weight's dtype.
-    codes, step, offset = (each.to(value.dtype).float() for each in (codes, step, offset))
-    return (codes * step + offset).flatten(-2).to(value.dtype)
+    codes, step, offset = (torch.from_numpy(each).to(value.dtype).float() for each in made)
+    return (codes * step + offset).reshape(value.shape).to(value.dtype)
 
 
 HYPOTHESES = [

@@ -4,14 +4,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors.numpy import save
+
 from parity.errors import ParityError
 from parity.files import write_atomically
 from parity.lance.sensitivity.cases import read_inputs
-from parity.lance.sensitivity.measure import Measured, Plan, Session, Tell
+from parity.lance.sensitivity.measure import Session, Tell
+from parity.lance.sensitivity.measured import Measured, Plan
 from parity.lance.sensitivity.page import page_of
 from parity.report.output import require_own_page
 
-KEPT, PAGE, RECIPE = "measured.json", "index.html", "recipe.json"
+KEPT, PAGE, RECIPE, SCALES = "measured.json", "index.html", "recipe.json", "scales.safetensors"
 
 
 def measure(
@@ -24,6 +27,7 @@ def measure(
     bands: int = 4,
     group_size: int = 64,
     budget: str | None = None,
+    calibrate: bool = False,
 ) -> Measured:
     """Measure what quantizing each group of weights does to runs, and write `out`/index.html, and the recipe of a
     budget.
@@ -36,6 +40,7 @@ def measure(
         widths: bits, of 3, 4, 5, 6 and 8.
         bands: of layers that are told apart.
         budget: such as 7.5GB for all files, or 5.2bits a weight.
+        calibrate: search for scales, and keep them in the recipe where runs are nearer behind them.
 
     Raises:
         ParityError: an input, an option or the folder cannot be used.
@@ -49,11 +54,17 @@ def measure(
         raise ParityError(f"{out} is no folder: name another one with --out")
     if (out / PAGE).exists():
         require_own_page(out / PAGE)
-    if (out / RECIPE).exists() and not (out / KEPT).exists():
-        raise ParityError(f"{out / RECIPE} is not of this command: name another folder with --out")
+    for name in (RECIPE, SCALES):
+        if (out / name).exists() and not (out / KEPT).exists():
+            raise ParityError(f"{out / name} is not of this command: name another folder with --out")
     plan = Plan(read_inputs(paths, model, numerics), tuple(sorted(set(widths))), bands, group_size)
-    measured = Session(plan, out / KEPT, tell).run(budget)
+    session = Session(plan, out / KEPT, tell)
+    measured = session.run(budget, calibrate)
     if measured.solved:
-        write_atomically(out / RECIPE, json.dumps(measured.solved.recipe, indent=1).encode())
+        recipe = measured.solved.recipe
+        if scales := session.scales_of(measured.solved.scaled):
+            write_atomically(out / SCALES, save(scales))
+            recipe = {"scales": SCALES} | recipe
+        write_atomically(out / RECIPE, json.dumps(recipe, indent=1).encode())
     write_atomically(out / PAGE, page_of(measured).encode())
     return measured

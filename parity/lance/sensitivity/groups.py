@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from lance_mlx.model.quantized import Scheme, quantizable
 from parity.lance.sensitivity.budget import Option
@@ -104,22 +105,41 @@ def options_of(group: Group, widths: Sequence[int], group_size: int, costs: Mapp
 
 
 @contextmanager
-def as_quantized(model: nn.Module, schemes: Mapping[str, Scheme | None]) -> Iterator[None]:
+def as_quantized(
+    model: nn.Module, schemes: Mapping[str, Scheme | None], scales: Mapping[str, np.ndarray] = {}
+) -> Iterator[None]:
     """Let modules hold for a while what their weights are once they are quantized and dequantized.
 
     Many rows are multiplied with the same bits as by the quantized module.
+
+    Args:
+        scales: of the input channels of modules that are quantized behind some; see requantized.
     """
     modules, before = quantizable(model), {}
     try:
         for path, scheme in schemes.items():
             if scheme is not None:
                 before[path] = weight = modules[path].weight
-                modules[path].weight = scheme.dequantize(scheme.quantize(weight), weight.dtype)
+                own = mx.array(scales[path]) if path in scales else None
+                modules[path].weight = requantized(weight, scheme, own)
                 mx.eval(modules[path].weight)
         yield
     finally:
         for path, weight in before.items():
             modules[path].weight = weight
+
+
+def requantized(weight: mx.array, scheme: Scheme, scales: mx.array | None = None) -> mx.array:
+    """A weight once it is quantized and dequantized.
+
+    Args:
+        scales: powers of two that its columns are multiplied with before, as lance_mlx.checkpoint.folding moves them
+            there; they are divided by them after, in the place of what the columns are multiplied with.
+    """
+    if scales is None:
+        return scheme.dequantize(scheme.quantize(weight), weight.dtype)
+    scales = scales.astype(weight.dtype)
+    return scheme.dequantize(scheme.quantize(weight * scales), weight.dtype) / scales
 
 
 def recipe_json(groups: Sequence[Group], bits: Sequence[int], group_size: int) -> dict[str, Any]:

@@ -1,145 +1,40 @@
 """What quantizing does to whole runs: one group at a time, the worst two by two, and the recipe that comes of it."""
 
+import hashlib
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from math import prod
 from pathlib import Path
-from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from lance_mlx.backend.numerics import policy
+from lance_mlx.checkpoint.folding import followers
 from lance_mlx.checkpoint.layouts import find_checkpoint
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.pipeline import Pipeline, load
 from lance_mlx.requests.request import Variant
 from parity.errors import ParityError, one_line
 from parity.files import write_atomically
-from parity.lance.sensitivity.budget import Choice, Option, frontier, solve
-from parity.lance.sensitivity.cases import Case, Effect, Inputs, Ran, effect, run
-from parity.lance.sensitivity.groups import AS_IS, Group, as_quantized, groups_of, options_of, recipe_json
+from parity.lance.sensitivity.budget import solve
+from parity.lance.sensitivity.calibrate import Scales, calibrated, recorded
+from parity.lance.sensitivity.cases import Case, Effect, Ran, effect, run
+from parity.lance.sensitivity.groups import AS_IS, as_quantized, groups_of, recipe_json
+from parity.lance.sensitivity.measured import Measured, Plan, Solved, bytes_of
 from parity.lance.weights_mlx import packed_modules
 
 FORMAT = "lance-sensitivity/1"
+FOUND = "calibration.safetensors"
+"""Beside the measurements: all scales that were found, whether they win in runs or not."""
 WORST = 4
 """Groups that are measured two by two."""
 Tell = Callable[[str, int, int], None]
 """Told what is run, how many runs are done, and how many there will be."""
 Widths = Mapping[str, int]
 """Bits by a group's name; a group that is not named stays as it is."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured.
-
-    Attributes:
-        widths: bits that are tried, rising.
-        bands: of layers that are told apart.
-        group_size: of weights that share a scale; smaller where rows do not part into such.
-    """
-
-    inputs: Inputs
-    widths: tuple[int, ...] = (4, 6, 8)
-    bands: int = 4
-    group_size: int = 64
-
-
-@dataclass(frozen=True)
-class Solved:
-    """A recipe within a budget.
-
-    Attributes:
-        bits: of each group, in their order.
-        size: bytes of the whole checkpoint.
-        choice: how it was solved; its costs are shares of what the smallest width does.
-        predicted: by the sum of its groups, and `measured`: by a run, what it does to each case.
-        recipe: as convert --quant-predicate takes it.
-    """
-
-    bits: tuple[int, ...]
-    size: int
-    choice: Choice
-    predicted: tuple[float, ...]
-    measured: tuple[Effect, ...]
-    recipe: dict[str, Any]
-
-
-@dataclass
-class Measured:
-    """What came of it.
-
-    Attributes:
-        single: what quantizing a group alone does to each case, by the group's name and bits.
-        pairs: of two groups at the smallest width, what both do over the sum of what each does.
-        even: what all at one width do, by bits.
-        unread: groups that no case reads, which stay as they are.
-        fixed: bytes of what belongs to no group.
-    """
-
-    plan: Plan
-    groups: tuple[Group, ...]
-    fixed: int
-    single: dict[tuple[str, int], tuple[Effect, ...]] = field(default_factory=dict)
-    pairs: dict[tuple[str, str], float] = field(default_factory=dict)
-    even: dict[int, tuple[Effect, ...]] = field(default_factory=dict)
-    unread: tuple[str, ...] = ()
-    solved: Solved | None = None
-
-    def cost(self, group: Group, bits: int) -> float:
-        """A group's share, over all cases alike, of what all groups do at the smallest width."""
-        if bits == AS_IS:
-            return 0.0
-        shares = []
-        for case in range(len(self.plan.inputs.cases)):
-            total = sum(self.single[each.name, self.plan.widths[0]][case].cost for each in self.groups)
-            if total:
-                shares.append(self.single[group.name, bits][case].cost / total)
-        return sum(shares) / len(shares) if shares else 0.0
-
-    def cost_of_all(self, bits: int) -> float:
-        """The share of all groups at one width, by their sum."""
-        return sum(self.cost(group, bits) for group in self.groups if group.name not in self.unread)
-
-    def told(self, case: int, cost: float) -> str:
-        """A cost in words: the relative error of latents, or a divergence."""
-        drawn = not self.plan.inputs.cases[case].request.task.answers
-        return f"{100 * cost**0.5:.3g} %" if drawn else f"{cost:.3g} nats"
-
-    @property
-    def options(self) -> list[list[Option]]:
-        """What each group may be: every width, and as it is; of one that nothing reads as it is alone."""
-        found = []
-        for group in self.groups:
-            costs = {bits: self.cost(group, bits) for bits in (*self.plan.widths, AS_IS)}
-            every = options_of(group, self.plan.widths, self.plan.group_size, costs)
-            found.append(every[-1:] if group.name in self.unread else every)
-        return found
-
-    @property
-    def frontier(self) -> list[tuple[int, float]]:
-        """Bytes of the whole checkpoint, rising, and the least cost within each."""
-        return [(self.fixed + size, cost) for size, cost in frontier(self.options)]
-
-    def size(self, bits: int) -> int:
-        """Bytes of the whole checkpoint at one width for all groups that are read."""
-        widths = (AS_IS if group.name in self.unread else bits for group in self.groups)
-        return self.fixed + sum(g.size(b, self.plan.group_size) for g, b in zip(self.groups, widths, strict=True))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "cases": [case.name for case in self.plan.inputs.cases],
-            "groups": [{"name": g.name, "weights": g.weights, "unread": g.name in self.unread} for g in self.groups],
-            "single": [{"group": name, "bits": bits, "effects": [asdict(each) for each in effects]}
-                       for (name, bits), effects in self.single.items()],
-            "pairs": [{"groups": list(names), "over_sum": ratio} for names, ratio in self.pairs.items()],
-            "even": [{"bits": bits, "bytes": self.size(bits), "effects": [asdict(each) for each in effects]}
-                     for bits, effects in self.even.items()],
-            "frontier": [{"bytes": size, "cost": cost} for size, cost in self.frontier],
-            "solved": self.solved and asdict(self.solved),
-        }  # fmt: skip
 
 
 class Session:
@@ -173,47 +68,93 @@ class Session:
         self._facts = json.loads(json.dumps(self._facts))
         self._runs: dict[str, list[Effect]] = self._read()
         self._base: dict[str, Ran] = {}
+        self._scales: Scales = {}
         self._done, self._total = 0, 0
 
-    def run(self, budget: "str | None") -> Measured:
-        """Measure every group at every width, pairs of the worst, all at one width, and the recipe of a budget."""
+    def run(self, budget: str | None, calibrate: bool = False) -> Measured:
+        """Measure every group at every width, pairs of the worst, all at one width, and the recipe of a budget.
+
+        Args:
+            calibrate: search for scales too, and measure every group behind its own; see sensitivity.calibrate.
+        """
         plan, smallest = self.plan, self.plan.widths[0]
         count = min(WORST, len(self.groups))
         self._total = len(self.groups) * len(plan.widths) + count * (count - 1) // 2 + len(plan.widths) + bool(budget)
         measured = Measured(plan, self.groups, self._fixed())
+        if calibrate:
+            self._scales = self._calibrated()
+        scalable = [group for group in self.groups if self.scales_of([group.name])]
+        self._total += len(plan.widths) * (len(scalable) + bool(scalable))
         for group in self.groups:
             for bits in plan.widths:
                 measured.single[group.name, bits] = self.effects({group.name: bits})
+                if group in scalable:
+                    measured.scaled[group.name, bits] = self.effects({group.name: bits}, [group.name])
         measured.unread = tuple(group.name for group in self.groups if not any(
             each.cost for bits in plan.widths for each in measured.single[group.name, bits]))  # fmt: skip
         if len(measured.unread) == len(self.groups):
             raise ParityError("quantizing changes nothing in these runs")
         worst = sorted(self.groups, key=lambda group: -measured.cost(group, smallest))[:count]
         for one, other in combinations([group for group in worst if group.name not in measured.unread], 2):
-            both = self.effects({one.name: smallest, other.name: smallest})
-            alone = [measured.single[each.name, smallest] for each in (one, other)]
+            widths = {one.name: smallest, other.name: smallest}
+            both = self.effects(widths, measured.winners(widths))
+            alone = [measured.effects(each, smallest) for each in (one, other)]
             ratios = [b.cost / (x.cost + y.cost) for b, x, y in zip(both, *alone, strict=True) if x.cost + y.cost]
             measured.pairs[one.name, other.name] = sum(ratios) / len(ratios)
         for bits in plan.widths:
-            measured.even[bits] = self.effects({g.name: bits for g in self.groups if g.name not in measured.unread})
+            widths = {group.name: bits for group in self.groups if group.name not in measured.unread}
+            measured.even[bits] = self.effects(widths)
+            if winners := measured.winners(widths):
+                measured.even_scaled[bits] = self.effects(widths, winners)
         if budget:
             measured.solved = self._solve(measured, bytes_of(budget, measured))
         return measured
 
-    def effects(self, widths: Widths) -> tuple[Effect, ...]:
-        """What groups at some widths do to each case; kept where it was measured before."""
-        key = ", ".join(f"{name}: {bits}" for name, bits in sorted(widths.items()))
+    def scales_of(self, names: Collection[str]) -> Scales:
+        """The scales that were found for groups of some names."""
+        paths = {path for group in self.groups if group.name in names for path in group.shapes}
+        return {source: scales for source, scales in self._scales.items() if paths.issuperset(followers(source))}
+
+    def effects(self, widths: Widths, scaled: Collection[str] = ()) -> tuple[Effect, ...]:
+        """What groups at some widths do to each case, those of some names behind scales; kept where it was measured
+        before."""
+        words = (f"{name}: {bits}" + (" scaled" if name in scaled else "") for name, bits in sorted(widths.items()))
+        key = ", ".join(words)
         self._tell(key if len(widths) < 3 else f"{len(widths)} groups", self._done, self._total)
         self._done += 1
         if key not in self._runs:
             schemes = {path: scheme for group in self.groups if group.name in widths
                        for path, scheme in group.schemes(widths[group.name], self.plan.group_size).items()}  # fmt: skip
+            scales = {path: each for source, each in self.scales_of(scaled).items() for path in followers(source)}
             bases = [self._baseline(case) for case in self.plan.inputs.cases]
-            with as_quantized(self.pipeline.model, schemes):
+            with as_quantized(self.pipeline.model, schemes, scales):
                 self._runs[key] = [effect(base, self._ran(case, base.tokens or None))
                                    for case, base in zip(self.plan.inputs.cases, bases, strict=True)]  # fmt: skip
             self._keep()
         return tuple(self._runs[key])
+
+    def _calibrated(self) -> Scales:
+        """The scales that win on what layers are given in these runs; kept beside the measurements."""
+        path = self._kept.with_name(FOUND)
+        facts = {"facts": hashlib.sha256(json.dumps(self._facts).encode()).hexdigest()}
+        if path.exists():
+            try:
+                with safe_open(path, "np") as held:
+                    ours, found = held.metadata() == facts, {name: held.get_tensor(name) for name in held.keys()}
+            except (OSError, SafetensorError):
+                ours = False
+            if not ours:
+                raise ParityError(f"{path} holds no scales of these runs: name another folder with --out")
+            return found
+        self._tell("what layers are given", self._done, self._total)
+        with recorded(self.pipeline.model) as kept:
+            for case in self.plan.inputs.cases:
+                self._baseline(case)
+        total, done = self._total, iter(range(1, len(kept) + 1))
+        found = calibrated(self.pipeline.model, kept, self.plan.group_size,
+                           lambda: self._tell(f"scales, {next(done)} of {len(kept)}", self._done, total))  # fmt: skip
+        write_atomically(path, save(found, facts))
+        return found
 
     def _baseline(self, case: Case) -> Ran:
         if case.name not in self._base:
@@ -231,12 +172,13 @@ class Session:
                      for group, index in zip(self.groups, choice.picked, strict=True))  # fmt: skip
         if set(bits) == {AS_IS}:
             raise ParityError("the budget holds all the weights as they are: nothing needs to be quantized")
-        widths = {group.name: b for group, b in zip(self.groups, bits, strict=True) if b < AS_IS}
-        alone = [measured.single[each] for each in widths.items()]
+        used = [(group, b) for group, b in zip(self.groups, bits, strict=True) if b < AS_IS]
+        widths = {group.name: b for group, b in used}
+        scaled, alone = sorted(measured.winners(widths)), [measured.effects(*each) for each in used]
         predicted = tuple(sum(each[case].cost for each in alone) for case in range(len(self.plan.inputs.cases)))
-        ran = self.effects(widths)
+        ran = self.effects(widths, scaled)
         recipe = recipe_json(self.groups, bits, self.plan.group_size)
-        return Solved(bits, measured.fixed + choice.size, choice, predicted, ran, recipe)
+        return Solved(bits, tuple(scaled), measured.fixed + choice.size, choice, predicted, ran, recipe)
 
     def _fixed(self) -> int:
         """Bytes in bfloat16 of what no group holds, of the whole checkpoint."""
@@ -265,19 +207,3 @@ class Session:
         runs = {key: [asdict(each) for each in effects] for key, effects in self._runs.items()}
         document = {"format": FORMAT, "facts": self._facts, "runs": runs}
         write_atomically(self._kept, json.dumps(document, indent=1).encode())
-
-
-def bytes_of(budget: str, measured: Measured) -> int:
-    """Bytes of the whole checkpoint that a budget says: such as 7.5GB, or 5.2bits a weight of what can be quantized.
-
-    Raises ParityError for anything else.
-    """
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+) ?(GB|MB|kB|bits)", budget)
-    if not match or not float(match[1]):
-        raise ParityError(f"budget {budget!r} is neither a size, such as 7.5GB, nor bits a weight, such as 5.2bits")
-    number, unit = float(match[1]), match[2]
-    if unit != "bits":
-        return int(number * {"GB": 1e9, "MB": 1e6, "kB": 1e3}[unit])
-    read = [group for group in measured.groups if group.name not in measured.unread]
-    unread = sum(g.size(AS_IS, measured.plan.group_size) for g in measured.groups if g not in read)
-    return measured.fixed + unread + int(number / 8 * sum(group.weights for group in read))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from parity.bundle.store import sizes as in_words
 from parity.lance.sensitivity.groups import AS_IS
-from parity.lance.sensitivity.measure import Measured
+from parity.lance.sensitivity.measured import Measured
 from parity.report.run_page import page_environment
 
 _WIDTH, _HEIGHT, _EDGE = 640.0, 240.0, 44.0
@@ -13,11 +13,13 @@ _POINTS = 80
 
 @dataclass(frozen=True)
 class Row:
-    """A group: its cost at each width, how dark each cell is in per cent, and the bits that the recipe gives it."""
+    """A group: its cost at each width, whether behind scales, how dark each cell is in per cent, and the bits that the
+    recipe gives it."""
 
     name: str
     weights: int
     costs: tuple[float, ...]
+    scaled: tuple[bool, ...]
     shades: tuple[int, ...]
     bits: int | None
     unread: bool
@@ -33,7 +35,8 @@ def rows_of(measured: Measured) -> list[Row]:
         # Errors, roots of costs: a tenth of the largest is still seen.
         shades = tuple(round(100 * min(cost / most, 1.0) ** 0.5) for cost in costs)
         bits = measured.solved.bits[number] if measured.solved else None
-        rows.append(Row(group.name, group.weights, costs, shades, bits, group.name in measured.unread))
+        scaled = tuple(measured.wins(group, bits) for bits in widths)
+        rows.append(Row(group.name, group.weights, costs, scaled, shades, bits, group.name in measured.unread))
     return rows
 
 
