@@ -1,6 +1,7 @@
 """Measure what the parts of lance_mlx cost, beside the rate at which the same process multiplies matrices.
 
-    python scripts/bench.py [--quick] [--whole-model] [--only TEXT] [--json FILE] [--plots FOLDER]
+    python scripts/bench.py [--quick | --whole-model | --video [--latents N]] [--only TEXT] [--json FILE]
+                            [--plots FOLDER]
 
 Every case runs in a process of its own, on one thread, with random weights at the sizes that its row names. Seconds are
 CPU time, which a busy machine disturbs less than the clock, and where MLX has a GPU the clock's: the best of several
@@ -23,6 +24,7 @@ from tqdm import tqdm
 # Set before a child loads any library.
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 LATENTS = (256, 1024, 2304, 4096)
+VIDEO_LATENTS = (2304, 9216, 29952, 49290, 71424)
 # Latents of a small picture, and as many pictures as are sampled together by default.
 BATCHES = ((16, 8), (64, 8), (256, 4))
 
@@ -38,6 +40,11 @@ class Case:
     def label(self) -> str:
         """The arguments in words."""
         return ", ".join(str(argument) for argument in self.arguments)
+
+    @property
+    def latents(self) -> int:
+        """Of a case of video_cases."""
+        return next(each for each in self.arguments if isinstance(each, int))
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,16 @@ def whole_model_cases() -> list[Case]:
     sizes = [("t2i", n, 2048, 36, dtype) for dtype in ("bfloat16", "float32") for n in LATENTS]
     found = [Case(kind, arguments) for arguments in sizes for kind in ("step", "step, PyTorch")]
     return [*found, Case("text", (128, 2048, 36, "bfloat16"))]
+
+
+def video_cases() -> list[Case]:
+    """Steps of one layer at the official width and attention alone, with the latents of videos."""
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        for latents in VIDEO_LATENTS:
+            found += [Case("step", ("t2v", latents, 2048, 1, dtype))]
+            found += [Case(name, (latents, dtype)) for name in ("attention", "attention, PyTorch")]
+    return found
 
 
 def cases(quick: bool) -> list[Case]:
@@ -108,7 +125,8 @@ def measure(case: Case, repeats: int) -> Result:
     dtype = next(each for each in case.arguments if each in ("float32", "bfloat16"))
     rate = product_rate(dtype)
     with torch.inference_mode():
-        work.run()
+        if repeats > 1:
+            work.run()
         times, plain, most = [], [], 0
         if work.plain:
             work.plain()
@@ -235,17 +253,22 @@ def main(
     whole_model: Annotated[
         bool, typer.Option("--whole-model", help="Steps and answers at the official width and depth, for a GPU.")
     ] = False,
+    video: Annotated[bool, typer.Option("--video", help="One layer and its attention at videos' lengths.")] = False,
     only: Annotated[str, typer.Option(metavar="TEXT", help="Only cases whose name holds this.")] = "",
-    repeats: Annotated[int, typer.Option(help="Runs of which the best counts.", min=1)] = 3,
+    latents: Annotated[int | None, typer.Option(help="Of --video: up to so many latents.", min=1)] = None,
+    repeats: Annotated[
+        int, typer.Option(help="Runs of which the best counts; before several there is one that does not count.", min=1)
+    ] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON.")] = None,
     plots: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Draw cost against size.")] = None,
 ) -> None:
     """Run the cases, print the table and what follows from it."""
-    if quick and whole_model:
-        print("--quick and --whole-model: name one of them", file=sys.stderr)
+    if quick + whole_model + video > 1:
+        print("--quick, --whole-model and --video: name one of them", file=sys.stderr)
         raise typer.Exit(2)
     os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
-    chosen = [case for case in (whole_model_cases() if whole_model else cases(quick)) if only in case.name]
+    found = whole_model_cases() if whole_model else video_cases() if video else cases(quick)
+    chosen = [case for case in found if only in case.name and (latents is None or not video or case.latents <= latents)]
     if not chosen:
         print(f"no case's name holds {only!r}", file=sys.stderr)
         raise typer.Exit(2)

@@ -17,6 +17,7 @@ from lance_mlx.checkpoint.recipe import RECIPES, plan
 from lance_mlx.config import LanceConfig
 from lance_mlx.estimate.cost import decoder_convolutions, encoder_convolutions, pass_operations, step_operations
 from lance_mlx.estimate.estimate import OFFICIAL
+from lance_mlx.model.attention import attention
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows
 from lance_mlx.model.quantized import make_quantized, quantizable
@@ -45,6 +46,16 @@ NARROW = DecoderShape(
         for block in OFFICIAL.decoder.up_blocks
     ),
 )
+
+
+# Videos by their latents: width, height, frames.
+VIDEOS = {
+    2304: (768, 768, 1),
+    9216: (768, 768, 13),
+    29952: (768, 768, 49),
+    49290: (848, 480, 121),
+    71424: (768, 768, 121),
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,9 @@ def _request(task: str, latents: int) -> tuple[Request, list[PreparedVisual]]:
     side = 16 * round(latents**0.5)
     if task == "t2i":
         return Request(Task.T2I, PROMPT, side, side), []
+    if task == "t2v":
+        width, height, frames = VIDEOS[latents]
+        return Request(Task.T2V, PROMPT, height, width, frames), []
     # The ViT looks at 28 pixels a token where the VAE has 16 a cell: 672 for 768.
     patches = 2 * max(1, round(latents**0.5 * 7 / 8 * 16 / 28))
     visual = PreparedVisual(vit_grid=(1, patches, patches), pixels=np.zeros((1, side, side, 3), np.float32))
@@ -169,6 +183,27 @@ def step(task: str, latents: int, hidden: int, layers: int, dtype: str, recipe: 
     prefix()
     plain = step(task, latents, hidden, layers, dtype).run if recipe else None
     return Work(run, step_operations(model.config, [arm.sequence for arm in arms.values()]), plain=plain)
+
+
+def attention_alone(latents: int, dtype: str) -> Work:
+    """Attention of the official heads over so many latents, which see each other."""
+    queries, keys, values = (mx.array(each).astype(policy(dtype).dtype) for each in _heads(latents))
+    return Work(lambda: mx.eval(attention(queries, keys, values, causal=False)), 4 * queries.size * latents)
+
+
+def torch_attention(latents: int, dtype: str) -> Work:
+    """The same by PyTorch."""
+    import torch
+
+    given = [torch.from_numpy(each).to(getattr(torch, dtype)) for each in _heads(latents)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return Work(lambda: attend(*given, enable_gqa=True), 4 * given[0].numel() * latents)
+
+
+def _heads(latents: int) -> list[np.ndarray]:
+    rng, config = np.random.default_rng(0), config_of(2048, 1)
+    counts = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+    return [rng.standard_normal((1, heads, latents, config.head_dim), np.float32) for heads in counts]
 
 
 def batch(pictures: int, latents: int, hidden: int, layers: int, dtype: str) -> Work:
@@ -353,6 +388,8 @@ def torch_step(task: str, latents: int, hidden: int, layers: int, dtype: str) ->
 
 CASES: dict[str, Callable[..., Work]] = {
     "step": step,
+    "attention": attention_alone,
+    "attention, PyTorch": torch_attention,
     "batch": batch,
     "step, no prefix cache": step_uncached,
     "step, both experts": step_both_experts,
