@@ -11,12 +11,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-import lance_mlx.pipeline as pipeline_module
-import lance_mlx.sampling.flow as flow
-import lance_mlx.sampling.text as text
 from lance_mlx.errors import LanceError
 from lance_mlx.model.lance import Lance
 from lance_mlx.requests.request import Request
+from lance_mlx.sampling import flow
 from lance_mlx.sampling.conditions import Conditions
 from lance_mlx.sequence.segments import AttentionMode, Role, Segment
 from lance_mlx.sequence.segments import Sequence as TokenSequence
@@ -52,24 +50,24 @@ class MlxBoundaries:
 
     def __enter__(self) -> "MlxBoundaries":
         wrap = self.capture.wrap
-        wrap(pipeline_module, "build_sequence", self._sequence)
-        wrap(pipeline_module, "build_question", self._sequence)
-        wrap(pipeline_module, "answer_start", self._answer_start)
-        wrap(flow, "position_ids", self._exact("inputs/position_ids.cond"))
-        wrap(flow, "unconditional_position_ids", self._exact("inputs/position_ids.uncond"))
-        wrap(text, "rope_index", self._exact("inputs/position_ids.cond"))
-        wrap(flow, "unconditional", self._unconditional)
-        wrap(flow, "timesteps", self._exact("inputs/timesteps"))
-        wrap(flow, "is_guided", self._is_guided)
-        wrap(flow, "embed_prefix", self._embed_prefix("prefix"))
-        wrap(text, "embed_prefix", self._embed_prefix("prefill"))
-        wrap(flow, "velocities_of_pass", self._velocities)
-        wrap(flow, "initial_state", self._initial_state)
-        wrap(flow, "guided_velocity", self._guided_velocity)
-        wrap(flow, "advance", self._advance)
-        wrap(text, "_choose", self._choose)
+        wrap("sequence to draw", self._sequence)
+        wrap("sequence to answer", self._sequence)
+        wrap("answer start", self._answer_start)
+        wrap("positions to draw", self._exact("inputs/position_ids.cond"))
+        wrap("unconditional positions", self._exact("inputs/position_ids.uncond"))
+        wrap("positions to answer", self._exact("inputs/position_ids.cond"))
+        wrap("unconditional sequence", self._unconditional)
+        wrap("times", self._exact("inputs/timesteps"))
+        wrap("is guided", self._is_guided)
+        wrap("prefix to draw", self._embed_prefix("prefix"))
+        wrap("prefix to answer", self._embed_prefix("prefill"))
+        wrap("step", self._velocities)
+        wrap("initial state", self._initial_state)
+        wrap("guided velocity", self._guided_velocity)
+        wrap("next state", self._advance)
+        wrap("chosen token", self._choose)
         # What is begun in vain is not to be recorded.
-        wrap(text, "looks_ahead", lambda original, reader: False)
+        wrap("looks ahead", lambda original, reader: False)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -9,14 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from lance_mlx.model import layers, mot
+from lance_mlx.calls import CALLS
 from lance_mlx.model.lance import Lance, LatentPositionEmbedding, TimestepEmbedder
 from lance_mlx.model.layers import FusedLinear
-from lance_mlx.model.mot import ArmInput, ExpertRows, KVCache, MoTModel, ScaledDotProductAttention
-from lance_mlx.model.rope import Rotary, rotary_table
+from lance_mlx.model.mot import ArmInput, ExpertRows, KVCache, MoTModel
+from lance_mlx.model.rope import rotary_table
 from lance_mlx.model.vae import VAE, LatentStatistics
-from lance_mlx.model.vae_decoder import Decoder
-from lance_mlx.model.vae_encoder import Encoder
 from lance_mlx.model.vit import VisionTransformer
 from lance_mlx.pipeline import Pipeline
 from lance_mlx.sampling import flow
@@ -24,14 +22,14 @@ from lance_mlx.sampling.conditions import GuidanceArm
 from lance_mlx.sampling.text import AnswerDecoder
 from parity.errors import ParityError
 from parity.lance.arrays_mlx import Rows, apart, channels_first, channels_last, from_tap, held, joined, to_tap
-from parity.ports.attach import Attached
+from parity.ports.attach import Attached, owner_of
 from parity.tensors.recording import Recording, Tap
 
 _VIT = "vit_model"
 _EMBED_TOKENS = "language_model.model.embed_tokens"
 _WATCHED = ("language_model.", f"{_VIT}.", "llm2vae", "vae2llm")
 _UNNAMED = ("language_model", "language_model.model")
-_BY_READING = (Rotary, ScaledDotProductAttention)
+_BY_READING = tuple(owner_of(CALLS[call])[0] for call in ("rotation", "attention"))
 """Modules that a pass of several readings calls once for each; all others are given the rows of all."""
 
 
@@ -120,30 +118,30 @@ class MlxCapture:
 
     def __enter__(self) -> "MlxCapture":
         for kind in self._classes:
-            self._wrap(kind, "__call__", after=self._module)
-        self._wrap(FusedLinear, "__call__", after=self._joined)
+            self._attached.wrap(kind, "__call__", self._called)
+        self._around("fused products", after=self._joined)
         # A module that is given its rows in pieces is recorded as one call.
-        for module in (layers, mot):
-            self.wrap(module, "by_rows", lambda original, function, width, *arrays: function(*arrays))
-        self.wrap(MoTModel, "__call__", self._model)
-        self.wrap(TimestepEmbedder, "__call__", self._embed_time)
-        self._wrap(LatentPositionEmbedding, "__call__", after=self._embed_places)
-        self._wrap(VAE, "encode", before=self._enter_encode, after=self._encoded)
-        self._wrap(LatentStatistics, "sample", after=self._sampled)
-        self._wrap(Encoder, "__call__", before=self._enter_encoder, after=self._coded("encoder"))
-        self._wrap(Decoder, "__call__", after=self._coded("decoder"))
-        self._wrap(VisionTransformer, "__call__", before=self._enter_vit, after=self._seen)
-        self._wrap(GuidanceArm, "prefill", before=self._enter_prefill, after=self._after_prefill)
-        self._wrap(flow, "velocities_of_pass", before=self._enter_step)
-        self._wrap(AnswerDecoder, "decode", before=self._enter_token)
+        for rows in ("rows of products", "rows of layers"):
+            self.wrap(rows, lambda original, function, width, *arrays: function(*arrays))
+        self.wrap("transformer", self._model)
+        self.wrap("time embedding", self._embed_time)
+        self._around("latent positions", after=self._embed_places)
+        self._around("encode", before=self._enter_encode, after=self._encoded)
+        self._around("sampled latent", after=self._sampled)
+        self._around("encoded chunk", before=self._enter_encoder, after=self._coded("encoder"))
+        self._around("decoded chunk", after=self._coded("decoder"))
+        self._around("ViT", before=self._enter_vit, after=self._seen)
+        self._around("prefill", before=self._enter_prefill, after=self._after_prefill)
+        self._around("step", before=self._enter_step)
+        self._around("token", before=self._enter_token)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._attached.__exit__(*exception)
 
-    def wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        """Replace a method or a function by `wrapper(original, *arguments)` until the context ends."""
-        self._attached.wrap(owner, name, wrapper)
+    def wrap(self, call: str, wrapper: Callable[..., Any]) -> None:
+        """Replace what lance_mlx names so in CALLS by `wrapper(original, *arguments)` until the context ends."""
+        self._attached.wrap(*owner_of(CALLS[call]), wrapper)
 
     def enter(self, *calls: str) -> None:
         """Name what follows after a call, such as "cond.step0", or after those of the readings of one pass; what was
@@ -155,19 +153,22 @@ class MlxCapture:
             self._calls = calls
             self._turns.clear()
 
-    def _wrap(self, owner: Any, name: str, before: Callable | None = None, after: Callable | None = None) -> None:
+    def _around(self, call: str, before: Callable | None = None, after: Callable | None = None) -> None:
         def wrapper(original: Callable, first: Any, *args: Any, **values: Any) -> Any:
             if before is not None:
                 before(first, *args)
             output = original(first, *args, **values)
             return output if after is None else after(first, output)
 
-        self.wrap(owner, name, wrapper)
+        self.wrap(call, wrapper)
 
     def _flush(self) -> None:
         mx.eval([value for value in self._pending.values() if not isinstance(value, np.ndarray)])
         self._taken |= {name: to_tap(value) for name, value in self._pending.items()}
         self._pending.clear()
+
+    def _called(self, original: Callable, module: nn.Module, *args: Any, **values: Any) -> Any:
+        return self._module(module, original(module, *args, **values))
 
     def _module(self, module: nn.Module, output: Any) -> Any:
         path = self._paths.get(id(module))

@@ -6,7 +6,15 @@ Needs nothing but Python: it serves ports in processes of their own too.
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from pkgutil import resolve_name
 from typing import Any
+
+
+def owner_of(path: str) -> tuple[Any, str]:
+    """The module or class that holds a function, and its name there, of "module:function" or "module:Class.method"."""
+    module, _, names = path.partition(":")
+    owner, _, name = names.rpartition(".")
+    return resolve_name(f"{module}:{owner}" if owner else module), name
 
 
 class Attached:

@@ -28,6 +28,7 @@ from parity.lance.given import replay_of
 from parity.lance.ports import MlxPort
 from parity.lance.replay_mlx import record_mlx, request_from_bundle
 from parity.localize.steering import steered
+from parity.ports.attach import Attached
 from parity.tensors.metrics import compare
 from parity.tensors.recording import Tap
 
@@ -110,12 +111,12 @@ def test_a_run_that_fails_inside_leaves_everything_as_it_was(subject_of, oracle_
     assert compare(oracle.taps["pixels"], again.recording["pixels"]).rel_l2 < 1e-4
 
 
-def test_what_a_capture_inherits_is_inherited_again(subject_of):
+def test_what_is_inherited_is_inherited_again():
     class Inheriting(Decoder):
         pass
 
-    with MlxCapture(subject_of(NAME).pipeline) as capture:
-        capture.wrap(Inheriting, "__call__", lambda original, *arguments: None)
+    with Attached() as attached:
+        attached.wrap(Inheriting, "__call__", lambda original, *arguments: None)
         assert "__call__" in vars(Inheriting)
     assert "__call__" not in vars(Inheriting)
 
