@@ -70,6 +70,8 @@ def fitted(component: Component, got: np.ndarray) -> list[Law]:
     """The laws that the fitters of a component's kind read from what was computed in its place."""
     fitters = (*LAWS.get(component.kind, ()), *ANY)
     found: dict[str, Law] = {}
-    for law in (law for fitter in fitters for law in fitter(component, got)):
-        found.setdefault(law.sentence, law)
+    # What has no value is no law.
+    with np.errstate(all="ignore"):
+        for law in (law for fitter in fitters for law in fitter(component, got)):
+            found.setdefault(law.sentence, law)
     return list(found.values())
