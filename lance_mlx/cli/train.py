@@ -12,7 +12,7 @@ from lance_mlx.checkpoint.hub import fetch, is_repository
 from lance_mlx.checkpoint.layouts import check_folder, find_checkpoint
 from lance_mlx.checkpoint.recipe import recipe_of
 from lance_mlx.checkpoint.tensors import Checkpoint
-from lance_mlx.checkpoint.weights import load_lance, load_vae
+from lance_mlx.checkpoint.weights import load_lance
 from lance_mlx.cli.console import Console, Interrupted, gigabytes
 from lance_mlx.errors import LanceError
 from lance_mlx.files import check_place
@@ -149,8 +149,7 @@ def _prepared(
     """Encode what is to be learned, then read the model: never both at once."""
     part = checkpoint.vae()
     track = partial(console.bar, desc="encoding", unit="image")
-    load = partial(load_vae, part, numerics, True)
-    data = encode_folder(items, settings.resolution, part, load, Path(settings.adapter_path), track)
+    data = encode_folder(items, settings.resolution, part, numerics, Path(settings.adapter_path), track)
     release()
     tokenizer = LanceTokenizer(checkpoint.folder)
     recipe = None

@@ -10,13 +10,15 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from lance_mlx.backend.numerics import Numerics
 from lance_mlx.checkpoint.safetensors import TensorInfo, read_header, read_notes, write_safetensors
 from lance_mlx.checkpoint.tensors import Part
+from lance_mlx.checkpoint.weights import load_vae
 from lance_mlx.errors import LanceError, reason
 from lance_mlx.files import opened, whole
 from lance_mlx.media.preprocess import vae_pixels
 from lance_mlx.media.read import read_visual
-from lance_mlx.model.vae import VAE, LatentStatistics
+from lance_mlx.model.vae import LatentStatistics
 from lance_mlx.requests.limits import check_text
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".heic", ".heif")
@@ -81,36 +83,34 @@ def encode_folder(
     items: Sequence[Captioned],
     resolution: int,
     part: Part,
-    load: Callable[[], VAE],
+    numerics: Numerics,
     cache: Path,
     track: Callable[[list], Iterator] = iter,
 ) -> Encoded:
     """Encode the images of a folder, or take what was kept of them when nothing has changed since.
 
     Args:
-        part: the VAE's tensors, by whose file it is known.
-        load: gives the VAE with its encoder; called when something is to be encoded.
+        part: the VAE's tensors, which are read when something is to be encoded.
         cache: folder to keep latents in.
         track: wraps the images while they are encoded, as tqdm does.
 
     Raises:
         LanceError: an image cannot be used, or the cache cannot be written.
     """
-    key = json.dumps([resolution, _vae_key(part), [_digest(item.path) for item in items]])
+    key = json.dumps([resolution, numerics.name, _vae_key(part), [_digest(item.path) for item in items]])
     path = cache / _CACHE
     captions = tuple(item.caption for item in items)
-    if path.is_file() and read_notes(path).get("key") == key:
-        tensors = read_header(path)
-        read = [[tensors[f"{i}.{kind}"].read(mx.float32) for kind in ("mean", "logvar")] for i in range(len(items))]
-        return Encoded(captions, tuple(LatentStatistics(*each) for each in read))
-    vae, statistics = load(), []
+    kept = _kept(path, key, len(items))
+    if kept is not None:
+        return Encoded(captions, kept)
+    vae, statistics = load_vae(part, numerics, with_encoders=True), []
     for item in track(list(items)):
         frames = read_visual(item.path, "image").pixels
         found = vae.encode(vae_pixels(frames, resolution))
         mx.eval(found)
         statistics.append(found)
     arrays = {f"{i}.{kind}": np.array(getattr(each, kind)) for i, each in enumerate(statistics)
-              for kind in ("mean", "logvar")}  # fmt: skip
+              for kind in each._fields}  # fmt: skip
     try:
         with whole(path) as beside, beside.open("wb") as file:
             infos = {name: TensorInfo("float32", array.shape) for name, array in arrays.items()}
@@ -118,6 +118,18 @@ def encode_folder(
     except OSError as error:
         raise LanceError(f"{path} cannot be written ({error.strerror})") from None
     return Encoded(captions, tuple(statistics))
+
+
+def _kept(path: Path, key: str, count: int) -> tuple[LatentStatistics, ...] | None:
+    """What a cache holds; None where it is damaged or of something else, and will be written anew."""
+    try:
+        tensors = read_header(path)
+        if read_notes(path).get("key") != key:
+            return None
+        read = [[tensors[f"{i}.{kind}"].read(mx.float32) for kind in LatentStatistics._fields] for i in range(count)]
+    except (LanceError, KeyError):
+        return None
+    return tuple(LatentStatistics(*each) for each in read)
 
 
 def _vae_key(part: Part) -> list:

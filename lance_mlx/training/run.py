@@ -118,9 +118,7 @@ class Training:
         losses, found = gradients(self.model, samples, draws, self.settings.loss, len(self.tokenizer))
         if not mx.isfinite(losses.loss).item():
             raise LanceError(f"the loss of step {number + 1} is not finite: lower the learning rate and --resume")
-        rate = self.settings.optimizer.rate(mx.array(number)).item() if self.settings.warmup else (
-            self.settings.learning_rate
-        )  # fmt: skip
+        rate = self.settings.optimizer.rate(mx.array(number)).item()
         norm = optimizer.step(self.model, found)
         latents = sum(sample.noised for sample in samples)
         return Told(number + 1, losses.loss.item(), norm.item(), rate, latents, time.perf_counter() - began)
@@ -148,13 +146,20 @@ class Training:
         if not path.is_file():
             raise LanceError(f"{self.folder} holds no run to go on with: leave --resume out")
         tensors, notes = read_header(path), read_notes(path)
-        changed = _changed(json.loads(notes.get("settings", "{}")), self.settings.to_dict())
+        try:
+            before, data, steps = json.loads(notes["settings"]), notes["data"], int(notes["step"])
+        except (KeyError, ValueError, TypeError):
+            raise LanceError(f"{path} is not what a run wrote: choose another --adapter-path") from None
+        changed = _changed(before, self.settings.to_dict())
         if changed:
             raise LanceError(f"{self.folder} was run with another {changed[0]}: give that, or another --adapter-path")
-        if notes["data"] != self.data.digest:
+        if data != self.data.digest:
             raise LanceError(f"{self.settings.data} holds other images or captions than {self.folder} was run with")
+        wanted = {name: array.shape for name, array in optimizer.state().items() if name != "step"}
+        if wanted != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise LanceError(f"{path} is of another model: give the one that it was run with")
         kept = {name: tensor.read(mx.float32) for name, tensor in tensors.items()}
-        optimizer.restore(self.model, kept | {"step": mx.array(int(notes["step"]), mx.int32)})
+        optimizer.restore(self.model, kept | {"step": mx.array(steps, mx.int32)})
 
     def _begin_log(self, steps: int) -> None:
         """Keep the lines of steps that are not made again."""

@@ -69,7 +69,9 @@ class OptimizerSettings:
 
     def rate(self, step: mx.array) -> mx.array:
         """The learning rate of a step, from 0 (transformers' get_constant_schedule_with_warmup)."""
-        return self.learning_rate * mx.minimum(step.astype(mx.float32) / max(1, self.warmup), 1.0)
+        if not self.warmup:
+            return mx.array(self.learning_rate)
+        return self.learning_rate * mx.minimum(step.astype(mx.float32) / self.warmup, 1.0)
 
 
 class Optimizer:
@@ -84,10 +86,8 @@ class Optimizer:
 
     def __init__(self, settings: OptimizerSettings, parameters: Mapping[str, mx.array]) -> None:
         self._settings = settings
-        # Without a warmup the first step has the full rate.
-        rate = settings.rate if settings.warmup else settings.learning_rate
         options = list(settings.betas), settings.eps, settings.weight_decay
-        self._adamw = optim.AdamW(rate, *options, bias_correction=True)
+        self._adamw = optim.AdamW(settings.rate, *options, bias_correction=True)
         self.masters = {name: array.astype(mx.float32) for name, array in parameters.items()}
         self.average = dict(self.masters) if settings.ema is not None else {}
         self._adamw.init(self.masters)

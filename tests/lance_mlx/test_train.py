@@ -10,11 +10,12 @@ from mlx.utils import tree_flatten
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file
 
-from lance_mlx import FLOAT32, Variant
+from lance_mlx import BFLOAT16, FLOAT32, Variant
 from lance_mlx.checkpoint.layouts import find_checkpoint
-from lance_mlx.checkpoint.weights import load_vae
+from lance_mlx.checkpoint.recipe import recipe_of
 from lance_mlx.errors import LanceError
 from lance_mlx.pipeline import load
+from lance_mlx.training import folder
 from lance_mlx.training.checkpointing import checkpoint_layers
 from lance_mlx.training.folder import Encoded, encode_folder, read_folder
 from lance_mlx.training.lora import Adapter, LoRASettings, add_adapters, new_pairs, pairs_of
@@ -44,7 +45,7 @@ def data(tmp_path_factory) -> Path:
 def encoded(data, checkpoint, tmp_path_factory) -> Encoded:
     part = find_checkpoint(checkpoint, Variant.IMAGE).vae()
     cache = tmp_path_factory.mktemp("cache")
-    return encode_folder(read_folder(data), 64, part, lambda: load_vae(part, FLOAT32, True), cache)
+    return encode_folder(read_folder(data), 64, part, FLOAT32, cache)
 
 
 def training(checkpoint, encoded, folder, numerics=FLOAT32, recipe=None, **changes) -> Training:
@@ -63,17 +64,20 @@ def test_captions_and_latents_are_read_once(data, checkpoint, tmp_path, monkeypa
     assert [item.path.stem for item in items] == sorted(COLOURS) and items[0].caption == "a black picture"
     part, loads = find_checkpoint(checkpoint, Variant.IMAGE).vae(), []
 
-    def open_vae():
-        loads.append(1)
-        return load_vae(part, FLOAT32, True)
-
-    first = encode_folder(items, 64, part, open_vae, tmp_path)
-    again = encode_folder(items, 64, part, open_vae, tmp_path)
+    original = folder.load_vae
+    monkeypatch.setattr(folder, "load_vae", lambda *given, **options: loads.append(1) or original(*given, **options))
+    first = encode_folder(items, 64, part, FLOAT32, tmp_path)
+    again = encode_folder(items, 64, part, FLOAT32, tmp_path)
     assert len(loads) == 1 and first.digest == again.digest
     assert {each.mean.shape[:3] for each in first.statistics} == {(1, 4, 4), (1, 3, 5)}
-    encode_folder(items, 48, part, open_vae, tmp_path)
-    encode_folder(items[1:], 48, part, open_vae, tmp_path)
-    assert len(loads) == 3
+    encode_folder(items, 48, part, FLOAT32, tmp_path)
+    smaller = encode_folder(items[1:], 48, part, FLOAT32, tmp_path)
+    encode_folder(items[1:], 48, part, BFLOAT16, tmp_path / "bfloat16")
+    encode_folder(items[1:], 48, part, FLOAT32, tmp_path / "bfloat16")
+    assert len(loads) == 5
+    kept = tmp_path / "latents.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-10])
+    assert encode_folder(items[1:], 48, part, FLOAT32, tmp_path).digest == smaller.digest and len(loads) == 6
 
 
 def test_a_run_that_is_stopped_ends_in_the_same_bits(checkpoint, encoded, tmp_path):
@@ -111,6 +115,9 @@ def test_a_run_goes_on_with_its_own_settings_and_data_alone(checkpoint, encoded,
     with pytest.raises(LanceError, match="no run to go on with"):
         next(training(checkpoint, encoded, tmp_path / "new", iters=4).run(resume=True))
     assert [told.step for told in training(checkpoint, encoded, tmp_path, iters=4).run(resume=True)] == [3, 4]
+    (tmp_path / "state.safetensors").write_bytes((tmp_path / "adapters.safetensors").read_bytes())
+    with pytest.raises(LanceError, match="is not what a run wrote"):
+        next(training(checkpoint, encoded, tmp_path, iters=6).run(resume=True))
 
 
 def test_all_images_come_once_before_any_comes_again(checkpoint, encoded, tmp_path):
@@ -127,9 +134,6 @@ def test_all_images_come_once_before_any_comes_again(checkpoint, encoded, tmp_pa
 
 @pytest.mark.parametrize("base", ["float32", "bfloat16", "quantized"])
 def test_it_learns_on_every_base(checkpoint, encoded, tmp_path, base):
-    from lance_mlx import BFLOAT16
-    from lance_mlx.checkpoint.recipe import recipe_of
-
     numerics, recipe = (FLOAT32 if base == "float32" else BFLOAT16), recipe_of(8) if base == "quantized" else None
     options = {"iters": 24, "tower": "both", "rank": 8, "caption_dropout": 0.0}
     losses = [each.loss for each in training(checkpoint, encoded, tmp_path, numerics, recipe, **options).run(False)]
