@@ -353,13 +353,15 @@ def torch_step(task: str, latents: int, hidden: int, layers: int, dtype: str) ->
 
 CASES: dict[str, Callable[..., Work]] = {
     "step": step,
+    "step, quantized": step,
     "batch": batch,
     "step, no prefix cache": step_uncached,
     "step, both experts": step_both_experts,
     "step, PyTorch": torch_step,
     "prefix": prefix,
     "text": text,
-    "text, mlx-lm": mlx_lm_text,
+    "text, quantized": text,
+    "text, quantized by mlx-lm": mlx_lm_text,
     "ViT, 4 blocks": vit,
     "VAE decode": vae_decode,
     "VAE encode": vae_encode,
