@@ -100,8 +100,11 @@ def cases(quick: bool) -> list[Case]:
     found += [Case("text", (*texts, dtype)) for dtype in ("float32", "bfloat16")]
     alone = (8, 64, 2) if quick else (32, 2048, 4)
     for recipe, bits in (("8bit", 8), ("small", 4)):
-        found.append(Case("step", ("t2i", 64 if quick else 2304, *wide[1:], "bfloat16", recipe)))
-        found += [Case("text", (*alone, "bfloat16", recipe)), Case("text, mlx-lm", (*alone, "bfloat16", bits))]
+        found.append(Case("step, quantized", ("t2i", 64 if quick else 2304, *wide[1:], "bfloat16", recipe)))
+        found += [
+            Case("text, quantized", (*alone, "bfloat16", recipe)),
+            Case("text, quantized by mlx-lm", (*alone, "bfloat16", bits)),
+        ]
     found.append(Case("ViT, 4 blocks", (vit, "float32")))
     if not quick:
         found.append(Case("VAE decode", (*pictures, "float32")))

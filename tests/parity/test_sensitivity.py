@@ -161,6 +161,25 @@ def test_the_recipe_beats_even_bits_on_other_requests_and_gives_the_planted_laye
     assert np.mean(given[True]) > np.mean(given[False]) + 1.5
 
 
+@pytest.mark.exhaustive
+def test_the_recipe_beats_even_bits_where_all_weights_have_outliers(tmp_path):
+    """At a size at which errors still add up: at 4 and 5 bits these weights make another picture."""
+    folder, widths = tmp_path / "checkpoint", (3, 4, 5, 6, 8)
+    assert make_checkpoint.main([str(folder), "--layers", "6", "--variant", "image", "--profile", "outlier"]) == 0
+    solve_on = requests(tmp_path / "a.json", {"a red bird": 2, "two boats on a lake": 3})
+    unseen = requests(tmp_path / "b.json", {"a green house": 4, "the sea at night": 5, "a cat": 6})
+    found, other = (
+        Session(Plan(read_inputs([path], folder, "float32"), widths, 6, 32), path.with_suffix(".kept"), quiet)
+        for path in (solve_on, unseen)
+    )
+    measured = found.run("7bits")
+    bits = dict(zip((group.name for group in found.groups), measured.solved.bits, strict=True))
+    assert measured.solved.size <= measured.size(6)
+    read = [group.name for group in found.groups if group.name not in measured.unread]
+    even, ours = (other.effects(each) for each in (dict.fromkeys(read, 6), {name: bits[name] for name in read}))
+    assert sum(mine.cost for mine in ours) ** 0.5 <= 0.6 * sum(theirs.cost for theirs in even) ** 0.5
+
+
 def test_convert_takes_the_recipe_and_the_size_is_right(session, planted, tmp_path):
     _, measured = session
     (tmp_path / "recipe.json").write_text(json.dumps(measured.solved.recipe))
