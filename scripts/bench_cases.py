@@ -2,29 +2,25 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from bench_media import vae_decode, vae_encode, vit
+from bench_work import Work, randomized
 
 import lance_mlx.model.mot as mot
 from lance_mlx.backend.numerics import policy, runs_on_cpu
 from lance_mlx.checkpoint.recipe import RECIPES, plan
 from lance_mlx.config import LanceConfig
-from lance_mlx.estimate.cost import decoder_convolutions, encoder_convolutions, pass_operations, step_operations
-from lance_mlx.estimate.estimate import OFFICIAL
+from lance_mlx.estimate.cost import pass_operations, step_operations
 from lance_mlx.model.attention import attention
 from lance_mlx.model.lance import Lance
 from lance_mlx.model.mot import ExpertRows
 from lance_mlx.model.quantized import make_quantized, quantizable
-from lance_mlx.model.vae import VAE
-from lance_mlx.model.vae_decoder import DecoderShape
-from lance_mlx.model.vae_encoder import EncoderShape
-from lance_mlx.model.vit import VisionTransformer
 from lance_mlx.requests.request import Question, Request, Task, Visual, VisualKind
 from lance_mlx.requests.visuals import PreparedVisual
 from lance_mlx.sampling.conditions import Conditions
@@ -38,16 +34,6 @@ CHECKPOINT = Path(__file__).parents[1] / "oracles" / "checkpoint-a" / "Lance_3B"
 PROMPT = "a small red bird flies over the river"
 # Heads and feed-forward width by hidden size: the official ratios.
 WIDTHS = {64: (4, 2, 160), 512: (4, 2, 2752), 2048: (16, 2, 11008)}
-# The VAE at a quarter of its width, where the question is how memory grows.
-NARROW = DecoderShape(
-    OFFICIAL.decoder.channels // 4,
-    tuple(
-        replace(block, in_channels=block.in_channels // 4, out_channels=block.out_channels // 4)
-        for block in OFFICIAL.decoder.up_blocks
-    ),
-)
-
-
 # Videos by their latents: width, height, frames.
 VIDEOS = {
     2304: (768, 768, 1),
@@ -56,20 +42,6 @@ VIDEOS = {
     49290: (848, 480, 121),
     71424: (768, 768, 121),
 }
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is timed: `run` computes and evaluates; `operations` is how many it needs, None where not counted; `items`
-    is how many things it makes, such as tokens; `whole` is whether its memory is that of the process, not MLX's,
-    `remove` what has to be done when all is timed, and `plain` the same with nothing quantized, to be timed in turn."""
-
-    run: Callable[[], object]
-    operations: int | None = None
-    items: int = 1
-    whole: bool = False
-    remove: Callable[[], object] = lambda: None
-    plain: Callable[[], object] | None = None
 
 
 def config_of(hidden: int, layers: int) -> LanceConfig:
@@ -88,20 +60,6 @@ def config_of(hidden: int, layers: int) -> LanceConfig:
         head_dim=head_dim,
         mrope_section=section,
     )
-
-
-def randomized(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    """Give a module weights that keep activations near unit size."""
-    mx.random.seed(0)
-
-    def draw(parameter: mx.array) -> mx.array:
-        fan_in = parameter[0].size if parameter.ndim > 1 else 0
-        values = mx.random.normal(parameter.shape) * fan_in**-0.5 if fan_in else mx.ones(parameter.shape)
-        return values.astype(dtype)
-
-    module.update(tree_map(draw, module.parameters()))
-    mx.eval(module.parameters())
-    return module
 
 
 def _model(hidden: int, layers: int, dtype: str, recipe: str = "") -> Lance:
@@ -320,47 +278,6 @@ def mlx_lm_text(tokens: int, hidden: int, layers: int, dtype: str, bits: int) ->
         trim_prompt_cache(cache, tokens)
 
     return Work(run, items=tokens)
-
-
-def vit(side: int, dtype: str) -> Work:
-    """The official ViT on a picture of side x side pixels, at an eighth of its depth."""
-    numerics, patches = policy(dtype), side // 14
-    config = replace(OFFICIAL.vit, depth=4, fullatt_block_indexes=(3,))
-    model = randomized(VisionTransformer(config, numerics), numerics.dtype)
-    values = mx.random.normal((patches * patches, 1176))
-    n, h = patches * patches, config.hidden_size
-    products = 2 * n * config.depth * (4 * h * h + 3 * h * config.intermediate_size)
-    return Work(lambda: mx.eval(model(values, [(1, patches, patches)])), products)
-
-
-def vae_decode(frames: int, side: int, dtype: str, narrow: bool = False) -> Work:
-    """Wan's decoder on latent frames of side x side pixels."""
-    numerics = policy(dtype)
-    vae = randomized(VAE(NARROW if narrow else OFFICIAL.decoder, None, numerics), numerics.dtype)
-    latents = mx.random.normal((frames, side // 16, side // 16, 48)).astype(numerics.dtype)
-
-    def run() -> None:
-        for pixels in vae.decode(latents):
-            # As when frames are written one by one.
-            np.asarray(pixels)
-
-    shape = NARROW if narrow else OFFICIAL.decoder
-    return Work(run, _coding_operations(decoder_convolutions, shape, frames, side), frames)
-
-
-def vae_encode(frames: int, side: int, dtype: str) -> Work:
-    """Wan's encoder on so many latent frames' worth of pixels."""
-    numerics = policy(dtype)
-    vae = randomized(VAE(NARROW, OFFICIAL.encoder, numerics), numerics.dtype)
-    pixels = np.random.default_rng(0).uniform(-1, 1, (4 * frames - 3, side, side, 3)).astype(np.float32)
-    operations = _coding_operations(encoder_convolutions, OFFICIAL.encoder, frames, side)
-    return Work(lambda: vae.encode(pixels), operations, frames)
-
-
-def _coding_operations(build: Callable, shape: DecoderShape | EncoderShape, frames: int, side: int) -> int:
-    """Operations of the convolutions that code so many latent frames of side x side pixels."""
-    built = (build(shape, (side // 16) ** 2, frame == 0) for frame in range(frames))
-    return sum(convolution.operations for chunk in built for convolution in chunk)
 
 
 def conversion(hidden: int, layers: int, dtype: str) -> Work:
