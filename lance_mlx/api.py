@@ -146,15 +146,15 @@ class LanceModel(Loaded):
             self._looked([(each.conditions.vit, each.conditions.clean) for each in prepared])
             progress("looking", 1, 1)
         steps = pipeline.denoise_batch(prepared, noise, partial(progress, "reading"))
-        total, started = requests[0].num_steps, time.perf_counter()
-        progress("denoising", 0, total)
+        first, total, started = requests[0].first_step, requests[0].num_steps, time.perf_counter()
+        progress("denoising", first, total)
         for each in steps:
             done = each[0].state.index + 1
             going_on = callback is None or callback(each) is not False
             progress("denoising", done, total)
             if not going_on:
                 break
-        seconds = (time.perf_counter() - started) / done / len(prepared)
+        seconds = (time.perf_counter() - started) / (done - first) / len(prepared)
         # What the layers took makes room for decoding.
         release()
         stopped = done if done < total else None

@@ -1,10 +1,13 @@
 """What comes back: an image or a video, or an answer."""
 
+import base64
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -48,6 +51,15 @@ class Generated:
     def __repr__(self) -> str:
         size = f"{self.num_frames}x{self.request.height}x{self.request.width}"
         return f"Generated({self.request.task}, {size}, seed {self.request.seed}, {self.numerics})"
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        """What a notebook shows: the image, or a player with the video; `include` and `exclude` are IPython's."""
+        still = len(self.frames) == 1  # decoded here, so that they are not decoded again
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(path := Path(folder, "shown.png" if still else "shown.mp4"))
+            data = base64.b64encode(path.read_bytes()).decode()
+        player = f'<video controls loop src="data:video/mp4;base64,{data}"></video>'
+        return {"text/plain": repr(self)} | ({"image/png": data} if still else {"text/html": player})
 
     @property
     def num_frames(self) -> int:
@@ -140,6 +152,7 @@ def departures(request: Request) -> list[str]:
     """What a request asks for that upstream has not, in words."""
     told = {
         "a negative prompt in place of the sequence without text": request.negative_prompt is not None,
+        f"an edit of strength {request.strength}, from its source's latents": request.strength < 1,
         f"{request.scheduler} in place of Euler steps": request.scheduler is not Scheduler.EULER,
     }
     return [words for words, holds in told.items() if holds]

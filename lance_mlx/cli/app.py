@@ -18,7 +18,6 @@ _EXIT = (
 )
 app = typer.Typer(
     help=f"Lance on MLX: make and edit images and videos, and ask about them. {_EXIT}",
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -44,7 +44,7 @@ from lance_mlx.requests.request import Entry, Renorm, Scheduler, Task, Visual, V
 from lance_mlx.requests.rewriting import Rewriter
 
 _IN_THE_FILE = "prompt prompts_file question instruction image video noise reencode config_from auto_seeds".split()
-_IN_THE_FILE += ["stepwise_output_dir"]
+_IN_THE_FILE += ["num_images", "stepwise_output_dir"]
 """Options that do not go with a request file."""
 
 
@@ -154,6 +154,10 @@ def generate(
     auto_seeds: Annotated[
         int | None, typer.Option(help="Make so many outputs, with random seeds.", metavar="N", show_default=False)
     ] = None,
+    num_images: Annotated[
+        int | None,
+        typer.Option(help="Make so many of a prompt, with seeds from --seed on.", metavar="N", show_default=False),
+    ] = None,
     batch_size: BatchSizeOption = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 30,
     guidance: GuidanceOption = 4.0,
@@ -203,6 +207,13 @@ def generate(
         ),
     ] = False,
     scheduler: SchedulerOption = Scheduler.EULER,
+    strength: Annotated[
+        float,
+        typer.Option(
+            help="Share of the steps that an edit does, from its source's latents under the noise of that time: the "
+            "less, the more stays. Upstream's 1 starts from noise alone."
+        ),
+    ] = 1.0,
     timestep_shift: Annotated[float, typer.Option(help="Shift of the timesteps towards noise.")] = 3.5,
     guidance_interval: GuidanceIntervalOption = (0.4, 1.0),
     guidance_renorm: Annotated[Renorm, typer.Option(help="How a guided velocity is scaled back.")] = Renorm.GLOBAL,
@@ -259,7 +270,7 @@ def generate(
     options = context.params
     if "resolution" in given:  # Which goes before what a file was made with, but not before what is given besides.
         options = options | {name: None for name in ("vae_resolution", "vit_resolution") if name not in given}
-    seeds = choose_seeds(seed, auto_seeds)
+    seeds = choose_seeds(seed, auto_seeds, num_images)
     settings = Settings.of(options, seeds[0])
     recipe = chosen_recipe(quantize, quant_predicate)
     console = Console(quiet)

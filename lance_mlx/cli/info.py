@@ -193,7 +193,9 @@ def _estimated(
         tiles[name] = tile and tile * SPATIAL_STRIDE
     rates = measure(sizes, rounding)
     seconds = seconds_of(sizes, rates, work)
-    drawn = isinstance(asked, Request)
+    drawn, weights = isinstance(asked, Request), weights_of(sizes, rounding)
+    if not looks:
+        weights = weights._replace(vit=0, encoder=0)
     return {
         "task": str(asked.task),
         "width": asked.width if drawn else None,
@@ -203,7 +205,7 @@ def _estimated(
         "guided_steps": work.num_guided,
         "numerics": numerics,
         "sizes": "official" if model is None else str(model),
-        "weights": weights_of(sizes, rounding)._asdict(),
+        "weights": weights._asdict(),
         "peak_bytes": {name: _PROCESS + max(found.values()) for name, found in stages.items()},
         "stages": stages,
         "vae_tiling": tiles,

@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     with Interrupts() as interrupts:
         try:
-            sys.exit(app(given or ["--help"], prog_name="lance-mlx", standalone_mode=False))
+            status = app(given or ["--help"], prog_name="lance-mlx", standalone_mode=False)
+            # Typer's own refusal, of a shell that it has no completion for, is 1.
+            sys.exit(2 if status == 1 else status)
         except (LanceError, UsageError) as error:
             line = in_options(str(error)) if isinstance(error, LanceError) else usage_line(error, "lance-mlx")
             print(f"lance-mlx: {line}", file=sys.stderr)

@@ -31,7 +31,7 @@ def _looks(task: Task) -> bool:
 _TASKS: dict[str, Callable[[Task], bool]] = {
     **dict.fromkeys(
         """prompt prompts_file steps guidance timestep_shift guidance_interval guidance_renorm guidance_renorm_min
-        text_template noise negative_prompt scheduler stepwise_output_dir batch_size""".split(),
+        text_template noise negative_prompt scheduler stepwise_output_dir batch_size num_images""".split(),
         lambda task: not task.answers,
     ),
     **dict.fromkeys("question instruction max_tokens temp top_p".split(), lambda task: task.answers),
@@ -41,7 +41,7 @@ _TASKS: dict[str, Callable[[Task], bool]] = {
     "fps": lambda task: task in (*_OF_FRAMES, Task.VIDEO_EDIT),
     **dict.fromkeys(("resolution", "as_upstream"), lambda task: task.takes is not None),
     "vae_resolution": lambda task: task.takes is not None and not task.answers,
-    "reencode": lambda task: task in EDITING,
+    **dict.fromkeys(("reencode", "strength"), lambda task: task in EDITING),
     "rewrite": lambda task: task in REWRITABLE,
 }
 """The tasks of each option that is not for all."""

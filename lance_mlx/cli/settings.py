@@ -42,6 +42,7 @@ class Settings:
     fps: int
     negative_prompt: str | None
     scheduler: Scheduler
+    strength: float
     as_upstream: bool
 
     @classmethod

@@ -87,13 +87,20 @@ def _decoded(text: bytes, what: str) -> str:
         raise LanceError(f"{what} is not UTF-8") from None
 
 
-def choose_seeds(seeds: Sequence[int] | None, auto_seeds: int | None) -> list[int]:
-    """The seeds that are given, or so many random ones; raises LanceError for both, and for one that repeats."""
+def choose_seeds(seeds: Sequence[int] | None, auto_seeds: int | None, num_images: int | None = None) -> list[int]:
+    """The seeds that are given, so many from the one on, or so many random ones; raises LanceError for more than one of
+    these, and for a seed that repeats."""
+    for option, count in (("--auto-seeds", auto_seeds), ("--num-images", num_images)):
+        if count is not None and not 1 <= count <= MAX_OUTPUTS:
+            raise LanceError(f"{option} {count} must be between 1 and {MAX_OUTPUTS}, the most of one run")
+    if num_images is not None:
+        if auto_seeds is not None or len(seeds or ()) > 1:
+            raise LanceError("--num-images counts on from one --seed: give neither several nor --auto-seeds")
+        first = seeds[0] if seeds else DEFAULT_SEED
+        return list(range(first, first + num_images))
     if auto_seeds is not None:
         if seeds:
             raise LanceError("give --seed or --auto-seeds, not both")
-        if not 1 <= auto_seeds <= MAX_OUTPUTS:
-            raise LanceError(f"--auto-seeds {auto_seeds} must be between 1 and {MAX_OUTPUTS}, the most of one run")
         return random.SystemRandom().sample(range(2**32), auto_seeds)
     repeated = next((seed for seed in seeds or () if seeds.count(seed) > 1), None)
     if repeated is not None:

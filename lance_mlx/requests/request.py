@@ -140,6 +140,8 @@ class Request(Plain):
         fps: frames per second written into the video.
         negative_prompt: what guidance steers away from in place of upstream's sequence without the user's text, a
             departure from it; its positions are its own.
+        strength: share of the steps that an edit does, above 0 to 1, from the source's latents under the noise of that
+            time; 1 is from noise alone, as upstream.
         as_upstream: take the stored pixels of the visuals, see `lance_mlx.media.read.read_visual`.
 
     Enums may be given as strings.
@@ -169,6 +171,7 @@ class Request(Plain):
     vision_type: str | None = None
     negative_prompt: str | None = None
     scheduler: Scheduler = Scheduler.EULER
+    strength: float = 1.0
     as_upstream: bool = False
 
     def __post_init__(self) -> None:
@@ -202,6 +205,10 @@ class Request(Plain):
                 raise LanceError(f"{name} {value} must be a finite number")
         if self.timestep_shift <= 0:
             raise LanceError(f"timestep_shift {self.timestep_shift} must be greater than 0")
+        if not 0 < self.strength <= 1:
+            raise LanceError(f"strength {self.strength} must be above 0 and at most 1")
+        if self.strength < 1 and self.task not in (Task.IMAGE_EDIT, Task.VIDEO_EDIT):
+            raise LanceError(f"strength {self.strength} starts from what is edited: task {self.task} edits nothing")
         if not 0 <= self.guidance_renorm_min <= 1:
             raise LanceError(f"guidance_renorm_min {self.guidance_renorm_min} must be between 0 and 1")
         low, high = self.guidance_interval
@@ -221,6 +228,11 @@ class Request(Plain):
     def variant(self) -> Variant:
         """The model that was trained for this."""
         return Variant.VIDEO if self.makes_video else Variant.IMAGE
+
+    @property
+    def first_step(self) -> int:
+        """The number of the step that is done first, above 0 where an edit starts from its source's latents."""
+        return self.num_steps - max(round(self.num_steps * self.strength), 1)
 
     @property
     def latent_grid(self) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from lance_mlx.model.rope import RotaryTable
 from lance_mlx.requests.request import Entry, Request
 from lance_mlx.sampling.conditions import Conditions, GuidanceArm, embed_prefix
 from lance_mlx.sampling.guidance import guided_velocity, is_guided
-from lance_mlx.sampling.noise import check_noise
+from lance_mlx.sampling.noise import check_noise, over_source
 from lance_mlx.sampling.schedule import timesteps
 from lance_mlx.sampling.solvers import make_solver
 from lance_mlx.sequence.positions import position_ids, unconditional_position_ids
@@ -247,7 +247,11 @@ def denoise(model: Lance, pictures: Items[Picture], tell: Tell = lambda done, to
         arms.append(made[read])
     _read_prefixes([arm for own in made.values() for arm in own.values()], tell)
     given = pictures[0].conditions.clean[-1] if sequence.target.clean_tokens else None
-    noise = [initial_state(picture.noise.astype(model.numerics.dtype), given) for picture in pictures]
+    noise = [picture.noise.astype(model.numerics.dtype) for picture in pictures]
+    if request.first_step:
+        t = float(timesteps(request.num_steps, request.timestep_shift)[request.first_step])
+        noise = [over_source(each.conditions.clean[-1], own, t) for each, own in zip(pictures, noise, strict=True)]
+    noise = [initial_state(own, given) for own in noise]
     return (step.split_pictures() for step in _steps(model, request, sequence, arms, mx.concatenate(noise)))
 
 
@@ -289,7 +293,8 @@ def _steps(
 
     solve = make_solver(request.scheduler, field, advance)
     guided = [is_guided(t, request) for t in times[:-1]]
-    for index, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for index in range(request.first_step, request.num_steps):
+        t, t_next = times[index : index + 2]
         if not any(guided[index:]):
             # Guidance is over: nothing looks into that cache any more.
             for own in arms:

@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from lance_mlx.backend.numerics import Numerics
+from lance_mlx.backend.numerics import Numerics, scaled
 from lance_mlx.config import LATENT_CHANNELS
 from lance_mlx.errors import LanceError, reason
 from lance_mlx.requests.request import Request
@@ -17,6 +17,11 @@ def draw_noise(request: Request, numerics: Numerics) -> mx.array:
     """Standard normal noise from the request's seed, [n, 48], drawn in the policy's dtype as upstream does."""
     tokens = int(np.prod(request.latent_grid))
     return mx.random.normal((tokens, LATENT_CHANNELS), numerics.dtype, key=mx.random.key(request.seed))
+
+
+def over_source(source: mx.array, noise: mx.array, t: float) -> mx.array:
+    """Where an edit starts at time t: its source's latents under so much noise, [n, 48] in the dtype of both."""
+    return scaled(source, 1 - t) + scaled(noise, t)
 
 
 def draw_eps(request: Request, index: int, shape: tuple[int, ...]) -> mx.array:

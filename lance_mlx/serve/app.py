@@ -31,6 +31,8 @@ from lance_mlx.serve.videos import video_routes
 from lance_mlx.serve.worker import Worker
 
 _END_SECONDS = 2
+_IDLE_SECONDS = 60
+"""Longer than clients keep a connection that nothing goes through, or one would be closed while they use it again."""
 _JOIN_SECONDS = 10
 
 
@@ -110,6 +112,7 @@ def serve(worker: Worker, variants: Iterable[Variant], host: str, port: int, tok
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=_IDLE_SECONDS,
             timeout_graceful_shutdown=_END_SECONDS,
         )
         server = _Server(config, worker)

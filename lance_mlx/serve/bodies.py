@@ -78,6 +78,7 @@ class Drawing(Body):
     """What images and videos have in common."""
 
     prompt: Text
+    negative_prompt: Text | None = None
     size: str | None = None
     resolution: Literal[tuple(RESOLUTIONS)] | None = None
     num_steps: Annotated[int, Field(ge=1, le=BOUNDS.steps)] = 30
@@ -104,6 +105,7 @@ class Drawing(Body):
             return Request(
                 task=task,
                 prompt=self.prompt,
+                negative_prompt=self.negative_prompt,
                 width=width,
                 height=height,
                 num_steps=self.num_steps,

@@ -1,10 +1,15 @@
 """The Python interface: lazy loading, generating, turns, and answers."""
 
+import base64
+import io
+
+import av
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import lance_mlx
 import lance_mlx.loaded as loaded
@@ -188,8 +193,19 @@ def test_reprs_are_short(model):
     assert "a bird a bird" in repr(request) and "num_steps=1" in repr(request) and "seed" not in repr(request)
 
 
+def test_a_notebook_shows_the_image_and_plays_the_video(model):
+    still = model.generate(Request("t2i", "a bird", 32, 32, num_steps=1))
+    shown = still._repr_mimebundle_()
+    assert shown["text/plain"] == repr(still)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(shown["image/png"])))), still.frames[0])
+    player = model.generate(Request("t2v", "a bird", 32, 32, 5, num_steps=1))._repr_mimebundle_()["text/html"]
+    data = base64.b64decode(player.partition("base64,")[2].partition('"')[0])
+    with av.open(io.BytesIO(data)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 5
+
+
 def test_the_package_lists_what_there_is():
-    assert set(lance_mlx.__all__) <= set(dir(lance_mlx))
+    assert dir(lance_mlx) == sorted(lance_mlx.__all__)
     assert all(getattr(lance_mlx, name) is not None for name in dir(lance_mlx))
 
 
@@ -205,6 +221,24 @@ def test_a_negative_prompt_takes_the_place_of_no_text(model):
     assert np.allclose(np.array(steps[0].velocity_uncond), np.array(steps[0].velocity_cond), atol=1e-5)
     with pytest.raises(LanceError, match="negative_prompt acts through guidance"):
         Request("t2i", "a", guidance_scale=1, negative_prompt="b")
+
+
+def test_an_edit_may_start_from_its_source_under_noise(model, image):
+    steps, given = {}, {"visuals": (image,), "vae_resolution": 64, "vit_resolution": 56}
+    for strength in (1.0, 0.5):
+        request = Request("image_edit", "make it red", num_steps=4, strength=strength, **given)
+        steps[strength], told = [], []
+        made = model.generate(request, steps[strength].append, progress=lambda *given, told=told: told.append(given))
+    assert [step.state.index for step in steps[0.5]] == [2, 3] and made.stopped_after is None
+    assert [each[1:] for each in told if each[0] == "denoising"] == [(2, 4), (3, 4), (4, 4)]
+    first, noise = steps[0.5][0].state, np.array(steps[1.0][0].state.x_t)
+    assert first.t == steps[1.0][2].state.t
+    prepared = model.pipeline(request.variant, looks=True).prepare(request)
+    source = np.array(prepared.conditions.clean[-1])
+    assert np.allclose(np.array(first.x_t), source * (1 - first.t) + noise * first.t, atol=1e-6)
+    assert "an edit of strength 0.5, from its source's latents" in made.metadata["departures"]
+    with pytest.raises(LanceError, match="strength 0.5 starts from what is edited: task t2i edits nothing"):
+        Request("t2i", "a", strength=0.5)
 
 
 def test_a_video_that_was_drawn_can_be_edited(model):

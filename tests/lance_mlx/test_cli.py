@@ -192,3 +192,11 @@ def test_help_names_every_option(run):
     assert all(f"--{option}" in text for option in options)
     assert "--guidance-interval LOW HIGH " in text
     assert "Exit status" in text
+
+
+def test_a_shell_completes_options(invoke, monkeypatch):
+    assert "--install-completion" in invoke("-h").stdout
+    typed = {"COMP_WORDS": "lance-mlx generate t2i --num", "COMP_CWORD": "3", "_LANCE_MLX_COMPLETE": "complete_bash"}
+    for name, value in typed.items():
+        monkeypatch.setenv(name, value)
+    assert invoke().stdout.split() == ["--num-images", "--num-frames", "--numerics"]

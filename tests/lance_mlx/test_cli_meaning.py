@@ -10,14 +10,14 @@ VALUES = {
     "guidance-interval": [0.2, 0.8], "guidance-renorm": ["none"], "guidance-renorm-min": [0.5], "text-template": [],
     "timestep-shift": [2], "noise": ["noise.npy"], "negative-prompt": ["x"], "scheduler": ["heun"], "max-tokens": [5],
     "stepwise-output-dir": ["steps"], "question": ["x"], "instruction": ["x"], "temp": [1], "top-p": [0.5],
-    "rewrite": [], "as-upstream": [],
+    "rewrite": [], "as-upstream": [], "strength": [0.5], "num-images": [2],
 }  # fmt: skip
 DRAWN, EDITS = {task for task in Task if not task.answers}, {Task.IMAGE_EDIT, Task.VIDEO_EDIT}
 SEEN = {task for task in Task if task.takes}
 MEANT = {
     **dict.fromkeys(VALUES, DRAWN),
     **dict.fromkeys(("question", "instruction", "temp", "top-p", "max-tokens"), {Task.X2T_IMAGE, Task.X2T_VIDEO}),
-    "reencode": EDITS,
+    **dict.fromkeys(("reencode", "strength"), EDITS),
     **dict.fromkeys(("resolution", "as-upstream"), SEEN),
     "vae-resolution": SEEN & DRAWN,
     "vit-resolution": SEEN - {Task.I2V},
@@ -64,6 +64,7 @@ def test_an_option_is_refused_by_the_tasks_that_it_means_nothing_to(refused, tmp
         (["t2i", "--prompt", "a", "--steps", "100000000"], "--steps 100000000 must be at most 1000: a step of more"),
         (["t2i", "--prompt", "a", "--guidance", "nan"], "--guidance nan must be a finite number"),
         (["t2i", "--prompt", "a", "--guidance-interval", "0", "nan"], "--guidance-interval 0.0 nan must be two finite"),
+        (["image_edit", "--image", "x", "--prompt", "a", "--strength", "0"], "--strength 0.0 must be above 0"),
         (["t2v", "--prompt", "a", "--fps", "100000"], "--fps 100000 must be at most 240"),
         (
             ["i2v", "--image", "x", "--prompt", "a", "--vae-resolution", "100000"],

@@ -66,6 +66,17 @@ def test_automatic_seeds_differ(draw):
     assert {f"t2i-{read_metadata(path)['request']['seed']}.png" for path in made} == {path.name for path in made}
 
 
+def test_a_number_of_images_counts_its_seeds_on(draw, refused):
+    draw("t2i", "--prompt", "a bird", "--seed", 7, "--num-images", 2, *DRAWING)
+    assert sorted(path.name for path in Path().glob("t2i-*.png")) == ["t2i-7.png", "t2i-8.png"]
+    for options, line in (
+        (["--seed", 1, 2], "--num-images counts on from one --seed: give neither several nor --auto-seeds"),
+        (["--auto-seeds", 2], "give neither several nor --auto-seeds"),
+        (["--num-images", 0], "--num-images 0 must be between 1 and 10000"),
+    ):
+        assert line in refused("generate", "t2i", "--prompt", "a", "--model", ".", "--num-images", 2, *options)
+
+
 def test_prompts_come_from_stdin_and_from_a_file(draw, monkeypatch):
     def typed(text: str) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))

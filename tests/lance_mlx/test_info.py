@@ -84,6 +84,8 @@ def test_an_estimate_says_that_it_is_one(checkpoint):
     assert "with --low-ram" in text
     found = told(*given, "--guidance", 1, "--numerics", "float32")["estimate"]
     assert (found["guided_steps"], found["numerics"]) == (0, "float32")
+    # Nothing looks: neither is loaded.
+    assert (found["weights"]["vit"], found["weights"]["encoder"]) == (0, 0)
     assert found["peak_bytes"]["low_ram"] <= found["peak_bytes"]["kept"]
     assert "of several seeds or prompts, 8 are drawn at a time" in text and found["batch_size"] == 8
     alone = (["t2i"], ["i2v", "--num-frames", 5, "--width", 32, "--height", 32], ["x2t_image"])

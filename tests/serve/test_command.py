@@ -1,5 +1,6 @@
 """`lance-mlx serve`, as a user starts and ends it."""
 
+import http.client
 import io
 import json
 import os
@@ -88,6 +89,18 @@ def test_it_serves_writes_a_line_a_request_and_ends_cleanly(tmp_path):
         ("/v1/images/generations", "400"),
         ("/v1/videos", "200"),
     ]
+
+
+def test_a_client_that_asks_every_few_seconds_keeps_its_connection(tmp_path):
+    with started(tmp_path) as (_, address, _files):
+        connection = http.client.HTTPConnection(address.removeprefix("http://"))
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        kept = connection.sock
+        # uvicorn's own limit, and that of OpenAI's client, are 5.
+        time.sleep(6)
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200 and connection.sock is kept
 
 
 def test_it_ends_cleanly_when_it_is_told_to(tmp_path):

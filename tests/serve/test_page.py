@@ -71,6 +71,15 @@ def prepare(browser, until, prompt: str) -> None:
     one(browser, "#prompt textarea").send_keys(prompt)
 
 
+def draw_long(browser, until) -> None:
+    """Start what takes longer than a test, in steps that do not."""
+    choose(browser, until, "#resolution", "512 px")
+    fill(browser, "#steps input[type=number]", 100)
+    one(browser, "#prompt textarea").send_keys("a red bird")
+    one(browser, "#go").click()
+    until(lambda: "enoising" in said(browser), 60)
+
+
 def sideways(browser) -> int:
     return browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
 
@@ -112,13 +121,10 @@ def requested(browser) -> set[str]:
 
 def test_a_job_is_cancelled_by_the_button_and_by_leaving(page, server, until):
     browser = page()
-    prepare(browser, until, "a red bird")
-    fill(browser, "#steps input[type=number]", 100)
-    one(browser, "#go").click()
-    until(lambda: "enoising" in said(browser), 60)
+    draw_long(browser, until)
     assert one(browser, "#status progress").get_attribute("max") == "100"
     one(browser, "#cancel").click()
-    until(lambda: said(browser) == "Cancelled.")
+    until(lambda: said(browser) == "Cancelled.", 60)
     server.settle()
     one(browser, "#go").click()
     until(lambda: server.worker.load[1])
@@ -178,6 +184,71 @@ def test_a_video_is_drawn_and_asked_about(page, until, clip, tmp_path):
     one(browser, "#go").click()
     until(lambda: "x2t_video" in one(browser, "#history input").get_attribute("value"), 120)
     browser.save_screenshot(str(tmp_path / "video.png"))
+
+
+def give(browser, until, field: str, file, shown: str) -> None:
+    """Give a field a file, and wait until it shows it."""
+    until(lambda: browser.find_elements("css selector", f"{field} input[type=file]"))
+    one(browser, f"{field} input[type=file]").send_keys(str(file))
+    until(lambda: browser.find_elements("css selector", f"{field} {shown}"))
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "made"),
+    [
+        ("subject", "Draw the subject of images", "#image img"),
+        ("i2v", "Animate an image", "#video video"),
+        ("video_edit", "Edit a video", "#video video"),
+    ],
+)
+def test_what_is_given_is_drawn_anew_animated_and_edited(page, until, picture, clip, tmp_path, task, name, made):
+    browser = page()
+    (tmp_path / "cat.png").write_bytes(picture)
+    choose(browser, until, "#task", name)
+    if task == "video_edit":
+        give(browser, until, "#source", clip, "video")
+    else:
+        give(browser, until, "#images", tmp_path / "cat.png", "img")
+    choose(browser, until, "#resolution", "256 px" if task == "subject" else "192p")
+    fill(browser, "#steps input[type=number]", 1)
+    if task == "i2v":
+        fill(browser, "#seconds input[type=number]", 1)
+    one(browser, "#prompt textarea").send_keys("make it blue")
+    one(browser, "#go").click()
+    until(lambda: said(browser).startswith("Done"), 120)
+    until(lambda: shown(browser, made))
+    assert one(browser, "#history input").get_attribute("value").startswith(f"{task}: make it blue, seed ")
+
+
+def test_a_second_user_waits_and_is_told_where(page, server, until):
+    browser = page()
+    draw_long(browser, until)
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    page()
+    prepare(browser, until, "a blue bird")
+    one(browser, "#go").click()
+    until(lambda: said(browser) == "In the queue, 1 before this one")
+    second = browser.current_window_handle
+    browser.switch_to.window(first)
+    one(browser, "#cancel").click()
+    until(lambda: said(browser) == "Cancelled.", 60)
+    browser.switch_to.window(second)
+    until(lambda: said(browser).startswith("Done"), 60)
+    browser.close()
+    browser.switch_to.window(first)
+
+
+def test_reloading_ends_what_runs_and_the_page_is_ready_again(page, server, until):
+    browser = page()
+    draw_long(browser, until)
+    browser.refresh()
+    until(lambda: browser.find_elements("css selector", "#go") and said(browser) == "Ready.", 60)
+    server.settle(60)
+    prepare(browser, until, "a blue bird")
+    one(browser, "#go").click()
+    until(lambda: said(browser).startswith("Done"), 60)
+    browser.get_log("browser")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -26,6 +26,11 @@ def test_openais_parameters_are_taken_where_they_do_nothing():
     assert parse(ImageBody, {"prompt": "a", "style": "vivid"}) == parse(ImageBody, {"prompt": "a"})
 
 
+def test_a_negative_prompt_reaches_the_request():
+    body = parse(ImageBody, {"prompt": "a bird", "negative_prompt": "a cat"})
+    assert [request.negative_prompt for request in body.requests(Task.T2I)] == ["a cat"]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
