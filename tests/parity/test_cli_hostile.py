@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from parity.cli.main import app, main
 from parity.errors import ParityError
 from parity.lance.record_options import Options, build_request
+from parity.report import localization_page as page
+from parity.report.output import require_own_page
 
 DEEP = "[" * 100_000
 
@@ -148,3 +150,33 @@ def test_a_command_line_that_cannot_be_read_is_one_line(monkeypatch, capsys, giv
         main()
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith(f"lance-parity: {line}") and said.count("\n") == 1, said
+
+
+REPORTING = {
+    "run": ["/nope"],
+    "check": ["/nope", "--impl", "mlx"],
+    "localize": ["/nope"],
+    "compare": ["/nope", "@mlx"],
+    "stream": ["--against", "/nope"],
+    "port": ["/nope.py"],
+}
+
+
+@pytest.mark.parametrize("command", REPORTING)
+def test_outputs_that_cannot_be_written_are_refused_before_anything_runs(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = [command, *REPORTING[command]]
+    assert "x.fifo ends in none of .md, .json, .csv, .xml" in refused(*given, "--output", "x.fifo")
+    (tmp_path / "x.MD").mkdir()
+    option = "--output" if command == "compare" else "--json"
+    assert "x.MD is a folder: name a file in it" in refused(*given, option, "x.MD")
+    assert "/nope" in refused(*given, "--output", "y.MD")
+
+
+def test_a_report_to_a_device_is_a_page_without_plots(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "draw", lambda localization: page.Drawn())
+    monkeypatch.setattr(page, "render", lambda localization, drawn: "<html>")
+    (tmp_path / "page.html").symlink_to("/dev/null")
+    require_own_page(tmp_path / "page.html")
+    page.write_localization(tmp_path / "page.html", None)
+    assert (tmp_path / "page.html").is_char_device() and len(list(tmp_path.iterdir())) == 1

@@ -231,7 +231,7 @@ def test_the_command_writes_json_and_tells_by_its_status(tmp_path):
         (["stream"], "name a --checkpoint and a --task"),
         ([*arguments, "--width", "64"], "leave --width"),
         (["stream", "--checkpoint", str(CHECKPOINT), "--task", "i2v"], "cannot be streamed"),
-        (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--task", "t2v"], "holds a t2i request, not t2v"),
+        (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--task", "t2v"], "holds a request of t2i, not t2v"),
         (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--width", "64"], "leave --width out"),
         (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--live"], "leave --live out"),
         ([*arguments, "--fault", "nonsense"], "there is no fault"),
