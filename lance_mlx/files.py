@@ -1,4 +1,7 @@
-"""Files that are read, none of them a pipe or a device, and files that appear under their names when they are whole."""
+"""Files that are read, none of them a pipe or a device, and files that appear under their names when they are whole.
+
+What is written to a link goes where it points, and to a pipe or a device into that: nothing takes their place.
+"""
 
 import errno
 import fcntl
@@ -6,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 import time
@@ -61,18 +65,21 @@ def check_place(path: Path, overwrite: bool = True) -> Path:
     if there is not None and stat.S_ISDIR(there.st_mode):
         raise LanceError(f"output {path} is a folder; name a file in it")
     if there is not None and not stat.S_ISREG(there.st_mode):
-        raise LanceError(f"output {path} is a pipe or a device, whose place a file would take; choose another name")
+        if not os.access(path, os.W_OK):
+            raise _unusable(path, errno.EACCES)
+        return path
     if there is not None and not overwrite:
         raise LanceError(f"output {path} is there already; choose another name, or give --overwrite")
-    folder = _nearest(path.absolute().parent)
+    place = path.resolve()
+    folder = _nearest(place.parent)
     if not folder.is_dir():
         raise LanceError(f"output {path}: {folder} is not a folder; choose another one")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise LanceError(f"output {path}: the folder {folder} cannot be written to; choose another one")
     # Below a folder that is missing, names have not been looked at yet.
-    if max(len(os.fsencode(name)) for name in path.parts) > os.pathconf(folder, "PC_NAME_MAX"):
+    if max(len(os.fsencode(name)) for name in place.parts) > os.pathconf(folder, "PC_NAME_MAX"):
         raise _unusable(path, errno.ENAMETOOLONG)
-    name = str(path.absolute().relative_to(folder))
+    name = str(place.relative_to(folder))
     if there is None and _REFUSED.search(name):
         try:
             _try(folder, [name])
@@ -121,11 +128,18 @@ def whole(path: Path) -> Iterator[Path]:
     """A hidden file in the folder of `path` to write to, which takes that name at the end, or goes after an exception.
 
     The folder is made where it is missing. What processes that were killed have left there goes as well: only a live
-    one holds a lock on its file.
+    one holds a lock on its file. For a pipe or a device the file lies elsewhere, and is copied into it at the end.
 
     Raises:
         OSError: the folder or the file cannot be written.
     """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        with tempfile.TemporaryDirectory(prefix="lance-mlx-") as folder:
+            yield (made := Path(folder, path.name))
+            with made.open("rb") as source, path.open("wb") as stream:
+                shutil.copyfileobj(source, stream)
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path.parent)
     # In the same folder, so that the final rename cannot cross file systems; short, whatever the length of the name.

@@ -34,13 +34,19 @@ def folder_beside(path: Path) -> Iterator[Path]:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a file beside `path` that takes its place at the end, or goes when an exception passes.
 
-    Raises ParityError when it cannot be written.
+    Of a link that is the place of what it points to. A stream is itself written to: see is_stream. Raises ParityError
+    when it cannot be written.
     """
     try:
-        with _part(path) as part:
+        if is_stream(path):
+            with path.open("wb") as file:
+                yield file
+            return
+        place = path.resolve()
+        with _part(place) as part:
             with part.open("xb") as file, _locked(part):
                 yield file
-            os.replace(part, path)
+            os.replace(part, place)
     except OSError as error:
         raise ParityError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -49,6 +55,23 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file beside its place and rename it there; raises ParityError when that fails."""
     with replacing(path) as file:
         file.write(data)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is a terminal, a pipe or a device, or a link to one, whose place no file may take."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def check_place(path: Path) -> None:
+    """Raise ParityError where no file can be written, as far as that is seen before it is; nothing is made."""
+    if os.path.isdir(path):
+        raise ParityError(f"{path} is a folder: name a file in it")
+    place = path.resolve()
+    there = place if is_stream(place) else next(above for above in place.parents if os.path.lexists(above))
+    if not is_stream(place) and not there.is_dir():
+        raise ParityError(f"{path} cannot be written: {there} is not a folder: name another file")
+    if not os.access(there, os.W_OK):
+        raise ParityError(f"{path} cannot be written: {there} takes nothing: name another file")
 
 
 @contextmanager

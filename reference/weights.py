@@ -155,7 +155,7 @@ def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], path: Pat
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ReferenceError(f"{path}: {complaint} tensor {names[0]}{more}")
+            raise ReferenceError(f"{path}: {complaint} tensor {names[0]}{more}: fetch the file again")
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise ReferenceError(f"{path}: tensor {name} has shape {shapes[name]}, the configuration asks for {shape}")
@@ -167,5 +167,5 @@ def checked(tensor: Tensor, name: str, path: Path) -> Tensor:
     if tensor.dtype not in STORED_DTYPES:
         raise ReferenceError(f"{path}: tensor {name} is {tensor.dtype}; float32, bfloat16 or float16 is expected")
     if not torch.isfinite(tensor).all():
-        raise ReferenceError(f"{path}: tensor {name} holds NaN or infinite values")
+        raise ReferenceError(f"{path}: tensor {name} holds NaN or infinite values: fetch the file again")
     return tensor

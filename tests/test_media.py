@@ -17,7 +17,15 @@ from PIL import Image, PngImagePlugin
 
 from lance_mlx.errors import LanceError
 from lance_mlx.files import check_place, taken_for_one
-from lance_mlx.media.write import check_output, read_metadata, save_image, save_video, to_uint8
+from lance_mlx.media.write import (
+    check_output,
+    check_text_output,
+    read_metadata,
+    save_image,
+    save_text,
+    save_video,
+    to_uint8,
+)
 
 REQUEST = {
     "task": "t2v",
@@ -225,7 +233,6 @@ def test_failed_writes_name_the_output(tmp_path):
         ("out.gif", 1, "one frame is an image; use .png"),
         ("folder.png/out.png/out.png", 1, "folder.png/out.png is not a folder"),
         ("folder.png", 1, "is a folder"),
-        ("pipe.png", 1, "is a pipe or a device"),
         ("o" * 252 + ".png", 1, "File name too long"),
         ("missing/" + "雪" * 90 + ".png", 1, "File name too long"),
     ],
@@ -233,7 +240,6 @@ def test_failed_writes_name_the_output(tmp_path):
 def test_unusable_outputs_are_found_before_the_work(tmp_path, name, num_frames, message):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "folder.png" / "out.png").touch()
-    os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(LanceError, match=message):
         check_output(tmp_path / name, num_frames)
 
@@ -243,6 +249,28 @@ def test_a_folder_without_write_permission_is_found_before_the_work(tmp_path, mo
     monkeypatch.setattr("lance_mlx.files.os.access", lambda path, mode: False)
     with pytest.raises(LanceError, match="cannot be written to"):
         check_output(tmp_path / "out.png", 1)
+
+
+def test_links_are_followed_and_pipes_written_to(tmp_path):
+    (tmp_path / "there").mkdir()
+    link, pipe = tmp_path / "link.png", tmp_path / "pipe.png"
+    link.symlink_to("there/real.png")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (link, pipe):
+        save_image(check_output(path, 1, overwrite=False), gradient(16, 16), {"a": 1})
+    assert os.read(reader, 10_000) == (tmp_path / "there" / "real.png").read_bytes()
+    assert link.is_symlink() and pipe.is_fifo() and read_metadata(link) == {"a": 1}
+    with pytest.raises(LanceError, match="link.png is there already"):
+        check_output(link, 1, overwrite=False)
+    os.close(reader)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.png", "pipe.png", "there"]
+
+
+def test_a_full_device_is_one_line(tmp_path):
+    (tmp_path / "full.txt").symlink_to("/dev/full")
+    with pytest.raises(LanceError, match="cannot write .*full.txt: No space left on device"):
+        save_text(check_text_output(tmp_path / "full.txt"), "text")
 
 
 def test_usable_outputs_are_returned(tmp_path):

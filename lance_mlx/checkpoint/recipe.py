@@ -173,7 +173,7 @@ def recipe_of(
         raise LanceError(f"recipe {predicate} says bits, groups and mode itself: leave those options out")
     if predicate in RECIPES:
         return RECIPES[predicate]
-    if not Path(predicate).suffix and not Path(predicate).exists():
+    if Path(predicate).suffix != ".json" and not Path(predicate).exists():
         raise LanceError(f"there is no recipe '{predicate}': give {_CHOICES}")
     return Recipe.from_file(Path(predicate))
 

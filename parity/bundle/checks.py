@@ -47,12 +47,13 @@ def check_listing(
     """
     listed = [entry["name"] for entry in entries]
     if not listed:
-        raise ParityError(f"bundle {bundle} lists no taps: there is nothing to compare with")
+        raise ParityError(f"bundle {bundle} lists no taps: copy its manifest.json again, or capture it again")
     twice = {name for name in listed if listed.count(name) > 1} if len(set(listed)) < len(listed) else set()
     if twice:
         raise ParityError(f"bundle {bundle} lists tap {min(twice)} twice: capture the bundle again")
     if unlisted := sorted(set(held) - set(listed)):
-        raise ParityError(f"taps.safetensors of bundle {bundle} holds {unlisted[0]}, which is not in its manifest")
+        what = f"taps.safetensors of bundle {bundle} holds {unlisted[0]}"
+        raise ParityError(f"{what}, which is not in its manifest: copy both again")
     for entry in entries:
         name = entry["name"]
         what = f"tap {name} of bundle {bundle}"
@@ -63,11 +64,12 @@ def check_listing(
             raise ParityError(f"{what} is listed in the manifest but missing from taps.safetensors: copy it again")
         shape, dtype = held[name]
         if list(shape) != entry["shape"]:
-            raise ParityError(f"{what} has shape {list(shape)}, its manifest says {entry['shape']}")
+            raise ParityError(f"{what} has shape {list(shape)}, its manifest says {entry['shape']}: copy both again")
         if dtype != entry["dtype"]:
-            raise ParityError(f"{what} has dtype {dtype}, its manifest says {entry['dtype']}")
+            raise ParityError(f"{what} has dtype {dtype}, its manifest says {entry['dtype']}: copy both again")
         if (dtype == "int32") != integer:
-            raise ParityError(f"{what} has dtype {dtype}, but it must be {'int32' if integer else 'a float'}")
+            wanted = "int32" if integer else "a float"
+            raise ParityError(f"{what} has dtype {dtype}, but it must be {wanted}: capture it again")
 
 
 def check_finite(tap: Tap | Sketch, what: str) -> None:
@@ -96,9 +98,9 @@ def check_inputs(inputs: Recording, vocabulary: object, bundle: str) -> None:
             raise ParityError(f"{what} lacks {name} as a list of int32: copy the bundle again")
     length = len(ints["text_ids"])
     if len(ints["modality"]) != length or ints["split_lens"].sum() != length or np.any(ints["split_lens"] < 1):
-        raise ParityError(f"{what}: modality and split_lens must cover the {length} tokens of text_ids")
+        raise ParityError(f"{what}: modality and split_lens must cover the {length} tokens of text_ids: copy it again")
     if len(ints["attn_modes"]) != len(ints["split_lens"]):
-        raise ParityError(f"{what}: attn_modes and split_lens differ in length")
+        raise ParityError(f"{what}: attn_modes and split_lens differ in length: copy it again")
     bounds = {"text_ids": range(vocabulary), "modality": ROLES, "attn_modes": ATTN_MODES}
     bounds |= {name: range(length) for name in ints if name.endswith("_indexes")}
     bounds |= {name: range(1, 2**31) for name in ints if name.endswith("_thw") or name == "video_sizes"}
@@ -106,7 +108,8 @@ def check_inputs(inputs: Recording, vocabulary: object, bundle: str) -> None:
         values = ints[name]
         if values.size and not (allowed.start <= values.min() and values.max() < allowed.stop):
             wrong = values.min() if values.min() < allowed.start else values.max()
-            raise ParityError(f"{what}: {name} holds {wrong}, outside {allowed.start} to {allowed.stop - 1}")
+            ends = f"{allowed.start} to {allowed.stop - 1}"
+            raise ParityError(f"{what}: {name} holds {wrong}, outside {ends}: copy it again")
 
 
 def _is_integer(name: str, what: str) -> bool:

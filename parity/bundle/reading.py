@@ -29,6 +29,7 @@ ENTRIES = ("kv_cache", "full_sequence")
 OWN = "files"
 """Key of a manifest under which a bundle lists the checksums of its own tensors."""
 FILES = ("manifest.json", "inputs.safetensors", "taps.safetensors")
+NAME_ONE = f"name the folder of a bundle, which holds {', '.join(FILES)}"
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def open_bundle(path: Path, checkpoint: Path | None = None) -> Iterator[Bundle]:
 def _opened(path: Path, checkpoint: Path | None = None) -> tuple[Path, dict[str, Any], Path]:
     """A bundle's resolved folder, its manifest and its checkpoint."""
     if not path.is_dir():
-        raise ParityError(f"{path} is not a bundle folder: it needs {', '.join(FILES)}")
+        raise ParityError(f"{path} {'is no folder' if os.path.lexists(path) else 'does not exist'}: {NAME_ONE}")
     path = path.resolve()
     root = path.parent
     for name in FILES:
@@ -190,7 +191,8 @@ def find_bundles(folders: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
-            raise ParityError(f"{folder} is not a folder: name a folder of oracle bundles or one bundle")
+            what = "is not a folder" if os.path.lexists(folder) else "does not exist"
+            raise ParityError(f"{folder} {what}: name a folder of oracle bundles or one bundle")
         # By listing: where file names ignore case, MANIFEST.json of a folder of bundles would pass for manifest.json.
         inside = [folder] if "manifest.json" in {path.name for path in folder.iterdir()} else []
         # A folder that only lacks its manifest is still listed, so that it is reported rather than passed over.
@@ -298,14 +300,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if not isinstance(manifest.get(key), kind):
             raise ParityError(f"{what} lacks {key!r} or holds no {kind.__name__} there: capture the bundle again")
     if manifest["source"].get("entry") not in ENTRIES:
-        raise ParityError(f"{what} has entry {manifest['source'].get('entry')!r}, not one of {', '.join(ENTRIES)}")
+        entry = manifest["source"].get("entry")
+        raise ParityError(f"{what} has entry {entry!r}, not one of {', '.join(ENTRIES)}: restore it")
     if manifest["source"].get("dtype") not in ("float32", "bfloat16"):
-        raise ParityError(f"{what} has dtype {manifest['source'].get('dtype')!r}, not float32 or bfloat16")
+        raise ParityError(f"{what} has dtype {manifest['source'].get('dtype')!r}, not float32 or bfloat16: restore it")
     definition().check_request(manifest["request"], what)
     for key in (WEIGHTS, CONFIG):
         check_sums(manifest, key, path.parent.name)
     for entry in manifest["taps"]:
         listed = isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("shape"), list)
         if not listed or entry.get("dtype") not in list(DTYPES):
-            raise ParityError(f"{what} lists a tap without a name, a shape or a known dtype: {entry!r}"[:300])
+            lacks = "lists a tap without a name, a shape or a known dtype; restore it"
+            raise ParityError(f"{what} {lacks}: {entry!r}"[:300])
     return manifest

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parity.bundle.reading import CHECKSUMS, FILES, FORMAT, OWN, find_bundles, read_json, read_listing, sha256
+from parity.bundle.reading import CHECKSUMS, FILES, FORMAT, NAME_ONE, OWN, find_bundles, read_json, read_listing, sha256
 from parity.errors import ParityError, printable
 from parity.files import write_atomically
 from parity.tensors.sketch_file import FILE as SKETCHES
@@ -104,15 +104,16 @@ def describe(path: Path) -> Stored:
 def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of the bundle at `path`; raises ParityError where it is none."""
     if not path.is_dir():
-        raise ParityError(f"{path} is not a bundle folder: it needs {', '.join(FILES)}")
+        raise ParityError(f"{path} {'is no folder' if os.path.lexists(path) else 'does not exist'}: {NAME_ONE}")
     if not (path / "manifest.json").is_file():
         raise ParityError(f"bundle {path.name} has no manifest.json: copy the bundle again")
     manifest = read_json(path / "manifest.json")
     if manifest.get("format") != FORMAT:
-        raise ParityError(f"{path.name}/manifest.json has format {manifest.get('format')!r}, not {FORMAT!r}")
+        what = f"{path.name}/manifest.json has format {manifest.get('format')!r}"
+        raise ParityError(f"{what}, not {FORMAT!r}: capture the bundle again")
     for key, kind in (("source", dict), ("request", dict), ("taps", list)):
         if not isinstance(manifest.get(key), kind):
-            raise ParityError(f"{path.name}/manifest.json lacks {key!r} or holds no {kind.__name__} there")
+            raise ParityError(f"{path.name}/manifest.json lacks {key!r} or holds no {kind.__name__} there: restore it")
     return manifest
 
 

@@ -13,6 +13,7 @@ from parity.cli.results import (
     OutputOption,
     PythonOption,
     QuantizeOption,
+    check_outputs,
     deliver,
     quantized_as,
 )
@@ -97,6 +98,7 @@ def localize(
         page = report or REPORTS / f"{bundle.name}.html"
         require_own_page(page)
         require_own(plots_folder(page))
+        check_outputs(form, output, json_file, page)
         try:
             chosen = [definition().load_fault(name) for name in fault or []]
             if profile is not None:
@@ -133,7 +135,7 @@ def _departures(profile: object, path: Path) -> list:
     bundle = read_bundle(path)
     found = profile.faults_of(bundle)
     if not found:
-        raise ParityError(f"profile {profile.name} does nothing to a {bundle.task} bundle in {bundle.dtype}")
+        raise ParityError(f"profile {profile.name} does nothing to a bundle of {bundle.task} in {bundle.dtype}")
     return found
 
 
@@ -159,6 +161,7 @@ def floors(
         from parity.bundle.reading import find_bundles, read_bundle
         from parity.bundle.store import relist
         from parity.errors import ParityError
+        from parity.files import check_place
         from parity.oracle.floors import carrying, measure
         from parity.oracle.floors_file import FILE, write_floors
         from parity.oracle.judgement import judge
@@ -174,6 +177,7 @@ def floors(
             for path in paths:
                 tell = start(path.name)
                 oracle = Oracle.of(read_bundle(path))
+                check_place(path / FILE)
                 floors = measure(oracle, tell, settings())
                 if not (judgement := judge(oracle, carrying(oracle, floors)[SEGMENT])).agree:
                     raise ParityError(f"floors of bundle {path.name} are not kept: {judgement.sentence()}")

@@ -24,6 +24,7 @@ from parity.cli.results import (
     OutputOption,
     PythonOption,
     QuantizeOption,
+    check_outputs,
     deliver,
     quantized_as,
 )
@@ -96,6 +97,7 @@ def run(
         from parity.report.runner import compare_all, exit_status
         from parity.report.terminal import print_rows, progress_bar
 
+        check_outputs(form, output, json_file)
         folders = oracles or [Path("oracles")]
         paths = find_bundles(folders)
         require_own(report)
@@ -140,6 +142,7 @@ def check(
         from parity.tensors.recording import write_tensors
 
         limit_threads()
+        check_outputs(form, output, json_file, dump and dump / "taps.safetensors")
         try:
             with progress_bar(1, "comparison") as start:
                 tell, load = start(f"{bundle.name} {impl}"), port_loader(impl, python)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from parity.cli.errors import one_line_errors
-from parity.cli.results import FormatOption, OutputOption, deliver
+from parity.cli.results import FormatOption, OutputOption, check_outputs, deliver
 
 REPORTS = Path("reports/port")
 
@@ -53,8 +53,9 @@ def port(
         page = report or REPORTS / f"{pair.stem}.html"
         require_own_page(page)
         require_own(plots_folder(page))
+        check_outputs(form, output, json_file, page)
         for written in filter(None, (json_file, output)):
-            if written.exists() and written.suffix != ".json" or written.resolve() == pair.resolve():
+            if written.is_file() and written.suffix != ".json" or written.resolve() == pair.resolve():
                 raise ParityError(f"{written} is there already, and no result of this command: choose another name")
         try:
             with progress_bar(1, "pair") as start:

@@ -54,6 +54,27 @@ def quantized_as(bundle: Path, what: str | None, tell: Callable[[str], None]) ->
         yield recorded
 
 
+def check_outputs(form: Format | None, output: Path | None, *others: Path | None) -> None:
+    """Raise ParityError, before anything runs, where results cannot be written to a file, or not in the form that its
+    name ends in."""
+    from parity.files import check_place
+
+    if output is not None:
+        _form(form, output)
+    for path in filter(None, (output, *others)):
+        check_place(path)
+
+
+def _form(form: Format | None, output: Path) -> Format:
+    from parity.errors import ParityError
+
+    endings = {".md": Format.MD, ".json": Format.JSON, ".csv": Format.CSV, ".xml": Format.JUNIT}
+    found = form or endings.get(output.suffix.lower())
+    if found is None:
+        raise ParityError(f"{output} ends in none of {', '.join(endings)}: say --format {', '.join(Format)}")
+    return found
+
+
 def deliver(items: object, form: Format | None, output: Path | None) -> bool:
     """Print or write results in a form, and tell whether that took the place of the table; see formats.render.
 
@@ -61,14 +82,8 @@ def deliver(items: object, form: Format | None, output: Path | None) -> bool:
     """
     if form is None and output is None:
         return False
-    from parity.errors import ParityError
     from parity.report.formats import render
     from parity.report.output import emit
 
-    if form is None:
-        endings = {".md": Format.MD, ".json": Format.JSON, ".csv": Format.CSV, ".xml": Format.JUNIT}
-        if output.suffix.lower() not in endings:
-            raise ParityError(f"{output} ends in none of {', '.join(endings)}: say --format {', '.join(Format)}")
-        form = endings[output.suffix]
-    emit(render(items, form), output)
+    emit(render(items, form if output is None else _form(form, output)), output)
     return output is None

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from parity.cli.errors import one_line_errors
+from parity.cli.results import check_outputs
 
 
 def register(app: typer.Typer) -> None:
@@ -70,6 +71,7 @@ def sensitivity(
         from parity.lance.sensitivity.command import PAGE, RECIPE, measure
         from parity.lance.sensitivity.terminal import print_measured
 
+        check_outputs(None, None, json_file)
         widths = bits.split(",")
         if not all(each.strip().isdecimal() for each in widths):
             raise ParityError(f"--bits {bits} must be numbers with commas between them, such as 4,6,8")

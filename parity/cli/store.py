@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from parity.cli.errors import one_line_errors
-from parity.cli.results import FormatOption, OutputOption, PythonOption, QuantizeOption, deliver
+from parity.cli.results import FormatOption, OutputOption, PythonOption, QuantizeOption, check_outputs, deliver
 
 
 class Weights(StrEnum):
@@ -281,6 +281,7 @@ def compare(
         from parity.report.terminal_store import print_comparison
 
         limit_threads()
+        check_outputs(form, output)
         try:
             with progress_bar(2, "run") as start:
                 compared = compare_runs(a, b, within, False if any_dtype else None, allow_missing, start, python)

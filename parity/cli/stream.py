@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from parity.cli.errors import one_line_errors
-from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, PythonOption, deliver
+from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, PythonOption, check_outputs, deliver
 
 PROMPT = "a small red bird flies over the river"
 
@@ -98,6 +98,7 @@ def stream(
         from parity.lance.stream.terminal import print_streamed
         from parity.ports.loading import port_loader
 
+        check_outputs(form, output, json_file)
         load = None if impl == "mlx" and python is None else port_loader(impl, python)
         if load and fault:
             raise ParityError(f"faults break lance_mlx, not {impl}: leave --impl out")
@@ -110,7 +111,7 @@ def stream(
                 raise ParityError(f"the bundle says what is run: leave {given} out")
             plan = stack.enter_context(plan_against(against, checkpoint))
             if task not in (None, plan.request["task"]):
-                raise ParityError(f"bundle {against.name} holds a {plan.request['task']} request, not {task}")
+                raise ParityError(f"bundle {against.name} holds a request of {plan.request['task']}, not {task}")
         else:
             if checkpoint is None or task is None:
                 raise ParityError("name a --checkpoint and a --task, or a bundle to compare --against")

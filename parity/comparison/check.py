@@ -70,7 +70,7 @@ class TapResult:
             "component": self.tap.component,
             "shape": list(self.shape),
             "dtype": self.dtype,
-            "rel_l2": finite(d.rel_l2),
+            "rel_l2": finite(d.error),
             "limit": finite(self.limit.allowed),
             "diverges": self.diverges,
             "max_abs": finite(d.max_abs),
@@ -139,7 +139,7 @@ class Result:
             "verdict": self.verdict,
             "compared": self.compared,
             "missing": self.missing,
-            "worst": worst and {"tap": worst.tap.name, "rel_l2": finite(worst.difference.rel_l2)},
+            "worst": worst and {"tap": worst.tap.name, "rel_l2": finite(worst.difference.error)},
             "first_divergence": self.first_divergence,
             "task": self.task,
             "entry": self.entry,
@@ -274,7 +274,8 @@ def check_recording(run: Run, progress: Progress | None = None) -> Result:
     if any(result.difference.size for result in taps) and len(taps) < FEWEST_TAPS:
         reason = reason or f"only {len(taps)} tap was compared"
     if run.port.partial and missing:
-        remark = "; ".join(filter(None, [remark, f"judged on what {run.port.name} tells: {len(missing)} taps are not"]))
+        lacking = f"{len(missing)} tap{' is' if len(missing) == 1 else 's are'} not"
+        remark = "; ".join(filter(None, [remark, f"judged on what {run.port.name} tells: {lacking}"]))
     verdict = _verdict(taps, [] if run.port.partial else missing, first, reason, run.unstable or blind)
     return Result(
         bundle=bundle.name,
@@ -429,7 +430,7 @@ def _first_divergence(
     component = first.tap.component
     if not _is_weight(first):
         component = definition().name_component(bundle, recording, first.tap.name, names)
-    rel_l2 = finite(first.difference.rel_l2)
+    rel_l2 = finite(first.difference.error)
     return {"tap": first.tap.name, "call": first.tap.call, "component": component, "rel_l2": rel_l2}
 
 

@@ -48,7 +48,7 @@ class TapComparison:
             "dtype": self.dtype,
             "shape_b": list(self.shape_b),
             "dtype_b": self.dtype_b,
-            "rel_l2": finite(d.rel_l2),
+            "rel_l2": finite(d.error),
             "limit": finite(self.limit),
             "diverges": self.diverges,
             "max_abs": finite(d.max_abs),
@@ -117,7 +117,7 @@ class Comparison:
                 "tap": first.name,
                 "call": first.call,
                 "component": first.component,
-                "rel_l2": finite(first.difference.rel_l2),
+                "rel_l2": finite(first.difference.error),
             },
             "taps": [tap.to_json() for tap in self.taps],
         }
@@ -138,7 +138,7 @@ class Comparison:
         first = self.first_divergence
         if first:
             d = first.difference
-            error = "" if d.rel_l2 is None else f": error {d.rel_l2:.3g}"
+            error = "" if d.error is None else f": error {d.error:.3g}"
             error += "" if first.limit is None or not error else f", limit {first.limit:.3g}"
             lines.append(f"first divergence: {first.name}{error}")
             if d.mismatch:

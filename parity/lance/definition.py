@@ -24,6 +24,7 @@ from parity.lance.trusted import (
     load_trusted,
     load_wider,
     run_passes,
+    visuals_of,
 )
 from parity.lance.variants import exact_variant, run_variant, variants_for
 from parity.lance.weight_sums import changed, checkpoint_sum, has_weights, require_checkpoint
@@ -49,6 +50,7 @@ __all__ = [
     "exact_of",
     "SEQUENCE",
     "answer_logits",
+    "visuals_of",
     "variants_for",
     "exact_variant",
     "run_variant",

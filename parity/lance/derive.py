@@ -84,7 +84,10 @@ def require_consistent(bundle: Bundle) -> None:
                 "the inputs: the request or the tokenizer is not the capture's: restore manifest.json, or "
                 f"vocab.json, merges.txt and tokenizer_config.json in {bundle.checkpoint.name}/{bundle.variant}"
             )
-        if problem.damaged:
+        if problem.damaged and problem.what.startswith("inputs/"):
+            # So does another word in the request.
+            likely = f"inputs.safetensors, most of whose values fit: copy it again; or {likely}"
+        elif problem.damaged:
             likely = "the captured file: most of its values fit: copy it again"
         raise ParityError(
             f"bundle {bundle.name} does not fit its request: {problem.what}; likely {likely}, or capture it again"
@@ -360,7 +363,8 @@ def _equal(quantity: str, tensor: str, got: np.ndarray, expected: np.ndarray) ->
     if not len(wrong):
         return Derived(quantity, tensor, None)
     at = tuple(int(i) for i in wrong[0])
-    return Derived(quantity, tensor, f"holds {got[at]} at {list(at)}, the request makes {expected[at]}")
+    few = len(wrong) <= got.size / 2
+    return Derived(quantity, tensor, f"holds {got[at]} at {list(at)}, the request makes {expected[at]}", few)
 
 
 def _near(quantity: str, tensor: str, tap: Tap, expected: Tensor, scale: Tensor, dtype: str = "float32") -> Derived:

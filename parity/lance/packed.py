@@ -197,6 +197,9 @@ def _quantize(source: Path, variant: str, what: str, dtype: str, out: Path) -> N
 
 def recipe_named(what: str) -> Any:
     """The recipe that a number of bits, a name or a file stands for; raises LanceError."""
-    from lance_mlx.checkpoint.recipe import recipe_of
+    from lance_mlx.checkpoint.recipe import RECIPES, recipe_of
+    from lance_mlx.errors import LanceError
 
+    if not (what.isdecimal() or what in RECIPES or Path(what).exists()):
+        raise LanceError(f"{what} is no number of bits such as 4 or 8, no recipe ({', '.join(RECIPES)}) and no file")
     return recipe_of(bits=int(what)) if what.isdecimal() else recipe_of(predicate=what)

@@ -73,7 +73,7 @@ def build_request(task: str, options: Options) -> dict[str, Any]:
     if task not in DRAWN_FROM_TEXT and not (options.images or options.videos):
         raise ParityError(f"{task} needs {'a --video' if task in ('video_edit', 'x2t_video') else 'an --image'}")
     request = _question(task, options) if task in ANSWERED else _drawing(task, options)
-    check_request(request, f"record {task}")
+    check_request(request, f"record {task}", "give another")
     return request
 
 

@@ -20,8 +20,15 @@ _KEYS = {"task", "spec", "text_template", "resolution", "cfg_interval", "cfg_ren
 _KEYS |= {*_INTEGERS, *_OTHER_INTEGERS, *_NUMBERS}
 
 
-def check_request(request: dict[str, Any], what: str) -> None:
+def check_request(request: dict[str, Any], what: str, remedy: str = "restore it, or capture it again") -> None:
     """Check a request's keys and values; `what` names its file in the ParityError that this raises."""
+    try:
+        _check(request, what)
+    except ParityError as error:
+        raise ParityError(f"{error}: {remedy}") from None
+
+
+def _check(request: dict[str, Any], what: str) -> None:
     task = request.get("task")
     if not isinstance(task, str) or not task:
         raise ParityError(f"{what}: the request names no task")

@@ -1,6 +1,8 @@
 """The reference as the trusted side of a bundle: loaded, run from given values, and what it lays down as exact."""
 
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 
@@ -8,10 +10,11 @@ from parity.bundle.reading import Bundle
 from parity.lance.given import replay_of
 from parity.lance.names import logits_name
 from parity.lance.packed import note_packed, packed_beside
-from parity.lance.replay_torch import TorchReplay
+from parity.lance.replay_torch import TorchReplay, preprocess_reference
 from parity.lance.splitting import split_passes
 from parity.oracle.oracle import Oracle
 from parity.tensors.recording import ExactInputs, Recording, Split, Tap
+from reference.errors import ReferenceError
 from reference.layout import Layout, Mode, Role
 from reference.model import Pipeline
 from reference.numerics import Numerics
@@ -92,6 +95,14 @@ def cut(run: TorchReplay, passes: Recording) -> Recording:
     if run.entry != "full_sequence":
         return passes
     return split_passes(passes, run.layout)
+
+
+def visuals_of(run: TorchReplay, media: Path) -> Mapping[str, np.ndarray]:
+    """A request's visuals as the reference resizes them, by the names of the bundles' inputs; none where their files
+    are not there or cannot be read."""
+    with suppress(ReferenceError):
+        return preprocess_reference(run.request, media) or {}
+    return {}
 
 
 def unconditional_ids(layout: Layout, entry: str) -> np.ndarray:

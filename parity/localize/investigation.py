@@ -520,7 +520,7 @@ class Investigation:
         if missing and not self.port.partial:
             return INCONCLUSIVE, f"{len(missing)} of upstream's taps were not computed, the first is {missing[0]}"
         if len(taps) < FEWEST_TAPS:
-            return INCONCLUSIVE, f"only {len(taps)} taps were compared: that says too little"
+            return INCONCLUSIVE, f"{len(taps)} compared: fewer than {FEWEST_TAPS} taps say too little"
         return AGREE, ""
 
 

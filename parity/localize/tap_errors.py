@@ -1,5 +1,6 @@
 """Every tap's local, propagated and total error."""
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -38,7 +39,7 @@ def tap_errors(
         tap = oracle.bundle.locate(name)
         local, total = compare(expected_of[name], forced[name], tap.most), None
         if name in free and free[name].array.shape == expected.array.shape:
-            total = compare(held[name], free[name]).rel_l2
+            total = compare(held[name], free[name]).error
         propagated = propagated_error(expected, forced[name], free.get(name))
         exact = expected.dtype == "int32"
         level, allowed = (0.0, 0.0) if exact else (bounds.floor(name), bounds.allowed(name))
@@ -58,7 +59,7 @@ def tap_errors(
                 source=oracle.source(name),
                 shape=expected.array.shape,
                 dtype=expected.dtype,
-                local=local.rel_l2,
+                local=math.nan if local.odd else local.rel_l2,
                 propagated=propagated,
                 total=total,
                 gain=gain,

@@ -6,6 +6,7 @@ errors add up between one and the next (segment), and from the request's randomn
 oracle's tokens in all three.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,8 @@ from parity.tensors.rounding import step_squares
 from parity.tensors.sketch import Sketch
 
 OWN = "the reference itself"
+FLOORS = "floors"
+"""What is told while they are measured begins with it, which may take minutes."""
 
 Progress = Callable[[str], None]
 
@@ -64,10 +67,17 @@ def measure(
     `environments` are the settings of those; by default those of parity.oracle.machines.others.
     """
     bundle = oracle.bundle
-    tell = progress or (lambda what: None)
+    elsewhere = others() if environments is None else environments
+    variants, exact = definition().variants_for(bundle), definition().exact_variant(bundle.dtype)
+    started, count = itertools.count(1), 1 + len(variants) + len(elsewhere)
+
+    def tell(name: str) -> None:
+        if progress is not None:
+            progress(f"{FLOORS} {next(started)} of {count}: {name}")
+
     with one_line(f"reference cannot run bundle {bundle.name}"):
         own = run_free(oracle.run, bundle)
-        centers = _runs_of(bundle, oracle.passes, definition().exact_variant(bundle.dtype), tell)
+        centers = _runs_of(bundle, oracle.passes, exact, tell)
         tables, names = [LevelTable() for _ in KINDS], list[str]()
 
         def add(name: str, recordings: Sequence[Recording], variant: Variant | None = None) -> None:
@@ -76,10 +86,9 @@ def measure(
             names.append(name)
 
         add(OWN, (oracle.own, oracle.own, own))
-        for variant in definition().variants_for(bundle):
+        for variant in variants:
             add(variant.name, _runs_of(bundle, oracle.passes, variant, tell), variant)
-    elsewhere = record_elsewhere(bundle, oracle.passes, others() if environments is None else environments, tell)
-    for name, recordings in elsewhere.items():
+    for name, recordings in record_elsewhere(bundle, oracle.passes, elsewhere, tell).items():
         add(name, recordings)
     expected = (oracle.taps, bundle.expected, bundle.expected | logits_of(own))
     floors = [table.floors(floats_of(taps), tuple(names)) for table, taps in zip(tables, expected, strict=True)]
@@ -140,7 +149,7 @@ def pooled(several: Sequence[Floors]) -> Floors:
 def _runs_of(
     bundle: Bundle, passes: Recording, variant: Variant, tell: Progress
 ) -> tuple[Recording, Recording, Recording]:
-    tell(f"floors: {variant.name}")
+    tell(variant.name)
     run = definition().load_run(bundle, variant.numerics)
     kinds = (
         lambda: definition().cut(run, definition().run_passes(run, passes)),

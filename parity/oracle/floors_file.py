@@ -6,20 +6,22 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from parity.bundle.reading import Bundle, read_bundle, sha256
+from parity.bundle.reading import ENTRIES, read_bundle, read_json, sha256
 from parity.errors import FloorsRefused, ParityError
-from parity.files import write_atomically
+from parity.files import folder_beside, write_atomically
 from parity.model import definition
-from parity.oracle.floors import Floors, FloorSet, carrying, floats_of, logits_of, measure, pooled
+from parity.oracle.floors import FLOORS, Floors, FloorSet, carrying, floats_of, logits_of, measure, pooled
 from parity.oracle.judgement import Judgement, judge
 from parity.oracle.machines import facts, machine
 from parity.oracle.oracle import FREE, KINDS, SEGMENT, Oracle
+from parity.tensors.recording import DTYPES
 
 FILE = "floors.safetensors"
 CACHE = "LANCE_PARITY_CACHE"
@@ -61,6 +63,8 @@ def judged(oracle: Oracle, progress: Callable[[str], None] | None = None) -> tup
     with suppress(ParityError):
         # What a cache cannot give is measured again.
         mine = read_floors(place, oracle)
+    if mine is None and progress is not None:
+        _say_unless_kept(place, progress)
     own = measure(oracle, progress) if mine is None else mine
     floors = carrying(oracle, own if kept is None else {kind: pooled([kept[kind], own[kind]]) for kind in KINDS})
     judgement = judge(oracle, floors[SEGMENT])
@@ -68,6 +72,14 @@ def judged(oracle: Oracle, progress: Callable[[str], None] | None = None) -> tup
         with suppress(ParityError):
             write_floors(place, oracle, own)
     return floors, judgement
+
+
+def _say_unless_kept(place: Path, progress: Callable[[str], None]) -> None:
+    try:
+        with folder_beside(place):
+            pass
+    except OSError as error:
+        progress(f"{FLOORS} cannot be kept in {place.parent} ({error.strerror}): name a folder in {CACHE}")
 
 
 def cache_folder() -> Path:
@@ -83,7 +95,7 @@ def write_floors(path: Path, oracle: Oracle, floors: FloorSet) -> None:
     arrays["upstream"] = _packed(floors[FREE].upstream)
     facts_kept = {
         "format": _FORMAT,
-        "capture_sha256": _capture_sum(oracle.bundle),
+        "capture_sha256": _capture_sum(oracle.bundle.manifest),
         # The names follow from the bundle, and would fill most of the file.
         "names_sha256": {kind: _names_sum(each.levels) for kind, each in floors.items()},
         "variants": {kind: each.variants for kind, each in floors.items()},
@@ -113,9 +125,9 @@ def read_floors(path: Path, oracle: Oracle) -> FloorSet | None:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- no mapping
         if kept.get("format") != _FORMAT:
             raise FloorsRefused(f"{path} has format {kept.get('format')!r}, not {_FORMAT!r}: {remedy}")
-        if kept["capture_sha256"] != _capture_sum(oracle.bundle):
-            changed = "restore the request in manifest.json if that was changed"
-            raise FloorsRefused(f"{path} holds the floors of another capture than the bundle's: {changed}, or {remedy}")
+        if kept["capture_sha256"] != _capture_sum(oracle.bundle.manifest):
+            other = _other_capture(oracle, kept["capture_sha256"])
+            raise FloorsRefused(f"{path} holds the floors of another capture than the bundle's: {other}, or {remedy}")
         if kept["arrays_sha256"] != _arrays_sum(arrays):
             raise FloorsRefused(f"{path} holds other numbers than were measured: {remedy}")
         floors, wanted = {}, _names(oracle)
@@ -159,15 +171,45 @@ def _key(oracle: Oracle) -> str:
     """What a measurement belongs to: the capture, the checkpoint, the machine and the way to measure."""
     bundle = oracle.bundle
     capture = [sha256(path) for path in sorted(bundle.path.glob("*.safetensors")) if path.name != FILE]
-    capture += [_capture_sum(bundle), definition().checkpoint_sum(bundle), _names_sum(oracle.taps)]
+    capture += [_capture_sum(bundle.manifest), definition().checkpoint_sum(bundle), _names_sum(oracle.taps)]
     return hashlib.sha256("\n".join([_FORMAT, *capture, machine()]).encode()).hexdigest()[:32]
 
 
-def _capture_sum(bundle: Bundle) -> str:
+def _capture_sum(manifest: Mapping[str, Any]) -> str:
     """What a bundle was asked for and holds, whatever the values of its taps: floors do not hang on those."""
-    manifest = bundle.manifest
-    kept = [manifest[key] for key in ("request", "checkpoint", "variant", "taps")] + [bundle.entry, bundle.dtype]
+    kept = [manifest[key] for key in ("request", "checkpoint", "variant", "taps")]
+    kept += [manifest["source"][key] for key in ("entry", "dtype")]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _other_capture(oracle: Oracle, wanted: str) -> str:
+    """What differs from the capture that floors were measured of, told by trying what may have been changed."""
+    bundle, manifest = oracle.bundle, oracle.bundle.manifest
+    root, source, taps = bundle.path.parent, manifest["source"], manifest["taps"]
+    for path in sorted(root.glob("*/manifest.json")):
+        with suppress(ParityError, KeyError, TypeError):
+            if path.parent != bundle.path and _capture_sum(read_json(path)) == wanted:
+                return f"it is bundle {path.parent.name}'s: copy this bundle's own there"
+    folders = {"checkpoint": root, "variant": bundle.checkpoint}
+    named = [(key, each.name) for key, folder in folders.items() for each in folder.iterdir()]
+    for key, value in named:
+        if _capture_sum(manifest | {key: value}) == wanted:
+            return f"{key} is {manifest[key]} and was {value}: restore it in manifest.json"
+    for key, values in (("entry", ENTRIES), ("dtype", DTYPES)):
+        for value in values:
+            if _capture_sum(manifest | {"source": source | {key: value}}) == wanted:
+                return f"{key} is {source[key]} and was {value}: restore it in manifest.json"
+
+    def in_order(entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        return manifest | {"taps": sorted(entries, key=lambda entry: entry["name"])}
+
+    if _capture_sum(in_order(taps)) == wanted:
+        return "the taps are listed in another order: sort them by name in manifest.json"
+    for name, tap in oracle.own.items():
+        lost = {"name": name, "shape": list(tap.shape), "dtype": tap.dtype}
+        if name not in bundle.expected and _capture_sum(in_order([*taps, lost])) == wanted:
+            return f"tap {name} is missing: copy manifest.json and taps.safetensors again"
+    return "restore the request and the taps in manifest.json if these were changed"
 
 
 def _names_sum(taps: Iterable[str]) -> str:

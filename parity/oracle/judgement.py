@@ -19,6 +19,7 @@ from parity.oracle.bounds import EQUAL, Bound, Bounds, bounds_of
 from parity.oracle.common import common_error
 from parity.oracle.floors import Floors
 from parity.oracle.oracle import Oracle
+from parity.oracle.visuals import differing_visuals
 from parity.tensors.metrics import Difference, compare
 from parity.tensors.names import TapName, component_kind, parse
 from parity.tensors.recording import Tap
@@ -43,6 +44,8 @@ _FUNCTIONS = re.compile(r"noise|sdpa|_rope|positions|euler|schedule|guidance|seq
 _UNCONFIGURED = re.compile(r"vae\.|pixels|latent$|sampler\.")
 # What is computed with the numbers of a request.
 _SETTINGS = re.compile(r"euler|schedule|guidance")
+# What reads visuals.
+_SEEING = re.compile(r"vit_model|vae\.encode")
 _GIVEN = re.compile(r"sampler\.x_init|sampler\.x_t0|sampler\.noise|vae\.latent\d+|vae\.encode\d+\.eps")
 # Where no more than this part of what a component computed is wrong, the rest shows that it computes rightly.
 _SOME = 0.5
@@ -78,7 +81,8 @@ class Departure:
     def said(self) -> str:
         """Where they disagree and by how much, in words."""
         d, bound = self.difference, self.bound
-        far = f"error {d.rel_l2:.3g}, rounding allows {bound.allowed:.3g}" if bound.allowed else "it differs"
+        allowed = f"rounding allows {bound.allowed:.3g} from the taps before"
+        far = f"error {d.rel_l2:.3g}, {allowed}" if bound.allowed else "it differs"
         if not bound.exceeded_by(d):
             far = f"error {d.rel_l2:.3g}, of which rounding explains the size, but not what all rows have in common"
         return f"oracle and reference disagree at {self.tap.name} ({d.mismatch or far})"
@@ -134,8 +138,18 @@ def judge(oracle: Oracle, segment: Floors) -> Judgement:
             wrong.append(departure)
     if not wrong:
         return Judgement(())
+    if _SEEING.match(wrong[0].tap.name):
+        wrong[:0] = _visuals(oracle)
     causes, why = _causes(oracle, wrong)
     return Judgement(tuple(wrong), _open(oracle, wrong[0].tap, causes), why)
+
+
+def _visuals(oracle: Oracle) -> list[Departure]:
+    """The visuals that the reference makes otherwise of their files."""
+    made = definition().visuals_of(oracle.run, oracle.bundle.path.parent)
+    both = differing_visuals(made, oracle.bundle.inputs)
+    taps = ((name, (Tap(np.ascontiguousarray(x, np.float32), "float32") for x in arrays)) for name, *arrays in both)
+    return [Departure(parse(f"inputs/{name}"), compare(*each), EQUAL) for name, each in taps]
 
 
 def segment_bounds(oracle: Oracle, segment: Floors) -> Bounds:
@@ -197,6 +211,8 @@ def _open(oracle: Oracle, tap: TapName, causes: set[Cause]) -> tuple[Cause, ...]
 def _causes(oracle: Oracle, wrong: Sequence[Departure]) -> tuple[set[Cause], str]:
     first = wrong[0].tap
     names = {departure.tap.name for departure in wrong}
+    if first.component == "preprocess":
+        return {Cause.INPUTS}, "they are not what the visuals' files make: copy inputs.safetensors and the files again"
     if first.name.startswith("inputs/"):
         return {Cause.INPUTS}, "the request or the tokenizer is another one than the capture's"
     if _GIVEN.fullmatch(first.name):

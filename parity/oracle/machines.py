@@ -110,7 +110,7 @@ def record_elsewhere(
         def run(item: tuple[str, Environment]) -> tuple[str, list[Recording] | None, str]:
             name, environment = item
             out = place / hashlib.sha256(name.encode()).hexdigest()[:12]
-            told(f"floors: {name}")
+            told(name)
             command = [sys.executable, "-m", "parity.oracle.machines", str(bundle.path), str(place), str(out)]
             added = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])}
             # Its input ends when this process does, however that is.

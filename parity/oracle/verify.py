@@ -61,10 +61,13 @@ class Verified:
         self.problems.append(Problem(printable(place), printable(what), unusable))
 
 
-def verify(folder: Path, start: Callable[[str], object] = lambda name: None) -> list[Verified]:
+def verify(
+    folder: Path, start: Callable[[str], Callable[[str], None]] = lambda name: lambda what: None
+) -> list[Verified]:
     """Verify one bundle, or every bundle in a folder and the other files that its MANIFEST.json lists.
 
-    `start` is told the name of each before it is looked at. Raises ParityError where there is nothing to verify.
+    `start` is told the name of each before it is looked at, and returns what is told what is done then. Raises
+    ParityError where there is nothing to verify.
     """
     paths = whole_bundles([folder])
     results = []
@@ -75,8 +78,7 @@ def verify(folder: Path, start: Callable[[str], object] = lambda name: None) -> 
         start(CHECKSUMS)
         results.append(_verify_files(root, others))
     for path in paths:
-        start(path.name)
-        results.append(verify_bundle(path))
+        results.append(verify_bundle(path, start(path.name)))
     return results
 
 
@@ -86,7 +88,7 @@ def exit_status(results: Sequence[Verified]) -> int:
     return 1 if FAILS in verdicts else 2 if UNUSABLE in verdicts or not verdicts else 0
 
 
-def verify_bundle(path: Path) -> Verified:
+def verify_bundle(path: Path, tell: Callable[[str], None] = lambda what: None) -> Verified:
     """Verify one bundle: its checksums, every tensor in it, and what can be derived."""
     found = Verified(path.name)
     try:
@@ -111,7 +113,7 @@ def verify_bundle(path: Path) -> Verified:
     found.tensors += len(sketches)
     for name, sketch in sketches.items():
         if count := int(sketch.statistics[:, -1].sum()):
-            found.add(name, f"{count} elements are not finite")
+            found.add(name, f"{count} element{' is' if count == 1 else 's are'} not finite")
     for place, tensors in (("inputs/", inputs), ("", taps)):
         found.tensors += len(tensors)
         for name, tap in tensors.items():
@@ -124,30 +126,32 @@ def verify_bundle(path: Path) -> Verified:
     bundle = bundle and replace(bundle, sketches=sketches)
     if bundle is not None:
         _check_checkpoint(bundle, found)
+        damaged = bool(found.problems)
         for item in definition().derive(bundle):
             found.derived += 1
             if item.problem is not None:
                 found.add(item.tensor, f"{item.problem} ({item.quantity})")
-        if not found.problems:
-            # What is known to be damaged is no news.
-            _judge(bundle, found)
+        # What is known to be damaged is no news; but what does not follow from other taps may be right, and they wrong.
+        if not damaged and all(problem.place in bundle.expected for problem in found.problems):
+            _judge(bundle, found, tell)
     return found
 
 
-def _judge(bundle: Bundle, found: Verified) -> None:
-    """Hold the reference against every tap, where the weights are at hand."""
+def _judge(bundle: Bundle, found: Verified, tell: Callable[[str], None]) -> None:
+    """Hold the reference against every tap, where the weights are at hand; where they disagree stands first."""
     from parity.oracle.floors_file import judge_bundle
 
     try:
-        judgement = judge_bundle(bundle.path)
+        judgement = judge_bundle(bundle.path, tell)
     except ParityError as error:
         if definition().has_weights(bundle):
-            found.add("reference", str(error), unusable=True)
+            found.add("reference", str(error).removeprefix("reference "), unusable=True)
         else:
             found.unjudged = str(error)
         return
     if not judgement.agree:
         found.add(judgement.departures[0].tap.name, judgement.sentence())
+        found.problems.insert(0, found.problems.pop())
 
 
 def _check_checkpoint(bundle: Bundle, found: Verified) -> None:

@@ -74,7 +74,7 @@ class GivenPort(Port):
     def _run(self, asked: Asked) -> Observed:
         probe = Probe(asked.names, HeldTaps(asked.force), *asked.sequence, asked.progress, Attached)
         if isinstance(asked.force, Mending):
-            asked.force.recorded = lambda: observed_of(probe.taps, {}, probe.absent, (), asked.names)
+            asked.force.recorded = lambda: observed_of(probe.taps, {}, probe.absent, {}, asked.names)
         with redirect_stdout(sys.stderr):
             self._port.run(probe)
         return observed_of(probe.taps, probe.exact, probe.absent, probe.unknown, asked.names)

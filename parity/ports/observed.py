@@ -1,6 +1,6 @@
 """What a given port's run recorded, as the engine takes it."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import numpy as np
 
@@ -37,12 +37,18 @@ def observed_of(
     taps: Mapping[str, Held],
     exact: Mapping[str, np.ndarray],
     absent: Mapping[str, np.ndarray],
-    unknown: Iterable[str],
+    unknown: Mapping[str, str],
     names: Container[str],
 ) -> Observed:
-    """Hold a probe's record as taps; raises ParityError for a dtype or a name that there is not."""
-    for name in (*unknown, *exact):
-        parse(name)
+    """Hold a probe's record as taps; raises ParityError for a dtype or a name that there is not.
+
+    `unknown` are names that nobody asked for, and where they were told.
+    """
+    for name, place in unknown.items():
+        try:
+            parse(name)
+        except ParityError as error:
+            raise ParityError(f"{error} ({place})") from None
     recording: Recording = {}
     for name, (array, dtype) in taps.items():
         if name not in names:

@@ -3,9 +3,11 @@
 NumPy is all that is needed here: a port that brings its own packages runs in a process that has no more of ours.
 """
 
+import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ class Probe:
         splits: the oracle's sequence, where the run is steered: role, mode, ids, grid and clean_frames of each.
         answer: index of an answer's first token in it; None where nothing is answered.
         taps, exact: what has been recorded.
-        unknown: names that were told and that nobody asked for, in order.
+        unknown: names that were told and that nobody asked for, in order, and where each was told first, as FILE:LINE.
         absent: for taps of which the port lacks rows, which of the oracle's rows those are; they broadcast to the tap.
         progress: told the name of each call before it runs.
         attached: makes a context in which code can be attached to from outside: see attach.Attached.
@@ -43,8 +45,9 @@ class Probe:
     taps: dict[str, Held] = field(default_factory=dict)
     exact: dict[str, np.ndarray] = field(default_factory=dict)
     absent: dict[str, np.ndarray] = field(default_factory=dict)
-    unknown: dict[str, None] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
     _calls: Mapping[str, np.ndarray] | None = None
+    _told: set[str] = field(default_factory=set)
 
     def call(self, rows: Mapping[str, Any]) -> None:
         """Say which calls of the oracle's what follows belongs to.
@@ -64,6 +67,8 @@ class Probe:
         for name in found.keys() - (self._calls or {}).keys():
             self.progress(name)
         self._calls = {name: places.astype(np.intp) for name, places in found.items()}
+        # A port that computes the sequence anew in each step tells its prefix anew.
+        self._told = set()
 
     def rows(self, path: str, array: Any, of: Any = None, axis: int = 0, axes: tuple[int, ...] = ()) -> Any:
         """Record a module's output in all current calls and return what to go on with, as the same kind of array.
@@ -95,8 +100,12 @@ class Probe:
                 continue
             name, there = f"{call}/{path}", places >= 0
             self._note(name)
-            if name in self.names and name not in self.taps:
-                self.taps[name] = np.take(taken, np.maximum(places, 0), axis), dtype
+            mine = np.take(taken, np.maximum(places, 0), axis) if name in self.names else None
+            if mine is not None and name in self._told and name not in self.force:
+                _require_same(name, self.taps[name][0], mine)
+            self._told.add(name)
+            if mine is not None and name not in self.taps:
+                self.taps[name] = mine, dtype
                 if not there.all():
                     # As many axes as the tap has, to be laid over it.
                     self.absent[name] = np.expand_dims(~there, [i for i in range(taken.ndim) if i != axis])
@@ -112,9 +121,10 @@ class Probe:
         """Record a whole tap, such as sampler.x_t1 or latent, and return what to go on with; `axes` as for rows."""
         self._note(name)
         layout = _Layout(np.shape(array), axes, name)
-        if name in self.names and name not in self.taps:
+        if name in self.names and not (name in self.taps and name in self.force):
             taken, dtype = _taken(array, name)
-            self.taps[name] = np.array(layout.of_tap(taken)), dtype
+            told = self.taps.setdefault(name, (np.array(layout.of_tap(taken)), dtype))
+            _require_same(name, told[0], layout.of_tap(taken))
         return _like(array, layout.of_port(self.force[name][0])) if name in self.force else array
 
     def next(self, name: str, number: int) -> int:
@@ -131,20 +141,32 @@ class Probe:
         `shared` tells, as booleans, which of the oracle's values along the last axis the port has; None for all.
         """
         name, found = f"inputs/{name}", np.array(array)
+        self._note(name)
         if found.dtype.kind not in "iubf":
             raise ValueError(f"{name} is {found.dtype}: give integers or times")
         if shared is not None and np.asarray(shared).sum() != (found.shape[-1] if found.ndim else -1):
             raise ValueError(f"{name}: shared names {int(np.asarray(shared).sum())} values, there are {found.shape}")
-        self.exact.setdefault(name, found.astype(np.float32 if found.dtype.kind == "f" else np.int32))
+        given, told = self.given.get(name), found.astype(np.float32 if found.dtype.kind == "f" else np.int32)
+        if given is None:
+            _require_same(name, self.exact.get(name, told), told)
+        self.exact.setdefault(name, told)
         if shared is not None:
             self.absent[name] = ~np.asarray(shared, bool)
-        given = self.given.get(name)
         return found if given is None else given[..., slice(None) if shared is None else shared].copy()
 
     def _note(self, name: str) -> None:
         """Remember a name that nobody asked for: it may be misspelt."""
-        if name not in self.names and len(self.unknown) < MOST:
-            self.unknown[name] = None
+        if name not in self.names and name not in self.unknown and len(self.unknown) < MOST:
+            frame = sys._getframe()
+            while frame.f_back is not None and frame.f_code.co_filename == __file__:
+                frame = frame.f_back
+            self.unknown[name] = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def _require_same(name: str, before: np.ndarray, now: np.ndarray) -> None:
+    """Raise ValueError where a name is told again, of another value: which of the two counts?"""
+    if not np.array_equal(before.ravel(), now.ravel(), equal_nan=True):
+        raise ValueError(f"{name} is told twice, of different values: give each call or step its own name")
 
 
 def told_weights(port: Any) -> Iterator[tuple[str, np.ndarray]]:

@@ -77,7 +77,7 @@ class ProcessPort(Port):
         }
         if mending is not None:
             taps, absent = {}, {}
-            mending.recorded = lambda: observed_of(taps, {}, absent, (), asked.names)
+            mending.recorded = lambda: observed_of(taps, {}, absent, {}, asked.names)
 
             def mend(message: dict[str, Any], held: dict[str, np.ndarray]) -> None:
                 new, _, lacking = _parted(message, held)

@@ -132,7 +132,7 @@ class Worker:
         message, held = told(probe, list(probe.taps))
         held |= {f"exact/{name}": array for name, array in probe.exact.items()}
         held |= {f"absent/{name}": probe.absent[name] for name in probe.exact if name in probe.absent}
-        self._channel.send(message | {"unknown": list(probe.unknown)}, held)
+        self._channel.send(message | {"unknown": probe.unknown}, held)
 
     def weights(self, message: dict, arrays: dict) -> None:
         """Its weights, one message each."""

@@ -12,7 +12,7 @@ from parity.comparison.compare import Comparison, TapComparison
 from parity.comparison.verdict import AGREE, DIVERGE
 from parity.localize.findings import Localization
 from parity.report.output import Format
-from parity.report.run_page import SYMBOLS, UNSUPPORTED, Row, error_of, first_line, significant
+from parity.report.run_page import SYMBOLS, UNSUPPORTED, Row, counted, error_of, first_line, significant
 from parity.report.words import localization_markdown
 
 SHOWN = 20
@@ -201,7 +201,7 @@ def _summary(items: Sequence[Item]) -> str:
                 getattr(item, "dtype", ""),
                 str(result.compared if isinstance(result, Result) else len(getattr(result, "taps", ()))),
                 _code(worst.tap.name) if worst else "",
-                significant(worst.difference.rel_l2) if worst else "",
+                error_of(worst.difference) if worst else "",
                 _signed(item.verdict) + (f": {_plain(item.message)}" if item.verdict == UNSUPPORTED else ""),
             )
         )
@@ -227,10 +227,10 @@ def _section(item: Item) -> str:
     if table:
         kind = "Diverging" if diverging else "Farthest"
         some = f", {SHOWN} of {len(chosen)}" if len(chosen) > SHOWN else ""
-        lines += [f"{len(taps)} taps compared. {kind}{some}:", ""]
+        lines += [f"{counted(len(taps), 'tap')} compared. {kind}{some}:", ""]
         lines.append(_table(("tap", "shape", "dtype", "error", "limit", "largest difference", "equal bits"), table))
     elif taps:
-        lines += [f"{len(taps)} taps compared, every bit equal.", ""]
+        lines += [f"{counted(len(taps), 'tap')} compared, every bit equal.", ""]
     missing = item.missing if isinstance(item, Result) else item.only_a
     if missing:
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""

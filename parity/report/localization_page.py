@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from parity.files import write_atomically
+from parity.files import is_stream, write_atomically
 from parity.localize.attribution import Attribution, Worth
 from parity.localize.findings import EXPLAINS, Finding, Localization, Picture, SliceError
 from parity.report import words
@@ -67,16 +67,17 @@ class Drawn:
 def write_localization(path: Path, localization: Localization) -> Path:
     """Write the page `path`, and its plots as PNG into `<stem>-plots` beside it; return the path.
 
-    Both are written under other names and renamed. Raises ParityError where they cannot be written, or where the
-    folder of the plots holds what was not written there so.
+    Both are written under other names and renamed. Beside a pipe or a device there are no plots. Raises ParityError
+    where they cannot be written, or where the folder of the plots holds what was not written there so.
     """
     path = path.resolve() if path.is_symlink() else path
     require_own_page(path)
     drawn = draw(localization)
     page = render(localization, drawn)
-    with new_folder(plots_folder(path)) as beside:
-        for name, data in drawn.files().items():
-            (beside / name).write_bytes(data)
+    if not is_stream(path):
+        with new_folder(plots_folder(path)) as beside:
+            for name, data in drawn.files().items():
+                (beside / name).write_bytes(data)
     write_atomically(path, page.encode(errors="replace"))
     return path
 

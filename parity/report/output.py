@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from parity.errors import ParityError
-from parity.files import folder_beside
+from parity.files import folder_beside, is_stream, write_atomically
 
 _LIST = ".written-by-lance-parity"
 
@@ -22,22 +22,11 @@ class Format(StrEnum):
 
 
 def emit(text: str, output: Path | None) -> None:
-    """Print a document, or write it to a file, whole or not at all; raises ParityError when that fails."""
+    """Print a document, or write it to a file; see write_atomically."""
     if output is None:
         print(text, end="")
         return
-    from parity.files import write_atomically
-
-    if output.is_symlink():
-        output = output.resolve()
-    if not output.exists() or output.is_file() or output.is_dir():
-        write_atomically(output, text.encode())
-        return
-    # A terminal, a pipe or a device, which nothing may take the place of.
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ParityError(f"{output} cannot be written: {error.strerror}") from error
+    write_atomically(output, text.encode())
 
 
 def require_own(folder: Path) -> None:
@@ -60,6 +49,8 @@ GENERATOR = '<meta name="generator" content="lance-parity">'
 
 def require_own_page(path: Path) -> None:
     """Raise ParityError where a page would take the place of anything but one of ours, or no browser would show it."""
+    if is_stream(path):
+        return
     if not path.exists():
         if path.suffix.lower() not in (".html", ".htm"):
             raise ParityError(f"{path} is no name of a page: let it end in .html")

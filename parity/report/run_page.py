@@ -1,6 +1,5 @@
 """The HTML report of a run: a table of all comparisons and a page for each."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -98,7 +97,11 @@ def page_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"sig": significant, "mib": lambda n: "unknown" if n is None else f"{n / 2**20:.0f} MiB"}
+    environment.filters |= {
+        "sig": significant,
+        "error": error_of,
+        "mib": lambda n: "unknown" if n is None else f"{n / 2**20:.0f} MiB",
+    }
     return environment
 
 
@@ -107,10 +110,16 @@ def significant(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else "0" if value == 0 else f"{value:.{digits}g}"
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things in words."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def error_of(difference: Difference) -> str:
-    """Return a relative error with three digits, behind ≈ where sketches tell it; a dash where ours is not finite."""
-    if difference.mismatch and difference.got is not None and not math.isfinite(difference.got):
-        return "–"
+    """Return a relative error with three digits, behind ≈ where sketches tell it; NaN beside values that are not
+    finite."""
+    if difference.odd:
+        return "NaN"
     return f"{'≈' if difference.accuracy else ''}{significant(difference.rel_l2)}"
 
 

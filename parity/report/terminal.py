@@ -1,8 +1,10 @@
 """What lance-parity shows in the terminal: tables, verdicts and progress."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +14,8 @@ from tqdm import tqdm
 
 from parity.comparison.check import Result
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE, UNUSABLE
-from parity.report.run_page import SYMBOLS, UNSUPPORTED, Row, error_of, estimates, first_line, significant
+from parity.oracle.floors import FLOORS
+from parity.report.run_page import SYMBOLS, UNSUPPORTED, Row, counted, error_of, estimates, first_line, significant
 
 STYLES = {AGREE: "green", DIVERGE: "bold red", INCONCLUSIVE: "bold yellow", UNUSABLE: "bold yellow", UNSUPPORTED: "dim"}
 
@@ -31,22 +34,21 @@ def progress_bar(total: int, unit: str) -> Iterator[Callable[[str], Callable[[st
             bar.update(started - bar.n)
             started += 1
             bar.set_description(name)
-            return bar.set_postfix_str if not bar.disable else _once(name)
+            return partial(_tell, bar, name)
 
         yield start
         bar.update(started - bar.n)
 
 
-def _once(name: str) -> Callable[[str], None]:
-    """Where there is no bar, tells of what takes minutes, once."""
-    told: list[str] = []
-
-    def tell(what: str) -> None:
-        if what.startswith("floors: ") and not told:
-            told.append(what)
-            print(f"{name}: measuring what rounding does, once on this machine", file=sys.stderr)
-
-    return tell
+def _tell(bar: tqdm, name: str, what: str) -> None:
+    """Show what is being done; where there is no bar only what takes minutes, and what is to stay in any case."""
+    if not bar.disable:
+        bar.set_postfix_str(what)
+    numbered = re.match(rf"{FLOORS} (\d+) of ", what)
+    if numbered and numbered[1] == "1":
+        bar.write(f"{name}: measuring what rounding does, once on this machine", sys.stderr)
+    if numbered and bar.disable or not numbered and what.startswith(f"{FLOORS} "):
+        bar.write(f"{name}: {what}", sys.stderr)
 
 
 def new_console(**options: Any) -> Console:
@@ -65,7 +67,7 @@ def print_rows(rows: Sequence[Row]) -> None:
             row.dtype,
             str(row.result.compared) if row.result else "0",
             worst.tap.name if worst else "",
-            significant(worst.difference.rel_l2) if worst else "",
+            error_of(worst.difference) if worst else "",
             styled(row.verdict, row.message),
         )
     print_table(table)
@@ -76,8 +78,8 @@ def print_result(result: Result) -> None:
     console = new_console(soft_wrap=True)
     heading = Text.assemble(f"{result.bundle}, {result.impl}, {result.dtype}: ", styled(result.verdict))
     console.print(heading)
-    counts = f"{len(result.inputs)} integer inputs and {result.compared} taps compared, {len(result.missing)} missing"
-    console.print(counts)
+    inputs, taps = counted(len(result.inputs), "integer input"), counted(result.compared, "tap")
+    console.print(f"{inputs} and {taps} compared, {len(result.missing)} missing")
     if result.worst:
         console.print(f"worst: {result.worst.tap.name}, error {error_of(result.worst.difference)}")
     if said := estimates(tap.difference for tap in result.taps):
@@ -97,7 +99,9 @@ def print_result(result: Result) -> None:
     )
     if first:
         d = first.difference
-        console.print(f"{first.tap.name}: error {error_of(d)}, limit {significant(first.limit.allowed)}")
+        # The sentence above may tell what is allowed from one tap to the next.
+        whole = " of a run from its beginning" if first.limit.allowed else ""
+        console.print(f"{first.tap.name}: error {error_of(d)}, limit {significant(first.limit.allowed)}{whole}")
         if d.mismatch:
             console.print(d.mismatch)
         elif d.at is not None:

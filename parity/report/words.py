@@ -150,7 +150,7 @@ def counted(localization: Localization) -> str:
     """Return how much was compared."""
     taps, wrong = len(localization.taps), sum(tap.wrong for tap in localization.taps)
     estimated = sum(tap.accuracy is not None for tap in localization.taps)
-    said = f"{taps:,} taps"
+    said = f"{taps:,} tap{'s' * (taps != 1)}"
     captured = sum(tap.source == UPSTREAM for tap in localization.taps)
     said += f" ({captured:,} captured, the others as the reference computes them from those)" if captured < taps else ""
     said += f", {estimated:,} of them by sketches" if estimated else ""

@@ -36,6 +36,7 @@ class Difference:
         accuracy: how near rel_l2 is to the exact error, relative to it, in 95 of 100 cases, where it was estimated from
             sketches; None where it is exact.
         groups: the groups of rows that a sketch keeps apart, and rel_l2 of each.
+        odd: whether NaN or infinity stands where the other has none, of which rel_l2 says nothing.
     """
 
     rel_l2: float | None
@@ -49,6 +50,12 @@ class Difference:
     mismatch: str | None = None
     accuracy: float | None = None
     groups: tuple[tuple[str, float], ...] = ()
+    odd: bool = False
+
+    @property
+    def error(self) -> float | None:
+        """rel_l2 as it may be told; None where there is none, or values that are not finite were left out of it."""
+        return None if self.odd else self.rel_l2
 
     @property
     def exact(self) -> bool:
@@ -127,6 +134,7 @@ def compare(oracle: Tap | Sketch, ours: Tap | Sketch, most: float | None = None)
         bits_equal=same_bits / a.size,
         size=a.size,
         mismatch=mismatch,
+        odd=odd is not None,
     )
 
 
@@ -167,7 +175,7 @@ def _estimated(oracle: Tap | Sketch, ours: Tap | Sketch, mismatch: str | None) -
     accuracy = None if found.equal else ACCURACY
     bits_equal = 1.0 if found.equal else None
     return Difference(found.rel_l2, None, None, None, None, None, bits_equal, a.size, mismatch or found.mismatch,
-                      accuracy, tuple(found.groups.items()))  # fmt: skip
+                      accuracy, tuple(found.groups.items()), found.mismatch is not None)  # fmt: skip
 
 
 def axis_errors(expected: np.ndarray, got: np.ndarray, axis: int | tuple[int, ...]) -> AxisErrors:

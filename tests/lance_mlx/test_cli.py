@@ -125,7 +125,7 @@ def test_noise_of_another_size_is_refused_before_the_model_is_read(refused, tmp_
         ("generate t2i t2v --model x", "Got unexpected extra argument(s) (t2v); lance-mlx generate -h lists"),
         ("benchmark other", "BENCHMARK 'other' is not one of 'geneval', 'dpg', 'gedit', 'vbench'."),
         ("serve --model x --port 70000", "--port '70000' should be less than or equal to 65535"),
-        ("paint", "No such command 'paint'; lance-mlx -h lists what there is"),
+        ("zzz", "No such command 'zzz'; lance-mlx -h lists what there is"),
     ],
 )
 def test_a_command_line_that_cannot_be_read_is_one_line(invoke, arguments, line):

@@ -59,7 +59,6 @@ def test_pipes_and_devices_among_the_arguments_are_not_waited_for(refused, check
     os.mkfifo("pipe.pth")
     given = ["--model", checkpoint, "--prompt", "a"]
     assert "pipe" in refused("generate", "--model", checkpoint, "--config-from", "pipe.png")
-    assert "pipe" in refused("generate", "t2i", *given, "-o", "pipe.png", "--overwrite")
     assert "pipe" in refused("generate", "--model", checkpoint, "--requests", "pipe.png")
     assert "is not a file" in refused("generate", "i2v", *given, "--image", "pipe.png")
     assert "pipe" in refused("convert-vae", "pipe.pth", "vae.safetensors")

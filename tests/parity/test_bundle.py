@@ -61,7 +61,7 @@ def test_refuses_a_missing_file(bundle, name):
 
 
 def test_refuses_what_is_no_folder(bundle):
-    refused(bundle / "manifest.json", "not a bundle folder")
+    refused(bundle / "manifest.json", "is no folder: name the folder of a bundle")
 
 
 @pytest.mark.parametrize(

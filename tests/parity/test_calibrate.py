@@ -54,6 +54,7 @@ def measured(planted, tmp_path_factory):
     return command(given, folder / "found", quiet, planted, budget="5.5bits", **how), folder / "found"
 
 
+@pytest.mark.exhaustive
 def test_scales_win_on_other_requests_where_outliers_are_planted(measured, planted, tmp_path):
     found, folder = measured
     widths = {group.name: 4 for group in found.groups if group.name not in found.unread}

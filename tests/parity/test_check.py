@@ -18,6 +18,7 @@ from parity.oracle.floors import Floors, logits_of
 from parity.oracle.floors_file import floors_of, judged
 from parity.oracle.oracle import FREE
 from parity.oracle.verify import SOUND, verify_bundle
+from parity.report.run_page import error_of
 from parity.tensors.recording import Tap, write_tensors
 from reference.numerics import Numerics
 from reference.request import Renorm
@@ -114,6 +115,8 @@ def test_what_has_no_error_diverges_and_is_the_worst(bundle, replayed, change, w
     result = check(bundle, replayed(changed={"sampler.x_t2": change, "pixels": scaled(-1)}))
     assert result.verdict == "diverge" and result.first_divergence["tap"] == "sampler.x_t2"
     assert result.worst.tap.name == "sampler.x_t2" and words in result.worst.difference.mismatch
+    assert error_of(result.worst.difference) == ("–" if "shape" in words else "NaN")
+    assert result.to_json()["worst"]["rel_l2"] is None and result.first_divergence["rel_l2"] is None
 
 
 def test_another_dtype_diverges(bundle, replayed):

@@ -13,6 +13,9 @@ from typer.testing import CliRunner
 from parity.cli.main import app, main
 from parity.errors import ParityError
 from parity.lance.record_options import Options, build_request
+from parity.oracle.verify import verify_bundle
+from parity.report import localization_page as page
+from parity.report.output import require_own_page
 
 DEEP = "[" * 100_000
 
@@ -148,3 +151,70 @@ def test_a_command_line_that_cannot_be_read_is_one_line(monkeypatch, capsys, giv
         main()
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith(f"lance-parity: {line}") and said.count("\n") == 1, said
+
+
+REPORTING = {
+    "run": ["/nope"],
+    "check": ["/nope", "--impl", "mlx"],
+    "localize": ["/nope"],
+    "compare": ["/nope", "@mlx"],
+    "stream": ["--against", "/nope"],
+    "port": ["/nope.py"],
+}
+
+
+@pytest.mark.parametrize("command", REPORTING)
+def test_outputs_that_cannot_be_written_are_refused_before_anything_runs(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = [command, *REPORTING[command]]
+    assert "x.fifo ends in none of .md, .json, .csv, .xml" in refused(*given, "--output", "x.fifo")
+    (tmp_path / "x.MD").mkdir()
+    option = "--output" if command == "compare" else "--json"
+    assert "x.MD is a folder: name a file in it" in refused(*given, option, "x.MD")
+    assert "/nope" in refused(*given, "--output", "y.MD")
+
+
+def test_a_report_to_a_device_is_a_page_without_plots(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "draw", lambda localization: page.Drawn())
+    monkeypatch.setattr(page, "render", lambda localization, drawn: "<html>")
+    (tmp_path / "page.html").symlink_to("/dev/null")
+    require_own_page(tmp_path / "page.html")
+    page.write_localization(tmp_path / "page.html", None)
+    assert (tmp_path / "page.html").is_char_device() and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["request"].update(height="64"), "height must be a positive integer, not '64': restore it, or"),
+        (lambda m: m["request"].update(cfg_img_scale=1), "unknown request key 'cfg_img_scale': restore it, or capture"),
+        (lambda m: m["taps"][0].update(shape=[1]), "its manifest says [1]: copy both again"),
+        (lambda m: m["taps"].clear(), "lists no taps: copy its manifest.json again, or capture it again"),
+        (lambda m: m["source"].update(dtype="float8"), "has dtype 'float8', not float32 or bfloat16: restore it"),
+    ],
+)
+def test_what_is_wrong_with_a_manifest_comes_with_its_remedy(copied, change, words):
+    path = copied / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    assert words in refused("check", copied, "--impl", "mlx")
+
+
+def test_what_is_not_there_is_told_so(copied):
+    for command in (["check", "--impl", "mlx"], ["localize"], ["floors"], ["oracles"], ["verify"], ["run"]):
+        assert "/nope does not exist: name " in refused(command[0], "/nope", *command[1:])
+    words = "3.5 is no number of bits such as 4 or 8, no recipe (8bit, small) and no file"
+    assert words in refused("check", copied, "--impl", "mlx", "--quantize", "3.5")
+
+
+def test_a_weight_that_is_no_number_comes_with_its_remedy(copied):
+    path = copied.parent / "checkpoint-a" / "Lance_3B" / "model.safetensors"
+    weights = load_file(path)
+    weights["llm2vae.bias"][0] = float("nan")
+    save_file(weights, path)
+    for command in (["check", "--impl", "mlx"], ["localize"]):
+        assert "holds NaN or infinite values: fetch the file again" in refused(command[0], copied, *command[1:])
+    (problem,) = verify_bundle(copied).problems
+    assert problem.place == "reference" and problem.what.startswith("cannot run bundle t2i-fp32-nokv: ")
+    assert problem.what.endswith("fetch the file again")

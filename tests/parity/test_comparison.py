@@ -175,7 +175,7 @@ def test_bfloat16_and_integers_are_compared_across_libraries():
         (f"{T2I}@torch", T2I, "there is no implementation 'torch': name mlx, reference, or FILE.py:NAME"),
         (f"{T2I}@mlx:fp8", T2I, "numerics 'fp8' is not one of float32, bfloat16"),
         ("@mlx", T2I, "which bundle?"),
-        ("nowhere@mlx", T2I, "nowhere is not a bundle folder"),
+        ("nowhere@mlx", T2I, "nowhere does not exist: name the folder"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(a, b, message):

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from parity.errors import ParityError
-from parity.files import folder_beside, replacing, write_atomically
+from parity.files import check_place, folder_beside, replacing, write_atomically
 
 
 def test_what_a_dead_process_left_goes_and_what_a_live_one_writes_stays(tmp_path):
@@ -38,3 +38,33 @@ def test_what_fails_leaves_nothing_and_what_was_there(tmp_path, error):
         file.write(b"half")
         raise error
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_links_are_followed_and_streams_written_to(tmp_path):
+    (tmp_path / "there").mkdir()
+    link, pipe, full = (tmp_path / name for name in ("link.json", "pipe", "full"))
+    link.symlink_to("there/real.json")
+    full.symlink_to("/dev/full")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (link, link, pipe):
+        check_place(path)
+        write_atomically(path, b"{}")
+    assert link.is_symlink() and (tmp_path / "there" / "real.json").read_bytes() == b"{}"
+    assert pipe.is_fifo() and os.read(reader, 10) == b"{}"
+    os.close(reader)
+    with pytest.raises(ParityError, match="full cannot be written: No space left on device"):
+        write_atomically(full, b"{}")
+    assert full.is_char_device()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(".", "is a folder: name a file in it"), ("file/new/a.json", "file is not a folder: name another file")],
+)
+def test_a_place_that_takes_nothing_is_seen_before(tmp_path, name, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(ParityError, match=message):
+        check_place(tmp_path / name)
+    check_place(tmp_path / "new" / "folder" / "a.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -102,7 +102,9 @@ def test_no_floor_hangs_on_what_the_oracle_holds(oracle_of, measured):
     pixels.reshape(-1)[:400] = 0
     taps = oracle.bundle.taps | {"pixels": Tap(pixels, "float32")}
     damaged = Oracle.of(replace(oracle.bundle, taps=taps))
-    again = measure(damaged, environments={})
+    told = []
+    again = measure(damaged, told.append, environments={})
+    assert [what.partition(":")[0] for what in told] == [f"floors {i + 1} of {len(told)}" for i in range(len(told))]
     for kind in KINDS:
         assert again[kind].levels["pixels"] == pytest.approx(measured[kind].levels["pixels"])
 
@@ -305,7 +307,7 @@ def test_floors_are_not_kept_where_oracle_and_reference_disagree(measuring_once,
     monkeypatch.setattr(floors_file, "judge", lambda *arguments: disagreeing)
     for _ in range(2):
         floors_of(oracle)
-    assert len(counted) == 2 and not floors_file.cache_folder().exists()
+    assert len(counted) == 2 and not list(floors_file.cache_folder().glob("*"))
     monkeypatch.setattr("parity.oracle.judgement.judge", lambda *arguments: disagreeing)
     monkeypatch.setattr(measuring, "measure", lambda *arguments: {SEGMENT: None})
     monkeypatch.setattr(measuring, "carrying", lambda oracle, floors: floors)
@@ -377,6 +379,48 @@ def test_bad_floors_are_refused_in_one_line(stored, damage, never_measured):
         floors_of(oracle)
     text = str(caught.value)
     assert "floors.safetensors" in text and "lance-parity floors" in text and "\n" not in text
+
+
+def without(name):
+    return lambda m: m | {"taps": [entry for entry in m["taps"] if entry["name"] != name]}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda m: m | {"variant": "Lance_3B_Video"}, "variant is Lance_3B_Video and was Lance_3B: restore it"),
+        (lambda m: m | {"source": m["source"] | {"entry": "kv_cache"}}, "entry is kv_cache and was full_sequence"),
+        (lambda m: m | {"taps": m["taps"][::-1]}, "the taps are listed in another order: sort them by name"),
+        (without("velocity_call2"), "tap velocity_call2 is missing: copy manifest.json and taps.safetensors again"),
+        (lambda m: m | {"request": m["request"] | {"seed": 5}}, "restore the request and the taps in manifest.json"),
+    ],
+)
+def test_what_was_changed_since_floors_were_measured_is_named(stored, never_measured, change, told):
+    oracle = stored[0]
+    manifest = change(oracle.bundle.manifest)
+    taps = {entry["name"]: oracle.bundle.taps[entry["name"]] for entry in manifest["taps"]}
+    with pytest.raises(ParityError, match=f"the floors of another capture than the bundle's: {told}"):
+        floors_of(replace(oracle, bundle=replace(oracle.bundle, manifest=manifest, taps=taps)))
+
+
+def test_floors_of_another_bundle_are_told_by_its_name(stored, never_measured):
+    oracle = stored[0]
+    other = oracle.bundle.path.parent / "other"
+    other.mkdir()
+    (other / "manifest.json").write_text(json.dumps(oracle.bundle.manifest))
+    manifest = oracle.bundle.manifest | {"request": oracle.bundle.request | {"seed": 5}}
+    with pytest.raises(ParityError, match="bundle's: it is bundle other's: copy this bundle's own there, or remove"):
+        floors_of(replace(oracle, bundle=replace(oracle.bundle, manifest=manifest)))
+
+
+def test_where_nothing_can_be_kept_that_is_said_first(measuring_once, monkeypatch, tmp_path):
+    oracle, counted = measuring_once
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(CACHE, str(tmp_path / "file" / "cache"))
+    told = []
+    floors_file.judged(oracle, lambda what: told.append((what, len(counted))))
+    words = f"floors cannot be kept in {tmp_path}/file/cache (Not a directory): name a folder in {CACHE}"
+    assert told == [(words, 0)] and counted == [1]
 
 
 def test_writing_replaces_the_whole_file_or_nothing(stored, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +128,7 @@ def test_another_request_is_an_input(copy_bundle):
         localize(bundle)
 
 
+@pytest.mark.exhaustive
 def test_another_guidance_is_a_setting_of_the_request(copy_bundle):
     bundle = copy_bundle(SMALL)
     edited(bundle, lambda m: m["request"].update(cfg_text_scale=4.01))
@@ -146,6 +148,16 @@ def test_one_damaged_element_of_a_schedule_is_no_other_request(copy_bundle):
     bundle = copy_bundle(SMALL)
     with_tap(bundle, "sampler.timestep2", lambda t: np.where(np.arange(len(t)) == 3, 1.001 * t, t).astype(np.float32))
     with pytest.raises(ParityError, match="likely the captured file: most of its values fit"):
+        check_bundle(bundle, "mlx")
+
+
+def test_one_altered_token_is_sought_in_the_file_that_holds_it(copy_bundle):
+    bundle = copy_bundle(SMALL)
+    inputs = read_tensors(bundle / "inputs.safetensors")
+    ids = inputs["text_ids"].array.copy()
+    ids[2] += 1
+    write_tensors(bundle / "inputs.safetensors", inputs | {"text_ids": Tap(ids, "int32")})
+    with pytest.raises(ParityError, match="likely inputs.safetensors, most of whose values fit: copy it again; or the"):
         check_bundle(bundle, "mlx")
 
 
@@ -238,3 +250,24 @@ def test_a_wrong_reference_is_told_where_the_port_agrees_with_the_oracle(oracles
 def oracles(oracles, tmp_path):
     """The embedded bundles, in a place where nothing is remembered of them."""
     return shutil.copytree(oracles, tmp_path / "oracles")
+
+
+def test_an_altered_picture_is_named_before_what_reads_it(copy_bundle):
+    bundle = copy_bundle("x2t_image-fp32-nokv")
+    (bundle.parent / "media").symlink_to(Path(__file__).parents[2] / "oracles" / "media")
+    assert not verify_bundle(bundle).problems
+    inputs = read_tensors(bundle / "inputs.safetensors")
+    patches = inputs["vit_patches0"]
+    write_tensors(bundle / "inputs.safetensors", inputs | {"vit_patches0": Tap(patches.array * 1.01, patches.dtype)})
+    judgement = judge_bundle(bundle)
+    assert [each.tap.name for each in judgement.departures] == ["inputs/vit_patches0", "vit_model0"]
+    assert judgement.causes == (Cause.INPUTS,) and "the visuals' files" in judgement.why
+    assert verify_bundle(bundle).problems[0].place == "inputs/vit_patches0"
+
+
+def test_the_tap_that_was_altered_is_named_before_what_does_not_follow_from_it(copy_bundle):
+    bundle = copy_bundle(SMALL)
+    with_tap(bundle, "velocity_call2", noisy)
+    first, *others = verify_bundle(bundle).problems
+    assert first.place == "velocity_call2" and "disagree at velocity_call2" in first.what
+    assert any("derived is" in problem.what for problem in others)

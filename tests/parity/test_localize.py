@@ -321,7 +321,7 @@ def test_faults_break_lance_mlx_only(oracles):
         localize(oracles / "t2i-fp32-nokv", "reference", [CATALOGUE["rope-pairs"]])
     with pytest.raises(ParityError, match="there is no implementation 'torch': name mlx, reference, or FILE.py:NAME"):
         localize(oracles / "t2i-fp32-nokv", "torch")
-    with pytest.raises(ParityError, match="is not a bundle folder"):
+    with pytest.raises(ParityError, match="does not exist: name the folder of a bundle"):
         localize(oracles / "nothing")
 
 

@@ -16,6 +16,7 @@ from parity.comparison.check import check_bundle
 from parity.errors import ParityError
 from parity.localize.investigation import localize
 from parity.ports.loading import port_loader
+from parity.tensors.recording import Tap
 
 SMALL = "t2i-fp32-nokv"
 HEAD = """
@@ -215,8 +216,13 @@ MISUSED = {
     "probe.value('latent', None)": "latent is NoneType: give an array of float32, bfloat16 or integers",
     "probe.value('latent', np.zeros(3, 'float16'))": "latent is float16: give an array of float32",
     "probe.value('latent', np.zeros(3, 'complex64'))": "latent is complex64: give an array of float32",
-    "probe.value('no_such_tap', np.zeros(3, 'float32'))": "tap 'no_such_tap' has no known call",
-    "probe.integers('no such thing', [1])": "has no known call",
+    "probe.value('no_such_tap', np.zeros(3, 'float32'))": "lists the names (port_3.py:5)",
+    "probe.integers('no such thing', [1])": "lists the names (port_4.py:5)",
+    "for i in range(2): probe.value('latent', np.full(3, i, 'float32'))": "latent is told twice, of different values",
+    "for i in range(2): probe.integers('text_ids', [i])": "inputs/text_ids is told twice, of different values",
+    "probe.call({'cond.prefix0': [0]}); [probe.rows('hidden_in', np.full((1, 2), i, 'float32')) for i in range(2)]": (
+        "cond.prefix0/hidden_in is told twice, of different values"
+    ),
     "probe.integers('text_ids', [1, 2], np.ones(5, bool))": "inputs/text_ids: shared names 5 values",
     "probe.rows('hidden_in', np.zeros((2, 3), 'float32'))": "comes before any probe.call",
     "probe.call(['cond.prefix0'])": "probe.call is given list: give {call: rows}",
@@ -264,10 +270,21 @@ def misused(oracles, tmp_path_factory):
 def test_what_a_port_does_wrong_is_one_line_that_names_it(misused, python):
     for number, (run, message) in enumerate(MISUSED.items()):
         with pytest.raises(ParityError, match=f"^[^\n]*{re.escape(message)}[^\n]*$"):
-            misused(number, run, python=python).run({"latent"})
+            misused(number, run, python=python).run({"latent", "cond.prefix0/hidden_in"})
     for number, (weights, message) in enumerate(WEIGHTS.items(), 100):
         with pytest.raises(ParityError, match=f"^[^\n]*({message})[^\n]*$"):
             list(misused(number, weights=weights, python=python).weights())
+
+
+def test_what_is_told_again_is_the_same_or_of_another_call(misused):
+    one = "probe.call({'cond.prefix0': [0]}); probe.rows('hidden_in', np.full((1, 2), i, 'float32'))"
+    again = f"for i in range(2): {one}"
+    found = misused(400, again).run({"cond.prefix0/hidden_in"})
+    assert found.recording["cond.prefix0/hidden_in"].array.tolist() == [[0, 0]]
+    same = "for i in range(2): probe.value('latent', np.full(3, np.nan, 'float32'))"
+    assert list(misused(401, same).run({"latent"}).recording) == ["latent"]
+    led = {"latent": Tap(np.ones(3, np.float32), "float32")}
+    misused(402, "x = probe.value('latent', np.zeros(3, 'float32')); probe.value('latent', x)").run({"latent"}, led)
 
 
 def test_a_process_that_ends_is_one_line(misused, oracles, tmp_path):

@@ -60,6 +60,7 @@ def test_what_breaks_packed_weights_asks_for_some(oracles, oracle_of, subject_of
                 pass
 
 
+@pytest.mark.exhaustive
 def test_a_fault_of_one_row_alone_is_found_where_rows_are_single(oracles, alone, tmp_path, monkeypatch):
     """Weights that are right, multiplied wrongly when they are packed."""
     from lance_mlx.model import quantized as module

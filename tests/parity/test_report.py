@@ -11,6 +11,7 @@ from parity.comparison.check import check_bundle
 from parity.errors import ParityError
 from parity.report.error_plot import error_plot
 from parity.report.run_page import UNSUPPORTED, Row, row_of, significant, write_report
+from parity.report.terminal import progress_bar
 
 
 class Page(HTMLParser):
@@ -183,6 +184,16 @@ def test_a_report_that_cannot_be_written_is_an_error_and_leaves_nothing(rows, tm
         write_report(tmp_path / "latest", rows, [])
     assert {path.name for path in (tmp_path / "latest").iterdir()} == {"index.html", rows[0].page, LISTED}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".latest")]
+
+
+def test_what_takes_minutes_is_told_with_or_without_a_bar(capsys):
+    with progress_bar(1, "bundle") as start:
+        tell = start("a")
+        for what in ("floors cannot be kept", "floors", "floors 1 of 2: x", "step0", "floors 2 of 2: y"):
+            tell(what)
+    once = "a: measuring what rounding does, once on this machine"
+    shown = ["a: floors cannot be kept", once, "a: floors 1 of 2: x", "a: floors 2 of 2: y"]
+    assert capsys.readouterr().err.splitlines() == shown
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,7 @@ def test_positions_are_compared_before_any_layer():
     assert not any(part.wrong for part in found.parts)
 
 
+@pytest.mark.exhaustive
 def test_memory_does_not_grow_with_the_number_of_layers(deep, monkeypatch):
     peaks, live = {}, []
     read = stream_reference.load_part
@@ -231,7 +232,7 @@ def test_the_command_writes_json_and_tells_by_its_status(tmp_path):
         (["stream"], "name a --checkpoint and a --task"),
         ([*arguments, "--width", "64"], "leave --width"),
         (["stream", "--checkpoint", str(CHECKPOINT), "--task", "i2v"], "cannot be streamed"),
-        (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--task", "t2v"], "holds a t2i request, not t2v"),
+        (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--task", "t2v"], "holds a request of t2i, not t2v"),
         (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--width", "64"], "leave --width out"),
         (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--live"], "leave --live out"),
         ([*arguments, "--fault", "nonsense"], "there is no fault"),

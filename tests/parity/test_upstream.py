@@ -120,7 +120,7 @@ def test_another_commit_and_changed_files_are_used_with_a_warning(fake, monkeypa
         (("--upstream", "CLONE"), "t2i needs a --prompt"),
         (("--upstream", "CLONE", "--inputs-of", "BUNDLE", "--steps", "2"), "--steps means nothing beside --inputs-of"),
         (("--upstream", "CLONE", "--inputs-of", "BUNDLE", "--seed", "7"), "--seed means nothing beside --inputs-of"),
-        (("--upstream", "CLONE", "--inputs-of", "OTHER"), "holds a image_edit request, not t2i"),
+        (("--upstream", "CLONE", "--inputs-of", "OTHER"), "holds a request of image_edit, not t2i"),
         (("--upstream", "CLONE", "--prompt", "a", "--numerics", "half"), "numerics 'half' is not one of"),
         (("--upstream", "CLONE", "--prompt", "a", "--entry", "both"), "entry 'both' is not one of"),
         (("--upstream", "CLONE", "--prompt", "a", "--level", "half"), "level 'half' is not one of"),

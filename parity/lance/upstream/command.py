@@ -65,5 +65,5 @@ def _request_again(asked: Asked, given: Bundle) -> dict[str, Any]:
     if option:
         raise ParityError(f"{option} means nothing beside --inputs-of, whose bundle has the request: leave it out")
     if given.task != asked.task:
-        raise ParityError(f"bundle {given.name} holds a {given.task} request, not {asked.task}: name its task")
+        raise ParityError(f"bundle {given.name} holds a request of {given.task}, not {asked.task}: name its task")
     return request_of(given)
