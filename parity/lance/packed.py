@@ -201,5 +201,5 @@ def recipe_named(what: str) -> Any:
     from lance_mlx.errors import LanceError
 
     if not (what.isdecimal() or what in RECIPES or Path(what).exists()):
-        raise LanceError(f"{what} is no number of bits such as 4 or 8, no recipe ({', '.join(RECIPES)}) and no file")
+        raise LanceError(f"there is no recipe '{what}': give bits such as 4 or 8, {', '.join(RECIPES)}, or a JSON file")
     return recipe_of(bits=int(what)) if what.isdecimal() else recipe_of(predicate=what)

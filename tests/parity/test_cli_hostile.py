@@ -204,7 +204,7 @@ def test_what_is_wrong_with_a_manifest_comes_with_its_remedy(copied, change, wor
 def test_what_is_not_there_is_told_so(copied):
     for command in (["check", "--impl", "mlx"], ["localize"], ["floors"], ["oracles"], ["verify"], ["run"]):
         assert "/nope does not exist: name " in refused(command[0], "/nope", *command[1:])
-    words = "3.5 is no number of bits such as 4 or 8, no recipe (8bit, small) and no file"
+    words = "there is no recipe '3.5': give bits such as 4 or 8, 8bit, small, or a JSON file"
     assert words in refused("check", copied, "--impl", "mlx", "--quantize", "3.5")
 
 
