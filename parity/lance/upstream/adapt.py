@@ -72,6 +72,8 @@ def adapt(upstream: Upstream, clone: Path, dtype: str, on_gpu: bool) -> None:
         upstream.navit.flash_attn_varlen_func = stand_ins.attention
     if not on_gpu:
         _on_cpu(upstream)
+    # Sums of bfloat16 are rounded once, as where they are compared: cuBLAS may round parts of them.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 class _Cpu:
