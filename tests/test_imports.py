@@ -207,7 +207,8 @@ OF_LANCE = re.compile(r"\bViT\b|\bVAE\b|\bLance\b|\bvae\b|\bvit_|moe_gen|self_at
 NAMED_AFTER_IT = {
     "parity/bundle/reading.py", "parity/comparison/exact.py", "parity/comparison/trajectory.py",
     "parity/laws/attending.py", "parity/laws/guidance.py", "parity/laws/mixture.py", "parity/laws/renorm.py",
-    "parity/hypotheses/tap_probe.py", "parity/oracle/judgement.py", "parity/tensors/recording.py",
+    "parity/hypotheses/tap_probe.py", "parity/oracle/judgement.py", "parity/oracle/visuals.py",
+    "parity/tensors/recording.py",
 }  # fmt: skip
 
 

@@ -221,7 +221,7 @@ def test_run_reports_every_kind_of_outcome(lance_parity, use, bundle, copy_bundl
 def test_run_without_oracles_is_an_error(lance_parity):
     result = lance_parity("run")
     assert result.exit_code == 2
-    one_line(result, "oracles is not a folder")
+    one_line(result, "oracles does not exist")
 
 
 def test_layouts_prints_times_and_ignores_other_tasks(lance_parity, oracles, tmp_path):

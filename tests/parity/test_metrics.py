@@ -172,7 +172,14 @@ def test_every_number_is_that_of_the_definition(block, a, data):
         assert found.cosine is None or found.cosine == pytest.approx(wanted["cosine"], abs=1e-12)
         assert found.at == wanted["at"] and found.size == a.size
         # NumPy's numbers would show as such in reports.
-        assert {type(value) for value in (*vars(found).values(), *found.at)} <= {float, int, tuple, str, type(None)}
+        assert {type(value) for value in (*vars(found).values(), *found.at)} <= {
+            float,
+            int,
+            bool,
+            tuple,
+            str,
+            type(None),
+        }
         assert (found.mismatch is None) == (wanted["odd"] is None)
         assert found.mismatch is None or f"at {wanted['odd']} where" in found.mismatch
 

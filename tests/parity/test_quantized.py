@@ -128,7 +128,7 @@ def test_a_quantized_model_computes_what_the_reference_does_with_the_dequantized
             assert held >= {scheme for scheme in SCHEMES if 64 % scheme.group_size == 0}
         assert (UNROUNDED in variants_for(bundle)) == (bundle.dtype == "bfloat16")
         result = check_bundle(path, "mlx")
-        assert result.verdict == AGREE and len(result.taps) == len(bundle.taps) and not result.missing
+        assert result.verdict == AGREE and len(result.taps) >= len(bundle.taps) and not result.missing
         # It is not what the weights compute that were not quantized.
         before = read_bundle(given).taps
         assert not all(np.array_equal(tap.array, before[name].array) for name, tap in bundle.taps.items())

@@ -44,7 +44,7 @@ def small(tmp_path):
 @pytest.fixture
 def unjudged(monkeypatch):
     """What the reference recorded it computes again; to measure floors for each bundle takes long."""
-    monkeypatch.setattr("parity.oracle.verify._judge", lambda bundle, found: None)
+    monkeypatch.setattr("parity.oracle.verify._judge", lambda bundle, *rest: None)
 
 
 def manifest_of(bundle):
