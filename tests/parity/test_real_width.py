@@ -115,6 +115,7 @@ NORM = SIZES["hidden_size"] ** 0.5 * 2.0**-26
 ALLOWED = 4
 
 
+@pytest.mark.exhaustive
 def test_both_agree_at_the_official_width(recorded):
     ours, theirs, reordered = (recorded[kind] for kind in KINDS)
     assert ours.keys() & theirs.keys() >= {"latent", "pixels", "cond.step0/llm2vae", "uncond.step0/hidden_out"}
