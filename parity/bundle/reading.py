@@ -29,7 +29,6 @@ ENTRIES = ("kv_cache", "full_sequence")
 OWN = "files"
 """Key of a manifest under which a bundle lists the checksums of its own tensors."""
 FILES = ("manifest.json", "inputs.safetensors", "taps.safetensors")
-NAME_ONE = f"name the folder of a bundle, which holds {', '.join(FILES)}"
 
 
 @dataclass(frozen=True)
@@ -124,10 +123,16 @@ def open_bundle(path: Path, checkpoint: Path | None = None) -> Iterator[Bundle]:
         yield replace(_bundle(path, manifest, checkpoint, taps, held), sketches={})
 
 
+def require_folder(path: Path) -> None:
+    """Raise ParityError for what cannot be a bundle, since it is no folder."""
+    if not path.is_dir():
+        what = "is no folder" if os.path.lexists(path) else "does not exist"
+        raise ParityError(f"{path} {what}: name the folder of a bundle, which holds {', '.join(FILES)}")
+
+
 def _opened(path: Path, checkpoint: Path | None = None) -> tuple[Path, dict[str, Any], Path]:
     """A bundle's resolved folder, its manifest and its checkpoint."""
-    if not path.is_dir():
-        raise ParityError(f"{path} {'is no folder' if os.path.lexists(path) else 'does not exist'}: {NAME_ONE}")
+    require_folder(path)
     path = path.resolve()
     root = path.parent
     for name in FILES:

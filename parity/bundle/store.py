@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parity.bundle.reading import CHECKSUMS, FILES, FORMAT, NAME_ONE, OWN, find_bundles, read_json, read_listing, sha256
+from parity.bundle.reading import (
+    CHECKSUMS,
+    FILES,
+    FORMAT,
+    OWN,
+    find_bundles,
+    read_json,
+    read_listing,
+    require_folder,
+    sha256,
+)
 from parity.errors import ParityError, printable
 from parity.files import write_atomically
 from parity.tensors.sketch_file import FILE as SKETCHES
@@ -103,8 +113,7 @@ def describe(path: Path) -> Stored:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of the bundle at `path`; raises ParityError where it is none."""
-    if not path.is_dir():
-        raise ParityError(f"{path} {'is no folder' if os.path.lexists(path) else 'does not exist'}: {NAME_ONE}")
+    require_folder(path)
     if not (path / "manifest.json").is_file():
         raise ParityError(f"bundle {path.name} has no manifest.json: copy the bundle again")
     manifest = read_json(path / "manifest.json")
