@@ -10,8 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from reference.errors import ReferenceError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-# Rows that a padded batch is filled up to a multiple of, and queries of a chunk: sizes that suit no kernel's blocks.
-PADDING, CHUNK = 24, 7
+# Rows that a padded batch is filled up to a multiple of, which suits no kernel's blocks; and keys of a tile, fewer than
+# any kernel's, so that also a small bundle's keys take several.
+PADDING, TILE = 24, 16
 WIDER = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -21,7 +22,7 @@ class Numerics:
 
     dtype: "float32" and "bfloat16" are upstream's; "float64" tells how far float32 itself is from exact.
     attention: "sdpa" is PyTorch's kernel; "math" is an explicit softmax of float32 scores, "float64" of float64 ones;
-    "chunked" is the kernel again for a few queries at a time; "disturbed" is "math" with errors added as large as those
+    "tiled" takes a few keys at a time, as kernels of GPUs do; "disturbed" is "math" with errors added as large as those
     of another order of summing the scores, and of exponentials good to two units in the last place.
     linear: "float32" and "float64" multiply (and convolve) in that dtype and round once; "native" does so in `dtype`,
     whose sums depend on the processor's instructions; "padded" is "float32" with rows of zeros added to a batch, which
@@ -39,7 +40,7 @@ class Numerics:
     def __post_init__(self) -> None:
         for field, allowed in (
             ("dtype", tuple(DTYPES)),
-            ("attention", ("sdpa", "math", "float64", "chunked", "disturbed")),
+            ("attention", ("sdpa", "math", "float64", "tiled", "disturbed")),
             ("linear", ("native", "disturbed", "padded", *WIDER)),
         ):
             if getattr(self, field) not in allowed:
@@ -111,10 +112,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: str,
     """
     groups = q.shape[1] // k.shape[1]
     q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)))
-    if attention == "chunked":
-        parts = zip(q.split(CHUNK, 1), [None] * q.shape[1] if mask is None else mask.split(CHUNK), strict=False)
-        out = torch.cat([attend_heads(part, k, v, own) for part, own in parts], 1)
-    elif attention == "sdpa":
+    if attention == "sdpa":
         out = attend_heads(q, k, v, mask)
     else:
         wide = torch.float64 if attention == "float64" else widened(q).dtype
@@ -123,11 +121,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: str,
             scores = disturbed_sums(scores, q.shape[-1], draw)
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
+        if attention == "tiled":
+            return _tiled(scores, v).to(q.dtype).transpose(0, 1)
         weights = torch.softmax(scores, -1)
         if attention == "disturbed":
             weights = weights * (1 + normal(weights.shape, len(k) + draw).to(weights) * 2.0**-23)
         out = (weights @ v.to(wide)).to(q.dtype)
     return out.transpose(0, 1)
+
+
+def _tiled(scores: Tensor, v: Tensor) -> Tensor:
+    """Softmax of scores [heads, n, m] times v [heads, m, d], TILE keys at a time.
+
+    What is summed so far is scaled to the largest score so far, and the weights are rounded to v's dtype before they
+    are divided by their sum, which is that of the unrounded ones.
+    """
+    largest = scores.new_full((*scores.shape[:2], 1), torch.finfo(scores.dtype).min)
+    total, out = torch.zeros_like(largest), scores.new_zeros(*scores.shape[:2], v.shape[-1])
+    for part, values in zip(scores.split(TILE, -1), v.split(TILE, 1), strict=True):
+        known, largest = largest, torch.maximum(largest, part.amax(-1, keepdim=True))
+        weights, past = torch.exp(part - largest), torch.exp(known - largest)
+        total = total * past + weights.sum(-1, keepdim=True)
+        out = out * past + weights.to(v.dtype).to(out.dtype) @ values.to(out.dtype)
+    return out / total
 
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -45,13 +45,14 @@ class Attention(nn.Module):
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, True, numerics)
         self.proj = Linear(config.hidden_size, config.hidden_size, True, numerics)
         self.q_rope, self.k_rope = Rope(), Rope()
+        # Upstream's query has no batch axis, for which PyTorch rounds only the result.
+        self.kind, self.draw = numerics.attention.replace("sdpa", "math"), numerics.draw
 
     def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)
         # Rotated in float32 whatever the weights' dtype.
         q, k = (rope(widened(y), cos, sin).to(v.dtype) for rope, y in ((self.q_rope, q), (self.k_rope, k)))
-        # Upstream's query has no batch axis, for which PyTorch rounds only the result.
-        return self.proj(attend(q, k, v, mask, "math").flatten(1))
+        return self.proj(attend(q, k, v, mask, self.kind, self.draw).flatten(1))
 
 
 class Block(nn.Module):

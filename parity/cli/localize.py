@@ -166,7 +166,7 @@ def floors(
         from parity.oracle.floors_file import FILE, write_floors
         from parity.oracle.judgement import judge
         from parity.oracle.machines import machine, settings
-        from parity.oracle.oracle import LOCAL, SEGMENT, Oracle
+        from parity.oracle.oracle import LOCAL, Oracle
         from parity.report.runner import limit_threads
         from parity.report.terminal import progress_bar
 
@@ -179,7 +179,7 @@ def floors(
                 oracle = Oracle.of(read_bundle(path))
                 check_place(path / FILE)
                 floors = measure(oracle, tell, settings())
-                if not (judgement := judge(oracle, carrying(oracle, floors)[SEGMENT])).agree:
+                if not (judgement := judge(oracle, carrying(oracle, floors))).agree:
                     raise ParityError(f"floors of bundle {path.name} are not kept: {judgement.sentence()}")
                 write_floors(path / FILE, oracle, floors)
                 relist(path / FILE)

@@ -1,6 +1,6 @@
 """Equally right ways to compute what the reference computes, each in another order of rounding.
 
-Attention by an explicit softmax, in float64, or a few queries at a time; products in float64, padded, by the
+Attention by an explicit softmax, in float64, or a few keys at a time; products in float64, padded, by the
 processor's own kernels, or disturbed by what another order of summing would do; another number of threads; every
 float32 tap off by a unit in its last place; single rows times packed weights that bfloat16 does not round.
 `exact_variant` is the one that rounds least.
@@ -63,7 +63,7 @@ def variants_of(dtype: str, carried: bool = False) -> list[Variant]:
     found = [
         Variant("explicit softmax", "attention", Numerics(dtype, "math")),
         Variant("attention in float64", "attention", Numerics(dtype, "float64")),
-        Variant("attention in chunks", "attention", Numerics(dtype, "chunked")),
+        Variant("attention in tiles of keys", "attention", Numerics(dtype, "tiled")),
         Variant("products in float64", "products", Numerics(dtype, linear="float64")),
         Variant("padded batches", "products", Numerics(dtype, linear="padded")),
         Variant("two threads", "threads", Numerics(dtype), threads=2),

@@ -20,7 +20,7 @@ from parity.model import definition
 from parity.oracle.floors import FLOORS, Floors, FloorSet, carrying, floats_of, logits_of, measure, pooled
 from parity.oracle.judgement import Judgement, judge
 from parity.oracle.machines import facts, machine
-from parity.oracle.oracle import FREE, KINDS, SEGMENT, Oracle
+from parity.oracle.oracle import FREE, KINDS, Oracle
 from parity.tensors.recording import DTYPES
 
 FILE = "floors.safetensors"
@@ -58,7 +58,7 @@ def judged(oracle: Oracle, progress: Callable[[str], None] | None = None) -> tup
     kept = read_floors(oracle.bundle.path / FILE, oracle)
     if kept is not None and all(machine() in floors.machines for floors in kept.values()):
         floors = carrying(oracle, kept)
-        return floors, judge(oracle, floors[SEGMENT])
+        return floors, judge(oracle, floors)
     place, mine = cache_folder() / f"{_key(oracle)}.safetensors", None
     with suppress(ParityError):
         # What a cache cannot give is measured again.
@@ -67,7 +67,7 @@ def judged(oracle: Oracle, progress: Callable[[str], None] | None = None) -> tup
         _say_unless_kept(place, progress)
     own = measure(oracle, progress) if mine is None else mine
     floors = carrying(oracle, own if kept is None else {kind: pooled([kept[kind], own[kind]]) for kind in KINDS})
-    judgement = judge(oracle, floors[SEGMENT])
+    judgement = judge(oracle, floors)
     if mine is None and judgement.agree:
         with suppress(ParityError):
             write_floors(place, oracle, own)

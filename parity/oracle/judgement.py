@@ -17,8 +17,8 @@ from parity.bundle.reading import CONFIG, WEIGHTS
 from parity.model import definition
 from parity.oracle.bounds import EQUAL, Bound, Bounds, bounds_of
 from parity.oracle.common import common_error
-from parity.oracle.floors import Floors
-from parity.oracle.oracle import Oracle
+from parity.oracle.floors import Floors, FloorSet
+from parity.oracle.oracle import FREE, SEGMENT, Oracle
 from parity.oracle.visuals import differing_visuals
 from parity.tensors.metrics import Difference, compare
 from parity.tensors.names import TapName, component_kind, parse
@@ -117,20 +117,20 @@ class Judgement:
         return f"{self.departures[0].said}{others}; likely {', '.join(first)}{or_last}: {self.why}"
 
 
-def judge(oracle: Oracle, segment: Floors) -> Judgement:
+def judge(oracle: Oracle, floors: FloorSet) -> Judgement:
     """Hold the reference against every tap of upstream's; see Judgement."""
     arrays, wrong = oracle.layout.arrays(), list[Departure]()
     for name in definition().SEQUENCE:
         difference = compare(oracle.bundle.inputs[name], Tap(np.asarray(arrays[name], np.int32), "int32"))
         if EQUAL.exceeded_by(difference):
             wrong.append(Departure(parse(f"inputs/{name}"), difference, EQUAL))
-    bounds = segment_bounds(oracle, segment)
+    bounds = segment_bounds(oracle, floors[SEGMENT])
     places = sorted(oracle.bundle.expected, key=lambda name: oracle.bundle.locate(name).place)
     for name in places:
         expected, own = oracle.bundle.expected[name], oracle.own[name]
         tap = oracle.bundle.locate(name)
         if name == "tokens":
-            wrong += _choices(oracle, bounds)
+            wrong += _choices(oracle, bounds, floors[FREE])
             continue
         bound = EQUAL if expected.dtype == "int32" else bounds.taps.get(name, EQUAL)
         departure = _departure(tap, expected, own, bound)
@@ -181,10 +181,15 @@ def _departure(tap: TapName, expected: Tap | Sketch, got: Tap, bound: Bound) -> 
     return Departure(tap, compare(expected, got, tap.most), bound, common)
 
 
-def _choices(oracle: Oracle, bounds: Bounds) -> list[Departure]:
-    """The answer, where a token is not the likeliest of the reference's, by more than rounding."""
+def _choices(oracle: Oracle, bounds: Bounds, free: Floors) -> list[Departure]:
+    """The answer, where a token is not the likeliest of the reference's, by more than rounding.
+
+    `free` are the floors of logits that the bundle does not hold, to which errors have added up all along the answer.
+    """
     expected = oracle.bundle.taps["tokens"]
     chosen = expected.array.copy()
+    uncaptured = {name: tap for name, tap in oracle.own.items() if name not in bounds.taps}
+    bounds = replace(bounds, taps=bounds.taps | bounds_of(free, uncaptured, oracle.bundle.dtype).taps)
     for step, token in enumerate(expected.array.tolist()):
         logits, name = definition().answer_logits(oracle, oracle.own, step), definition().logits_name(step)
         if logits is None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ import reference.sampler
 from parity.bundle.reading import read_bundle
 from parity.comparison.check import check_bundle
 from parity.errors import ParityError
+from parity.lance.names import logits_name
 from parity.localize.investigation import localize
-from parity.oracle.floors_file import judge_bundle
-from parity.oracle.judgement import Cause
+from parity.oracle.floors_file import floors_of, judge_bundle
+from parity.oracle.judgement import Cause, judge
+from parity.oracle.oracle import Oracle
 from parity.oracle.verify import verify_bundle
 from parity.tensors.recording import Tap, read_tensors, write_tensors
+from parity.tensors.rounding import rounded
 
 SMALL, DETAILED = "t2i-fp32-nokv", "t2i-fp32-kv"
 
@@ -42,6 +46,16 @@ def noisy(array):
 def test_upstreams_own_captures_agree(oracles, name):
     judgement = judge_bundle(oracles / name)
     assert judgement.agree and judgement.sentence() == "" and not judgement.names
+
+
+@pytest.mark.parametrize(("behind", "agrees"), [(3e-3, True), (0.3, False)])
+def test_a_near_tie_between_two_tokens_is_no_disagreement(oracles, behind, agrees):
+    oracle = Oracle.of(read_bundle(oracles / "x2t_image-bf16-kv"))
+    tokens, name = oracle.bundle.taps["tokens"].array, logits_name(7)
+    logits = oracle.own[name].array.copy()
+    logits[..., (tokens[7] + 1) % logits.shape[-1]] = logits.max() + behind * np.linalg.norm(logits)
+    likelier = replace(oracle, own=oracle.own | {name: Tap(rounded(logits, "bfloat16"), "bfloat16")})
+    assert ("tokens" not in judge(likelier, floors_of(oracle)).names) == agrees
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from parity.oracle.floors import measure
 from parity.oracle.floors_file import FILE as FLOORS
 from parity.oracle.floors_file import floors_of, write_floors
 from parity.oracle.judgement import judge
-from parity.oracle.oracle import SEGMENT, Oracle
+from parity.oracle.oracle import Oracle
 from parity.oracle.verify import verify_bundle
 from parity.tensors.metrics import compare
 from parity.tensors.recording import read_tensors, write_tensors
@@ -146,12 +146,12 @@ def test_the_reference_is_held_against_sketches(localized_sketch):
     bundle, oracle, _ = localized_sketch
     assert isinstance(bundle.expected[STREAM], Sketch) and oracle.source(STREAM) == "upstream"
     assert compare(bundle.expected[STREAM], oracle.own[STREAM]).rel_l2 < 1e-12
-    segment = floors_of(oracle)[SEGMENT]
-    assert judge(oracle, segment).agree
+    floors = floors_of(oracle)
+    assert judge(oracle, floors).agree
     # Another sketch in its place is seen.
     other = replace(bundle.expected[STREAM], sums=bundle.expected[STREAM].sums * np.float32(1.01))
     changed = replace(oracle, bundle=replace(bundle, sketches=bundle.sketches | {STREAM: other}))
-    assert judge(changed, segment).departures[0].tap.name == STREAM
+    assert judge(changed, floors).departures[0].tap.name == STREAM
 
 
 def test_levels_and_names_that_go_together(bundles, tmp_path):
