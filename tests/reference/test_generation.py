@@ -92,11 +92,18 @@ def test_decoding_is_causal_and_streams(checkpoint, dtype):
     assert all(torch.equal(a, b) for a, b in zip(chunks[:2], vae.decode_frames(latent[:2]), strict=True))
 
 
-def test_orders_of_rounding_agree(request_):
+@pytest.mark.parametrize("order", ["math", "tiled", "disturbed"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_orders_of_rounding_agree(order, masked):
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(5, heads, 8, generator=generator) for heads in (4, 2, 2))
-    mask = torch.ones(5, 5, dtype=torch.bool).tril()
-    torch.testing.assert_close(attend(q, k, v, mask, "sdpa"), attend(q, k, v, mask, "math"))
+    q, k, v = (torch.randn(40, heads, 8, generator=generator) for heads in (4, 2, 2))
+    mask = torch.ones(40, 40, dtype=torch.bool).tril() if masked else None
+    exact, found = attend(q, k, v, mask, "float64"), attend(q, k, v, mask, order)
+    torch.testing.assert_close(found, exact)
+    assert not torch.equal(found, exact)
+
+
+def test_an_order_of_rounding_is_one_of_those_there_are():
     with pytest.raises(ReferenceError, match="attention 'flash'"):
         Numerics(attention="flash")
 
