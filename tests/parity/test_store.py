@@ -194,7 +194,6 @@ def test_a_missing_arm_is_named(whole):
 
 
 def test_draws_are_compared_with_the_seed(recorded):
-    assert problems(recorded) == ({}, SOUND)
     for name in ("sampler.noise", "sampler.x_init", "sampler.x_t0"):
         change(recorded, name, add(1e-3))
     seal(recorded)

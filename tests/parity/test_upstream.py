@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from parity.bundle.reading import read_bundle
 from parity.cli.main import main
+from parity.comparison.check import check_bundle
 from parity.comparison.compare import compare_runs
 from parity.comparison.verdict import AGREE
 from parity.errors import ParityError
@@ -235,6 +237,21 @@ def test_a_clone_is_sketched_as_the_reference_is(tmp_path, clone, name):
     assert recorded.sketches.keys() == ours.sketches.keys() and recorded.sketches
     assert {n: s.runs for n, s in recorded.sketches.items()} == {n: s.runs for n, s in ours.sketches.items()}
     assert compare_runs(str(ORACLES / name), str(out), 1e-5 if oracle.dtype == "float32" else 0.05).verdict == AGREE
+
+
+@pytest.mark.parametrize("numerics", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["t2i-fp32-kv", "x2t_image-bf16-kv"])
+def test_a_capture_by_the_kernels_of_a_gpu_is_no_disagreement(tmp_path, clone, name, numerics):
+    python = tmp_path / "python"
+    kernels = Path(__file__).parent / "gpu_kernels"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{kernels}:$PYTHONPATH" exec "{clone.python}" "$@"\n')
+    python.chmod(0o755)
+    oracle, made = read_bundle(ORACLES / name), tmp_path / "made"
+    how = request_of(oracle), "kv_cache", numerics
+    record_upstream(made, replace(clone, python=python), CHECKPOINT, *how, copy_checkpoint=True, given=oracle)
+    taps = read_bundle(made).taps
+    assert oracle.dtype != numerics or any(not np.array_equal(taps[n].array, t.array) for n, t in oracle.taps.items())
+    assert verify_bundle(made).verdict == SOUND and check_bundle(made, "mlx").verdict == AGREE
 
 
 def test_what_a_seed_draws_is_the_launchers(tmp_path, clone):
