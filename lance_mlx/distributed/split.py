@@ -79,7 +79,7 @@ class RowsSplit:
             x_t=mx.concatenate([part.x_t[rows] for part in parts]),
             inputs_embeds=ExpertRows.concat_arms(embeds),
         )
-        mine = [_ArmRows(_BlockRows(self, arm.block, rows, count), arm.qk_float32) for arm in arms]
+        mine = [_ArmRows(arm.name, _BlockRows(self, arm.block, rows, count), arm.qk_float32) for arm in arms]
         # By the longest share, so that all ranks do it alike.
         if state.pictures > 1 or flow.goes_in_one_pass(-(-count // self.ranks.size), runs_on_cpu()):
             found = flow.velocities_of_pass(model, mine, own)
@@ -104,6 +104,7 @@ class RowsSplit:
 class _ArmRows:
     """An arm as a pass over some rows of its block uses it."""
 
+    name: str
     block: "_BlockRows"
     qk_float32: bool
 

@@ -4,12 +4,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,28 +15,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lance_mlx.distributed.local import local_ranks
 from lance_mlx.distributed.ranks import Ranks, share_bounds
+from lance_mlx.distributed.split import RowsSplit
 from lance_mlx.distributed.watch import STALL_VARIABLE, STATUS
 from lance_mlx.media.write import read_metadata
+from lance_mlx.requests.request import Request
+from lance_mlx.sampling.flow import Step
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 240
 """Seconds for a busy machine."""
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="this MLX has no ring backend")
-
-
-def free_ports(count: int) -> int:
-    """The first of so many ports in a row that nothing listens at."""
-    while True:
-        with ExitStack() as held:
-            first = held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
-            try:
-                for port in range(first + 1, first + count):
-                    held.enter_context(socket.create_server(("127.0.0.1", port)))
-            except (OSError, OverflowError):
-                continue
-            return first
 
 
 Launch = Callable[..., list[subprocess.Popen]]
@@ -51,10 +40,7 @@ def launch(tmp_path) -> Iterator[Launch]:
     started = []
 
     def start(count: int, script: str, *arguments: object, **environment: str) -> list[subprocess.Popen]:
-        first = free_ports(count + 1)
-        hosts = tmp_path / f"hosts-{first}.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(count)]))
-        given = {"MLX_HOSTFILE": str(hosts), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        given = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-c", script, *map(str, arguments)],
@@ -62,9 +48,9 @@ def launch(tmp_path) -> Iterator[Launch]:
                 stderr=subprocess.PIPE,
                 text=True,
                 cwd=tmp_path,
-                env=os.environ | given | {"MLX_RANK": str(rank)},
+                env=os.environ | given | told,
             )
-            for rank in range(count)
+            for told in local_ranks(count, tmp_path)
         ]
         started.extend(ranks)
         return ranks
@@ -257,3 +243,38 @@ def test_shares_are_neighbours_and_all_there_is():
             assert sum(shares, []) == list(range(count))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
             assert share_bounds(count, size)[-1] == count
+
+
+class Counting(Ranks):
+    """Rank 0 of three that all compute what it computes, and count the bytes that a ring would have it send."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 3)
+        self.sent = 0
+
+    def gather(self, x: mx.array) -> mx.array:
+        self.sent += x.nbytes * (self.size - 1)
+        return mx.concatenate([x] * self.size)
+
+
+def test_bytes_of_a_step_are_those_of_the_formula(pipeline):
+    # docs/machines.md has it.
+    config, ranks = pipeline.model.config, Counting()
+    request = Request("t2i", "a bird", 48, 80, num_steps=2, guidance_interval=(0.9, 1.0))
+    latents = 15
+    own = latents // 3 * 4 * (2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim + 48)
+    sent = []
+    shared = denoise(pipeline, request, RowsSplit(ranks))
+    for _ in shared:
+        sent.append(ranks.sent)
+        ranks.sent = 0
+    assert sent == [2 * 2 * own, 2 * own]
+
+
+def denoise(pipeline, request, split) -> Iterator[Step]:
+    """The steps of a request, with a split."""
+    pipeline.split = split
+    try:
+        yield from pipeline.denoise(pipeline.prepare(request))
+    finally:
+        pipeline.split = None
