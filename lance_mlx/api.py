@@ -17,6 +17,8 @@ from lance_mlx.checkpoint.layouts import check_folder
 from lance_mlx.checkpoint.recipe import Recipe, recipe_of
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.checkpoint.weights import Tracker
+from lance_mlx.distributed.ranks import join
+from lance_mlx.distributed.split import Split, split_velocities
 from lance_mlx.errors import LanceError
 from lance_mlx.estimate.tiling import AUTO, read_tiling
 from lance_mlx.loaded import Loaded
@@ -234,6 +236,7 @@ def load(
     vae_tiling: str | int = AUTO,
     quantize: int | str | Recipe | None = None,
     lora: Sequence[tuple[str | os.PathLike[str], float]] = (),
+    split: Split | str = Split.OUTPUTS,
 ) -> LanceModel:
     """Open a checkpoint; its models are fetched and read when a task first needs one.
 
@@ -257,6 +260,8 @@ def load(
         quantize: pack the weights while they are read: 3, 4, 5, 6 or 8 bits of both towers' attention and MLP, a recipe
             ("8bit", "small"), or the JSON file of one. Not with `low_ram`, which reads a checkpoint that is quantized.
         lora: folders of adapters, in mlx-lm's form or peft's, and how strong each is: 1 as it was trained.
+        split: where mlx.launch started several processes, what of every drawing they share: "guidance" or "rows". All
+            of them must then draw the same, in the same order; "outputs" leaves each to itself.
 
     Raises:
         LanceError: there is no such folder, an option is unknown, or two contradict each other.
@@ -274,7 +279,9 @@ def load(
     if recipe is not None and low_ram:
         raise LanceError("low_ram would quantize every layer anew in every pass: convert the checkpoint with -q first")
     adapters = [read_adapter(Path(folder)).scaled(strength) for folder, strength in lora]
-    options = variant, quiet, low_ram, keep_encoders, tiling, recipe, adapters
+    split = as_enum(Split, "split", split)
+    velocities = None if split is Split.OUTPUTS else split_velocities(split, join())
+    options = variant, quiet, low_ram, keep_encoders, tiling, recipe, adapters, velocities
     return LanceModel(name, numerics, vit_source, track, *options)
 
 

@@ -160,6 +160,20 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same out of a folder, which is made where it is missing; on a disk that has
+    no locks it does nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
 def _remove_abandoned(folder: Path) -> None:
     for part in folder.glob(_PART):
         with suppress(OSError), part.open("rb") as file:

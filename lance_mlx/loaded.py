@@ -19,6 +19,7 @@ from lance_mlx.estimate.tiling import AUTO, NONE, fixed_tiles, tile_chooser
 from lance_mlx.pipeline import Pipeline
 from lance_mlx.pipeline import load as load_pipeline
 from lance_mlx.requests.request import Question, Request, Variant
+from lance_mlx.sampling.flow import Velocities
 from lance_mlx.training.lora import Adapter
 
 
@@ -38,6 +39,7 @@ class Loaded:
         vae_tiling: str | int,
         recipe: Recipe | None,
         adapters: Sequence[Adapter],
+        split: Velocities | None,
     ) -> None:
         self.model = model
         self.numerics = numerics
@@ -50,6 +52,7 @@ class Loaded:
         self._vae_tiling = vae_tiling
         self.recipe = recipe
         self.adapters = adapters
+        self._split = split
         self._pipeline: Pipeline | None = None
         self._loaded: tuple[Variant, bool] | None = None
 
@@ -80,7 +83,7 @@ class Loaded:
         source, track, low_ram = self._vit_source, self._track, self._low_ram
         given = self.recipe, self.adapters
         self._pipeline = load_pipeline(path, variant, self.numerics, looks, source, track, low_ram, *given)
-        self._loaded = variant, looks
+        self._loaded, self._pipeline.split = (variant, looks), self._split
         if self._vae_tiling == AUTO:
             sizes = sizes_of(find_checkpoint(path, variant), looks=False, recipe=self.recipe)
             coders = coders_of(sizes, self.numerics, low_ram, runs_on_cpu())

@@ -20,7 +20,7 @@ from lance_mlx.model.mot import join_projections
 from lance_mlx.requests.request import Question, Request, Task, Variant
 from lance_mlx.requests.visuals import PreparedVisual, prepare_visuals, sized_by_source
 from lance_mlx.sampling.conditions import Conditions
-from lance_mlx.sampling.flow import Picture, Step, Tell, denoise
+from lance_mlx.sampling.flow import Picture, Step, Tell, Velocities, denoise
 from lance_mlx.sampling.noise import draw_eps, draw_noise
 from lance_mlx.sampling.preview import fit_preview
 from lance_mlx.sampling.text import AnswerDecoder, answer_tokens, make_decoder, token_budget
@@ -71,7 +71,11 @@ def _shown(question: Question) -> tuple:
 
 
 class Pipeline:
-    """A loaded Lance: tokenizer, transformer and VAE under one numeric policy."""
+    """A loaded Lance: tokenizer, transformer and VAE under one numeric policy.
+
+    Attributes:
+        split: computes the velocities of a step with other processes; None without.
+    """
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class Pipeline:
         self.vae = vae
         self.tokenizer = tokenizer
         self._rgb_factors = rgb_factors
+        self.split: Velocities | None = None
 
     @cached_property
     def preview_weights(self) -> np.ndarray:
@@ -192,7 +197,7 @@ class Pipeline:
         for each in prepared:
             own = draw_noise(each.request, self.model.numerics) if noise is None else noise
             pictures.append(Picture(each.request, each.sequence, own, each.conditions, each.negative))
-        return denoise(self.model, pictures, tell)
+        return denoise(self.model, pictures, tell, self.split)
 
     def decode(self, request: Request, latents: mx.array) -> Iterator[mx.array]:
         """Yield pixels, float32 [1 or 4, height, width, 3] in [-1, 1], one latent frame of [n, 48] latents at a time.

@@ -1,10 +1,11 @@
 """The catalogue of faults put to the test: is each found, named and explained, on more than one bundle?"""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from parity.bundle.reading import Bundle, read_bundle
 from parity.comparison.verdict import DIVERGE
@@ -51,6 +52,16 @@ class Trial:
     further: tuple[str, ...] = ()
 
 
+def row_of(trial: Trial) -> dict[str, Any]:
+    """A trial as plain JSON values, with the fault's name."""
+    return {field.name: getattr(trial, field.name) for field in fields(trial)} | {"fault": trial.fault.name}
+
+
+def trial_of(row: Mapping[str, Any], fault: Fault) -> Trial:
+    """The trial that a row is of."""
+    return Trial(**(dict(row) | {"fault": fault, "further": tuple(row["further"])}))
+
+
 @dataclass
 class Rows:
     """Trials that have been made, kept in a file where one is given: a JSON object each, with the fault's name."""
@@ -64,9 +75,7 @@ class Rows:
                 values = json.loads(line)
                 fault = CATALOGUE.get(values["fault"])
                 if fault is not None:
-                    self._made[fault.name, values["bundle"]] = Trial(
-                        **(values | {"fault": fault, "further": tuple(values["further"])})
-                    )
+                    self._made[fault.name, values["bundle"]] = trial_of(values, fault)
 
     def of(self, fault: Fault, bundle: str) -> Trial | None:
         """What is known of a fault on a bundle."""
@@ -75,9 +84,8 @@ class Rows:
     def keep(self, trial: Trial) -> Trial:
         """Append a trial."""
         if self.path is not None:
-            values = {field.name: getattr(trial, field.name) for field in fields(trial)} | {"fault": trial.fault.name}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(json.dumps(row_of(trial)) + "\n")
         return trial
 
 

@@ -14,7 +14,8 @@ from lance_mlx.cli import train as cli_train
 
 _EXIT = (
     "Exit status: 0 done, 2 bad input, or an output that is there already (one line on stderr says what and how to "
-    "mend it), 128 and its number where a signal ends it: 130 for Ctrl-C, 143 for SIGTERM."
+    "mend it), 75 where another process of mlx.launch is gone, 128 and its number where a signal ends it: 130 for "
+    "Ctrl-C, 143 for SIGTERM."
 )
 app = typer.Typer(
     help=f"Lance on MLX: make and edit images and videos, and ask about them. {_EXIT}",

@@ -11,6 +11,7 @@ from lance_mlx.api import Generated, LanceModel
 from lance_mlx.cli.console import Console, Interrupted, Stages, gigabytes
 from lance_mlx.cli.drawing import Drawing, draw_all, prepare_drawings
 from lance_mlx.cli.settings import Settings
+from lance_mlx.cli.sharing import Sharing
 from lance_mlx.media.write import check_text_output, save_text
 from lance_mlx.requests.files import Item, RequestsFile, naming_entry
 from lance_mlx.requests.request import Question, Request, Task
@@ -69,6 +70,7 @@ def work_through(
     batch_size: int | None,
     rewriter: Rewriter | None,
     console: Console,
+    sharing: Sharing,
 ) -> None:
     """Make what the items of a request file ask for and is not in the folder yet.
 
@@ -91,18 +93,23 @@ def work_through(
     if model.adapters:
         made_by["lora"] = ", ".join(f"{adapter.name} {adapter.strength:g}" for adapter in model.adapters)
     results = ResultsFolder(folder, requests, asked, made_by, rewriter is not None, overwrite)
-    total, pending = len(requests.items), results.pending
+    wanting = {item.key for item in results.pending}
+    wanting = sharing.ranks.wanting_everywhere([item.key in wanting for item in requests.items])
+    missing = [item for item, wanted in zip(requests.items, wanting, strict=True) if wanted]
+    pending, done = sharing.items(missing), len(requests.items) - len(missing)
 
     def drawings() -> Iterator[Drawing]:
         for item in pending:
             with naming_entry(requests.path, item.key):
-                yield from prepare_drawings([asked[item.key]], partial(results.paths, item), overwrite=True)
+                prepared = prepare_drawings([asked[item.key]], partial(results.paths, item), overwrite=True)
+                yield from map(sharing.drawing, prepared)
 
-    with going_on(console, folder, str(requests.task), total, total - len(pending)) as advance:
+    with going_on(console, folder, str(requests.task), done + len(pending), done) as advance:
         if not requests.task.answers:
 
             def written(drawing: Drawing, generated: Generated) -> None:
-                results.drawn(drawing.path, generated.request.prompt)
+                if drawing.path is not None:
+                    results.drawn(drawing.path, generated.request.prompt)
                 advance()
 
             draw_all(model, drawings(), batch_size, rewriter, console, written)
@@ -115,7 +122,8 @@ def work_through(
                 results.answered(item, answered.raw_text)
                 console.say(f"{item.key}: {' '.join(answered.text.split())}")
                 advance()
-    results.finish()
+    if sharing.writes:
+        results.finish()
 
 
 @contextmanager

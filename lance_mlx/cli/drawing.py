@@ -35,6 +35,7 @@ class Drawing:
     """An image or a video to be made and what goes with it, all of it checked.
 
     Attributes:
+        path: where it goes; None where another process writes it.
         later_prompts: of the turns that edit what `request` makes.
         notes: what to write beside the metadata.
         steps: where pictures of the steps go; None for no pictures.
@@ -43,7 +44,7 @@ class Drawing:
 
     request: Request
     visuals: Sequence[PreparedVisual]
-    path: Path
+    path: Path | None
     frames: int
     later_prompts: Sequence[str] = ()
     reencode: bool = False
@@ -188,6 +189,8 @@ def draw(
 def _write(drawing: Drawing, generated: Generated, notes: dict[str, Any], seconds: float, console: Console) -> None:
     """Decode and write a result, and say how long it all took, with the seconds before."""
     started, frames = time.perf_counter(), drawing.frames
+    if drawing.path is None:
+        return
     generated.save(drawing.path, notes, partial(console.bar, total=frames, desc="decoding", unit="frame"))
     if drawing.passing:
         return

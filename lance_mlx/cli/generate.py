@@ -12,7 +12,7 @@ from lance_mlx.api import load
 from lance_mlx.backend.numerics import BFLOAT16, policy
 from lance_mlx.checkpoint.tensors import ViTSource
 from lance_mlx.cli.commands import answer, work_through
-from lance_mlx.cli.console import Console, Interrupted
+from lance_mlx.cli.console import Interrupted
 from lance_mlx.cli.drawing import draw_all, prepare_drawings
 from lance_mlx.cli.meaning import EDITING, check_options, refuse
 from lance_mlx.cli.options import (
@@ -36,6 +36,9 @@ from lance_mlx.cli.options import (
 from lance_mlx.cli.replay import check_sources, options_of
 from lance_mlx.cli.settings import Settings, chosen_recipe
 from lance_mlx.cli.several import DEFAULT_SEED, TakesSeeds, choose_seeds, name_outputs, read_prompts
+from lance_mlx.cli.sharing import Sharing
+from lance_mlx.distributed.ranks import join
+from lance_mlx.distributed.split import Split
 from lance_mlx.errors import LanceError
 from lance_mlx.estimate.tiling import AUTO
 from lance_mlx.media.preprocess import RESOLUTIONS
@@ -255,6 +258,14 @@ def generate(
     quant_predicate: PredicateOption = None,
     lora: LoRAOption = None,
     lora_scale: LoRAScaleOption = None,
+    split: Annotated[
+        Split | None,
+        typer.Option(
+            help="What the processes of mlx.launch share: outputs, each whole; guidance, its two arms; rows, those of "
+            "the latents. [default: outputs of several, else guidance by two processes and rows by more]",
+            show_default=False,
+        ),
+    ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-Q", help="Show errors only, and an answer that no --output takes.")
     ] = False,
@@ -270,26 +281,33 @@ def generate(
     options = context.params
     if "resolution" in given:  # Which goes before what a file was made with, but not before what is given besides.
         options = options | {name: None for name in ("vae_resolution", "vit_resolution") if name not in given}
-    seeds = choose_seeds(seed, auto_seeds, num_images)
+    ranks = join()
+    seeds = ranks.from_first(choose_seeds(seed, auto_seeds, num_images))
     settings = Settings.of(options, seeds[0])
     recipe = chosen_recipe(quantize, quant_predicate)
-    console = Console(quiet)
-    track = partial(console.bar, desc="loading", unit="tensor")
     # Nothing looks again after the one request.
-    again = requests is not None or prompts_file is not None or len(prompt or ()) > 1 or len(seeds) > 1
-    opened = partial(
-        load, model, policy(numerics), vit_source, track, variant, quiet, low_ram, again, vae_tiling, recipe,
-        tuple(zip(lora or (), lora_scale or (), strict=True)),
-    )  # fmt: skip
+    several = requests is not None or prompts_file is not None or len(seeds) > 1
+    again = several or len(prompt or ()) > 1
     if requests is not None:
         refuse(given, _IN_THE_FILE, "goes with a single request, not with --requests")
+        read = read_requests(requests, task)
+        task = read.task
+    sharing = Sharing.of(ranks, split, several, bool(task and task.answers), guidance > 1)
+    if rewrite and sharing.split is not Split.OUTPUTS:
+        raise LanceError("--rewrite gives every process another prompt: leave it out, or give --split outputs")
+    console = sharing.console(quiet)
+    track = partial(console.bar, desc="loading", unit="tensor")
+    opened = partial(
+        load, model, policy(numerics), vit_source, track, variant, quiet, low_ram, again, vae_tiling, recipe,
+        tuple(zip(lora or (), lora_scale or (), strict=True)), sharing.split,
+    )  # fmt: skip
+    if requests is not None:
         if len(seeds) > 1:
             raise LanceError("--requests takes one --seed: outputs are named by the entries alone")
-        read = read_requests(requests, task)
-        check_options(given, context.params, read.task)
+        check_options(given, context.params, task)
         rewriter = Rewriter.from_environment() if rewrite else None
         folder = output or Path(requests.stem)
-        work_through(opened(), read, settings, folder, overwrite, batch_size, rewriter, console)
+        work_through(opened(), read, settings, folder, overwrite, batch_size, rewriter, console, sharing)
         return
     sources = {"image": image or (), "video": video or (), "noise": [noise] if noise else ()}
     if task is None:
@@ -304,7 +322,8 @@ def generate(
     if task.answers:
         asked = settings.question(task, question or "", visuals, instruction)
         outputs = [None] * len(seeds) if output is None else name_outputs(output, "", 1, seeds)
-        answer(opened(), [replace(asked, seed=each) for each in seeds], outputs, overwrite, console)
+        questions = [replace(asked, seed=each) for each in seeds]
+        answer(opened(), *map(sharing.items, (questions, outputs)), overwrite, console)
         return
     prompts = read_prompts(prompt or (), prompts_file)
     if not prompts:
@@ -324,6 +343,9 @@ def generate(
         noise,
         stepwise_output_dir,
     )
+    # Nobody begins before all have seen that nothing is in the way.
+    ranks.wanting_everywhere([True])
+    drawings = [sharing.drawing(each) for each in sharing.items(drawings)]
     rewriter = Rewriter.from_environment() if rewrite else None
     done = 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lance_mlx.errors import LanceError, reason
-from lance_mlx.files import check_place, read_json
+from lance_mlx.files import check_place, locked, read_json
 from lance_mlx.media.write import read_metadata, save_text
 from lance_mlx.requests.files import Item, RequestsFile
 from lance_mlx.requests.request import Question, Request
@@ -27,7 +27,7 @@ class ResultsFolder:
     as they came, under the name of the visual's file, and in result.json with their questions. Where several questions
     are about one file, upstream keeps the last answer for all of them; here these are under the entries' keys, which
     upstream's result.json looks up too. What was asked, and of which model, is in questions.json here, and in the
-    metadata of images and videos.
+    metadata of images and videos. Several processes may fill one folder: what another has noted stays.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class ResultsFolder:
         self._files = Counter(Path(item.written[0]).name for item in requests.items if item.written)
         self._texts = _read_texts(folder / _PROMPTS)
         self._questions = _read_texts(folder / _QUESTIONS)
+        # What this process adds to each.
+        self._noted: dict[str, dict[str, str]] = {_PROMPTS: {}, _QUESTIONS: {}}
         self.pending = tuple(item for item in requests.items if not self._is_done(item))
 
     def paths(self, item: Item, num_frames: int) -> list[Path]:
@@ -68,21 +70,24 @@ class ResultsFolder:
 
     def drawn(self, path: Path, prompt: str) -> None:
         """Note in prompt.json that an image or a video was made from a prompt."""
-        self._texts[path.name] = prompt
-        self._write(_PROMPTS, self._texts)
+        self._noted[_PROMPTS][path.name] = prompt
+        with locked(self.folder):
+            self._write(_PROMPTS)
 
     def answered(self, item: Item, raw_text: str) -> None:
         """Note an answer, control tokens written out, in prompt.json, and in questions.json what it answers."""
-        self._questions[self._answer_key(item)] = self._question(item)
-        self._write(_QUESTIONS, self._questions)
-        self._texts[self._answer_key(item)] = raw_text
-        self._write(_PROMPTS, self._texts)
+        self._noted[_QUESTIONS][self._answer_key(item)] = self._question(item)
+        self._noted[_PROMPTS][self._answer_key(item)] = raw_text
+        with locked(self.folder):
+            self._write(_QUESTIONS)
+            self._write(_PROMPTS)
 
     def finish(self) -> None:
         """Write prompt.json, and result.json if the requests were questions."""
-        self._write(_PROMPTS, self._texts)
-        if self._requests.task.answers:
-            self._write(_RESULTS, [self._result(item) for item in self._requests.items])
+        with locked(self.folder):
+            texts = self._write(_PROMPTS)
+            if self._requests.task.answers:
+                self._save(_RESULTS, [self._result(item, texts) for item in self._requests.items])
 
     def _is_done(self, item: Item) -> bool:
         if self._requests.task.answers:
@@ -101,7 +106,9 @@ class ResultsFolder:
         if not self._is_same(metadata is None or self._is_of(metadata, item), str(path)):
             return False
         # Stopped between the two files: the note is made up for.
-        self._texts.setdefault(path.name, item.text if metadata is None else metadata["request"]["prompt"])
+        if path.name not in self._texts:
+            prompt = item.text if metadata is None else metadata["request"]["prompt"]
+            self._noted[_PROMPTS][path.name] = prompt
         return True
 
     def _is_same(self, same: bool, what: str) -> bool:
@@ -125,8 +132,8 @@ class ResultsFolder:
         name = Path(item.written[0]).name
         return name if self._files[name] == 1 else item.key
 
-    def _result(self, item: Item) -> dict[str, str | list[str]]:
-        answer = self._texts.get(self._answer_key(item), "")
+    def _result(self, item: Item, texts: Mapping[str, str]) -> dict[str, str | list[str]]:
+        answer = texts.get(self._answer_key(item), "")
         visual = item.written[0] if len(item.written) == 1 else list(item.written)
         return {
             str(self._requests.task.takes): visual,
@@ -134,7 +141,13 @@ class ResultsFolder:
             "answer": answer.replace("<|im_end|>", "").strip(),
         }
 
-    def _write(self, name: str, values: object) -> None:
+    def _write(self, name: str) -> dict[str, str]:
+        """Add what this process has noted to a file; returns all that is in it then."""
+        texts = _read_texts(self.folder / name) | self._noted[name]
+        self._save(name, texts)
+        return texts
+
+    def _save(self, name: str, values: object) -> None:
         save_text(self.folder / name, json.dumps(values, ensure_ascii=False, indent=2))
 
 

@@ -222,7 +222,16 @@ def advance(x_t: mx.array, velocity: mx.array, interval: float) -> mx.array:
     return mx.concatenate([x_t[:given], moved]) if given else moved
 
 
-def denoise(model: Lance, pictures: Items[Picture], tell: Tell = lambda done, total: None) -> Iterator[list[Step]]:
+Velocities = Callable[[Lance, Items[Arm], State], list[mx.array]]
+"""What computes those of a step, as `velocities` does."""
+
+
+def denoise(
+    model: Lance,
+    pictures: Items[Picture],
+    tell: Tell = lambda done, total: None,
+    split: Velocities | None = None,
+) -> Iterator[list[Step]]:
     """Read what comes before the denoised block, then yield every step from noise to latents, of all pictures side by
     side.
 
@@ -232,6 +241,7 @@ def denoise(model: Lance, pictures: Items[Picture], tell: Tell = lambda done, to
     Args:
         pictures: their requests go together, as `lance_mlx.sampling.batch` has it.
         tell: called with the segments that are read.
+        split: computes velocities in place of `velocities`, such as together with other processes.
 
     Raises:
         LanceError: a noise has another shape than its request's latents.
@@ -252,11 +262,16 @@ def denoise(model: Lance, pictures: Items[Picture], tell: Tell = lambda done, to
         t = float(timesteps(request.num_steps, request.timestep_shift)[request.first_step])
         noise = [over_source(each.conditions.clean[-1], own, t) for each, own in zip(pictures, noise, strict=True)]
     noise = [initial_state(own, given) for own in noise]
-    return (step.split_pictures() for step in _steps(model, request, sequence, arms, mx.concatenate(noise)))
+    return (step.split_pictures() for step in _steps(model, request, sequence, arms, mx.concatenate(noise), split))
 
 
 def _steps(
-    model: Lance, request: Request, sequence: Sequence, arms: Items[dict[str, Arm]], x_t: mx.array
+    model: Lance,
+    request: Request,
+    sequence: Sequence,
+    arms: Items[dict[str, Arm]],
+    x_t: mx.array,
+    split: Velocities | None,
 ) -> Iterator[Step]:
     block, count = sequence.target, len(arms)
     # With given latents there is one picture.
@@ -274,7 +289,7 @@ def _steps(
         embeds = ExpertRows(brackets, model.embed_latents(x_t, timestep, positions))
         state = State(index, float(t), timestep, x_t, embeds)
         names = ("cond", "uncond") if guided else ("cond",)
-        found = velocities(model, [own[name] for own in arms for name in names], state)
+        found = (split or velocities)(model, [own[name] for own in arms for name in names], state)
         found = [velocity[rows] for velocity in found]
         cond = mx.concatenate(found[:: len(names)])
         if not guided:

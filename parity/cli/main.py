@@ -6,7 +6,7 @@ import sys
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +29,9 @@ from parity.cli.results import (
     quantized_as,
 )
 from parity.errors import ParityError
+
+if TYPE_CHECKING:
+    from parity.ports.port import Loader
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,6 +56,13 @@ def _commands(
     ] = False,
 ) -> None:
     """Compares lance_mlx and its PyTorch reference with tensors captured from bytedance/Lance."""
+
+
+class RanksSplit(StrEnum):
+    """What processes that compute one output share."""
+
+    ROWS = "rows"
+    GUIDANCE = "guidance"
 
 
 class ImplChoice(StrEnum):
@@ -117,9 +127,16 @@ def run(
 @app.command(epilog="Exit status: 0 agree, 1 diverge, 2 inconclusive (the oracle cannot be trusted) or unusable.")
 def check(
     bundle: Annotated[Path, typer.Argument(help="Folder of one bundle.")],
-    impl: Annotated[str, typer.Option(metavar="NAME", help=IMPL_HELP)],
+    impl: Annotated[str, typer.Option(metavar="NAME", help=IMPL_HELP)] = "mlx",
     python: PythonOption = None,
     quantize: QuantizeOption = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Let mlx compute it by so many processes of this machine.", show_default=False),
+    ] = None,
+    split: Annotated[
+        RanksSplit, typer.Option(help="What --ranks share: the rows of the latents, or the arms of guidance.")
+    ] = RanksSplit.ROWS,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
     dump: Annotated[
         Path | None,
@@ -136,7 +153,6 @@ def check(
     """
     with one_line_errors():
         from parity.comparison.check import check_recording, record_bundle, unusable_json
-        from parity.ports.loading import port_loader
         from parity.report.runner import exit_status, limit_threads
         from parity.report.terminal import print_result, progress_bar
         from parity.tensors.recording import write_tensors
@@ -145,7 +161,7 @@ def check(
         check_outputs(form, output, json_file, dump and dump / "taps.safetensors")
         try:
             with progress_bar(1, "comparison") as start:
-                tell, load = start(f"{bundle.name} {impl}"), port_loader(impl, python)
+                tell, load = start(f"{bundle.name} {impl}"), _loader(impl, python, ranks, split)
                 with quantized_as(bundle, quantize, tell) as judged:
                     replay = record_bundle(judged, load, tell)
                     result = check_recording(replay, tell)
@@ -210,6 +226,18 @@ cli_port.register(app)
 cli_sensitivity.register(app)
 cli_store.register(app)
 cli_stream.register(app)
+
+
+def _loader(impl: str, python: Path | None, ranks: int | None, split: RanksSplit) -> "Loader":
+    """What loads a port, or as many processes of mlx; raises ParityError for another port than that."""
+    from parity.model import definition
+    from parity.ports.loading import port_loader
+
+    if ranks is None:
+        return port_loader(impl, python)
+    if impl != "mlx":
+        raise ParityError(f"--ranks are processes of lance_mlx: give --impl mlx, not {impl}")
+    return definition().ranks_port(ranks, split)
 
 
 def _write_json(path: Path, document: dict) -> None:

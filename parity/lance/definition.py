@@ -13,6 +13,7 @@ from parity.lance.map import ARMS, PARTS, arm_of, axes_within
 from parity.lance.names import RESULTS, locate, logits_name, parse, velocity_calls
 from parity.lance.ports import PORTS, oracle_weights
 from parity.lance.quantized import quantized_bundle
+from parity.lance.ranks.port import ranks_port
 from parity.lance.requests import SUPPORTED_TASKS, check_request
 from parity.lance.rows import row_experts, row_frames, row_roles
 from parity.lance.trusted import (
@@ -58,6 +59,7 @@ __all__ = [
     "answered",
     "wanted",
     "quantized_bundle",
+    "ranks_port",
     "oracle_weights",
     "require_checkpoint",
     "changed",
