@@ -15,6 +15,7 @@ from parity.lance.ports import PORTS, oracle_weights
 from parity.lance.quantized import quantized_bundle
 from parity.lance.requests import SUPPORTED_TASKS, check_request
 from parity.lance.rows import row_experts, row_frames, row_roles
+from parity.lance.training.check import check_training, is_training
 from parity.lance.trusted import (
     SEQUENCE,
     answer_logits,
@@ -65,6 +66,9 @@ __all__ = [
     "derive",
     "require_consistent",
     "has_weights",
+    # Bundles of training, which are judged by themselves.
+    "is_training",
+    "check_training",
     # What the rows of a tap are, and what a divergence is called.
     "row_roles",
     "row_experts",

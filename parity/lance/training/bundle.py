@@ -61,6 +61,11 @@ class TrainingBundle:
     deltas: Recording
 
     @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
     def dtype(self) -> str:
         """The numerics policy of the run."""
         return self.manifest["source"]["dtype"]
