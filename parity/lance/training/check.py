@@ -15,10 +15,12 @@ from parity.errors import ParityError, one_line
 from parity.lance.ports import MlxPort, ReferencePort
 from parity.lance.training.bundle import FORMAT, TrainingBundle, read_training_bundle
 from parity.lance.training.judge import Limits, exact_results, expected, limits_of
+from parity.lance.training.names import located
 from parity.lance.training.run import TrainingRun
+from parity.oracle.bounds import EQUAL
 from parity.oracle.floors import Progress
 from parity.ports.port import versions
-from parity.tensors.metrics import finite
+from parity.tensors.metrics import Difference, finite
 
 NOT_OF_MLX = frozenset({"time_embedder", "grad/time_embedder"})
 """What mlx has in another form: an embedding for each distinct time, which its parameters' gradients stand for."""
@@ -69,23 +71,22 @@ def check_training(path: Path, load: Callable[[Any], Any], progress: Progress | 
     limits = limits_of(bundle, progress)
     departures = disagreement(bundle, limits)
     inputs, taps = exact_results(bundle, run), limits.compared(bundle, run)
-    # Which parameters are learned has to be equal as well.
     missing = sorted(expected_names(bundle) - {r.tap.name for r in taps} - (NOT_OF_MLX if name == "mlx" else set()))
     extra = sorted(run.gradients.keys() - bundle.gradients.keys())
+    taps += [_extra(name, run) for name in extra]
     differences = {result.tap.name: result.difference for result in taps}
     over_floor = median_over_floor(differences, limits.bounds.taps)
     first = next((r for r in [*inputs, *taps] if r.diverges), None)
     if first is None and (over_floor or 0.0) > MEDIAN:
         first = next(r for r in taps if (r.difference.rel_l2 or 0.0) > r.limit.floor)
     reason = f"two equal runs differ first at {unstable}" if unstable else departures
-    verdict = INCONCLUSIVE if reason else DIVERGE if first or extra else UNUSABLE if missing else AGREE
-    remark = f"learns what is not to be learned: {', '.join(extra[:3])}{' ...' if extra[3:] else ''}" if extra else ""
+    verdict = INCONCLUSIVE if reason else DIVERGE if first else UNUSABLE if missing else AGREE
     told = first and {"tap": first.tap.name, "call": first.tap.call, "component": first.tap.component,
                       "rel_l2": finite(first.difference.error)}  # fmt: skip
     return Result(
         bundle=bundle.name, impl=name, task="training", entry="training", dtype=bundle.dtype, verdict=verdict,
         taps=taps, inputs=inputs, missing=missing, first_divergence=told, floor_median=over_floor, alarm=limits.alarm,
-        reason=reason, remark=remark, seconds=seconds, peak_bytes=peak,
+        reason=reason, seconds=seconds, peak_bytes=peak,
         versions=versions({"mlx": "mlx", "reference": "torch"}.get(name, "numpy")), source=bundle.manifest["source"],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
@@ -105,6 +106,13 @@ def expected_names(bundle: TrainingBundle) -> set[str]:
     """All that a run is to compute."""
     right = expected(bundle)
     return set(right.outputs) | set(right.gradients) | set(right.deltas)
+
+
+def _extra(name: str, run: TrainingRun) -> TapResult:
+    """A gradient of what is to be frozen."""
+    ours = run.gradients[name]
+    unlike = Difference(None, None, None, None, None, None, None, ours.size, "it is learned and is to be frozen")
+    return TapResult(located(name), ours.shape, "float32", unlike, EQUAL)
 
 
 def _said(wrong: list[TapResult]) -> str:

@@ -1,6 +1,6 @@
 """Whether a run of training agrees with its bundle: by how far equally right runs of the reference are apart."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -85,7 +85,7 @@ def limits_of(bundle: TrainingBundle, progress: Progress | None = None) -> Limit
     whole, runs = TorchTraining(bundle).run(), dict(equally_right(bundle, progress))
     parameters, limits = bundle.unrounded(), Limits(Bounds({}, Alarm(0.0, 0, 0.0, 0)), {})
     first = limits.of(whole)
-    floors = _measured(first, {variant: limits.of(run) for variant, run in runs.items()})
+    floors = measured(first, {variant: limits.of(run) for variant, run in runs.items()})
     # The squares of a tensor, added up one by one.
     largest = max(array.size for array in parameters.values())
     floors.levels["total_norm"] = max(floors.levels.get("total_norm", 0.0), ULP["float32"] * largest**0.5)
@@ -95,7 +95,7 @@ def limits_of(bundle: TrainingBundle, progress: Progress | None = None) -> Limit
     right = limits.of(expected(bundle))
     values = {name: tap for name, tap in limits.of(whole).items() if name in right}
     steps = {name: tap for name, tap in values.items() if STEP.match(name)}
-    more = _measured(steps, {variant: limits.of(run) for variant, run in runs.items()})
+    more = measured(steps, {variant: limits.of(run) for variant, run in runs.items()})
     for name, tap in steps.items():
         # What a step changes is the difference of two parameters that are rounded.
         length = float(np.linalg.norm(parameters[STEP.sub("", name)]))
@@ -107,16 +107,19 @@ def limits_of(bundle: TrainingBundle, progress: Progress | None = None) -> Limit
     return replace(limits, bounds=bounds_of(known, values, bundle.dtype))
 
 
-def _measured(center: Recording, recordings: Mapping[Variant, Recording]) -> Floors:
+def measured(
+    center: Recording, recordings: Mapping[Variant, Recording], kind_of: Callable[[str], str] | None = None
+) -> Floors:
     """Floors of all that is in `center`: at least the median of all of its kind, for few variants were measured."""
-    table = LevelTable(_kind)
+    kind_of = kind_of or _kind
+    table = LevelTable(kind_of)
     for number, (variant, recording) in enumerate(recordings.items()):
         table.add(number, center, recording, variant)
     floors = table.floors(center, tuple(variant.name for variant in recordings))
     kinds: dict[str, list[float]] = {}
     for name, level in floors.levels.items():
-        kinds.setdefault(_kind(name), []).extend([level] if level else [])
-    levels = {n: max(level, median(kinds[_kind(n)] or [0.0])) for n, level in floors.levels.items()}
+        kinds.setdefault(kind_of(name), []).extend([level] if level else [])
+    levels = {n: max(level, median(kinds[kind_of(n)] or [0.0])) for n, level in floors.levels.items()}
     return replace(floors, levels=levels)
 
 

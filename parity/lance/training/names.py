@@ -54,3 +54,33 @@ def _place(component: str, given: bool) -> tuple[int, ...]:
     inner = component.rpartition(".")[2].removesuffix("_moe_gen")
     within = _WITHIN.index(inner) if layer and inner in _WITHIN else len(_WITHIN)
     return first, int(layer[1]) if layer else 0, within, int(not given)
+
+
+# What reads a module's output: a gradient that arrives there wrong is that one's, which has no tap of its own.
+_READERS = (
+    (r"(layers\.\d+\.self_attn)\.([qk]_rope|v_proj(_moe_gen)?)", r"\1.sdpa"),
+    (r"(layers\.\d+\.mlp(_moe_gen)?)\.(gate|up)_proj", r"\1.activation"),
+    (r"(layers\.\d+)\.(self_attn\.o_proj|mlp(_moe_gen)?\.down_proj)(_moe_gen)?", r"\1.residual"),
+    (r"(layers\.\d+)\.input_layernorm(_moe_gen)?", r"\1.self_attn"),
+    (r"(layers\.\d+)\.post_attention_layernorm(_moe_gen)?", r"\1.mlp"),
+    (r"(layers\.\d+\.self_attn)\.([qk])_proj(_moe_gen)?", r"\1.\2_norm"),
+    (r"(layers\.\d+\.self_attn)\.([qk])_norm(_moe_gen)?", r"\1.\2_rope"),
+    (r"(layers\.\d+\.self_attn)\.sdpa", r"\1.o_proj"),
+    (r"hidden_in|layers\.\d+", "residual"),
+    (r"embed_tokens|vae2llm", "embeddings"),
+    (r"norm(_moe_gen)?", "last_hidden_state"),
+    ("llm2vae", "mse"),
+    ("lm_head", "ce"),
+    ("mse|ce", "loss"),
+)
+
+
+def owner(name: str) -> str:
+    """The component that is wrong where what is steered is wrong at a tap."""
+    found = located(name)
+    if found.call != "backward" or name.endswith(IN):
+        return found.component
+    for pattern, reader in _READERS:
+        if match := re.fullmatch(pattern, found.component):
+            return match.expand(reader)
+    return found.component
