@@ -1,8 +1,9 @@
 """Try every fault of training on a bundle in which it shows and print the table of what was found.
 
-    python scripts/training_faults.py [FOLDER] [--fault NAME]...
+    python scripts/training_faults.py [FOLDER] [--fault NAME]... [--output FILE]
 
-FOLDER holds oracles of training, by default ../shared/oracles/training. Every bundle is run clean first.
+FOLDER holds oracles of training, by default ../shared/oracles/training. Every bundle is run clean first. With --output
+the table goes into that file, such as reports/README.md.
 Exit status: 0 when nothing is found in clean runs and every fault is found and named, 1 otherwise.
 """
 
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from tables import table
+from tables import replace_between, table
 
 from parity.bundle.reading import find_bundles
 from parity.cli.errors import one_line_errors
 from parity.comparison.verdict import AGREE
+from parity.errors import ParityError
 from parity.lance.ports import PORTS
 from parity.lance.training.bundle import read_training_bundle
 from parity.lance.training.faults import CATALOGUE, TrainingFault
@@ -55,12 +57,18 @@ def trials(paths: Sequence[Path], faults: Sequence[TrainingFault]) -> Iterator[t
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder of oracles of training.")] = FOLDER,
     fault: Annotated[list[str] | None, typer.Option("--fault", metavar="NAME", help="Try only these.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="File that holds the table.")] = None,
 ) -> None:
     """Try the faults and print the table."""
     with one_line_errors():
         limit_threads()
+        if unknown := [name for name in fault or [] if name not in CATALOGUE]:
+            raise ParityError(f"there is no fault of training {unknown[0]!r}: name one of {', '.join(CATALOGUE)}")
         rows = list(trials(find_bundles([folder]), [CATALOGUE[name] for name in fault or CATALOGUE]))
-        print(table(HEADS, rows), end="")
+        if output:
+            replace_between(output, "training faults", table(HEADS, rows))
+        else:
+            print(table(HEADS, rows), end="")
         raise typer.Exit(0 if rows and all(row[-1] == "yes" for row in rows) else 1)
 
 
