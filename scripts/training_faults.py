@@ -3,7 +3,7 @@
     python scripts/training_faults.py [FOLDER] [--fault NAME]... [--output FILE]
 
 FOLDER holds oracles of training, by default ../shared/oracles/training. Every bundle is run clean first. With --output
-the table goes into that file, such as reports/README.md.
+the table goes between two comments of that file.
 Exit status: 0 when nothing is found in clean runs and every fault is found and named, 1 otherwise.
 """
 
