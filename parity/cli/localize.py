@@ -77,6 +77,9 @@ def localize(
     before that. At each place hypotheses are tried on the reference and ranked by how much of the difference they
     remove. With several faults at once the list is complete and in order.
 
+    Of a bundle of training the backward pass is steered as well: the right gradient goes on where one arrives, so that
+    the first part whose own gradient is wrong is named; then what is added up, checkpointed, and stepped.
+
     A fault in a file is a callable that is given the loaded model and returns a context manager; the model's attributes
     are those of the checkpoint (`model.language_model.model.layers[0]`), and `model.vae`, `model.pipeline`.
     """
@@ -100,7 +103,12 @@ def localize(
         require_own(plots_folder(page))
         check_outputs(form, output, json_file, page)
         try:
-            chosen = [definition().load_fault(name) for name in fault or []]
+            training = definition().is_training(bundle)
+            if training and (quantize or profile or attribute or python):
+                raise ParityError(
+                    f"{bundle.name} is a bundle of training: leave --quantize, --profile, --attribute and --python out"
+                )
+            chosen = [definition().load_fault(name) for name in fault or [] if not training]
             if profile is not None:
                 if profile not in definition().PROFILES:
                     raise ParityError(
@@ -112,8 +120,11 @@ def localize(
                 every = check_unique([*own, *definition().HYPOTHESES])
                 tell = start(f"{bundle.name} {impl}")
                 load = port_loader(impl, python)
-                with quantized_as(bundle, quantize, tell) as judged:
-                    found = run(judged, load, chosen, every, tell, attribute)
+                if training:
+                    found = definition().localize_training(bundle, load, fault or [], tell, own)
+                else:
+                    with quantized_as(bundle, quantize, tell) as judged:
+                        found = run(judged, load, chosen, every, tell, attribute)
         except ParityError as error:
             if json_file:
                 document = {"verdict": UNUSABLE, "reason": str(error), "findings": [], "bundle": bundle.name}

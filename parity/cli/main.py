@@ -149,10 +149,12 @@ def check(
 
     Replays the bundle's request from its noise under its numerics policy, twice, and compares every tap. A tap may be
     off by its floor, which is what equally right orders of rounding do to this very run, times a threshold that is
-    measured as well. The first divergence is the first in order of execution.
+    measured as well. The first divergence is the first in order of execution. Of a bundle of training losses by token,
+    activations, gradients by activations and parameters, their norm and the optimizer's steps are compared.
     """
     with one_line_errors():
-        from parity.comparison.check import check_recording, record_bundle, unusable_json
+        from parity.comparison.check import check_bundle, check_recording, record_bundle, unusable_json
+        from parity.model import definition
         from parity.report.runner import exit_status, limit_threads
         from parity.report.terminal import print_result, progress_bar
         from parity.tensors.recording import write_tensors
@@ -162,9 +164,15 @@ def check(
         try:
             with progress_bar(1, "comparison") as start:
                 tell, load = start(f"{bundle.name} {impl}"), _loader(impl, python, ranks, split)
-                with quantized_as(bundle, quantize, tell) as judged:
-                    replay = record_bundle(judged, load, tell)
-                    result = check_recording(replay, tell)
+                if definition().is_training(bundle):
+                    if quantize or dump or ranks is not None:
+                        told = "leave --quantize, --dump and --ranks out"
+                        raise ParityError(f"{bundle.name} is a bundle of training: {told}")
+                    result = check_bundle(bundle, load, tell)
+                else:
+                    with quantized_as(bundle, quantize, tell) as judged:
+                        replay = record_bundle(judged, load, tell)
+                        result = check_recording(replay, tell)
         except ParityError as error:
             if json_file:
                 _write_json(json_file, unusable_json(bundle.name, impl, str(error)))

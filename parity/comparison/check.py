@@ -184,7 +184,10 @@ def check_bundle(path: Path, impl: str | Loader, progress: Progress | None = Non
     `impl` is a port's name, FILE.py:NAME, or what loads one. Raises ParityError for a bundle that is unusable or a port
     that cannot run it, and UnsupportedTask for a bundle of a task that does not exist yet.
     """
-    return check_recording(record_bundle(path, impl, progress), progress)
+    load = port_loader(impl) if isinstance(impl, str) else impl
+    if definition().is_training(path):
+        return definition().check_training(path, load, progress)
+    return check_recording(record_bundle(path, load, progress), progress)
 
 
 def record_bundle(path: Path, impl: str | Loader, progress: Progress | None = None) -> Run:

@@ -16,6 +16,8 @@ from parity.lance.quantized import quantized_bundle
 from parity.lance.ranks.port import ranks_port
 from parity.lance.requests import SUPPORTED_TASKS, check_request
 from parity.lance.rows import row_experts, row_frames, row_roles
+from parity.lance.training.check import check_training, is_training
+from parity.lance.training.localize import localize_training
 from parity.lance.trusted import (
     SEQUENCE,
     answer_logits,
@@ -67,6 +69,10 @@ __all__ = [
     "derive",
     "require_consistent",
     "has_weights",
+    # Bundles of training, which are judged by themselves.
+    "is_training",
+    "check_training",
+    "localize_training",
     # What the rows of a tap are, and what a divergence is called.
     "row_roles",
     "row_experts",

@@ -71,6 +71,11 @@ class GivenPort(Port):
         self.name = getattr(port, "name", name)
         self.whole_passes = getattr(port, "whole_passes", False)
 
+    @property
+    def given(self) -> Any:
+        """What the file's class or function made."""
+        return self._port
+
     def _run(self, asked: Asked) -> Observed:
         probe = Probe(asked.names, HeldTaps(asked.force), *asked.sequence, asked.progress, Attached)
         if isinstance(asked.force, Mending):

@@ -1,6 +1,7 @@
 """Training on both sides against what upstream computed, forwards, backwards and two steps on."""
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -10,14 +11,19 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from lance_mlx.model.mot import KeyValues, ScaledDotProductAttention
 from lance_mlx.training import loss as mlx_loss
 from lance_mlx.training import step as mlx_step
 from lance_mlx.training.pack import Sample as MlxSample
+from parity.cli.main import app
 from parity.errors import ParityError
+from parity.lance.ports import PORTS
+from parity.lance.training import check
 from parity.lance.training.bundle import TrainingBundle, read_training_bundle
-from parity.lance.training.judge import beyond, errors_of, expected, floors_of, inexact
+from parity.lance.training.check import NOT_OF_MLX, check_training
+from parity.lance.training.judge import Limits, beyond, expected, inexact, limits_of
 from parity.lance.training.mlx_side import MlxTraining
 from parity.lance.training.torch_side import TorchTraining
 
@@ -27,8 +33,6 @@ NAMES = sorted(path.parent.name for path in FOLDER.glob("*/manifest.json"))
 ABSENT = pytest.mark.skip(reason=f"there are no oracles of training in {FOLDER}")
 BUNDLES = NAMES or [pytest.param("", marks=ABSENT, id="none")]
 SIDES = {"reference": TorchTraining, "mlx": MlxTraining}
-# What mlx has in another form: an embedding for each distinct time, which its parameters' gradients stand for.
-NOT_OF_MLX = {"time_embedder", "grad/time_embedder"}
 
 
 @cache
@@ -37,8 +41,8 @@ def bundle_of(name: str) -> TrainingBundle:
 
 
 @cache
-def floors_for(name: str) -> dict[str, float]:
-    return floors_of(bundle_of(name))
+def limits_for(name: str) -> Limits:
+    return limits_of(bundle_of(name))
 
 
 @cache
@@ -46,8 +50,8 @@ def side_of(name: str, side: str) -> TorchTraining | MlxTraining:
     return SIDES[side](bundle_of(name))
 
 
-def errors_for(name: str, run) -> dict[str, float]:
-    return errors_of(bundle_of(name), run, floors_for(name))
+def far(name: str, run) -> dict[str, float]:
+    return beyond(limits_for(name).compared(bundle_of(name), run))
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -56,11 +60,11 @@ def test_forward_backward_and_two_steps_are_upstreams(name, side):
     bundle, run = bundle_of(name), side_of(name, side).run()
     assert inexact(bundle, run) == []
     assert len(run.exact) >= 5
-    errors = errors_for(name, run)
-    assert beyond(errors, floors_for(name)) == {}
+    results = limits_for(name).compared(bundle, run)
+    assert beyond(results) == {}
     right = expected(bundle)
     missing = set(right.outputs) | set(right.gradients) | set(right.deltas)
-    missing -= set(errors)
+    missing -= {result.tap.name for result in results}
     assert missing - (NOT_OF_MLX if side == "mlx" else set()) == set()
     assert run.gradients.keys() == right.gradients.keys()
     # Rows that are left out matter to nothing: the loss has no gradient there.
@@ -72,7 +76,8 @@ def test_forward_backward_and_two_steps_are_upstreams(name, side):
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_floors_are_those_of_rounding(name):
-    floors, single = floors_for(name), bundle_of(name).dtype == "float32"
+    bounds, single = limits_for(name).bounds.taps, bundle_of(name).dtype == "float32"
+    floors = {tap: bound.floor for tap, bound in bounds.items()}
     gradients = [floors[parameter] for parameter in bundle_of(name).gradients if floors[parameter]]
     assert 1e-7 < min(gradients) and max(gradients) < (1e-5 if single else 0.1)
     assert max(value for tap, value in floors.items() if tap.startswith("step")) < (2e-3 if single else 0.01)
@@ -142,7 +147,7 @@ def test_what_is_wrong_is_beyond_its_floor(fault):
     broken, name, seen = FAULTS[fault]
     with broken():
         run = side_of(name, "mlx").run()
-    assert seen in beyond(errors_for(name, run), floors_for(name))
+    assert seen in far(name, run)
 
 
 @pytest.mark.skipif(not NAMES, reason=f"there are no oracles of training in {FOLDER}")
@@ -161,3 +166,40 @@ def test_a_folder_without_a_bundle_is_named(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": "other"}')
     with pytest.raises(ParityError, match="'other' is not lance-training-oracle"):
         read_training_bundle(tmp_path)
+
+
+# The command.
+
+
+@pytest.mark.skipif(not NAMES, reason=f"there are no oracles of training in {FOLDER}")
+def test_check_takes_a_bundle_of_training(tmp_path):
+    given = ["check", str(FOLDER / "x2t_image-fp32"), "--impl", "mlx"]
+    said = CliRunner().invoke(app, [*given, "--json", str(tmp_path / "a.json")])
+    assert said.exit_code == 0, said.stderr
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert (found["verdict"], found["task"], found["compared"]) == ("agree", "training", 142)
+    assert {tap["call"] for tap in found["taps"]} == {"forward", "backward", "gradients", "step1", "step2"}
+    said = CliRunner().invoke(app, [*given, "--dump", str(tmp_path)])
+    assert said.exit_code == 2 and "leave --quantize and --dump out" in said.stderr
+
+
+@pytest.mark.skipif(not NAMES, reason=f"there are no oracles of training in {FOLDER}")
+def test_a_bundle_that_the_reference_does_not_compute_judges_nobody(monkeypatch):
+    bundle = copy.deepcopy(bundle_of("x2t_image-fp32"))
+    bundle.gradients["language_model.model.layers.1.mlp.up_proj.weight"].array[3] *= np.float32(1.01)
+    monkeypatch.setattr(check, "read_training_bundle", lambda path: bundle)
+    found = check_training(bundle.path, PORTS["mlx"])
+    assert found.verdict == "inconclusive" and "layers.1.mlp.up_proj.weight" in found.reason
+
+
+@pytest.mark.skipif(not NAMES, reason=f"there are no oracles of training in {FOLDER}")
+def test_what_diverges_first_is_first_in_execution():
+    with labels_of_two_more():
+        found = check_training(FOLDER / "x2t_image-fp32", PORTS["mlx"])
+    assert found.verdict == "diverge" and found.first_divergence["tap"] == "loss.ce"
+
+
+def labels_of_two_more():
+    original = mlx_loss.Totals.of.__func__
+    counted = lambda cls, samples, settings: original(cls, samples, settings)._replace(labels=5.0)  # noqa: E731
+    return patched(mlx_loss.Totals, "of", classmethod(counted))

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from lance_mlx.training import step as mlx_step
 from lance_mlx.training.parts import Trained, train_parts
 from parity.lance.training.bundle import TrainingBundle
-from parity.lance.training.judge import beyond, errors_of, floors_of, inexact
+from parity.lance.training.judge import beyond, inexact, limits_of
 from parity.lance.training.mlx_side import MlxTraining
 from parity.lance.training.torch_side import TorchTraining, variants_of
 from parity.tensors.recording import Tap
@@ -78,11 +78,11 @@ def made_up(dtype: str, as_upstream: bool) -> TrainingBundle:
 )
 def test_both_sides_agree_on_a_pack_of_many_tasks(dtype, as_upstream):
     bundle = made_up(dtype, as_upstream)
-    run, floors = MlxTraining(bundle).run(), floors_of(bundle)
+    run = MlxTraining(bundle).run()
     assert inexact(bundle, run) == []
-    errors = errors_of(bundle, run, floors)
-    assert len(errors) > 300
-    assert beyond(errors, floors) == {}
+    results = limits_of(bundle).compared(bundle, run)
+    assert len(results) > 300
+    assert beyond(results) == {}
 
 
 def test_labels_beyond_the_vocabulary_are_not_learned():

@@ -1,7 +1,7 @@
 """Oracles of training: a pack, what upstream computed of it forwards and backwards, and two steps of its optimizer."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,11 @@ class TrainingBundle:
     deltas: Recording
 
     @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
     def dtype(self) -> str:
         """The numerics policy of the run."""
         return self.manifest["source"]["dtype"]
@@ -102,10 +107,11 @@ class TrainingBundle:
         """Whether it was trained under upstream's shipped settings where those differ from inference."""
         return self.training.get("as_upstream", True)
 
-    def unrounded(self) -> dict[str, np.ndarray]:
-        """The parameters that were learned as the checkpoint has them, float32: what the optimizer started from."""
+    def unrounded(self, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+        """Parameters as the checkpoint has them, float32, those that were learned by default: what the optimizer
+        started from."""
         with safe_open(self.checkpoint / self.manifest["variant"] / "model.safetensors", "np") as file:
-            return {name: file.get_tensor(name) for name in self.gradients}
+            return {name: file.get_tensor(name) for name in names or self.gradients}
 
     def _visuals(self) -> Iterator[tuple[tuple[int, int, int], np.ndarray]]:
         grids = self.inputs["vit_video_grid_thw"].array if "vit_video_grid_thw" in self.inputs else ()

@@ -73,7 +73,7 @@ class MlxTraining:
         outputs = dict(zip(("loss", "loss.mse", "loss.ce"), losses, strict=True))
         outputs |= self._taps()
         deltas = self._steps(found, steps, outputs) if steps else {}
-        return TrainingRun(self._exact(), _arrays(outputs), _arrays(found), self._rows(), deltas)
+        return TrainingRun(self._exact(), _arrays(outputs), _arrays(found), self.run_rows(), deltas)
 
     def gradients(self) -> tuple[Any, dict[str, mx.array]]:
         """The pack's losses and gradients."""
@@ -140,7 +140,7 @@ class MlxTraining:
                 training["lr"], (training["beta1"], training["beta2"]), training["eps"], training["weight_decay"],
                 training["warmup_steps"], training["max_grad_norm"],
             ),
-            {name: mx.array(array) for name, array in self.bundle.unrounded().items()},
+            {name: mx.array(array) for name, array in self.bundle.unrounded(found).items()},
         )  # fmt: skip
         before, deltas = dict(optimizer.masters), {}
         kept = tree_flatten(self.model.trainable_parameters())
@@ -156,7 +156,7 @@ class MlxTraining:
         self.model.load_weights(kept, strict=False)
         return deltas
 
-    def _rows(self) -> np.ndarray:
+    def run_rows(self) -> np.ndarray:
         """Which rows of the pack are run at all."""
         return np.concatenate([np.arange(len(s.sequence.ids)) < self._stop(s) for s in self.samples])
 
