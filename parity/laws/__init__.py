@@ -11,6 +11,7 @@ from parity.laws import (
     guidance,
     kernel,
     linear,
+    modulation,
     narrow,
     neighbours,
     norm,
@@ -58,6 +59,7 @@ LAWS: dict[str, tuple[Fitter, ...]] = {
     "norm": (narrow.norm, norm.read),
     "gated": (activation.read,),
     "sum": (sums.read,),
+    "modulated": (modulation.read,),
 }
 """The fitters of each kind of component."""
 ANY: tuple[Fitter, ...] = (place.place,)

@@ -8,6 +8,7 @@ from torch import nn
 
 from parity.laws.curves import FUNCTIONS
 from parity.pairs.known import Known, held, module_at, near, rows
+from parity.pairs.modulated import modulated
 from parity.pairs.names import distance, parse, relative
 from parity.pairs.torch_side import TorchSide
 
@@ -39,10 +40,11 @@ def composed(model: nn.Module, side: TorchSide, name: str, told: Container[str],
                 inputs = {"gate": rows(gate), "x": rows(own)} | ({} if b is None else {"up": rows(up)})
                 return Known("gated", inputs, {**identity, "activation": function}, rows, ("token", "channel"))
     # What the port does not tell may be a term too.
-    for among in dict.fromkeys((tuple(before), tuple(_recent(side, name, side.taps)))):
-        for count in range(2, TERMS + 1):
-            if found := _sum(side, name, among, count, batch):
-                return found
+    for telling in (told, side.taps):
+        among = _recent(side, name, telling)
+        sums = (_sum(side, name, among, count, batch) for count in range(2, TERMS + 1))
+        if found := next(filter(None, sums), None) or modulated(model, side, name, list(_before(side, name, telling))):
+            return found
     return _bordered(side, name, told, batch) or _with_parameter(model, side, name, batch)
 
 
@@ -113,9 +115,11 @@ def _bordered(side: TorchSide, name: str, told: Container[str], batch: int) -> K
 
 
 def _with_parameter(model: nn.Module, side: TorchSide, name: str, batch: int) -> Known | None:
-    """What a module makes that holds a parameter of the same tokens and channels: that, and the rest of the sum."""
+    """What a module makes that holds a table of the same tokens and channels: that, and the rest of the sum."""
     module, own = module_at(model, name), side.taps[name].array
-    for said, parameter in () if module is None or own.ndim != 3 else module.named_parameters(recurse=False):
+    if module is None or own.ndim != 3:
+        return None
+    for said, parameter in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         array = held(parameter)
         if array.shape in (own.shape[1:], (1, *own.shape[1:])):
             added = array.reshape(own.shape[1:])

@@ -7,6 +7,7 @@ import numpy as np
 
 from parity.hypotheses import Hypothesis
 from parity.hypotheses.base import Transform
+from parity.laws.modulation import normed_anew
 from parity.laws.numbers import told
 from parity.pairs.attending import halves, neighbours, turn
 from parity.pairs.names import distance, relative
@@ -88,6 +89,8 @@ def _layer_norm(**changed: object) -> Transform:
     """A layer norm with another eps, without its weight or bias, or that leaves the mean where it is."""
 
     def transform(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+        if site.part.kind == "modulated" and changed.keys() <= {"eps", "mean"}:
+            return normed_anew(site.part.inputs, site.part.facts, array, **changed)
         if site.part.kind != "layer_norm" or changed.get("eps") == site.part.facts["eps"]:
             return None
         return layer_norm(site.part.inputs["x"], **{**site.part.facts, **changed}).astype(np.float32)

@@ -82,6 +82,7 @@ class _Investigation:
     def __init__(self, pair: Pair, name: str, hypotheses: Sequence[Hypothesis], tell: Progress) -> None:
         self.pair, self.name, self.hypotheses, self.tell = pair, name, hypotheses, tell
         self.findings: list[Finding] = []
+        self._parts: dict[tuple[str, int], Known] = {}
 
     def run(self) -> Localization:
         started = time.perf_counter()
@@ -178,7 +179,7 @@ class _Investigation:
     def _follows(self, error: TapError, got: Recording) -> bool:
         """Whether a sum is what it should be of what the port adds: then one of its terms is wrong, and not the sum."""
         name = error.tap.name
-        part = known(self.pair.trusted, self.own, name, got)
+        part = self._part(name, got)
         if part.kind != "sum" or error.allowed is None or len(terms := part.facts["names"]) < 2:
             return False
         if any(term not in got or got[term].shape != self.taps[term].shape for term in terms):
@@ -187,6 +188,11 @@ class _Investigation:
         error_of_sum = rel_l2(made.astype(np.float32), got[name].array)
         return error_of_sum is not None and error_of_sum <= error.allowed
 
+    def _part(self, name: str, got: Recording, batch: int = 0) -> Known:
+        if (name, batch) not in self._parts:
+            self._parts[name, batch] = known(self.pair.trusted, self.own, name, got, batch)
+        return self._parts[name, batch]
+
     def _site(self, error: TapError, got: Recording) -> PairProbe | None:
         name = error.tap.name
         found = got[name].array
@@ -194,7 +200,7 @@ class _Investigation:
         if expected is None:
             return None
         apart = np.abs(expected.astype(np.float64) - found).reshape(len(expected), -1).sum(1)
-        part = known(self.pair.trusted, self.own, name, got, int(apart.argmax()))
+        part = self._part(name, got, int(apart.argmax()))
         results = {
             other: tap.array
             for other, tap in self.taps.items()
