@@ -18,10 +18,12 @@ from parity.laws import (
     pixel_curve,
     place,
     preprocess,
+    rearrangement,
     rotary,
     sampling,
     schedule,
     sequence,
+    sinusoidal,
     statistics,
     sums,
     table,
@@ -60,6 +62,8 @@ LAWS: dict[str, tuple[Fitter, ...]] = {
     "gated": (activation.read,),
     "sum": (sums.read,),
     "modulated": (modulation.read,),
+    "waves": (sinusoidal.read,),
+    "rearranged": (rearrangement.read,),
 }
 """The fitters of each kind of component."""
 ANY: tuple[Fitter, ...] = (place.place,)

@@ -15,6 +15,8 @@ from parity.pairs.torch_side import TorchSide
 # Results before a tap that it may be made of, those that may be added by mistake, and the widest product of which an
 # identity is written down.
 RECENT, BESIDE, WIDEST = 10, 4, 4096
+# The most scores of a softmax that are looked at as what attends.
+SCORES = 512
 TERMS = 3
 """Most terms of a sum."""
 
@@ -31,6 +33,9 @@ def composed(model: nn.Module, side: TorchSide, name: str, told: Container[str],
     if any(np.array_equal(_like(side, other, own), own) for other in before):
         return _sum(side, name, before, 1, batch)
     identity = {"weight": np.eye(own.shape[-1], dtype=np.float32), "bias": None}
+    for a in before if own.shape[-1] <= SCORES else ():
+        if near(side, name, _softmax(x := _like(side, a, own))):
+            return _weights(x)
     for a, (function, f) in product(before, FUNCTIONS.items()):
         gate = _like(side, a, own)
         made = f(gate.astype(np.float64))
@@ -46,6 +51,18 @@ def composed(model: nn.Module, side: TorchSide, name: str, told: Container[str],
         if found := next(filter(None, sums), None) or modulated(model, side, name, list(_before(side, name, telling))):
             return found
     return _bordered(side, name, told, batch) or _with_parameter(model, side, name, batch)
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    powers = np.exp(x.astype(np.float64) - x.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def _weights(scores: np.ndarray) -> Known:
+    """A softmax: what attends to a key for each of its scores, which has that one's value alone."""
+    x, alone = rows(scores), np.eye(scores.shape[-1], dtype=np.float32)[:, None]
+    inputs = {"q": x[:, None], "k": alone, "v": alone, "mask": np.ones(x.shape, bool)}
+    return Known("attention", inputs, {"scale": 1.0, "places": np.arange(len(x))}, rows)
 
 
 def _like(side: TorchSide, name: str, own: np.ndarray) -> np.ndarray | None:

@@ -9,16 +9,20 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor, nn
 
+from parity.laws.rearrangement import layout_of
+from parity.laws.sinusoidal import is_made_of_waves, waves_of
 from parity.pairs.attending import known_attention, known_rotary
 from parity.pairs.composed import composed
-from parity.pairs.known import Known, View, given_to, held, module_at, near, rows
-from parity.pairs.names import parse
+from parity.pairs.known import NEAR, Known, View, given_to, held, module_at, near, rows
+from parity.pairs.names import parse, relative
 from parity.pairs.norms import known_norm
 from parity.pairs.sides import SDPA
 from parity.pairs.torch_side import TorchSide
 
 # Groups of a convolution that are looked at.
 GROUPS = 4
+# The nearest results that another may be laid out of.
+LAYOUTS = 12
 
 
 def known(model: nn.Module, side: TorchSide, name: str, told: Container[str], batch: int = 0) -> Known:
@@ -26,7 +30,7 @@ def known(model: nn.Module, side: TorchSide, name: str, told: Container[str], ba
 
     `told` are the taps that the port tells as well: all others are computed on the way.
     """
-    for read in (_of_module, known_attention, known_rotary, _read_as_made):
+    for read in (_of_module, known_attention, known_rotary, _waves, _read_as_made, _laid_out_anew):
         found = read(model, side, name, batch)
         if found is not None:
             return found
@@ -38,6 +42,22 @@ def _of_module(model: nn.Module, side: TorchSide, name: str, batch: int) -> Know
         found = read(model, side, name, batch)
         if found is not None:
             return found
+    return None
+
+
+def _waves(model: nn.Module, side: TorchSide, name: str, batch: int) -> Known | None:
+    """Sines and cosines of what the model, or a part of it, was given."""
+    own = rows(side.taps[name].array)
+    if own.shape[1] < 8 or own.shape[1] % 2 or not is_made_of_waves(own):
+        return None
+    given = [value for args, values in side.given.values() for value in (*args, *values.values())]
+    for value in (*side.inputs.values(), *given):
+        if isinstance(value, Tensor) and value.numel() == len(own) and value.any():
+            numbers = value.detach().double().numpy().ravel()
+            waves = next(waves_of(numbers, own, None, NEAR[side.taps[name].dtype]), None)
+            if waves:
+                inputs = {"numbers": numbers.astype(np.float32)}
+                return Known("waves", inputs, {"waves": waves}, rows, ("token", "channel"))
     return None
 
 
@@ -56,6 +76,22 @@ def _read_as_made(model: nn.Module, side: TorchSide, name: str, batch: int) -> K
                 found = _of_module(model, side, other, batch)
                 view = None if found is None else found.view
                 return None if found is None else replace(found, view=lambda array, v=view, b=back: v(b(array)))
+    return None
+
+
+def _laid_out_anew(model: nn.Module, side: TorchSide, name: str, batch: int) -> Known | None:
+    """The values of one result or of what the model was given in other places, all of a batch."""
+    own, names = side.taps[name].array, list(side.taps)
+    before = [other for other in reversed(names[: names.index(name)]) if parse(other).call == parse(name).call]
+    sources = [(relative(other, name), side.taps[other].array) for other in before]
+    sources += [(f"input {said}", value.float().numpy()) for said, value in side.inputs.items()]
+    sources = [(said, array) for said, array in sources if array.size == own.size > own.shape[-1] > 1]
+    if any(array.shape == own.shape and np.array_equal(array, own) for _, array in sources):
+        return None
+    # What no layout makes is not tried again with each result before.
+    for said, array in sources[:LAYOUTS]:
+        if layout_of(array, own):
+            return Known("rearranged", {"source": array}, {"name": said}, lambda array: array)
     return None
 
 
