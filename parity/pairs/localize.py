@@ -13,10 +13,9 @@ from parity.errors import one_line
 from parity.hypotheses import Hypothesis
 from parity.localize.explain import Causes, explain, removed
 from parity.localize.findings import EXACT, EXPLAINS, LOCAL, Explanation, Finding, Localization, TapError
-from parity.oracle.bounds import Bounds
 from parity.pairs.facts import known
 from parity.pairs.hypotheses import HYPOTHESES, rewired
-from parity.pairs.inputs import untried
+from parity.pairs.inputs import of_one_value, untried
 from parity.pairs.known import NEAR, Known
 from parity.pairs.layouts import in_groups
 from parity.pairs.mlx_side import MlxSide
@@ -24,6 +23,7 @@ from parity.pairs.names import WEIGHTS, kind_of, parse
 from parity.pairs.pair import Pair
 from parity.pairs.probe import PairProbe
 from parity.pairs.readings import readings
+from parity.pairs.remarks import listed, remarks
 from parity.pairs.shapes import other_length
 from parity.pairs.sides import IN, OUTPUT, QKV
 from parity.pairs.sound import differing, require_sound
@@ -36,8 +36,6 @@ from parity.tensors.metrics import Difference, compare, rel_l2
 from parity.tensors.names import TapName
 from parity.tensors.recording import Recording
 
-# Parts that are named where more have no counterpart.
-SHOWN = 8
 Progress = Callable[[str], None]
 
 
@@ -66,6 +64,8 @@ def localize_pair(
             if (kinds := untried(pair, {error.tap.call for error in found.taps}))
             else []
         )
+        alike = dict.fromkeys(each for inputs in (pair.inputs, *pair.also.values()) for each in of_one_value(inputs)[0])
+        said += [f"of one value throughout, which shows nothing: {', '.join(alike)}"] if alike else []
         found = replace(found, bundle=name, remark="; ".join(filter(None, [found.remark, *said])))
     return found
 
@@ -126,7 +126,7 @@ class _Investigation:
             dtype=dtype,
             verdict=verdict,
             reason=reason,
-            remark=self._left_out(steered, bounds, lacking, len(weights.mismatches) == len(weights.compared) > 0),
+            remark=remarks(self.taps, steered, bounds, lacking, len(weights.mismatches) == len(weights.compared) > 0),
             findings=self.findings,
             taps=errors,
             exact=[f"{WEIGHTS}{name}" for name in weights.compared],
@@ -251,30 +251,13 @@ class _Investigation:
                 return
         self.findings.append(finding)
 
-    def _left_out(self, steered: MlxSide, bounds: Bounds, lacking: Sequence[str], unloaded: bool) -> str:
-        absent = dict.fromkeys(kind_of(name) for name in self.taps if name not in steered.taps)
-        elsewhere = dict.fromkeys(kind_of(name) for name in steered.taps if name not in bounds.taps)
-        said = [f"not compared, for the port computes no such thing: {_listed(list(absent))}"] if absent else []
-        if unloaded:
-            said.append("no weight is the trusted model's: see that the port was given them, or use copy_weights")
-        if steered.wider:
-            kinds = list(dict.fromkeys(map(kind_of, steered.wider)))
-            said.append(f"computed in float32 what is bfloat16 in the trusted model: {_listed(kinds)}")
-        if elsewhere:
-            said.append(f"differs, but all that comes of it is right: {_listed(list(elsewhere))}")
-        if steered.moved:
-            said.append(f"its channels stand elsewhere than the trusted model's: {_listed(steered.moved)}")
-        if lacking:
-            said.append(f"lacking on purpose: {_listed(list(lacking))}")
-        return "; ".join(said)
-
     def _verdict(self, errors: Sequence[TapError], steered: MlxSide, unmatched: Sequence[str]) -> tuple[str, str]:
         if self.findings:
             return DIVERGE, ""
         said = ""
         if unmatched:
             said = (
-                f"{_listed(list(unmatched))} of one model match nothing of the other: name their counterparts in "
+                f"{listed(list(unmatched))} of one model match nothing of the other: name their counterparts in "
                 "Pair.names, or what is lacking on purpose in Pair.lacks"
             )
         elif self.own.calls != steered.calls:
@@ -284,16 +267,17 @@ class _Investigation:
             said = "nothing was compared: no path of the port is one of the trusted model's; see Pair.names"
         elif not any(error.tap.path.startswith(OUTPUT) for error in errors):
             said = "no output was compared: let both runs return what they end in"
+        elif of_one_value(self.pair.inputs)[1]:
+            said = (
+                "the inputs hold one value throughout, of which nearly all that is wrong comes out right: draw others"
+            )
+        elif not any(self.taps[error.tap.name].array.any() for error in errors if error.tap.path.startswith(OUTPUT)):
+            said = "the output is 0 throughout, as of weights that begin at 0: draw others"
         return (INCONCLUSIVE, said) if said else (AGREE, "")
 
 
 def _other_shape(error: TapError) -> bool:
     return error.local is None
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _sentence(name: str, difference: Difference) -> str:
