@@ -18,6 +18,8 @@ from parity.tensors.metrics import rel_l2
 RECENT, TERMS, VECTORS = 8, 3, 96
 # Chunks of one result that are told apart at most; tokens and channels that terms are looked for in.
 CHUNKS, TOKENS, CHANNELS = 12, 64, 32
+# The least part of a result that a term is believed to make.
+LEAST = 1e-4
 
 Lay = Callable[[np.ndarray], np.ndarray | None]
 
@@ -84,7 +86,7 @@ def _fits(terms: Sequence[np.ndarray], own: np.ndarray, near: float) -> bool:
         return False
     # A term that is no part of it, and what an offset alone is near to, tell nothing.
     shares = [np.linalg.norm(term * factor[:, None]) for term, factor in zip(terms, by, strict=False)]
-    return min(shares) > 10 * near * np.linalg.norm(own)
+    return min(shares) > max(10 * error, LEAST) * np.linalg.norm(own)
 
 
 def _recent(side: TorchSide, name: str, lay: Lay, among: Sequence[str]) -> dict[str, np.ndarray]:

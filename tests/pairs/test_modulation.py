@@ -133,3 +133,65 @@ def test_depthwise_kernels_and_layer_scales(fault, place, cause):
     if fault:
         assert result.first.component == place
         assert result.first.certain and cause in result.first.explanations[0].name, result.first
+
+
+class Channels(torch.nn.Module):
+    """A layer norm over the channels of each place, and the mean of places."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = Norm(), torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.out(self.norm(x).mean((2, 3)))
+
+
+class Norm(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = (torch.nn.Parameter(torch.ones(WIDTH)) for _ in range(2))
+        self.eps = 1e-6
+
+    def forward(self, x):
+        x = torch.nn.functional.layer_norm(x.movedim(1, -1), (WIDTH,), self.weight, self.bias, self.eps)
+        return x.movedim(-1, 1)
+
+
+class ChannelsPort(nn.Module):
+    def __init__(self, fault=""):
+        super().__init__()
+        self.norm, self.out = NormPort(fault), nn.Linear(WIDTH, WIDTH)
+        self._fault = fault
+
+    def __call__(self, x):
+        x = self.norm(x.transpose(0, 2, 3, 1))
+        return self.out(x.max((1, 2)) if self._fault == "largest" else x.mean((1, 2)))
+
+
+class NormPort(nn.Module):
+    def __init__(self, fault):
+        super().__init__()
+        self.weight, self.bias = mx.ones(WIDTH), mx.zeros(WIDTH)
+        self._axes, self._less = (1, 2) if fault == "places" else -1, fault == "sample"
+
+    def __call__(self, x):
+        off = x - x.mean(self._axes, keepdims=True)
+        power = off.var(self._axes, keepdims=True, ddof=int(self._less))
+        return off * mx.rsqrt(power + 1e-6) * self.weight + self.bias
+
+
+@pytest.mark.parametrize(
+    ("fault", "place", "cause"),
+    [
+        ("", None, None),
+        ("places", "norm", "each channel is normed over all places"),
+        ("sample", "norm", "the variance is that of a sample"),
+        ("largest", "out (input)", "norm, the largest of places is in its place"),
+    ],
+)
+def test_norms_and_means_of_pictures(fault, place, cause):
+    result = found(Channels(), ChannelsPort(fault), x=noise(BATCH, WIDTH, SIDE, SIDE))
+    assert result.verdict == (DIVERGE if fault else AGREE), result.findings
+    if fault:
+        assert result.first.component == place
+        assert result.first.certain and cause in result.first.explanations[0].name, result.first
