@@ -162,10 +162,10 @@ class _Stepwise(TorchDispatchMode):
             return (made if bias is None else made + bias.reshape(across), *rest)
         if func in _CANCELLING and args[0].dtype == self._dtype:
             return _in_steps(args, func)
-        if func is aten.mean.dim and args[0].dtype == self._dtype:
+        if func in (aten.mean.dim, aten.sum.dim_IntList) and args[0].dtype == self._dtype and args[1] and not kwargs:
             # The sum is rounded, and its part of it again.
-            total = args[0].sum(*args[1:], **kwargs)
-            return total / (args[0].numel() // max(total.numel(), 1))
+            total = self._total(*args)
+            return total / (args[0].numel() // max(total.numel(), 1)) if func is aten.mean.dim else total
         if func is aten.addmm.default and not kwargs:
             return args[1] @ args[2] + args[0]
         if func is aten.convolution.default and args[2] is not None:
@@ -184,6 +184,14 @@ class _Stepwise(TorchDispatchMode):
         else:
             total = self._rounded(powers.sum(axis, keepdim=True))
         return self._rounded(powers * self._rounded(1 / total))
+
+    def _total(self, x: Tensor, axes: list[int], keep: bool = False) -> Tensor:
+        """A sum, rounded after each term where these are few."""
+        total = x.sum(axes, keepdim=True)
+        if 0 < x.numel() <= RUNNING * total.numel():
+            terms = x.movedim(axes, list(range(-len(axes), 0))).flatten(-len(axes))
+            total = self._running(terms, terms.ndim - 1)[..., -1].reshape(total.shape)
+        return total if keep else total.squeeze(axes)
 
     def _running(self, x: Tensor, axis: int) -> Tensor:
         """A running sum, rounded after each term."""

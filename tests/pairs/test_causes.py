@@ -348,6 +348,20 @@ def test_means_of_bfloat16_may_be_rounded_twice(seed):
     assert localize_pair(pair).verdict == AGREE
 
 
+def mean_term_by_term(x):
+    total = x[:, 0]
+    for place in range(1, x.shape[1]):
+        total = total + x[:, place]
+    return total / x.shape[1]
+
+
+def test_means_of_bfloat16_may_be_rounded_after_each_term():
+    torch.manual_seed(0)
+    pair = Pair(Pooled().eval().bfloat16(), TwoOf(mean_term_by_term), {"x": noise(2, 60, WIDTH)})
+    copy_weights(pair)
+    assert localize_pair(pair).verdict == AGREE
+
+
 class Passed(torch.nn.Module):
     def __init__(self, function):
         super().__init__()
