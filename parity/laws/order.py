@@ -71,6 +71,9 @@ def _unread(count: int) -> Iterator[Order]:
     yield from _regrouped(count)
     for side in (side for side in range(2, count // 2 + 1) if count % side == 0):
         for words, size, within in (
+            *((f"{{many}} of every {side} are read as {a} x {b} transposed", 1.8,
+               lambda groups, a=a, b=b: groups.reshape(-1, a, b).swapaxes(1, 2).reshape(groups.shape))
+              for a, b in ((2, side // 2), (side // 2, 2)) if side > 4 and side % 2 == 0),
             (f"{{many}} are reversed in each group of {side}", 1.5, lambda groups: groups[:, ::-1]),
             (f"groups of {side} {{many}} are reversed", 1.6, lambda groups: groups[::-1]),
             (f"{{many}} of every {side} are exchanged by halves", 1.7,

@@ -58,7 +58,7 @@ class Waves:
         if self.offset != other.offset:
             words.append(f"{what} {are} off by {self.offset:+.4g}")
         if self.less != other.less:
-            words.append(f"frequencies are spaced by their number less {self.less:g}")
+            words.append("frequencies are spaced by their number" + (f" less {self.less:g}" if self.less else ""))
         if self.angles != other.angles:
             words.append(f"angles are {self.angles}")
         # A spacing is chosen, a period is read.

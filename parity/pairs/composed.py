@@ -8,12 +8,15 @@ from torch import nn
 
 from parity.laws.curves import FUNCTIONS
 from parity.pairs.known import Known, held, module_at, near, rows
+from parity.pairs.modulated import modulated
 from parity.pairs.names import distance, parse, relative
 from parity.pairs.torch_side import TorchSide
 
 # Results before a tap that it may be made of, those that may be added by mistake, and the widest product of which an
 # identity is written down.
 RECENT, BESIDE, WIDEST = 10, 4, 4096
+# The most scores of a softmax that are looked at as what attends.
+SCORES = 512
 TERMS = 3
 """Most terms of a sum."""
 
@@ -30,6 +33,9 @@ def composed(model: nn.Module, side: TorchSide, name: str, told: Container[str],
     if any(np.array_equal(_like(side, other, own), own) for other in before):
         return _sum(side, name, before, 1, batch)
     identity = {"weight": np.eye(own.shape[-1], dtype=np.float32), "bias": None}
+    for a in before if own.shape[-1] <= SCORES else ():
+        if near(side, name, _softmax(x := _like(side, a, own))):
+            return _weights(x)
     for a, (function, f) in product(before, FUNCTIONS.items()):
         gate = _like(side, a, own)
         made = f(gate.astype(np.float64))
@@ -39,11 +45,24 @@ def composed(model: nn.Module, side: TorchSide, name: str, told: Container[str],
                 inputs = {"gate": rows(gate), "x": rows(own)} | ({} if b is None else {"up": rows(up)})
                 return Known("gated", inputs, {**identity, "activation": function}, rows, ("token", "channel"))
     # What the port does not tell may be a term too.
-    for among in dict.fromkeys((tuple(before), tuple(_recent(side, name, side.taps)))):
-        for count in range(2, TERMS + 1):
-            if found := _sum(side, name, among, count, batch):
-                return found
+    for telling in (told, side.taps):
+        among = _recent(side, name, telling)
+        sums = (_sum(side, name, among, count, batch) for count in range(2, TERMS + 1))
+        if found := next(filter(None, sums), None) or modulated(model, side, name, list(_before(side, name, telling))):
+            return found
     return _bordered(side, name, told, batch) or _with_parameter(model, side, name, batch)
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    powers = np.exp(x.astype(np.float64) - x.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def _weights(scores: np.ndarray) -> Known:
+    """A softmax: what attends to a key for each of its scores, which has that one's value alone."""
+    x, alone = rows(scores), np.eye(scores.shape[-1], dtype=np.float32)[:, None]
+    inputs = {"q": x[:, None], "k": alone, "v": alone, "mask": np.ones(x.shape, bool)}
+    return Known("attention", inputs, {"scale": 1.0, "places": np.arange(len(x))}, rows)
 
 
 def _like(side: TorchSide, name: str, own: np.ndarray) -> np.ndarray | None:
@@ -113,9 +132,11 @@ def _bordered(side: TorchSide, name: str, told: Container[str], batch: int) -> K
 
 
 def _with_parameter(model: nn.Module, side: TorchSide, name: str, batch: int) -> Known | None:
-    """What a module makes that holds a parameter of the same tokens and channels: that, and the rest of the sum."""
+    """What a module makes that holds a table of the same tokens and channels: that, and the rest of the sum."""
     module, own = module_at(model, name), side.taps[name].array
-    for said, parameter in () if module is None or own.ndim != 3 else module.named_parameters(recurse=False):
+    if module is None or own.ndim != 3:
+        return None
+    for said, parameter in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         array = held(parameter)
         if array.shape in (own.shape[1:], (1, *own.shape[1:])):
             added = array.reshape(own.shape[1:])

@@ -7,6 +7,7 @@ import numpy as np
 
 from parity.hypotheses import Hypothesis
 from parity.hypotheses.base import Transform
+from parity.laws.modulation import normed_anew
 from parity.laws.numbers import told
 from parity.pairs.attending import halves, neighbours, turn
 from parity.pairs.names import distance, relative
@@ -88,11 +89,21 @@ def _layer_norm(**changed: object) -> Transform:
     """A layer norm with another eps, without its weight or bias, or that leaves the mean where it is."""
 
     def transform(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+        if site.part.kind == "modulated" and changed.keys() <= {"eps", "mean"}:
+            return normed_anew(site.part.inputs, site.part.facts, array, **changed)
         if site.part.kind != "layer_norm" or changed.get("eps") == site.part.facts["eps"]:
             return None
         return layer_norm(site.part.inputs["x"], **{**site.part.facts, **changed}).astype(np.float32)
 
     return transform
+
+
+def _over_places(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
+    """A layer norm that takes the mean and deviation of each channel, of all places."""
+    facts = site.part.facts
+    if site.part.kind != "layer_norm" or "groups" in facts:
+        return None
+    return layer_norm(site.part.inputs["x"], **facts, groups=len(facts["weight"])).astype(np.float32)
 
 
 def _heads_as_tokens(site: "PairProbe", array: np.ndarray) -> np.ndarray | None:
@@ -133,10 +144,12 @@ LAYER_NORMS = {
     "the weight is missing": {"weight": 1.0},
     "weight and bias are missing": {"weight": 1.0, "bias": 0.0},
     "the mean is not subtracted, and the bias is missing": {"mean": False, "bias": 0.0},
+    "the variance is that of a sample, over one less": {"less": 1},
 } | {f"eps is {told(eps)}": {"eps": eps} for eps in (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1)}
 
 HYPOTHESES = (
     *(Hypothesis(says, ("*",), transform=_layer_norm(**changed), anew=True) for says, changed in LAYER_NORMS.items()),
+    Hypothesis("each channel is normed over all places", ("*",), transform=_over_places, anew=True),
     Hypothesis("the part is left out", ("*",), transform=_passed, anew=True),
     Hypothesis("the part's input is added to its result", ("*",), transform=_beside),
     Hypothesis("neighbouring channels are turned together", ("*",), transform=_turned(pairs=neighbours), anew=True),

@@ -1,6 +1,6 @@
 """Which kinds of inputs a pair was given, and which mistakes of ports need others to show."""
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,10 @@ def untried(pair: Pair, calls: Set[str]) -> list[str]:
     tokens = [found for inputs in (pair.inputs, *pair.also.values()) for found in _tokens(inputs)]
     if not tokens:
         return []
-    batches, lengths = ({array.shape[axis] for array in tokens} for axis in (0, 1))
+    lengths = {array.shape[1] for array in tokens}
     kinds = {
-        "a batch": max(batches) > 1,
+        # Rows that are alike show nothing that one does not.
+        "a batch": any((array != array[:1]).any() for array in tokens),
         "one token alone": 1 in lengths or len(calls) > 1,
         "an odd number of tokens": any(length % 2 and length > 1 for length in lengths),
     }
@@ -38,6 +39,18 @@ def untried(pair: Pair, calls: Set[str]) -> list[str]:
     return [kind for kind, tried in kinds.items() if not tried]
 
 
+def of_one_value(inputs: Any) -> tuple[list[str], bool]:
+    """Those of the inputs that hold one value throughout, which shows nothing of what is done to each, and whether all
+    are so; those of a single value are not counted."""
+    arrays = {name: array for name, array in _arrays(inputs).items() if array.size > 1}
+    alike = [name for name, array in arrays.items() if (array == array.flat[0]).all()]
+    return alike, bool(arrays) and len(alike) == len(arrays)
+
+
 def _tokens(inputs: Any) -> list[np.ndarray]:
-    arrays = inputs.values() if isinstance(inputs, dict) else (inputs,)
-    return [array for array in arrays if isinstance(array, np.ndarray) and array.dtype.kind in "iu" and array.ndim == 2]
+    return [array for array in _arrays(inputs).values() if array.dtype.kind in "iu" and array.ndim == 2]
+
+
+def _arrays(inputs: Any) -> dict[str, np.ndarray]:
+    named = inputs if isinstance(inputs, Mapping) else {"the input": inputs}
+    return {name: array for name, array in named.items() if isinstance(array, np.ndarray)}

@@ -14,6 +14,8 @@ from parity.tensors.metrics import rel_l2
 
 # How near what is tried has to come: a hundred roundings of float32, three of bfloat16.
 NEAR = {"float32": 1e-5, "bfloat16": 1.2e-2}
+# Values that are looked at first.
+SOME = 512
 
 View = Callable[[np.ndarray], np.ndarray]
 
@@ -59,7 +61,12 @@ def held(value: Tensor | None) -> np.ndarray | None:
 def near(side: TorchSide, name: str, made: np.ndarray) -> bool:
     """Whether a tap is what was made, but for rounding."""
     tap = side.taps[name]
-    if made.shape != tap.shape or not np.isfinite(made).all():
+    if made.shape != tap.shape:
+        return False
+    # What is far from it in some of its values is so as a whole.
+    step = max(made.size // SOME, 1)
+    apart = np.linalg.norm(made.ravel()[::step].astype(np.float64) - tap.array.ravel()[::step])
+    if not apart <= 2 * NEAR[tap.dtype] * np.linalg.norm(tap.array) or not np.isfinite(made).all():
         return False
     error = rel_l2(tap.array, made.astype(np.float32))
     return error is not None and error <= NEAR[tap.dtype]

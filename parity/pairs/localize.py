@@ -13,10 +13,9 @@ from parity.errors import one_line
 from parity.hypotheses import Hypothesis
 from parity.localize.explain import Causes, explain, removed
 from parity.localize.findings import EXACT, EXPLAINS, LOCAL, Explanation, Finding, Localization, TapError
-from parity.oracle.bounds import Bounds
 from parity.pairs.facts import known
 from parity.pairs.hypotheses import HYPOTHESES, rewired
-from parity.pairs.inputs import untried
+from parity.pairs.inputs import of_one_value, untried
 from parity.pairs.known import NEAR, Known
 from parity.pairs.layouts import in_groups
 from parity.pairs.mlx_side import MlxSide
@@ -24,6 +23,7 @@ from parity.pairs.names import WEIGHTS, kind_of, parse
 from parity.pairs.pair import Pair
 from parity.pairs.probe import PairProbe
 from parity.pairs.readings import readings
+from parity.pairs.remarks import listed, remarks
 from parity.pairs.shapes import other_length
 from parity.pairs.sides import IN, OUTPUT, QKV
 from parity.pairs.sound import differing, require_sound
@@ -36,8 +36,6 @@ from parity.tensors.metrics import Difference, compare, rel_l2
 from parity.tensors.names import TapName
 from parity.tensors.recording import Recording
 
-# Parts that are named where more have no counterpart.
-SHOWN = 8
 Progress = Callable[[str], None]
 
 
@@ -66,6 +64,8 @@ def localize_pair(
             if (kinds := untried(pair, {error.tap.call for error in found.taps}))
             else []
         )
+        alike = dict.fromkeys(each for inputs in (pair.inputs, *pair.also.values()) for each in of_one_value(inputs)[0])
+        said += [f"of one value throughout, which shows nothing: {', '.join(alike)}"] if alike else []
         found = replace(found, bundle=name, remark="; ".join(filter(None, [found.remark, *said])))
     return found
 
@@ -82,6 +82,7 @@ class _Investigation:
     def __init__(self, pair: Pair, name: str, hypotheses: Sequence[Hypothesis], tell: Progress) -> None:
         self.pair, self.name, self.hypotheses, self.tell = pair, name, hypotheses, tell
         self.findings: list[Finding] = []
+        self._parts: dict[tuple[str, int], Known] = {}
 
     def run(self) -> Localization:
         started = time.perf_counter()
@@ -125,7 +126,7 @@ class _Investigation:
             dtype=dtype,
             verdict=verdict,
             reason=reason,
-            remark=self._left_out(steered, bounds, lacking, len(weights.mismatches) == len(weights.compared) > 0),
+            remark=remarks(self.taps, steered, bounds, lacking, len(weights.mismatches) == len(weights.compared) > 0),
             findings=self.findings,
             taps=errors,
             exact=[f"{WEIGHTS}{name}" for name in weights.compared],
@@ -178,7 +179,7 @@ class _Investigation:
     def _follows(self, error: TapError, got: Recording) -> bool:
         """Whether a sum is what it should be of what the port adds: then one of its terms is wrong, and not the sum."""
         name = error.tap.name
-        part = known(self.pair.trusted, self.own, name, got)
+        part = self._part(name, got)
         if part.kind != "sum" or error.allowed is None or len(terms := part.facts["names"]) < 2:
             return False
         if any(term not in got or got[term].shape != self.taps[term].shape for term in terms):
@@ -187,6 +188,11 @@ class _Investigation:
         error_of_sum = rel_l2(made.astype(np.float32), got[name].array)
         return error_of_sum is not None and error_of_sum <= error.allowed
 
+    def _part(self, name: str, got: Recording, batch: int = 0) -> Known:
+        if (name, batch) not in self._parts:
+            self._parts[name, batch] = known(self.pair.trusted, self.own, name, got, batch)
+        return self._parts[name, batch]
+
     def _site(self, error: TapError, got: Recording) -> PairProbe | None:
         name = error.tap.name
         found = got[name].array
@@ -194,7 +200,7 @@ class _Investigation:
         if expected is None:
             return None
         apart = np.abs(expected.astype(np.float64) - found).reshape(len(expected), -1).sum(1)
-        part = known(self.pair.trusted, self.own, name, got, int(apart.argmax()))
+        part = self._part(name, got, int(apart.argmax()))
         results = {
             other: tap.array
             for other, tap in self.taps.items()
@@ -245,30 +251,13 @@ class _Investigation:
                 return
         self.findings.append(finding)
 
-    def _left_out(self, steered: MlxSide, bounds: Bounds, lacking: Sequence[str], unloaded: bool) -> str:
-        absent = dict.fromkeys(kind_of(name) for name in self.taps if name not in steered.taps)
-        elsewhere = dict.fromkeys(kind_of(name) for name in steered.taps if name not in bounds.taps)
-        said = [f"not compared, for the port computes no such thing: {_listed(list(absent))}"] if absent else []
-        if unloaded:
-            said.append("no weight is the trusted model's: see that the port was given them, or use copy_weights")
-        if steered.wider:
-            kinds = list(dict.fromkeys(map(kind_of, steered.wider)))
-            said.append(f"computed in float32 what is bfloat16 in the trusted model: {_listed(kinds)}")
-        if elsewhere:
-            said.append(f"differs, but all that comes of it is right: {_listed(list(elsewhere))}")
-        if steered.moved:
-            said.append(f"its channels stand elsewhere than the trusted model's: {_listed(steered.moved)}")
-        if lacking:
-            said.append(f"lacking on purpose: {_listed(list(lacking))}")
-        return "; ".join(said)
-
     def _verdict(self, errors: Sequence[TapError], steered: MlxSide, unmatched: Sequence[str]) -> tuple[str, str]:
         if self.findings:
             return DIVERGE, ""
         said = ""
         if unmatched:
             said = (
-                f"{_listed(list(unmatched))} of one model match nothing of the other: name their counterparts in "
+                f"{listed(list(unmatched))} of one model match nothing of the other: name their counterparts in "
                 "Pair.names, or what is lacking on purpose in Pair.lacks"
             )
         elif self.own.calls != steered.calls:
@@ -278,16 +267,17 @@ class _Investigation:
             said = "nothing was compared: no path of the port is one of the trusted model's; see Pair.names"
         elif not any(error.tap.path.startswith(OUTPUT) for error in errors):
             said = "no output was compared: let both runs return what they end in"
+        elif of_one_value(self.pair.inputs)[1]:
+            said = (
+                "the inputs hold one value throughout, of which nearly all that is wrong comes out right: draw others"
+            )
+        elif not any(self.taps[error.tap.name].array.any() for error in errors if error.tap.path.startswith(OUTPUT)):
+            said = "the output is 0 throughout, as of weights that begin at 0: draw others"
         return (INCONCLUSIVE, said) if said else (AGREE, "")
 
 
 def _other_shape(error: TapError) -> bool:
     return error.local is None
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _sentence(name: str, difference: Difference) -> str:

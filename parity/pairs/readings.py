@@ -15,7 +15,7 @@ SPLITS = {"q, k and v of all heads": ("qhd", 0), "those of each head": ("hqd", 1
 def readings(taps: Recording, name: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     """Parts and summaries of results of a tap's call that have its shape."""
     call = parse(name).call
-    taps = {other: tap for other, tap in taps.items() if parse(other).call == call and tap.array.ndim == 3}
+    taps = {other: tap for other, tap in taps.items() if parse(other).call == call}
     if len(shape) == 2:
         return dict(_pooled(taps, shape))
     return dict(_split(taps, shape)) if f"{SDPA}:" in name and len(shape) == 4 else {}
@@ -23,12 +23,17 @@ def readings(taps: Recording, name: str, shape: tuple[int, ...]) -> dict[str, np
 
 def _pooled(taps: Recording, shape: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
     for name, tap in taps.items():
-        if tap.shape[::2] == shape:
-            array = tap.array
-            yield f"{name}, the last token", array[:, -1]
-            yield f"{name}, the first token", array[:, 0]
-            yield f"{name}, the mean of tokens", array.mean(1)
-            yield f"{name}, the largest of tokens", array.max(1)
+        array, one = tap.array, "token"
+        if array.ndim == 4:
+            # The channels of a picture stand first or last.
+            array = array if array.shape[::3] == shape else np.moveaxis(array, 1, -1)
+            array, one = array.reshape(len(array), -1, array.shape[-1]), "place"
+        if array.ndim == 3 and array.shape[::2] == shape and array.shape[1]:
+            yield f"{name}, the last {one}", array[:, -1]
+            yield f"{name}, the first {one}", array[:, 0]
+            yield f"{name}, the mean of {one}s", array.mean(1)
+            yield f"{name}, the sum of {one}s", array.sum(1)
+            yield f"{name}, the largest of {one}s", array.max(1)
 
 
 def _split(taps: Recording, shape: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:

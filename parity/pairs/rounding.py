@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from parity.oracle.floors import Floors, LevelTable
 from parity.pairs.names import kind_of
@@ -17,6 +19,8 @@ from parity.tensors.recording import Recording, Tap
 from parity.tensors.rounding import rounded
 
 DRAWS = 4
+# Terms that may be added up one after the other in a narrow dtype: of more, most are lost beside their sum.
+RUNNING = 64
 
 aten = torch.ops.aten
 _PRODUCTS = {
@@ -104,19 +108,50 @@ class _Disturbed(TorchDispatchMode):
 
 class _Stepwise(TorchDispatchMode):
     """What a model of a narrow dtype computes in float32 or at once rounded after each step, as libraries do that have
-    no such steps; but for statistics, one to a row."""
+    no such steps; but for statistics, one to a row, and what is made of no narrow values, such as angles of positions
+    or times: those turned by a rounded angle are wrong ones."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self._dtype = dtype
+        # Whether something that was computed in float32 was made of narrow values.
+        self._of_narrow = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        narrow = any(each.dtype == self._dtype or self._of_narrow.get(each, False) for each in given)
+        if narrow and not func._schema.is_mutable:
+            # What narrow values meet is one of them too.
+            args = tree_map(lambda each: self._rounded(each) if self._is_wide(each) else each, args)
+            output = self._made(func, args, kwargs)
+        else:
+            output = func(*args, **kwargs)
+        for each in tree_leaves(output):
+            if isinstance(each, Tensor) and each.dtype == torch.float32:
+                self._of_narrow[each] = narrow
+        return output
+
+    def _is_wide(self, value: Any) -> bool:
+        wide = isinstance(value, Tensor) and self._of_narrow.get(value, True) is False
+        return wide and value.ndim > 0 and value.shape[-1] > 1
+
+    def _rounded(self, value: Tensor) -> Tensor:
+        return value.to(self._dtype).to(value.dtype)
+
+    def _made(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        if func is aten._softmax.default:
+            return self._softmax(*args[:2])
+        if func is aten.cumsum.default:
+            return self._running(args[0], args[1])
         if func in (aten.silu.default, aten.gelu.default) and args[0].dtype == self._dtype:
             return _activated(args[0], func, kwargs.get("approximate", "none"))
         if func is aten.native_layer_norm.default and args[0].dtype == self._dtype:
             x, shape, weight, bias, eps = args
-            (normed, *rest) = func(x, shape, None, None, eps)
+            axes = tuple(range(-len(shape), 0))
+            off = x - x.mean(axes, keepdim=True)
+            normed = off * torch.rsqrt((off * off).mean(axes, keepdim=True) + eps)
+            rest = func(*args)[1:]
             made = normed if weight is None else normed * weight
             return (made if bias is None else made + bias, *rest)
         if func is aten.native_group_norm.default and args[0].dtype == self._dtype:
@@ -127,10 +162,10 @@ class _Stepwise(TorchDispatchMode):
             return (made if bias is None else made + bias.reshape(across), *rest)
         if func in _CANCELLING and args[0].dtype == self._dtype:
             return _in_steps(args, func)
-        if func is aten.mean.dim and args[0].dtype == self._dtype:
+        if func in (aten.mean.dim, aten.sum.dim_IntList) and args[0].dtype == self._dtype and args[1] and not kwargs:
             # The sum is rounded, and its part of it again.
-            total = args[0].sum(*args[1:], **kwargs)
-            return total / (args[0].numel() // max(total.numel(), 1))
+            total = self._total(*args)
+            return total / (args[0].numel() // max(total.numel(), 1)) if func is aten.mean.dim else total
         if func is aten.addmm.default and not kwargs:
             return args[1] @ args[2] + args[0]
         if func is aten.convolution.default and args[2] is not None:
@@ -138,7 +173,32 @@ class _Stepwise(TorchDispatchMode):
             return made + args[2].reshape(-1, *(1 for _ in made.shape[2:]))
         output = func(*args, **kwargs)
         wide = isinstance(output, Tensor) and output.dtype == torch.float32 and output.ndim and output.shape[-1] > 1
-        return output.to(self._dtype).float() if wide and func is not aten._to_copy.default else output
+        return self._rounded(output) if wide and func is not aten._to_copy.default else output
+
+    def _softmax(self, x: Tensor, axis: int) -> Tensor:
+        """Exponentials, their sum and its inverse rounded; the sum also term by term where these are few."""
+        top = x.amax(axis, keepdim=True)
+        powers = self._rounded(torch.exp(self._rounded(x - torch.where(top.isfinite(), top, 0))))
+        if x.shape[axis] <= RUNNING:
+            total = self._running(powers, axis).narrow(axis, x.shape[axis] - 1, 1)
+        else:
+            total = self._rounded(powers.sum(axis, keepdim=True))
+        return self._rounded(powers * self._rounded(1 / total))
+
+    def _total(self, x: Tensor, axes: list[int], keep: bool = False) -> Tensor:
+        """A sum, rounded after each term where these are few."""
+        total = x.sum(axes, keepdim=True)
+        if 0 < x.numel() <= RUNNING * total.numel():
+            terms = x.movedim(axes, list(range(-len(axes), 0))).flatten(-len(axes))
+            total = self._running(terms, terms.ndim - 1)[..., -1].reshape(total.shape)
+        return total if keep else total.squeeze(axes)
+
+    def _running(self, x: Tensor, axis: int) -> Tensor:
+        """A running sum, rounded after each term."""
+        sums = [torch.zeros_like(x.select(axis, 0))] if x.shape[axis] else []
+        for place in range(x.shape[axis]):
+            sums.append(self._rounded(sums[-1] + x.select(axis, place)))
+        return torch.stack(sums[1:], axis) if sums else x
 
 
 def _activated(x: Tensor, func: Any, approximate: str) -> Tensor:

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from parity.tensors.recording import Tap
 
 
 class TorchSide(Side):
-    """A PyTorch model, watched by hooks.
+    """A PyTorch model, watched by hooks; `inputs` are the arrays that its run was given, by name.
 
     Args:
         force: values to go on with at taps.
@@ -34,10 +35,13 @@ class TorchSide(Side):
     ) -> None:
         super().__init__(force)
         self._wide, self._attend, self._attending = wide, attend, False
+        self.inputs: dict[str, Tensor] = {}
 
     def run(self, pair: Pair, model: nn.Module | None = None) -> "TorchSide":
         """Run the pair's trusted model, or another instance of it."""
         model = pair.trusted if model is None else model
+        named = pair.inputs if isinstance(pair.inputs, Mapping) else {}
+        self.inputs = {name: torch.from_numpy(a) for name, a in named.items() if isinstance(a, np.ndarray)}
         with ExitStack() as stack, torch.no_grad():
             for path, module in model.named_modules():
                 if path:

@@ -348,6 +348,20 @@ def test_means_of_bfloat16_may_be_rounded_twice(seed):
     assert localize_pair(pair).verdict == AGREE
 
 
+def mean_term_by_term(x):
+    total = x[:, 0]
+    for place in range(1, x.shape[1]):
+        total = total + x[:, place]
+    return total / x.shape[1]
+
+
+def test_means_of_bfloat16_may_be_rounded_after_each_term():
+    torch.manual_seed(0)
+    pair = Pair(Pooled().eval().bfloat16(), TwoOf(mean_term_by_term), {"x": noise(2, 60, WIDTH)})
+    copy_weights(pair)
+    assert localize_pair(pair).verdict == AGREE
+
+
 class Passed(torch.nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -383,3 +397,47 @@ def test_exponentials_that_something_cancels_round_in_their_own_way(theirs, ours
 def test_variances_and_running_sums_round_term_by_term(theirs, ours):
     torch.manual_seed(0)
     assert found(Passed(theirs), TwoOf(ours), noise(BATCH, TOKENS, WIDTH)).verdict == AGREE
+
+
+def layer_norm(x):
+    off = x - x.mean(-1, keepdims=True)
+    return off * mx.rsqrt((off * off).mean(-1, keepdims=True) + 1e-5)
+
+
+def softmax(x):
+    return torch.softmax(x, -1, dtype=torch.float32).to(x.dtype)
+
+
+@pytest.mark.parametrize("tokens", [9, 60])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (softmax, lambda x: mx.softmax(x, -1, precise=False)),
+        (lambda x: x.cumsum(1), lambda x: x.cumsum(1)),
+        (lambda x: x - x.var(1, keepdim=True, unbiased=False), lambda x: x - x.var(1, keepdims=True)),
+        (torch.nn.LayerNorm(WIDTH, elementwise_affine=False), layer_norm),
+    ],
+)
+def test_what_is_computed_in_bfloat16_throughout_is_as_right(theirs, ours, tokens):
+    torch.manual_seed(0)
+    pair = Pair(Passed(theirs).eval().bfloat16(), TwoOf(ours), {"x": noise(BATCH, tokens, WIDTH)})
+    copy_weights(pair)
+    assert localize_pair(pair).verdict == AGREE
+
+
+class Attends(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.scaled_dot_product_attention(*(x[:, None],) * 3)[:, 0]
+
+
+def attends(x):
+    return mx.softmax(x @ x.swapaxes(-1, -2) * WIDTH**-0.5, axis=-1, precise=False) @ x
+
+
+def test_a_long_sum_of_bfloat16_is_told_as_its_rounding():
+    torch.manual_seed(0)
+    pair = Pair(Passed(Attends()).eval().bfloat16(), TwoOf(attends), {"x": noise(1, 400, WIDTH)})
+    copy_weights(pair)
+    first = localize_pair(pair).first
+    assert first.component == "b (input)" and first.certain
+    assert first.explanations[0].name == "the softmax is computed in bfloat16"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parity import ParityError, localize_pair
-from parity.comparison.verdict import AGREE, DIVERGE
+from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE
 from parity.pairs import Pair, copy_weights
 from parity.pairs.inputs import untried
 
@@ -101,3 +101,50 @@ def test_floats_are_given_in_the_models_dtype_and_what_is_left_out_as_none():
     copy_weights(pair)
     found = localize_pair(pair)
     assert (found.verdict, found.dtype) == (AGREE, "bfloat16")
+
+
+class Gated(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.gate = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x, y):
+        return y + self.gate(y) * self.a(x)
+
+
+class GatedPort(nn.Module):
+    """Wrong wherever x is not 0 and the gate is open."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.gate = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def __call__(self, x, y):
+        return y + self.gate(y) * self.a(mx.tanh(x))
+
+
+def shown(x, y, **more):
+    pair = Pair(Gated().eval(), GatedPort(), {"x": x, "y": y}, **more)
+    copy_weights(pair)
+    return localize_pair(pair)
+
+
+def test_inputs_of_one_value_show_nothing():
+    none, some = np.zeros((2, 4), np.float32), np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
+    found = shown(none, none)
+    assert found.verdict == INCONCLUSIVE and "the inputs hold one value throughout" in found.reason
+    found = shown(none, some)
+    assert found.verdict == AGREE
+    assert "of one value throughout, which shows nothing: x" in found.remark
+    assert "0 throughout, which shows nothing: a (input)" in found.remark
+    assert shown(some, some).verdict == DIVERGE
+    assert shown(none, some, also={"noise": {"x": some, "y": some}}).verdict == DIVERGE
+
+
+def test_what_comes_out_as_0_is_no_agreement():
+    trusted = Torch().eval()
+    trusted.embed.weight.data.zero_()
+    pair = Pair(trusted, Port(), made(1, 4))
+    copy_weights(pair)
+    found = localize_pair(pair)
+    assert found.verdict == INCONCLUSIVE and "the output is 0 throughout" in found.reason
