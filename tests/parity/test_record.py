@@ -92,7 +92,7 @@ def test_a_recorded_bundle_has_what_upstreams_has_and_both_sides_agree_with(supp
         assert compare_runs(bundle, "@mlx", within=1e-4).verdict == AGREE
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.exhaustive), "bfloat16"])
 def test_check_takes_a_recorded_bundle(small, dtype, alone):
     options = Options(question="what", images=(GARDEN,), vit_resolution=56, max_new_tokens=3)
     bundle = small(dtype=dtype, options=options, task="x2t_image")
