@@ -127,7 +127,7 @@ def run(
 @app.command(epilog="Exit status: 0 agree, 1 diverge, 2 inconclusive (the oracle cannot be trusted) or unusable.")
 def check(
     bundle: Annotated[Path, typer.Argument(help="Folder of one bundle.")],
-    impl: Annotated[str, typer.Option(metavar="NAME", help=IMPL_HELP)] = "mlx",
+    impl: Annotated[str | None, typer.Option(metavar="NAME", help=IMPL_HELP, show_default=False)] = None,
     python: PythonOption = None,
     quantize: QuantizeOption = None,
     ranks: Annotated[
@@ -159,6 +159,9 @@ def check(
         from parity.report.terminal import print_result, progress_bar
         from parity.tensors.recording import write_tensors
 
+        if impl is None and ranks is None:
+            raise ParityError("say with --impl what is compared: mlx, reference, or FILE.py:NAME")
+        impl = impl or "mlx"
         limit_threads()
         check_outputs(form, output, json_file, dump and dump / "taps.safetensors")
         try:

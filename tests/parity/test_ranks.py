@@ -2,7 +2,9 @@
 
 import mlx.core as mx
 import pytest
+from typer.testing import CliRunner
 
+from parity.cli.main import app
 from parity.comparison.check import check_bundle
 from parity.errors import ParityError
 from parity.model import definition
@@ -60,3 +62,11 @@ def test_processes_that_fail_or_go_apart_are_told_in_one_line(oracles, tmp_path,
 def test_what_no_processes_can_share_is_refused(oracles, bundle, count, split, words):
     with pytest.raises(ParityError, match=words):
         check_bundle(oracles / bundle, definition().ranks_port(count, split))
+
+
+def test_ranks_are_of_lance_mlx(oracles):
+    bundle = str(oracles / "t2i-fp32-nokv")
+    refused = CliRunner().invoke(app, ["check", bundle, "--impl", "reference", "--ranks", "2"])
+    assert refused.exit_code == 2 and "give --impl mlx, not reference" in refused.stderr
+    refused = CliRunner().invoke(app, ["check", bundle, "--ranks", "1"])
+    assert refused.exit_code == 2 and "from 2 to 16" in refused.stderr
