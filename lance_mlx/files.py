@@ -144,14 +144,15 @@ def whole(path: Path) -> Iterator[Path]:
     _remove_abandoned(path.parent)
     # In the same folder, so that the final rename cannot cross file systems; short, whatever the length of the name.
     part = path.with_name(_PART.replace("*", secrets.token_hex(4)))
-    with part.open("xb") as held:
-        with suppress(OSError):
-            fcntl.flock(held, fcntl.LOCK_EX)
-        try:
+    # An interrupt may come as soon as the file is there.
+    try:
+        with part.open("xb") as held:
+            with suppress(OSError):
+                fcntl.flock(held, fcntl.LOCK_EX)
             yield part
             os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

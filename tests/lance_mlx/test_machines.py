@@ -107,7 +107,9 @@ def alone(checkpoint, tmp_path_factory) -> list[np.ndarray]:
         return list(arrays.values())
 
 
-@pytest.mark.parametrize(("split", "count"), [("guidance", 2), ("rows", 2), ("rows", 3)])
+@pytest.mark.parametrize(
+    ("split", "count"), [("guidance", 2), pytest.param("rows", 2, marks=pytest.mark.exhaustive), ("rows", 3)]
+)
 def test_what_is_computed_together_is_what_one_computes(launch, checkpoint, tmp_path, alone, split, count):
     done = ended(launch(count, DRAW, checkpoint, split))
     assert [status for status, *_ in done] == [0] * count, done
@@ -166,9 +168,9 @@ def lines(stderr: str) -> list[str]:
     ("split", "victim", "number", "how"),
     [
         ("guidance", 1, signal.SIGKILL, "has ended"),
-        ("rows", 0, signal.SIGKILL, "has ended"),
+        pytest.param("rows", 0, signal.SIGKILL, "has ended", marks=pytest.mark.exhaustive),
         ("rows", 1, signal.SIGSTOP, "has not answered"),
-        ("outputs", 1, signal.SIGKILL, "has ended"),
+        pytest.param("outputs", 1, signal.SIGKILL, "has ended", marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_rank_that_dies_or_stalls_ends_the_others(launch, checkpoint, tmp_path, split, victim, number, how):

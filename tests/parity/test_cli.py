@@ -272,7 +272,10 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.exhaustive)],
+)
 def test_an_interrupted_process_says_so_and_leaves_nothing(oracles, tmp_path, number, status):
     command = [sys.executable, "-c", INTERRUPTED_RUN, oracles, str(int(number))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)

@@ -46,6 +46,7 @@ def test_what_a_process_died_at_is_tried_again(work, tmp_path):
     assert (tmp_path / "once").read_text() == "xx"
 
 
+@pytest.mark.exhaustive
 def test_what_processes_always_die_at_is_named(work, tmp_path):
     with pytest.raises(ParityError, match=f"always on bundle: {MOST_TRIES} processes died"):
         list(results_of(cases("always"), work, 2))

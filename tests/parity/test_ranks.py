@@ -37,6 +37,7 @@ def test_processes_that_share_rows_agree_and_ones_that_gather_wrongly_do_not(ora
     assert (result.verdict, result.first_divergence["tap"]) == ("diverge", "sampler.x_t1")
 
 
+@pytest.mark.exhaustive
 def test_processes_that_fail_or_go_apart_are_told_in_one_line(oracles, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "sitecustomize.py").write_text(WRONG.replace("return rows", "return rows + self.ranks.rank"))

@@ -193,13 +193,15 @@ def test_a_missing_arm_is_named(whole):
     assert set(found) == {"velocity_call6", "velocity_call7"} and "is missing" in found["velocity_call7"]
 
 
-def test_draws_are_compared_with_the_seed(recorded):
+def test_draws_are_compared_with_the_seed(recorded, monkeypatch):
+    # What the reference makes of them is asked elsewhere.
+    monkeypatch.setattr("parity.oracle.verify._judge", lambda *given: None)
     for name in ("sampler.noise", "sampler.x_init", "sampler.x_t0"):
         change(recorded, name, add(1e-3))
     seal(recorded)
     found, _ = problems(recorded)
     assert "draws from the seed" in found["sampler.noise"]
-    assert set(found) == {"sampler.noise", "cond.step0/hidden_in", "sampler.x_t1"}
+    assert set(found) == {"sampler.noise", "sampler.x_t1"}
 
 
 def test_values_and_listing_are_checked_together(whole):

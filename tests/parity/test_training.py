@@ -180,7 +180,7 @@ def test_check_takes_a_bundle_of_training(tmp_path):
     assert (found["verdict"], found["task"], found["compared"]) == ("agree", "training", 142)
     assert {tap["call"] for tap in found["taps"]} == {"forward", "backward", "gradients", "step1", "step2"}
     said = CliRunner().invoke(app, [*given, "--dump", str(tmp_path)])
-    assert said.exit_code == 2 and "leave --quantize and --dump out" in said.stderr
+    assert said.exit_code == 2 and "leave --quantize, --dump and --ranks out" in said.stderr
 
 
 @pytest.mark.skipif(not NAMES, reason=f"there are no oracles of training in {FOLDER}")
