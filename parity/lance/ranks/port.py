@@ -16,8 +16,6 @@ from parity.tensors.metrics import bits
 from parity.tensors.recording import Observed, Recording, read_tensors
 
 FEWEST, MOST = 2, 16
-LOST = 75
-"""What a rank ends with since another one has ended."""
 
 
 class RanksPort(MlxPort):
@@ -51,6 +49,7 @@ class RanksPort(MlxPort):
 
     def _recorded(self, folder: Path) -> list[Recording]:
         from lance_mlx.distributed.local import local_ranks
+        from lance_mlx.distributed.watch import STATUS
 
         worker = [sys.executable, "-m", "parity.lance.ranks.worker", self.bundle.path.resolve(), self._split, folder]
         # The packages of this process, wherever it found them.
@@ -67,7 +66,7 @@ class RanksPort(MlxPort):
                 process.wait()
         failed = [rank for rank, process in enumerate(processes) if process.returncode]
         # The one that failed by itself says why.
-        for rank in sorted(failed, key=lambda rank: processes[rank].returncode == LOST):
+        for rank in sorted(failed, key=lambda rank: processes[rank].returncode == STATUS):
             lines = said[rank].strip().splitlines() or [f"status {processes[rank].returncode}"]
             raise ParityError(f"rank {rank} failed: {lines[-1]}")
         return [read_tensors(folder / f"{rank}.safetensors") for rank in range(self._count)]

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from lance_mlx.distributed.ranks import join, lost, told_how_it_ends
 from lance_mlx.distributed.split import Split, split_velocities
+from lance_mlx.distributed.watch import STATUS
 from lance_mlx.errors import LanceError
 from parity.bundle.reading import read_bundle
 from parity.errors import ParityError
 from parity.lance.ports import MlxPort
-from parity.lance.ranks.port import LOST
 from parity.tensors.recording import write_tensors
 
 
@@ -37,7 +37,7 @@ if __name__ == "__main__":
             main()
         except KeyboardInterrupt:
             print(lost() or "interrupted", file=sys.stderr)
-            sys.exit(LOST)
+            sys.exit(STATUS)
         except (LanceError, ParityError) as error:
             print(error, file=sys.stderr)
             sys.exit(2)
