@@ -267,7 +267,7 @@ def synthesise(source, path, dtype, entry, **settings):
     return path
 
 
-@pytest.fixture(scope="module", params=["kv_cache", "full_sequence"])
+@pytest.fixture(scope="module", params=["kv_cache", pytest.param("full_sequence", marks=pytest.mark.exhaustive)])
 def early_guidance(request, linked_bundle, alone):
     source = linked_bundle("t2i-fp32-kv")
     path = synthesise(source, source.parent / "early", "float32", request.param, cfg_interval=[0.85, 1.0])

@@ -53,6 +53,7 @@ def test_what_processes_always_die_at_is_named(work, tmp_path):
     assert (tmp_path / "always").read_text() == "x" * MOST_TRIES
 
 
+@pytest.mark.exhaustive
 def test_the_table_by_two_processes_is_the_one_by_one(oracles):
     app = typer.Typer()
     app.command()(fault_table.main)

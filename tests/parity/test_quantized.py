@@ -136,6 +136,7 @@ def test_a_quantized_model_computes_what_the_reference_does_with_the_dequantized
         assert not all(np.array_equal(tap.array, before[name].array) for name, tap in bundle.taps.items())
 
 
+@pytest.mark.exhaustive
 def test_packed_weights_that_are_not_rounded_are_a_variant(oracles, recipe, alone, monkeypatch, tmp_path):
     monkeypatch.setenv("LANCE_PARITY_CACHE", str(tmp_path))
     monkeypatch.setattr("parity.lance.definition.variants_for", lambda bundle: variants_of("bfloat16"))

@@ -24,16 +24,19 @@ RowsSplit.gather = gather
 """The last latent's keys and values are lost, and the first one's there twice."""
 
 
-def test_processes_that_share_rows_agree_and_ones_that_gather_wrongly_do_not(oracles, tmp_path, monkeypatch):
-    bundle = oracles / "t2i-fp32-nokv"
-    result = check_bundle(bundle, definition().ranks_port(2, "rows"))
+def test_processes_that_share_rows_agree(oracles):
+    result = check_bundle(oracles / "t2i-fp32-nokv", definition().ranks_port(2, "rows"))
     assert (result.verdict, result.impl) == ("agree", "mlx, 2 ranks, rows")
     told = {each.tap.name for each in result.taps}
     assert {"sampler.x_t3", "latent", "pixels"} <= told and "velocity_call0" in result.missing
+
+
+@pytest.mark.exhaustive
+def test_processes_that_gather_wrongly_do_not(oracles, tmp_path, monkeypatch):
     # Python imports this when the processes begin.
     (tmp_path / "sitecustomize.py").write_text(WRONG)
     monkeypatch.syspath_prepend(tmp_path)
-    result = check_bundle(bundle, definition().ranks_port(2, "rows"))
+    result = check_bundle(oracles / "t2i-fp32-nokv", definition().ranks_port(2, "rows"))
     assert (result.verdict, result.first_divergence["tap"]) == ("diverge", "sampler.x_t1")
 
 

@@ -97,7 +97,7 @@ def test_a_streamed_reference_computes_what_a_whole_one_does():
         assert compare(whole[name], taps[name]).exact, name
 
 
-@pytest.mark.parametrize("name", ["t2i-fp32-kv", "x2t_image-bf16-kv"])
+@pytest.mark.parametrize("name", [pytest.param("t2i-fp32-kv", marks=pytest.mark.exhaustive), "x2t_image-bf16-kv"])
 def test_taps_of_a_bundle_are_expected_where_it_has_them(name):
     with plan_against(ORACLES / name) as plan:
         found = stream(plan)
@@ -123,7 +123,7 @@ def test_a_wrong_tap_of_a_bundle_is_found():
     ("spec", "component"),
     [
         ("key-norm-missing@2", "layers.2.self_attn.k_norm"),
-        ("weight-of-the-next-layer@0", "layers.0.mlp.down_proj"),
+        pytest.param("weight-of-the-next-layer@0", "layers.0.mlp.down_proj", marks=pytest.mark.exhaustive),
         pytest.param("residual-after-the-norm@2", "layers.2", marks=pytest.mark.exhaustive),
         pytest.param("final-norm-missing", "norm", marks=pytest.mark.exhaustive),
     ],
