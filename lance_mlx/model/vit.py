@@ -161,14 +161,15 @@ class VisionAttention(nn.Module):
         self._num_heads = config.num_heads
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = Linear(config.hidden_size, config.hidden_size)
-        self.rope = Rotary()
+        self.q_rope = Rotary()
+        self.k_rope = Rotary()
 
     def __call__(self, x: mx.array, rotary: RotaryTable, segments: Segments) -> mx.array:
         """[n, hidden] -> [n, hidden]."""
-        qkv = self.qkv(x).reshape(len(x), 3 * self._num_heads, -1)
-        turned, values = mx.split(qkv, [2 * self._num_heads], axis=1)
+        queries, keys, values = mx.split(self.qkv(x).reshape(len(x), 3 * self._num_heads, -1), 3, axis=1)
         # Upstream rotates in float32 and rounds once before attention.
-        queries, keys = mx.split(self.rope(turned.astype(mx.float32), rotary).astype(x.dtype), 2, axis=1)
+        queries = self.q_rope(queries.astype(mx.float32), rotary).astype(x.dtype)
+        keys = self.k_rope(keys.astype(mx.float32), rotary).astype(x.dtype)
         return self.proj(segments.attend(queries, keys, values).flatten(1))
 
 

@@ -215,14 +215,14 @@ def _speeds(fit: _Fit) -> Iterator[Found]:
     yield from _axes(fit, read)
     speeds = read_speeds(read, turn.positions, own)
     figure = Curves("Frequencies", "pair", "radians a position", np.arange(half), {"expected": own, "found": speeds})
-    slow = fit.pairs & (np.arange(half) >= min(half // 2, np.flatnonzero(fit.pairs).max()))
+    exponents = turn.exponents
+    slow = fit.pairs & (exponents >= min(0.5, exponents[fit.pairs].max()))
 
     def scaled(ratio: float) -> Change:
         return lambda turn: None if turn.positions is None else turn.by(ratio * turn.positions * turn.frequencies)
 
     ratio = fit.number(float(np.median((speeds / own)[slow])), scaled, 0.05)
     yield f"angles are {told(ratio)} times as large" if ratio else "nothing is turned", 1, scaled(ratio), figure
-    exponents = np.arange(half) / half
     rising = slow & (speeds > 0) & (exponents > 0)
     if rising.any():
         power = fit.number(float(np.median(-np.log(speeds[rising]) / exponents[rising])), with_theta, 0.01)

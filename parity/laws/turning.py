@@ -17,8 +17,8 @@ WHOLLY = 0.02
 class Turn:
     """x as complex pairs z [n, heads, f] and their table [n, f]; positions [n, f] and frequencies [f] where known.
 
-    `dtype` is what the table is rounded to, `speeds` what its frequencies are, `products` what products are before
-    they are added.
+    Frequencies are theta ** -exponents [f]. `dtype` is what the table is rounded to, `speeds` what its frequencies are,
+    `products` what products are before they are added.
     """
 
     z: np.ndarray
@@ -28,6 +28,7 @@ class Turn:
     ids: np.ndarray | None
     axes: np.ndarray
     theta: float
+    exponents: np.ndarray
     dtype: str
     speeds: str = "float32"
     products: str = "float32"
@@ -52,7 +53,7 @@ class Turn:
 
     def with_theta(self, theta: float) -> np.ndarray:
         """What comes of frequencies of another theta, rounded as they are."""
-        return self.by(self.positions * rounded_to(self.speeds, frequencies(theta, self.positions.shape[1])))
+        return self.by(self.positions * rounded_to(self.speeds, theta**-self.exponents))
 
 
 Change = Callable[[Turn], np.ndarray | None]
@@ -88,8 +89,9 @@ def turn_of(component: Component) -> Turn | None:
     table = cos.astype(np.float64) + 1j * sin.astype(np.float64)
     half, theta = table.shape[1], float(component.facts.get("theta", 0))
     axes = np.asarray(component.facts.get("axes", np.zeros(half, int)))
+    exponents = np.asarray(component.facts.get("exponents", even_exponents(half)))
     dtype = "bfloat16" if np.array_equal(rounded_to("bfloat16", table), table) else "float32"
-    turn = Turn(as_pairs(x.astype(np.float64)), table, None, None, None, axes, theta, dtype)
+    turn = Turn(as_pairs(x.astype(np.float64)), table, None, None, None, axes, theta, exponents, dtype)
     if is_bfloat16(component.own):
         in_steps = replace(turn, products="bfloat16")
         turn = min(turn, in_steps, key=lambda each: np.linalg.norm(beside(component, each)))
@@ -97,7 +99,7 @@ def turn_of(component: Component) -> Turn | None:
     if ids is None or theta <= 1 or len(axes) != half or axes.max() >= len(ids):
         return turn
     positions = ids[axes].T.astype(np.float64)
-    exact = frequencies(theta, half)
+    exact = theta**-exponents
     tried = {"float32": exact, "bfloat16": rounded_to("bfloat16", exact)}
     off = {dtype: np.abs(np.exp(1j * positions * speeds) - table) for dtype, speeds in tried.items()}
     # Of positions that are small either may be near enough.
@@ -108,9 +110,9 @@ def turn_of(component: Component) -> Turn | None:
     return replace(turn, positions=positions, frequencies=tried[held], speeds=held, ids=ids)
 
 
-def frequencies(theta: float, count: int) -> np.ndarray:
-    """theta ** (-i / count)."""
-    return theta ** (-np.arange(count) / count)
+def even_exponents(count: int) -> np.ndarray:
+    """From 0 up to 1, evenly spaced."""
+    return np.arange(count) / count
 
 
 def as_pairs(x: np.ndarray) -> np.ndarray:
@@ -143,7 +145,7 @@ def turned_in_part(start: int, size: int, own: bool) -> Change:
         inner = as_pairs(x[..., start : start + size])
         table = turn.table[:, : size // 2]
         if not own:
-            table = np.exp(1j * turn.positions[:, : size // 2] * frequencies(turn.theta, size // 2))
+            table = np.exp(1j * turn.positions[:, : size // 2] * turn.theta ** -even_exponents(size // 2))
         inner = inner * table[:, None]
         x = x.copy()
         x[..., start : start + size] = np.concatenate([inner.real, inner.imag], -1)
@@ -162,7 +164,7 @@ def unrounded(component: Component, got: np.ndarray, turn: Turn, enough: float) 
         return replace(turn, dtype="float32")
 
     def own(turn: Turn) -> np.ndarray:
-        return turn.by(turn.positions * frequencies(turn.theta, turn.positions.shape[1]))
+        return turn.by(turn.positions * turn.theta**-turn.exponents)
 
     ways: dict[str, Change] = {"cosines and sines are": lambda t: exact(t).by(t.positions * t.frequencies)}
     if turn.speeds != "float32":

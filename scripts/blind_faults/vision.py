@@ -19,7 +19,7 @@ from lance_mlx.model.vit import (
 from lance_mlx.model.windows import Segments
 from parity.lance.faults.base import FLOAT32, LOOKS, Patch, calls, function, together
 
-_ROPE = "vit_model.blocks.*.attn.rope"
+_ROPE = "vit_model.blocks.*.attn.?_rope"
 _VIDEOS = frozenset({"x2t_video", "video_edit"})
 Table = Callable[[np.ndarray, int], np.ndarray]
 
@@ -74,9 +74,9 @@ def _first_kernel_twice(weight: mx.array) -> mx.array:
 def _one_head(
     original: Callable, module: VisionAttention, x: mx.array, rotary: RotaryTable, segments: Segments
 ) -> mx.array:
-    qkv = module.qkv(x).reshape(len(x), 3 * module._num_heads, -1)
-    turned, values = mx.split(qkv, [2 * module._num_heads], axis=1)
-    queries, keys = mx.split(module.rope(turned.astype(mx.float32), rotary).astype(x.dtype), 2, axis=1)
+    queries, keys, values = mx.split(module.qkv(x).reshape(len(x), 3 * module._num_heads, -1), 3, axis=1)
+    queries = module.q_rope(queries.astype(mx.float32), rotary).astype(x.dtype)
+    keys = module.k_rope(keys.astype(mx.float32), rotary).astype(x.dtype)
     attended = segments.attend(queries, keys, values)
     attended = mx.concatenate([attended[:, :1], mx.zeros_like(attended[:, 1:])], axis=1)
     return module.proj(attended.flatten(1))

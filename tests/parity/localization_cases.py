@@ -26,7 +26,8 @@ EXPERT = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.
           "self_attn.k_norm", "self_attn.q_rope", "self_attn.k_rope", "self_attn.sdpa", "self_attn.o_proj",
           "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp")  # fmt: skip
 SHARED = ("self_attn.q_rope", "self_attn.k_rope", "self_attn.sdpa")
-VIT = ("norm1", "attn.qkv", "attn.proj", "attn", "norm2", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp", "")
+VIT = ("norm1", "attn.qkv", "attn.q_rope", "attn.k_rope", "attn.proj", "attn", "norm2", "mlp.gate_proj", "mlp.up_proj",
+       "mlp.down_proj", "mlp", "")  # fmt: skip
 RESIDUAL = ("residual.0", "residual.2", "residual.3", "residual.6", "shortcut", "")
 FAILING = "cond.step0/language_model.model.layers.1.self_attn.q_norm_moe_gen"
 UNEXPLAINED = "vae.decode.chunk1/decoder.upsamples.2.upsamples.1.residual.6"

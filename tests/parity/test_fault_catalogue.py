@@ -47,9 +47,10 @@ COMPONENTS = """
     layers.1.self_attn.v_proj_moe_gen layers.0.self_attn.q_norm layers.0.self_attn.k_norm_moe_gen
     layers.0.self_attn.q_rope layers.0.self_attn.sdpa layers.0.self_attn.o_proj layers.0.post_attention_layernorm
     layers.1.mlp.gate_proj layers.0.mlp_moe_gen.down_proj layers.0 norm norm_moe_gen llm2vae lm_head
-    vit_model.patch_embed.proj vit_model.blocks.0.norm1 vit_model.blocks.0.attn.qkv vit_model.blocks.0.attn.proj
-    vit_model.blocks.0.mlp.down_proj vit_model.merger.ln_q vit_model.merger.mlp.0 vit_model.merger.mlp.1
-    vit_model.merger vae.encoder.conv1 vae.encoder.downsamples.0 vae.encoder.downsamples.1.downsamples.2.time_conv
+    vit_model.patch_embed.proj vit_model.blocks.0.norm1 vit_model.blocks.0.attn.qkv vit_model.blocks.0.attn.q_rope
+    vit_model.blocks.0.attn.proj vit_model.blocks.0.mlp.down_proj vit_model.merger.ln_q vit_model.merger.mlp.0
+    vit_model.merger.mlp.1 vit_model.merger vae.encoder.conv1 vae.encoder.downsamples.0
+    vae.encoder.downsamples.1.downsamples.2.time_conv
     vae.encoder.mean vae.encoder.logvar vae.encoder.sample vae.conv2 vae.decoder.conv1
     vae.decoder.middle.0.residual.0 vae.decoder.middle.1 vae.decoder.upsamples.0
     vae.decoder.upsamples.0.upsamples.3.time_conv vae.pixels frames preprocess

@@ -132,7 +132,8 @@ SITES = {
         *(f"cond.prefill1/{part}" for part in ("hidden_in", f"{ATTENTION}.q_norm")),
         *("cond.decode0/language_model.lm_head", "inputs/position_ids.cond", "cond.decode1/position_ids", "tokens"),
         *(f"vit_model0.{part}" for part in ("patch_embed", "merger.ln_q", "merger.mlp.0", "merger.mlp.1")),
-        *(f"vit_model0.blocks.0.{part}" for part in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.down_proj")),
+        *(f"vit_model0.blocks.0.{part}" for part in ("norm1", "norm2", "attn.qkv", "attn.q_rope", "attn.k_rope")),
+        *(f"vit_model0.blocks.0.{part}" for part in ("attn.proj", "mlp.down_proj")),
         *("vit_model0.blocks.0", "vit_model0"),
     ],
     "i2v-fp32-nokv": ["cond.step0/hidden_in", "sampler.x_init", "inputs/position_ids.cond"],
@@ -246,11 +247,11 @@ def test_hypotheses_add_up():
     both = attempt(site, [pairs, slow])
     np.testing.assert_array_equal(both, attempt(site, [slow, pairs]))
     assert all(not np.array_equal(both, attempt(site, [one])) for one in (pairs, slow))
-    site = at("x2t_image-bf16-kv", "vit_model0.blocks.0.attn.proj")
-    pairs, causal = BY_NAME["the ViT's RoPE turns neighbouring pairs"], BY_NAME["blocks attend causally"]
-    both = attempt(site, [pairs, causal])
-    np.testing.assert_array_equal(both, attempt(site, [causal, pairs]))
-    assert all(not np.array_equal(both, attempt(site, [one])) for one in (pairs, causal))
+    site = at("x2t_image-bf16-kv", "vit_model0.blocks.0.attn.k_rope")
+    pairs, back = BY_NAME["the ViT's RoPE turns neighbouring pairs"], BY_NAME["the ViT's RoPE turns the other way"]
+    both = attempt(site, [pairs, back])
+    np.testing.assert_array_equal(both, attempt(site, [back, pairs]))
+    assert all(not np.array_equal(both, attempt(site, [one])) for one in (pairs, back))
 
 
 def test_positions_of_a_port_are_put_together_of_three_causes():

@@ -25,7 +25,7 @@ def rotary(seed=0, rows=48, heads=4, dtype="float32"):
     axes = np.array([0, 0, 1, 1, 1, 2, 2, 2])
     if seed % 2:
         ids = np.tile(np.arange(rows), (3, 1))
-    angles = ids[axes].T * turning.frequencies(THETA, HALF)
+    angles = ids[axes].T * THETA ** -turning.even_exponents(HALF)
     x = rounded_to(dtype, rng.standard_normal((rows, heads, 2 * HALF))).astype(np.float32)
     cos, sin = (rounded_to(dtype, f(angles)).astype(np.float32) for f in (np.cos, np.sin))
     facts = {"theta": THETA, "axes": axes, "axis_names": "thw"}
@@ -54,7 +54,7 @@ def best(fitter, component, got):
 
 def rounded_products(x, ids, axes, dtype="bfloat16"):
     """What halves [n, heads, d / 2] become that are turned in bfloat16, every product and sum rounded."""
-    angles = ids[axes].T * rounded_to(dtype, turning.frequencies(THETA, HALF))
+    angles = ids[axes].T * rounded_to(dtype, THETA ** -turning.even_exponents(HALF))
     cos, sin = (rounded_to(dtype, f(angles))[:, None] for f in (np.cos, np.sin))
     (a, b), r = (x[..., :HALF], x[..., HALF:]), lambda v: rounded_to(dtype, v)
     both = r(r(a * cos) - r(b * sin)), r(r(b * cos) + r(a * sin))
@@ -81,7 +81,7 @@ def test_theta_is_read_of_a_single_token():
     one = {name: array[57:] for name, array in component.inputs.items()}
     one["position_ids"] = component.inputs["position_ids"][:, 57:]
     alone = replace(component, inputs=one, own=component.own[57:])
-    got = turned(alone, lambda t: t.by(t.positions * turning.frequencies(1e4, HALF)))
+    got = turned(alone, lambda t: t.by(t.positions * 1e4 ** -turning.even_exponents(HALF)))
     assert next(iter(turns.rotary(alone, got))).sentence == "theta is 10000"
 
 
@@ -93,8 +93,8 @@ ROTATIONS = {
     "the rotation goes the other way, head 1 alone": lambda t: np.where(
         (np.arange(4) == 1)[:, None], t.z * t.table.conj()[:, None], t.turned
     ),
-    "theta is 500000": lambda t: t.by(t.positions * turning.frequencies(5e5, HALF)),
-    "theta is 1234567": lambda t: t.by(t.positions * turning.frequencies(1234567, HALF)),
+    "theta is 500000": lambda t: t.by(t.positions * 5e5 ** -turning.even_exponents(HALF)),
+    "theta is 1234567": lambda t: t.by(t.positions * 1234567 ** -turning.even_exponents(HALF)),
     "angles are 0.25 times as large": lambda t: t.by(t.positions * t.frequencies / 4),
     "frequency 7 does not turn": lambda t: np.where(np.arange(HALF) == 7, t.z, t.turned),
     "frequency 2 does not turn": lambda t: np.where(np.arange(HALF) == 2, t.z, t.turned),
@@ -109,6 +109,18 @@ ROTATIONS = {
 def test_what_turns_otherwise_is_read_from_the_angles(sentence, seed):
     component = rotary(seed)
     assert best(turns.rotary, component, turned(component, ROTATIONS[sentence])).sentence == sentence
+
+
+def test_axes_that_have_the_same_frequencies_each_are_read_with_theirs():
+    ids = np.indices((6, 8)).reshape(2, -1).astype(np.int32)
+    exponents, axes = np.tile(turning.even_exponents(HALF // 2), 2), np.repeat([0, 1], HALF // 2)
+    x = np.random.default_rng(0).standard_normal((48, 4, 2 * HALF)).astype(np.float32)
+    table = np.exp(1j * ids[axes].T * THETA**-exponents)
+    facts = {"theta": THETA, "exponents": exponents, "axes": axes, "axis_names": "hw"}
+    inputs = {"x": x, "cos": np.float32(table.real), "sin": np.float32(table.imag), "position_ids": ids}
+    own = joined(turning.turn_of(Component("rotary", inputs, facts, x)).turned).astype(np.float32)
+    component = Component("rotary", inputs, facts, own, 1e-7 * float(np.linalg.norm(own)))
+    assert best(turns.rotary, component, turned(component, lambda t: t.with_theta(5e5))).sentence == "theta is 500000"
 
 
 @pytest.mark.parametrize("limit", [20, 37])

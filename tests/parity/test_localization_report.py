@@ -32,8 +32,8 @@ SENTENCES = {
     "floor, most of it in tokens 0 to 11; no hypothesis explains it (the best of 1 removes 40 %).",
     "answer": "✗ DIVERGES: lm_head is wrong first, in cond.decode0: local error 0.31, 77.5 times the floor, most of it "
     "in token 5; no hypothesis explains it.",
-    "agreeing": "✓ AGREES: none of 1,026 taps is farther from the oracle than rounding allows (the farthest, layers.2 "
-    "in cond.step3, by 2.4 times its floor), and 8 integer inputs and 4 weights are equal.",
+    "agreeing": "✓ AGREES: none of 1,030 taps is farther from the oracle than rounding allows (the farthest, "
+    "layers.2.mlp.down_proj in cond.step3, by 2.4 times its floor), and 8 integer inputs and 4 weights are equal.",
     "undecided": "? INCONCLUSIVE: 312 of 1,834 taps have no floor: the orders of rounding were not measured for "
     "bfloat16 at this size.",
     "nothing": "! UNUSABLE: the bundle lists no taps: capture it again.",

@@ -115,6 +115,11 @@ def test_a_fault_is_found_named_and_explained(localized, name, fault):
     assert len({finding.component for finding in found.findings}) == 1
 
 
+def test_a_rotation_of_the_vit_is_compared_before_the_attention_that_hides_it(localized):
+    found = localized("image_edit-fp32-nokv", "vit-rope-pairs", thorough=False)
+    assert found.first.component == "vit_model.blocks.0.attn.q_rope"
+
+
 def test_what_only_propagates_is_not_found(localized):
     found = localized("t2i-fp32-kv", "latents-through-und-q-norm")
     (finding,) = found.findings

@@ -16,6 +16,7 @@ from parity.lance.components.base import Known, array_of, called_with, given_to,
 from parity.lance.hypotheses.tokens import arm_splits, by_expert, calls_of, pass_tokens
 from parity.lance.hypotheses.tools import around, parent_of, submodule
 from parity.lance.hypotheses.vision import windows_of
+from parity.lance.hypotheses.vision_attention import gathered_by_window, places_of
 from reference.layout import MERGE
 
 if TYPE_CHECKING:
@@ -38,6 +39,17 @@ def rotary(site: "TapProbe") -> Given:
     config = site.pipeline.model.config
     axes = np.repeat(np.arange(len(config.mrope_section)), config.mrope_section)
     return inputs, {"theta": config.rope_theta, "axes": axes, "axis_names": "thw"}
+
+
+def vision_rotary(site: "TapProbe") -> Given:
+    """As `rotary`, of patches by row and column, each with half of the pairs and with the same frequencies."""
+    _, (x, cos, sin) = given_to(site)
+    half = x.shape[-1] // 2
+    ids = gathered_by_window(site, places_of(site)).T
+    inputs = {"x": x, "cos": cos[:, :half], "sin": sin[:, :half], "position_ids": array_of(ids)}
+    exponents = np.tile(np.arange(half // 2) / (half // 2), 2)
+    axes = np.repeat(np.arange(2), half // 2)
+    return inputs, {"theta": reference.vit.ROPE_THETA, "exponents": exponents, "axes": axes, "axis_names": "hw"}
 
 
 def attention(site: "TapProbe") -> Given:
@@ -147,35 +159,19 @@ def _others(site: "TapProbe", inputs: dict[str, np.ndarray]) -> Iterator[tuple[s
 
 
 def vision_attention(site: "TapProbe") -> Given:
-    """q, k, v [n, h, d], mask [n, n]; weight and bias behind it, labels of the patches, and what RoPE was given."""
+    """q, k, v [n, h, d], mask [n, n]; weight and bias behind it, and labels of the patches."""
     parent = parent_of(site)
     if not isinstance(parent, reference.vit.Attention):
         raise DoesNotApply
-    turned: list[tuple] = []
-    handle = parent.k_rope.register_forward_pre_hook(lambda module, args: turned.append(args) and None)
-    try:
-        seen, _ = _seen(site, reference.vit)
-    finally:
-        handle.remove()
+    seen, _ = _seen(site, reference.vit)
     q, k, v, mask = (array_of(value) for value in seen[-1][:4])
     facts = {"weight": parameter(parent.proj, "weight"), "bias": parameter(parent.proj, "bias")}
     tokens, windows, frames = windows_of(site)
     labels = {"window": windows, "frame": frames}
     facts["labels"] = {name: array_of(ids.repeat_interleave(MERGE**2)) for name, ids in labels.items()}
     facts["places"] = np.arange(len(q), dtype=np.int32)
-    if turned:
-        facts["cos"], facts["sin"] = (array_of(table)[:, : q.shape[-1] // 2] for table in turned[-1][1:3])
-        facts["angles"] = _unwrapped(facts["cos"], facts["sin"])
     _, (x, *_) = called_with(site)
     return {"x": x, "q": q, "k": k, "v": v, "mask": mask}, facts
-
-
-def _unwrapped(cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """The angles [n, d / 2] of patches: of either half of the pairs the slowest tells the row or the column."""
-    angles = np.arctan2(sin, cos).astype(np.float64)
-    count = angles.shape[1] // 2
-    speeds = reference.vit.ROPE_THETA ** (-np.arange(count) / count)
-    return np.concatenate([np.round(half[:, -1:] / speeds[-1]) * speeds for half in np.split(angles, 2, 1)], 1)
 
 
 def coder_attention(site: "TapProbe") -> Given:
@@ -219,6 +215,7 @@ def _seen(site: "TapProbe", owner: ModuleType, block: nn.Module | None = None) -
 
 KNOWN = (
     Known("rotary", ("layers.*.self_attn.?_rope",), rotary),
+    Known("rotary", ("vit_model.blocks.*.attn.?_rope",), vision_rotary),
     Known("attention", ("layers.*.self_attn.sdpa",), attention),
     # A product with a weight, of which more is known.
     Known("linear", ("vit_model.blocks.*.attn.proj",), vision_attention),

@@ -82,8 +82,9 @@ def _head_by_head(
     heads = module._num_heads
     qkv = module.qkv(x).reshape(len(x), heads, 3, -1).swapaxes(1, 2)
     queries, keys, values = qkv[:, 0], qkv[:, 1], qkv[:, 2]
-    turned = module.rope(mx.concatenate([queries, keys], axis=1).astype(mx.float32), rotary).astype(x.dtype)
-    return module.proj(segments.attend(turned[:, :heads], turned[:, heads:], values).flatten(1))
+    queries = module.q_rope(queries.astype(mx.float32), rotary).astype(x.dtype)
+    keys = module.k_rope(keys.astype(mx.float32), rotary).astype(x.dtype)
+    return module.proj(segments.attend(queries, keys, values).flatten(1))
 
 
 _fault = partial(explained, tasks=LOOKS)
@@ -132,7 +133,7 @@ FAULTS = [
         "vit-rope-pairs",
         _ATTENTION,
         "the ViT's RoPE turns neighbouring pairs",
-        calls(Rotary, _pairs, "vit_model.blocks.*.attn.rope"),
+        calls(Rotary, _pairs, "vit_model.blocks.*.attn.?_rope"),
         "The ViT's RoPE turns the neighbouring channels 2i and 2i+1 against each other instead of a head's halves.",
     ),
     _fault(

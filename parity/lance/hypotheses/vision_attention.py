@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from parity.hypotheses.tap_probe import TapProbe
 
 ATTENTION = ("vit_model.blocks.*.attn.proj",)
+ROPES = ("vit_model.blocks.*.attn.?_rope",)
 Split = Callable[[Tensor, int], Sequence[Tensor]]
 """Queries, keys and values [n, heads, d] of a product [n, 3 hidden]."""
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -53,29 +54,28 @@ def neighbours(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a block attends; the defaults are upstream's. `turned` names what is rotated, `wide` tells: in float32."""
+    """How a block attends; the defaults are upstream's. `wide` tells whether it rotates in float32."""
 
     split: Split = thirds(0, 1, 2)
     turn: Turn = halves
-    turned: str = "qk"
     wide: bool = True
     mask: Callable[[Tensor], Tensor] = lambda mask: mask
     tables: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda cos, sin: (cos, sin)
 
 
 def attention(parent: reference.vit.Attention, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, plan: Plan) -> Tensor:
-    """reference.vit.Attention by a plan, in one piece: its queries and keys are taps, whose values would be given."""
+    """reference.vit.Attention by a plan."""
     q, k, v = plan.split(parent.qkv(x), parent.heads)
     dtype = torch.float32 if plan.wide else v.dtype
     cos, sin = (table.to(dtype) for table in plan.tables(cos, sin))
-    q, k = (
-        plan.turn(y.to(dtype), cos, sin).to(v.dtype) if name in plan.turned else y for name, y in (("q", q), ("k", k))
-    )
+    # The modules are called all the same: what they make is a tap.
+    with patch.object(reference.vit.Rope, "forward", lambda _, *given: plan.turn(*given)):
+        q, k = (rope(y.to(dtype), cos, sin).to(v.dtype) for rope, y in ((parent.q_rope, q), (parent.k_rope, k)))
     return parent.proj(reference.vit.attend(q, k, v, plan.mask(mask), "math").flatten(1))
 
 
 def planned(change: Callable[["TapProbe", Plan], Plan]) -> Patch:
-    """A patch of the attention that a site's projection belongs to; plans are changed one on top of the other."""
+    """A patch of the attention that a site belongs to; plans are changed one on top of the other."""
 
     @contextmanager
     def patched(site: "TapProbe") -> Iterator[None]:
@@ -138,6 +138,22 @@ def across_frames(site: "TapProbe", mask: Tensor) -> Tensor:
     return same(visuals(site)[windows_of(site)[0]])
 
 
+def places_of(site: "TapProbe", line_by_line: bool = False) -> Tensor:
+    """Row and column [n, 2] of the patches in input order, or by the lines of a frame instead of in groups of four."""
+    parts = []
+    for t, h, w in grids_of(site):
+        places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1)
+        if not line_by_line:
+            places = places.unflatten(1, (-1, MERGE)).unflatten(0, (-1, MERGE)).transpose(1, 2)
+        parts.append(places.reshape(-1, 2).repeat(t, 1))
+    return torch.cat(parts)
+
+
+def gathered_by_window(site: "TapProbe", rows: Tensor) -> Tensor:
+    """Rows of patches in input order [n, ...], in the order of the windows."""
+    return rows.unflatten(0, (-1, MERGE**2))[windows_of(site)[0]].flatten(0, 1)
+
+
 def rotation(
     site: "TapProbe",
     exact: bool = False,
@@ -149,21 +165,15 @@ def rotation(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [n, d] of the patches in input order, in upstream's way but for what is said.
 
-    line_by_line: positions follow the lines of a frame instead of the groups of four. scale and offset are applied to
-    positions; `spacing` is taken off the number of frequencies where they are spaced.
+    line_by_line: as of places_of. scale and offset are applied to positions; `spacing` is taken off the number of
+    frequencies where they are spaced.
     """
     tower = site.pipeline.vit_model
     dtype = torch.float32 if exact else tower.numerics.torch_dtype
     d = tower.config.hidden_size // tower.config.num_heads
     exponents = torch.arange(0, d // 2, 2).float() / (d // 2 - 2 * spacing)
     frequencies = (1.0 / (theta or reference.vit.ROPE_THETA) ** exponents).to(dtype)
-    parts = []
-    for t, h, w in grids_of(site):
-        places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"), -1)
-        if not line_by_line:
-            places = places.unflatten(1, (-1, MERGE)).unflatten(0, (-1, MERGE)).transpose(1, 2)
-        parts.append(places.reshape(-1, 2).repeat(t, 1))
-    places = ((torch.cat(parts) + offset) * scale).floor().to(dtype)
+    places = ((places_of(site, line_by_line) + offset) * scale).floor().to(dtype)
     angles = (places[:, :, None] * frequencies).flatten(1)
     angles = torch.cat([angles, angles], 1)
     rounding = tower.numerics.torch_dtype
@@ -176,8 +186,7 @@ def made(gathered: bool = True, **way: object) -> Patch:
     def changed(site: "TapProbe", plan: Plan) -> Plan:
         tables = rotation(site, **way)
         if gathered:
-            tokens = windows_of(site)[0]
-            tables = tuple(table.unflatten(0, (-1, MERGE**2))[tokens].flatten(0, 1) for table in tables)
+            tables = tuple(gathered_by_window(site, table) for table in tables)
         return replace(plan, tables=lambda cos, sin: tables)
 
     return planned(changed)
@@ -213,24 +222,22 @@ HYPOTHESES = [
     Hypothesis("blocks attend across frames", ATTENTION, masked(across_frames)),
     Hypothesis("every block attends to everything", ATTENTION, masked(lambda site, mask: torch.ones_like(mask))),
     Hypothesis("blocks attend causally", ATTENTION, masked(lambda site, mask: mask.tril())),
-    Hypothesis("the ViT's RoPE takes columns before rows", ATTENTION, quarters(columns_then_rows)),
-    Hypothesis("the ViT's RoPE alternates rows and columns", ATTENTION, quarters(alternating)),
-    Hypothesis("the ViT's RoPE takes rows alone", ATTENTION, quarters(rows_alone)),
-    Hypothesis("the ViT's RoPE turns neighbouring pairs", ATTENTION, computed(turn=neighbours)),
-    Hypothesis("the ViT's RoPE turns the other way", ATTENTION, planned(backwards)),
-    Hypothesis("the ViT's RoPE is missing", ATTENTION, computed(turn=lambda y, cos, sin: y)),
-    Hypothesis("the ViT's RoPE turns queries alone", ATTENTION, computed(turned="q")),
-    Hypothesis("the ViT's RoPE turns keys alone", ATTENTION, computed(turned="k")),
-    Hypothesis("the ViT's RoPE turns in bfloat16", ATTENTION, computed(wide=False)),
-    Hypothesis("the ViT's RoPE frequencies are not rounded", ATTENTION, made(exact=True)),
-    Hypothesis("the ViT's RoPE counts patches in reading order", ATTENTION, made(gathered=False, line_by_line=True)),
-    Hypothesis("the ViT's RoPE counts patches line by line", ATTENTION, made(line_by_line=True)),
-    Hypothesis("the ViT's RoPE keeps the reading order of tokens", ATTENTION, made(gathered=False)),
-    Hypothesis("the ViT's RoPE counts tokens instead of patches", ATTENTION, made(scale=0.5)),
-    Hypothesis("the ViT's RoPE counts from 1", ATTENTION, made(offset=1)),
-    Hypothesis("the ViT's RoPE frequencies are spaced by one less", ATTENTION, made(spacing=1)),
-    *(Hypothesis(f"the ViT's RoPE theta is {theta:.0f}", ATTENTION, made(theta=theta)) for theta in THETAS),
-    Hypothesis("qkv is split head by head", ATTENTION, computed(split=per_head)),
-    Hypothesis("qkv is split into queries, values, keys", ATTENTION, computed(split=thirds(0, 2, 1))),
-    Hypothesis("qkv is split into values, keys, queries", ATTENTION, computed(split=thirds(2, 1, 0))),
+    Hypothesis("the ViT's RoPE takes columns before rows", ROPES, quarters(columns_then_rows)),
+    Hypothesis("the ViT's RoPE alternates rows and columns", ROPES, quarters(alternating)),
+    Hypothesis("the ViT's RoPE takes rows alone", ROPES, quarters(rows_alone)),
+    Hypothesis("the ViT's RoPE turns neighbouring pairs", ROPES, computed(turn=neighbours)),
+    Hypothesis("the ViT's RoPE turns the other way", ROPES, planned(backwards)),
+    Hypothesis("the ViT's RoPE is missing", ROPES, computed(turn=lambda y, cos, sin: y)),
+    Hypothesis("the ViT's RoPE turns in bfloat16", ROPES, computed(wide=False)),
+    Hypothesis("the ViT's RoPE frequencies are not rounded", ROPES, made(exact=True)),
+    Hypothesis("the ViT's RoPE counts patches in reading order", ROPES, made(gathered=False, line_by_line=True)),
+    Hypothesis("the ViT's RoPE counts patches line by line", ROPES, made(line_by_line=True)),
+    Hypothesis("the ViT's RoPE keeps the reading order of tokens", ROPES, made(gathered=False)),
+    Hypothesis("the ViT's RoPE counts tokens instead of patches", ROPES, made(scale=0.5)),
+    Hypothesis("the ViT's RoPE counts from 1", ROPES, made(offset=1)),
+    Hypothesis("the ViT's RoPE frequencies are spaced by one less", ROPES, made(spacing=1)),
+    *(Hypothesis(f"the ViT's RoPE theta is {theta:.0f}", ROPES, made(theta=theta)) for theta in THETAS),
+    Hypothesis("qkv is split head by head", (*ROPES, *ATTENTION), computed(split=per_head)),
+    Hypothesis("qkv is split into queries, values, keys", (*ROPES, *ATTENTION), computed(split=thirds(0, 2, 1))),
+    Hypothesis("qkv is split into values, keys, queries", (*ROPES, *ATTENTION), computed(split=thirds(2, 1, 0))),
 ]  # fmt: skip
