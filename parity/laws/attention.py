@@ -13,9 +13,11 @@ import numpy as np
 from parity.laws.attending import Change, Scene, applied, heads_of, made, one_after_another, scene_of
 from parity.laws.base import Component, Law, Matrices
 from parity.laws.numbers import listed, snapped, told
+from parity.laws.rounding import by_rows, grids
 from parity.laws.scoring import (
     BLOCKS,
     FAMILIES,
+    ROUGH,
     STAGES,
     Family,
     added_to,
@@ -27,6 +29,7 @@ from parity.laws.scoring import (
     padded,
     rolled,
     rotated,
+    rougher,
     scaled,
     sink,
     softmax_in,
@@ -43,6 +46,8 @@ HEADS = (1, 2, 4, 8, 16, 32)
 ROWS, SCORES = 128, 1 << 20
 # Queries that one number is searched with, and what its roughest guess may leave for it to be.
 FEW, PROMISING = 16, 0.6
+# Ways to quantize that are tried of what is attended to.
+ROUGHER = ("is quantized to 8 bits", "is quantized to 4 bits", "is rounded to float8")
 Found = tuple[str, float, Change, Matrices | None]
 
 
@@ -64,7 +69,7 @@ def attention(component: Component, got: np.ndarray) -> Iterator[Law]:
     read: list[tuple[float, Law]] = []
     beneath: list[tuple[float, Found]] = []
     whole = float(np.linalg.norm(fit.target - fit.plain))
-    for make in (_inputs, _shapes, _heads, _added, seen, _numbers, partial(_beneath, beneath)):
+    for make in (_inputs, _shapes, _heads, _added, seen, _quantized, _numbers, partial(_beneath, beneath)):
         for found in make(fit):
             law = fit.law(*found)
             if law is not None and law[0] <= LEFT_BENEATH * whole:
@@ -224,6 +229,20 @@ def _shapes(fit: Fit) -> Iterator[Found]:
         yield f"zeros behind the last key, up to a multiple of {side}, are seen too", 1, padded(side, False), None
         words = f"zeros behind the keys before this pass, up to a multiple of {side}, are seen too"
         yield words, 1, padded(side, True), None
+
+
+def _quantized(fit: Fit) -> Iterator[Found]:
+    """Queries, keys and values of fewer bits, each head of each token with its own scale."""
+    cached = int(fit.scene.places.min()) > 0 if len(fit.scene.places) else False
+    for words, size, rounded in grids(fit.scene.q.shape[-1]):
+        said = words.removeprefix("is ").replace(" row by row", " token by token")
+        if not words.startswith(ROUGHER) or not by_rows(words):
+            continue
+        for stages in ROUGH:
+            yield f"{listed(stages)} are {said}", size + 0.1 * len(stages), rougher(rounded, stages), None
+            if cached and "queries" not in stages:
+                name = f"{listed(stages)} before this pass are {said}"
+                yield name, size + 0.5 + 0.1 * len(stages), rougher(rounded, stages, True), None
 
 
 def _heads(fit: Fit) -> Iterator[Found]:

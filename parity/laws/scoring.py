@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from parity.laws.attending import Change, Scene
-from parity.laws.rounding import rounded_to
+from parity.laws.rounding import Rounded, rounded_to
 
 Family = Callable[[np.ndarray], Change]
 """The change that a number makes; given [h, 1, 1], a number for each head."""
@@ -167,6 +167,18 @@ def narrowed(scene: Scene, dtype: str, stages: Sequence[str]) -> np.ndarray:
     return rounded_to(dtype, attended) if "results" in stages else attended
 
 
+def rougher(rounded: Rounded, stages: Sequence[str], cached: bool = False) -> Change:
+    """Queries, keys and values of fewer bits; where `cached` those before this pass alone."""
+
+    def change(scene: Scene) -> Scene:
+        before = np.arange(scene.k.shape[1])[:, None] < (int(scene.facts["places"].min()) if cached else np.inf)
+        parts = {name[0]: rounded(getattr(scene, name[0])) for name in stages}
+        kept = {name: x if name == "q" else np.where(before, x, getattr(scene, name)) for name, x in parts.items()}
+        return replace(scene, **kept)
+
+    return change
+
+
 def softmax_in(scene: Scene, dtype: str) -> np.ndarray:
     """Attention whose softmax rounds every operation, its sum key by key."""
 
@@ -238,6 +250,8 @@ STAGES = (("scores",), ("weights",), ("values",), ("keys",), ("queries",), ("sco
           ("queries", "keys", "values"), ("queries", "keys", "scores", "weights"),
           ("queries", "keys", "values", "scores", "weights", "results"))  # fmt: skip
 """What may be rounded together."""
+ROUGH = (("queries", "keys"), ("keys", "values"), ("keys",), ("values",), ("queries",), ("queries", "keys", "values"))
+"""What may be quantized together."""
 BLOCKS = (8, 16, 32, 64, 128, 256)
 COUNTED = (
     ("ln({})", np.log, lambda x: np.exp(min(x, 99.0))),

@@ -32,6 +32,8 @@ ALIKE = 1.5
 # An explanation that removes so much computes what was computed, if not rounded in the same places: in bfloat16 right
 # ones were seen to leave up to 5 times what rounding may do.
 NEARLY, ROUNDED_ELSEWHERE = 0.95, 10
+# What removes so much without a number read from the data does not do so by chance.
+NEXT_TO_ALL = 0.99
 # The part of whole numbers that may be off by one where they were rounded from what was computed otherwise.
 ONCE_IN = 0.01
 # What is read with more numbers than this describes what was computed, rather than why: it stands back behind any
@@ -332,7 +334,16 @@ def _removed_of_activation(site: TapProbe, array: np.ndarray) -> float | None:
 
 def _told(site: TapProbe, hypothesis: Hypothesis, share: float, second: float | None = None) -> Explanation:
     left = max(_floors(site, share), 0.0) if _rounding(site) else None
-    return Explanation.of(hypothesis, share, second, left, _agrees(site, share))
+    agrees = _agrees(site, share) or (not hypothesis.size and _but_for_bfloat16(site, share))
+    return Explanation.of(hypothesis, share, second, left, agrees)
+
+
+def _but_for_bfloat16(site: TapProbe, share: float) -> bool:
+    """Whether next to nothing is left beside what was said beforehand, and no more than bfloat16 rounds: the same may
+    be computed in that where what is right is computed in float32."""
+    left = (1 - share) * _residual(site, site.expected)
+    narrow = site.dtype == "bfloat16" and not site.exact
+    return narrow and share >= NEXT_TO_ALL and left <= ULP["bfloat16"] * _norm(site.expected)
 
 
 def _ranked(
