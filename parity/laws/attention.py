@@ -13,11 +13,9 @@ import numpy as np
 from parity.laws.attending import Change, Scene, applied, heads_of, made, one_after_another, scene_of
 from parity.laws.base import Component, Law, Matrices
 from parity.laws.numbers import listed, snapped, told
-from parity.laws.rounding import by_rows, grids
 from parity.laws.scoring import (
     BLOCKS,
     FAMILIES,
-    ROUGH,
     STAGES,
     Family,
     added_to,
@@ -27,9 +25,9 @@ from parity.laws.scoring import (
     of_another,
     of_key_heads,
     padded,
+    quantized,
     rolled,
     rotated,
-    rougher,
     scaled,
     sink,
     softmax_in,
@@ -46,8 +44,6 @@ HEADS = (1, 2, 4, 8, 16, 32)
 ROWS, SCORES = 128, 1 << 20
 # Queries that one number is searched with, and what its roughest guess may leave for it to be.
 FEW, PROMISING = 16, 0.6
-# Ways to quantize that are tried of what is attended to.
-ROUGHER = ("is quantized to 8 bits", "is quantized to 4 bits", "is rounded to float8")
 Found = tuple[str, float, Change, Matrices | None]
 
 
@@ -232,17 +228,9 @@ def _shapes(fit: Fit) -> Iterator[Found]:
 
 
 def _quantized(fit: Fit) -> Iterator[Found]:
-    """Queries, keys and values of fewer bits, each head of each token with its own scale."""
-    cached = int(fit.scene.places.min()) > 0 if len(fit.scene.places) else False
-    for words, size, rounded in grids(fit.scene.q.shape[-1]):
-        said = words.removeprefix("is ").replace(" row by row", " token by token")
-        if not words.startswith(ROUGHER) or not by_rows(words):
-            continue
-        for stages in ROUGH:
-            yield f"{listed(stages)} are {said}", size + 0.1 * len(stages), rougher(rounded, stages), None
-            if cached and "queries" not in stages:
-                name = f"{listed(stages)} before this pass are {said}"
-                yield name, size + 0.5 + 0.1 * len(stages), rougher(rounded, stages, True), None
+    """Queries, keys and values of fewer bits."""
+    cached = len(fit.scene.places) > 0 and int(fit.scene.places.min()) > 0
+    yield from ((words, size, change, None) for words, size, change in quantized(fit.scene.q.shape[-1], cached))
 
 
 def _heads(fit: Fit) -> Iterator[Found]:

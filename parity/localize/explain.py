@@ -24,6 +24,8 @@ WORTH_ANOTHER = 0.5
 LISTED = 5
 # The least part of the integers that still differ which a further cause has to account for, and how many may be found.
 LEAST_PART, PARTS = 0.1, 6
+# As many integers that differ have to speak for each of several causes: what fewer do may be by chance.
+FEWEST = 2
 # What a hypothesis removes that makes a sequence of another length, the less the nearer its tokens are, or changes what
 # is right beside it: less than this.
 UNFIT = -1e8
@@ -132,7 +134,15 @@ def _caused(
     together = together if amount >= enough else ()
     beside = tuple(h for h in together if _moves_little(site, h, failed)) if len(together) > 1 else ()
     beside = beside if len(beside) < len(together) else ()
-    return Causes(together, amount, listed, failed, agrees=_agrees(site, amount), beside=beside)
+    agrees = _agrees(site, amount) and not (len(together) > 1 and _differing(site) < FEWEST * len(together))
+    return Causes(together, amount, listed, failed, agrees=agrees, beside=beside)
+
+
+def _differing(site: TapProbe) -> float:
+    """How many integers differ; infinitely many where that is not known, or it is no integers."""
+    if not _integral(site) or site.got.shape != site.expected.shape:
+        return math.inf
+    return int(np.sum(site.judged(site.got != site.expected)))
 
 
 def _by_merit(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> list[tuple[Hypothesis, float]]:
@@ -235,7 +245,8 @@ def _in_part(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -
         causes = [hypothesis for hypothesis, _ in found]
         grown = [(_accounted(site, [*causes, h], failed), h) for h in hypotheses if h not in causes]
         share, best = max(grown, key=lambda item: item[0], default=(0.0, None))
-        if best is None or share - reached < LEAST_PART * (1 - reached):
+        few = (share - reached) * _differing(site) < FEWEST - 0.5
+        if best is None or few or share - reached < LEAST_PART * (1 - reached):
             break
         found.append((best, share - reached))
         reached = share

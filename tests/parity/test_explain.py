@@ -318,3 +318,29 @@ def test_what_was_said_beforehand_may_be_computed_in_bfloat16_where_it_should_no
     single = rough(0.005)
     single.dtype = "float32"
     assert not explain(single, None, [at(3)]).ranked[0].agrees
+
+
+def test_several_causes_of_a_single_integer_are_a_hint():
+    def whole(*causes):
+        first = np.arange(SIZE, dtype=np.int32)
+        got = first
+        for cause in causes:
+            got = cause.transform(None, got)
+        return CASES["Place"](got, first, exact=True)
+
+    def adding(places, amount):
+        hit = np.isin(np.arange(SIZE), places)
+        return Hypothesis(
+            f"{amount} at {places}", ("*",), transform=lambda site, x: (x + amount * hit).astype(np.int32)
+        )
+
+    one, two, more = adding([3], 5), adding([3, 9], 2), adding([9], -2)
+    chance = explain(whole(one), None, [two, more, adding([3], 3)])
+    assert len(chance.together) == 3 and not chance.agrees
+    assert explain(whole(one), None, [one]).agrees
+    both = explain(whole(two, adding([20, 21], 1)), None, [two, adding([20, 21], 1)])
+    assert len(both.together) == 2 and both.agrees
+    # Nor is a part told that one integer alone speaks for.
+    four = adding([30, 31, 32, 33], 7)
+    causes = explain(whole(two, adding([20], 1), four), None, [adding([20], 1), four])
+    assert names(causes) == [four.name] and causes.parts == (pytest.approx(4 / 7),)
