@@ -180,7 +180,7 @@ def told_of(fault: BlindFault, found: Localization) -> Row:
         findings.append(
             {
                 "component": finding.component,
-                "explanation": first and first.name,
+                "explanation": first and finding.cause_names,
                 "removed": first and finite(first.residual_removed),
                 "second": first and finite(first.second),
                 "certain": finding.certain,

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import blind_table
@@ -41,6 +42,10 @@ def test_only_what_explains_is_told():
     right = blind_table.told_of(fault, localized("layers.0.self_attn.q_rope", 0.97))
     assert right["named"] and right["told"] == "layers.0.self_attn.q_rope: turned"
     assert right["findings"][0]["removed"] == 0.97 and right["findings"][0]["second"] == 0.99
+    tied = localized("euler", 1.0)
+    first = tied.findings[0].explanations[0]
+    both = replace(tied.findings[0], explanations=[first, replace(first, name="moved")])
+    assert blind_table.told_of(fault, replace(tied, findings=[both]))["told"] == "euler: turned or moved"
     weak = blind_table.told_of(fault, localized("positions", 0.5))
     assert not weak["named"] and weak["told"] == "" and weak["findings"][0]["explanation"] == "turned"
 

@@ -25,6 +25,7 @@ from parity.laws.scoring import (
     of_another,
     of_key_heads,
     padded,
+    quantized,
     rolled,
     rotated,
     scaled,
@@ -64,7 +65,7 @@ def attention(component: Component, got: np.ndarray) -> Iterator[Law]:
     read: list[tuple[float, Law]] = []
     beneath: list[tuple[float, Found]] = []
     whole = float(np.linalg.norm(fit.target - fit.plain))
-    for make in (_inputs, _shapes, _heads, _added, seen, _numbers, partial(_beneath, beneath)):
+    for make in (_inputs, _shapes, _heads, _added, seen, _quantized, _numbers, partial(_beneath, beneath)):
         for found in make(fit):
             law = fit.law(*found)
             if law is not None and law[0] <= LEFT_BENEATH * whole:
@@ -224,6 +225,12 @@ def _shapes(fit: Fit) -> Iterator[Found]:
         yield f"zeros behind the last key, up to a multiple of {side}, are seen too", 1, padded(side, False), None
         words = f"zeros behind the keys before this pass, up to a multiple of {side}, are seen too"
         yield words, 1, padded(side, True), None
+
+
+def _quantized(fit: Fit) -> Iterator[Found]:
+    """Queries, keys and values of fewer bits."""
+    cached = len(fit.scene.places) > 0 and int(fit.scene.places.min()) > 0
+    yield from ((words, size, change, None) for words, size, change in quantized(fit.scene.q.shape[-1], cached))
 
 
 def _heads(fit: Fit) -> Iterator[Found]:

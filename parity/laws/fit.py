@@ -74,8 +74,8 @@ def fit_of(component: Component, got: np.ndarray) -> Fit | None:
     return fit
 
 
-def checked(component: Component, got: np.ndarray, propose: Propose) -> Iterator[Law]:
-    """Of laws that may be true those that are, or two of them together; else what removes the larger part."""
+def checked(component: Component, got: np.ndarray, propose: Propose, part: float = HALF) -> Iterator[Law]:
+    """Of laws that may be true those that are, or two of them together; else what leaves no more than a `part`."""
     fit = fit_of(component, got)
     if fit is None:
         return
@@ -89,7 +89,7 @@ def checked(component: Component, got: np.ndarray, propose: Propose) -> Iterator
     if whole:
         yield from _shortest(whole, fit)
     else:
-        parts = [item for item in judged if item[0] <= HALF * fit.residual and item[1].size <= FEW]
+        parts = [item for item in judged if item[0] <= part * fit.residual and item[1].size <= FEW]
         yield from (law for _, law in sorted(parts, key=lambda item: item[0])[:YIELDED])
 
 

@@ -226,8 +226,8 @@ def _columns(part: Part) -> Iterator[Law]:
         gains = inverse @ (design.T @ target)
         left = float(np.linalg.norm(design @ gains - target))
         if left <= max(part.fit.slack, 0.5 * float(np.linalg.norm(target))):
-            noise = max(left, part.fit.slack / part.off.size**0.5) * np.trace(inverse) ** 0.5 / len(target) ** 0.5
-            yield from _gains(1 + gains, noise)
+            noise = max(left, part.fit.slack / part.off.size**0.5) / len(target) ** 0.5
+            yield from _gains(1 + gains, noise * np.sqrt(np.diag(inverse)))
     nearest = np.abs(x.T @ part.off).sum(1) / np.maximum(np.linalg.norm(x, axis=0), 1e-30)
     j = int(nearest.argmax())
     square = float(np.vdot(x[:, j], x[:, j]))
@@ -251,12 +251,13 @@ def _in_column(change: Change, j: int):
     return apply
 
 
-def _gains(gains: np.ndarray, noise: float) -> Iterator[Law]:
-    """Inputs that count more or less than they should."""
-    width = len(gains)
-    for region in regions_of(np.ones(width), gains, noise, ("channel",), ()):
+def _gains(gains: np.ndarray, noise: np.ndarray) -> Iterator[Law]:
+    """Inputs that count more or less than they should; each is told to its own `noise`, that of small inputs badly."""
+    width, whole = len(gains), float(np.linalg.norm(noise))
+    alike = 1 + (gains - 1) * whole / (width**0.5 * noise)
+    for region in regions_of(np.ones(width), alike, whole, ("channel",), ()):
         (place,) = region.indexes(gains.shape)
-        fit = Fit(np.ones(len(place)), gains[place], noise)
+        fit = Fit(np.ones(len(place)), gains[place], whole)
         factor = fit.snapped(float(gains[place].mean()), lambda a, unit=fit.own: a * unit)
         vector = np.ones(width)
         vector[place] = factor

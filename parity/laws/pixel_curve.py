@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from parity.laws.support import Span, beyond, mask, spans
 
 # Values that a curve is read from, its knots where nothing plainer is found, and the part of values that may lie apart.
 SAMPLED, KNOTS, APART = 20000, 33, 0.002
+# How far a written number may be from one that is read of whole numbers.
+WRITTEN = 0.25
 LEFT = 0.05
 # Sides of the squares that pixels are taken apart into.
 SIDES = (2, 8, 16)
@@ -93,18 +95,21 @@ def _curves(u: np.ndarray, v: np.ndarray) -> Iterator[Curve]:
         yield Curve(says, 1, of)
     whole = bool((v == np.rint(v)).all()) and np.ptp(v) > 4
     low, high = float(v.min()), float(v.max())
-    ends = [(v == end).mean() > 0.001 for end in (low, high)]
+    ends = [bool((v == end).mean() > 0.001) for end in (low, high)]
     inside = ((v > low) | (not ends[0])) & ((v < high) | (not ends[1]))
     if inside.sum() < 16 or not np.ptp(u[inside]):
         return
     if whole:
         yield from _bytes(u)
-    for how, shift, rounding in ROUNDINGS if whole else (("", 0.0, lambda x: x),):
+    ways = ROUNDINGS if whole else (("", 0.0, lambda x: x),)
+    # Whole numbers of what bfloat16 holds are off from a line as if by rule: numbers that people write are near it.
+    for (how, shift, rounding), near in product(ways, (0.0, WRITTEN) if whole else (0.0,)):
         slope, offset = np.polyfit(u[inside], v[inside] + shift, 1)
         spread = np.std(v[inside] + shift - slope * u[inside] - offset) / np.sqrt(inside.sum())
-        slope, said = plainest(float(slope), 4 * spread / max(float(u[inside].std()), 1e-12) + 1e-7 * abs(slope))
+        within = 4 * spread / max(float(u[inside].std()), 1e-12) + 1e-7 * abs(slope)
+        slope, said = plainest(float(slope), max(within, near))
         offset = float((v[inside] + shift - slope * u[inside]).mean())
-        offset, more = plainest(offset, 4 * spread + 1e-7)
+        offset, more = plainest(offset, max(4 * spread + 1e-7, near))
         if not slope:
             continue
         clipped = (low if ends[0] else -np.inf, high if ends[1] else np.inf)

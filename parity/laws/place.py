@@ -76,13 +76,16 @@ def _sampled(own: np.ndarray, got: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return own[places], got[places]
 
 
-def changed(where: Sequence[Span], says: str, size: float, change: Change, what: str = "the result") -> Law:
-    """A law that changes the values of a part by themselves."""
+def changed(
+    where: Sequence[Span], says: str, size: float, change: Change, what: str = "the result", moved: bool = False
+) -> Law:
+    """A law that changes the values of a part by themselves; `moved`: of what a step moves alone."""
 
     def apply(other: Component) -> np.ndarray | None:
         chosen = mask(where, other.axes, other.own.shape)
-        if chosen is None:
+        if chosen is None or (moved and "made" not in other.facts):
             return None
+        chosen = chosen & np.broadcast_to(other.facts["made"], other.own.shape) if moved else chosen
         with np.errstate(all="ignore"):
             values = np.where(chosen, change(other.own.astype(np.float64)), other.own)
         # What makes no whole numbers of integers is true of few integers by chance.
@@ -104,6 +107,9 @@ def _plainest(
         wider = changed(fewer, says, size, change, what)
         if _left(component, got, wider) <= allowed:
             where, law = fewer, wider
+    if where and "made" in component.facts:
+        wider = changed((), says, size, change, f"what is moved of {what}", True)
+        law = wider if _left(component, got, wider) <= allowed else law
     return law
 
 

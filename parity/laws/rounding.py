@@ -75,10 +75,9 @@ def grids(width: int) -> Iterator[tuple[str, float, Rounded]]:
     spans += [(f" in groups of {group}", group) for group in GROUPS if width % group == 0 and group < width]
     for words, group in spans:
         for bits in (8, 6, 5, 4, 3, 2):
-            for kind in (_symmetric, _wide, _affine, _towards_zero):
+            for kind, (more, size) in _KINDS.items():
                 if bits > 2 or kind is not _symmetric:
-                    name = f"is quantized to {bits} bits{words}{_WORDS[kind]}"
-                    yield name, 2 + 0.1 * (kind is not _affine), _grouped(kind, bits, group)
+                    yield f"is quantized to {bits} bits{words}{more}", size, _grouped(kind, bits, group)
         for name in ("float8_e4m3", "float8_e5m2"):
             yield f"is rounded to {name}{words}, scaled", 2, _grouped(_scaled_format, name, group)
     if width % 32 == 0:
@@ -133,6 +132,12 @@ def _towards_zero(x: np.ndarray, bits: int) -> np.ndarray:
     return codes * step + offset
 
 
+def _wide_steps(x: np.ndarray, bits: int) -> np.ndarray:
+    """As MLX does of float32, whatever it is of."""
+    codes, step, offset = codes_towards_zero(x, bits)
+    return codes * step + offset
+
+
 def codes_towards_zero(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes of groups float32 [n, group], and each group's step and offset [n, 1]; the end that is farther from 0 is
     met exactly, and so is 0."""
@@ -158,4 +163,10 @@ def _micro(x: np.ndarray, name: str) -> np.ndarray:
     return to_format(x / scale, name) * scale
 
 
-_WORDS = {_symmetric: ", symmetric", _wide: ", with the lowest code", _affine: "", _towards_zero: ", zero kept"}
+_KINDS: dict[Callable, tuple[str, float]] = {
+    _symmetric: (", symmetric", 2.1),
+    _wide: (", with the lowest code", 2.1),
+    _affine: ("", 2),
+    _towards_zero: (", zero kept", 2.1),
+    _wide_steps: (", zero kept, in steps of float32", 2.2),
+}

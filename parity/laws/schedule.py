@@ -21,8 +21,6 @@ GRIDS: dict[str, Grid] = {
     "ends at 1 / (steps + 1)": lambda n: np.linspace(1, 0, n + 2)[:-1],
     "starts one step late": lambda n: np.linspace(1, 0, n + 2)[1:],
     "starts half a step late": lambda n: np.append(1 - (np.arange(n) + 0.5) / n, 0),
-    "starts at 0.999": lambda n: np.linspace(0.999, 0, n + 1),
-    "ends at 0.001": lambda n: np.linspace(1, 0.001, n + 1),
     "is in thousandths": lambda n: np.append(np.round(np.linspace(1000, 1000 / n, n)) / 1000, 0),
     "is a cosine": lambda n: (1 + np.cos(np.pi * np.linspace(0, 1, n + 1))) / 2,
     "is a quarter cosine": lambda n: np.cos(np.pi / 2 * np.linspace(0, 1, n + 1)),
@@ -68,13 +66,39 @@ def schedule(component: Component, got: np.ndarray) -> Iterator[Law]:
         for words, grid in GRIDS.items():
             for law in _of_grid(got.astype(np.float64), shift, words, grid, after, change):
                 found.append(law)
-    yield from sorted(found, key=lambda law: law.size)[:6]
+    yield from sorted(found or _between(got.astype(np.float64), shift), key=lambda law: law.size)[:6]
     yield from _apart(component, got)
 
 
+def _between(got: np.ndarray, shift: float) -> Iterator[Law]:
+    """Even times between other ends than 1 and 0, before they are shifted; also with 0 behind them."""
+    with np.errstate(all="ignore"):
+        even = got / (shift - (shift - 1) * got)
+    ends = [("", even)] if got[-1] else [("", even), (" and then to 0", even[:-1])]
+    for words, inner in ends:
+        if len(inner) < 3 or not np.isfinite(inner).all() or np.ptp(np.diff(inner)) > 1e-5 * np.abs(inner).max():
+            continue
+        (first, one), (last, two) = (plainest(float(end), 1e-5) for end in inner[[0, -1]])
+        if first == last:
+            continue
+        told = [f"from {one}"] * (first != 1) + [f"to {two}"] * (last != 0 or bool(words))
+
+        def grid(n: int, first: float = first, last: float = last, behind: bool = bool(words)) -> np.ndarray:
+            return np.append(np.linspace(first, last, n), 0) if behind else np.linspace(first, last, n + 1)
+
+        yield from _of_grid(got, shift, f"goes evenly {' '.join(told)}{words}", grid, "", AFTER[""], len(told))
+
+
 def _of_grid(
-    got: np.ndarray, shift: float, words: str, grid: Grid, after: str, change: Callable[[np.ndarray], np.ndarray]
+    got: np.ndarray,
+    shift: float,
+    words: str,
+    grid: Grid,
+    after: str,
+    change: Callable[[np.ndarray], np.ndarray],
+    numbers: float = 1,
 ) -> Iterator[Law]:
+    """Laws of a grid, with what may be done to it before and after; `numbers` were read from the data to say it."""
     n = len(got) - 1
     u = grid(n)
 
@@ -88,7 +112,7 @@ def _of_grid(
         made = np.asarray(change(bend(u, shift).astype(np.float32)), np.float64)
         if np.abs(made - got).max() <= 3e-7 * max(np.abs(got).max(), 1e-9):
             parts = [f"the schedule {words}" if words else "", says, f"t is {after}" if after else ""]
-            yield Law(" and ".join(filter(None, parts)), size + bool(words) + bool(after), apply)
+            yield Law(" and ".join(filter(None, parts)), size + numbers * bool(words) + bool(after), apply)
 
     yield from law("", 0, shifted)
     # The shift is read where t is no end, from what was not rounded.

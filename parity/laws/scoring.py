@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from parity.laws.attending import Change, Scene
-from parity.laws.rounding import rounded_to
+from parity.laws.numbers import listed
+from parity.laws.rounding import Rounded, by_rows, grids, rounded_to
 
 Family = Callable[[np.ndarray], Change]
 """The change that a number makes; given [h, 1, 1], a number for each head."""
@@ -167,6 +168,32 @@ def narrowed(scene: Scene, dtype: str, stages: Sequence[str]) -> np.ndarray:
     return rounded_to(dtype, attended) if "results" in stages else attended
 
 
+def quantized(width: int, cached: bool) -> Iterator[tuple[str, float, Change]]:
+    """Ways to quantize heads of a width, those of each token by themselves: words, size, change.
+
+    `cached`: also of the keys and values before this pass alone.
+    """
+    for words, size, rounded in grids(width):
+        if not words.startswith(ROUGHER) or not by_rows(words):
+            continue
+        said = words.removeprefix("is ").replace(" row by row", " token by token")
+        for stages in ROUGH:
+            more = size + 0.1 * len(stages)
+            yield f"{listed(stages)} are {said}", more, _rougher(rounded, stages, False)
+            if cached and "queries" not in stages:
+                yield f"{listed(stages)} before this pass are {said}", more + 0.5, _rougher(rounded, stages, True)
+
+
+def _rougher(rounded: Rounded, stages: Sequence[str], cached: bool) -> Change:
+    def change(scene: Scene) -> Scene:
+        before = np.arange(scene.k.shape[1])[:, None] < (int(scene.facts["places"].min()) if cached else np.inf)
+        parts = {name[0]: rounded(getattr(scene, name[0])) for name in stages}
+        kept = {name: x if name == "q" else np.where(before, x, getattr(scene, name)) for name, x in parts.items()}
+        return replace(scene, **kept)
+
+    return change
+
+
 def softmax_in(scene: Scene, dtype: str) -> np.ndarray:
     """Attention whose softmax rounds every operation, its sum key by key."""
 
@@ -238,6 +265,10 @@ STAGES = (("scores",), ("weights",), ("values",), ("keys",), ("queries",), ("sco
           ("queries", "keys", "values"), ("queries", "keys", "scores", "weights"),
           ("queries", "keys", "values", "scores", "weights", "results"))  # fmt: skip
 """What may be rounded together."""
+ROUGHER = ("is quantized to 8 bits", "is quantized to 4 bits", "is rounded to float8")
+"""Ways to quantize that are tried."""
+ROUGH = (("queries", "keys"), ("keys", "values"), ("keys",), ("values",), ("queries",), ("queries", "keys", "values"))
+"""What may be quantized together."""
 BLOCKS = (8, 16, 32, 64, 128, 256)
 COUNTED = (
     ("ln({})", np.log, lambda x: np.exp(min(x, 99.0))),

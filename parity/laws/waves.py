@@ -9,7 +9,7 @@ import numpy as np
 from parity.laws.base import Component, Law
 from parity.laws.integers import Change, View, changes
 from parity.laws.mixture import comparable, enough, rounded_as
-from parity.laws.numbers import plainest
+from parity.laws.numbers import plainest, told
 from parity.laws.rounding import DTYPES, rounded_to
 from parity.laws.segments import TEXT, Segment
 
@@ -54,7 +54,7 @@ class Waves:
         if self.period != other.period:
             words.append(f"the longest period is {self.period:.4g}")
         if self.scale != other.scale:
-            words.append(f"{what} {count} {plainest(self.scale, 0)[1]} times")
+            words.append(f"{what} {count} {_ratio(self.scale)} times")
         if self.offset != other.offset:
             words.append(f"{what} {are} off by {self.offset:+.4g}")
         if self.less != other.less:
@@ -172,6 +172,8 @@ def _waves(places: np.ndarray, width: int, right: Waves, new: np.ndarray) -> Ite
             continue
         turns = np.angle(means[1:] * means[:-1].conj()) / np.diff(numbers[:8])[:, None]
         slopes = np.median(turns, 0)
+        if np.ptp(np.diff(numbers[:8])) == 0:
+            yield replace(right, order=order, scale=_counted(slopes * (step := numbers[1] - numbers[0]), right) / step)
         if (slopes <= 0).any() or slopes[0] > 3:
             continue
         fall, start = np.polyfit(np.arange(half), np.log(slopes), 1)
@@ -185,6 +187,27 @@ def _waves(places: np.ndarray, width: int, right: Waves, new: np.ndarray) -> Ite
             yield Waves(plain, order, scale, offset, less)
             if abs(period - right.period) < 5 * near * right.period:
                 yield Waves(right.period, order, scale, offset, less)
+
+
+def _ratio(value: float) -> str:
+    """A number in words, a third and the like as such."""
+    below = next((n for n in range(1, MOST_PLACES) if abs(round(value * n) / n - value) < 1e-9 * abs(value)), 1)
+    plain = told(value)
+    return f"{round(value * below)}/{below}" if below > 1 and float(plain) != value else plain
+
+
+def _counted(turns: np.ndarray, right: Waves) -> float:
+    """How many times as far as it should each frequency turns, where the fast ones turn more than once: told by the
+    slow ones how often."""
+    half, times = len(turns), [0.0]
+    frequencies = right.period ** (-np.arange(half) / max(half - right.less, 1e-9))
+    for turn, frequency in zip(turns[::-1], frequencies[::-1], strict=True):
+        whole = np.round((times[-1] * frequency - turn) / (2 * np.pi)) if times[-1] else 0.0
+        times.append(float(turn + 2 * np.pi * whole) / frequency)
+    # Places are stretched from one number of them to another.
+    near = max(2 * abs(times[-1] - times[-2]), 1e-6 * abs(times[-1]))
+    ratios = (round(times[-1] * below) / below for below in range(1, MOST_PLACES))
+    return next((ratio for ratio in ratios if ratio and abs(ratio - times[-1]) <= near), times[-1])
 
 
 @dataclass(frozen=True)
@@ -213,6 +236,8 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sigmoid": lambda x: 1 / (1 + np.exp(-np.clip(x, -60, 60))),
     "no activation": lambda x: x,
 }
+# Places that other places are stretched from, by a ratio of the two.
+MOST_PLACES = 65
 PERIODS = (100.0, 1000.0, 5000.0, 20000.0, 50000.0, 100000.0, 1e6)
 SCALES = (1000.0, 0.001, 100.0, 10.0, 2.0, 0.5, 999.0, -1.0, 2 * np.pi)
 

@@ -17,11 +17,15 @@ TRIED = 1 << 16
 WHOLE, RANKED = 1 << 20, 256
 # A matrix is of low rank where its rank is less than this part of what it could be.
 LOW = 1 / 3
+# A singular value is one of the rank from so many times the largest that is expected of noise.
+EDGE = 1.2
+# What a way to quantize may leave of the residual where something else was done to the parameter too.
+BESIDE = 0.7
 
 
 def changed(component: Component, got: np.ndarray) -> Iterator[Law]:
     """A parameter is another than it should be."""
-    yield from checked(component, got, proposed)
+    yield from checked(component, got, proposed, BESIDE)
 
 
 def proposed(component: Component, fit: Fit) -> Iterator[Law]:
@@ -91,6 +95,13 @@ def factors(off: np.ndarray, slack: float) -> tuple[np.ndarray, np.ndarray] | No
     beyond = np.sqrt(np.cumsum((s**2)[::-1])[::-1])
     allowed = max(slack, 1e-3 * float(beyond[0]))
     rank = int(np.sum(beyond > allowed))
+    rows, columns = off.shape
+    while 0 < rank < len(s):
+        # What is no larger than noise as large as the rest is the largest of that, and no rank.
+        edge = beyond[rank] / ((rows - rank) * (columns - rank)) ** 0.5 * (rows**0.5 + columns**0.5)
+        if s[rank - 1] > EDGE * edge:
+            break
+        rank -= 1
     return (u[:, :rank] * s[:rank], v[:rank]) if 0 < rank <= most else None
 
 
@@ -104,7 +115,8 @@ def quantized(fit: Fit) -> Iterator[Change]:
         if not by_rows(words) and own.size > WHOLE:
             continue
         tried = rounded(own[rows]) if by_rows(words) else rounded(own)[rows]
-        if Fit(own[rows], got[rows], fit.rounding).holds(rounded_as(got, tried)):
+        part = Fit(own[rows], got[rows])
+        if part.left(rounded_as(got, tried)) <= BESIDE * part.residual:
             yield Change(f" {words}", size, lambda x, of=rounded: of(_as_rows(x)).reshape(x.shape))
 
 

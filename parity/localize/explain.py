@@ -24,6 +24,8 @@ WORTH_ANOTHER = 0.5
 LISTED = 5
 # The least part of the integers that still differ which a further cause has to account for, and how many may be found.
 LEAST_PART, PARTS = 0.1, 6
+# As many integers that differ have to speak for each of several causes: what fewer do may be by chance.
+FEWEST = 2
 # What a hypothesis removes that makes a sequence of another length, the less the nearer its tokens are, or changes what
 # is right beside it: less than this.
 UNFIT = -1e8
@@ -32,6 +34,8 @@ ALIKE = 1.5
 # An explanation that removes so much computes what was computed, if not rounded in the same places: in bfloat16 right
 # ones were seen to leave up to 5 times what rounding may do.
 NEARLY, ROUNDED_ELSEWHERE = 0.95, 10
+# What removes so much without a number read from the data does not do so by chance.
+NEXT_TO_ALL = 0.99
 # The part of whole numbers that may be off by one where they were rounded from what was computed otherwise.
 ONCE_IN = 0.01
 # What is read with more numbers than this describes what was computed, rather than why: it stands back behind any
@@ -130,7 +134,15 @@ def _caused(
     together = together if amount >= enough else ()
     beside = tuple(h for h in together if _moves_little(site, h, failed)) if len(together) > 1 else ()
     beside = beside if len(beside) < len(together) else ()
-    return Causes(together, amount, listed, failed, agrees=_agrees(site, amount), beside=beside)
+    agrees = _agrees(site, amount) and not (len(together) > 1 and _differing(site) < FEWEST * len(together))
+    return Causes(together, amount, listed, failed, agrees=agrees, beside=beside)
+
+
+def _differing(site: TapProbe) -> float:
+    """How many integers differ; infinitely many where that is not known, or it is no integers."""
+    if not _integral(site) or site.got.shape != site.expected.shape:
+        return math.inf
+    return int(np.sum(site.judged(site.got != site.expected)))
 
 
 def _by_merit(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -> list[tuple[Hypothesis, float]]:
@@ -233,7 +245,8 @@ def _in_part(site: TapProbe, hypotheses: Sequence[Hypothesis], failed: Failed) -
         causes = [hypothesis for hypothesis, _ in found]
         grown = [(_accounted(site, [*causes, h], failed), h) for h in hypotheses if h not in causes]
         share, best = max(grown, key=lambda item: item[0], default=(0.0, None))
-        if best is None or share - reached < LEAST_PART * (1 - reached):
+        few = (share - reached) * _differing(site) < FEWEST - 0.5
+        if best is None or few or share - reached < LEAST_PART * (1 - reached):
             break
         found.append((best, share - reached))
         reached = share
@@ -332,7 +345,16 @@ def _removed_of_activation(site: TapProbe, array: np.ndarray) -> float | None:
 
 def _told(site: TapProbe, hypothesis: Hypothesis, share: float, second: float | None = None) -> Explanation:
     left = max(_floors(site, share), 0.0) if _rounding(site) else None
-    return Explanation.of(hypothesis, share, second, left, _agrees(site, share))
+    agrees = _agrees(site, share) or (not hypothesis.size and _but_for_bfloat16(site, share))
+    return Explanation.of(hypothesis, share, second, left, agrees)
+
+
+def _but_for_bfloat16(site: TapProbe, share: float) -> bool:
+    """Whether next to nothing is left beside what was said beforehand, and no more than bfloat16 rounds: the same may
+    be computed in that where what is right is computed in float32."""
+    left = (1 - share) * _residual(site, site.expected)
+    narrow = site.dtype == "bfloat16" and not site.exact
+    return narrow and share >= NEXT_TO_ALL and left <= ULP["bfloat16"] * _norm(site.expected)
 
 
 def _ranked(

@@ -121,7 +121,8 @@ class Explanation:
         agrees: bool = True,
     ) -> "Explanation":  # fmt: skip
         """What a hypothesis explains, with what is known of the hypothesis."""
-        known = hypothesis.figure, hypothesis.size, hypothesis.describes
+        # What is read may be counted in NumPy's numbers, which JSON has not.
+        known = hypothesis.figure, float(hypothesis.size), hypothesis.describes
         return cls(hypothesis.name, removed, second, left, agrees, *known)
 
 
@@ -188,7 +189,17 @@ class Finding:
         """Whether nothing is left beside the first explanation but what agrees, and such explanations are mostly right;
         else it is a hint, or a part of it."""
         good = self.record is None or self.record.good
-        return self.explained and self.explanations[0].agrees and not self.explanations[0].describes and good
+        clear = self.explained and self.explanations[0].agrees and not self.explanations[0].describes
+        return clear and good and not self._rivals
+
+    @property
+    def _rivals(self) -> Sequence[Explanation]:
+        """Explanations that leave about as little as the first, where that leaves more than rounding: any may be it."""
+        first, *others = self.explanations
+        if not first.read or first.left is None or first.left <= ROUNDING:
+            return []
+        near = 1 - ALIKE * (1 - first.residual_removed)
+        return [e for e in others if e.read and e.agrees and not e.describes and e.residual_removed >= near]
 
     @property
     def record(self) -> Record | None:
@@ -223,6 +234,8 @@ class Finding:
         }  # fmt: skip
 
 
+ROUNDING, ALIKE = 1.5, 1.5
+"""Floors that rounding may leave beside an explanation; and what leaves so many times as much explains as well."""
 EXPLAINS = 0.9
 """Part of the residual norm that an explanation has to remove: less is called no explanation."""
 

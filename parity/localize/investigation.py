@@ -348,7 +348,11 @@ class Investigation:
         beside = [each.cause for each in findings if each.cause]
         if len(beside) < len(findings) or cause.name in [each.name for each in beside] or tap.mismatch:
             return False
-        return cause.about(tap.tap.component) and rules_out(self._site(tap, recording), [*beside, cause])
+        if not cause.about(tap.tap.component):
+            return False
+        # What is computed as by the cause alone has it, whatever else was said of it.
+        site = self._site(tap, recording)
+        return rules_out(site, [*beside, cause]) and (not beside or rules_out(site, [cause]))
 
     def _local_finding(
         self, wrong: list[TapError], compared: Mapping[str, Sequence[TapError]], recording: Recording

@@ -10,10 +10,10 @@ SIZE = 64
 class Place:
     """A site of made-up arrays."""
 
-    def __init__(self, got, expected=None, exact=False, component="norm", floor=0.0, own=None):
+    def __init__(self, got, expected=None, exact=False, component="norm", floor=0.0, own=None, **known):
         self.expected = base() if expected is None else expected
         self.own = self.expected if own is None else own
-        self.shared = self.allowed = None
+        self.shared, self.allowed, self.dtype = None, known.get("allowed"), known.get("dtype", "float32")
         self.right = ()
         self.got, self.exact, self.component, self.floor = got, exact, component, floor
         self.computed = 0

@@ -1,9 +1,12 @@
 """How often explanations were right: counted by sort and kind, and told of a kind by what the others say."""
 
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from parity.hypotheses import Hypothesis
 from parity.lance import definition
 from parity.localize import confidence
 from parity.localize.confidence import FEWEST, Record, counted, record_of
@@ -64,3 +67,21 @@ def test_explanations_that_say_as_little_and_do_the_same_are_told_together():
     finding = Finding("positions", "x", "x", "exact", 0.1, None, explanations=[first, *others])
     assert finding.cause_names == "positions are places or positions are off by +1"
     assert replace(finding, explanations=[]).cause_names == ""
+
+
+def test_of_what_leaves_more_than_rounding_none_is_told_beside_another_that_leaves_as_little():
+    first = Explanation("the renorm is used to 0.7", 0.977, 0.975, 9.5, size=0.9)
+    rival = replace(first, name="the renorm compares the deviation", residual_removed=0.976, size=1.8)
+    finding = Finding("guidance", "x", "x", LOCAL, 0.1, 0.01, rated=False, explanations=[first, rival])
+    assert not finding.certain and finding.explained
+    # What leaves no more than rounding, or much less than the others, is told.
+    assert replace(finding, explanations=[replace(first, left=1.0), rival]).certain
+    assert replace(finding, explanations=[first, replace(rival, residual_removed=0.96)]).certain
+    assert replace(finding, explanations=[first, replace(rival, agrees=False)]).certain
+
+
+def test_what_is_read_with_numbers_of_numpy_goes_into_json():
+    law = Hypothesis("the scale is 2", ("*",), size=np.float64(1.5))
+    told = Explanation.of(law, 1.0)
+    finding = Finding("layers.0.mlp", "x", "x", LOCAL, 1.0, 0.1, explanations=[told])
+    assert json.loads(json.dumps(finding.to_json()))["explanations"][0]["read"] is True

@@ -14,7 +14,7 @@ from parity.localize.explain import BASES, DEPTH, FINALISTS, LISTED, explain, re
 from parity.localize.findings import EXPLAINS
 
 CASES = runpy.run_path(str(Path(__file__).with_name("explain_cases.py")))
-ALL, SIZE, at, caused_by, names = (CASES[name] for name in ("ALL", "SIZE", "at", "caused_by", "names"))
+ALL, SIZE, at, base, caused_by, names = (CASES[name] for name in ("ALL", "SIZE", "at", "base", "caused_by", "names"))
 
 
 def test_the_right_hypothesis_removes_the_whole_residual():
@@ -303,3 +303,44 @@ def test_many_numbers_are_no_proof_though_they_leave_nothing():
     assert [h.name for h, _ in explaining._ordered(site, [(exact, 1.0), (near, 0.9999)])] == ["said", "read"]
     few = replace(exact, size=1.0)
     assert [h.name for h, _ in explaining._ordered(site, [(near, 0.9999), (few, 1.0)])] == ["read", "said"]
+
+
+def test_what_was_said_beforehand_may_be_computed_in_bfloat16_where_it_should_not_be():
+    def rough(left):
+        got = at(3, amount=1 - left).transform(None, base())
+        return CASES["Place"](got, floor=1e-7, dtype="bfloat16", allowed=2e-7)
+
+    (told,) = explain(rough(0.005), None, [at(3)]).ranked
+    assert told.agrees and told.residual_removed == pytest.approx(0.995, abs=1e-3)
+    assert not explain(rough(0.03), None, [at(3)]).ranked[0].agrees
+    # A number that was read of it is chosen to fit.
+    assert not explain(rough(0.005), None, [replace(at(3), size=1.0)]).ranked[0].agrees
+    single = rough(0.005)
+    single.dtype = "float32"
+    assert not explain(single, None, [at(3)]).ranked[0].agrees
+
+
+def test_several_causes_of_a_single_integer_are_a_hint():
+    def whole(*causes):
+        first = np.arange(SIZE, dtype=np.int32)
+        got = first
+        for cause in causes:
+            got = cause.transform(None, got)
+        return CASES["Place"](got, first, exact=True)
+
+    def adding(places, amount):
+        hit = np.isin(np.arange(SIZE), places)
+        return Hypothesis(
+            f"{amount} at {places}", ("*",), transform=lambda site, x: (x + amount * hit).astype(np.int32)
+        )
+
+    one, two, more = adding([3], 5), adding([3, 9], 2), adding([9], -2)
+    chance = explain(whole(one), None, [two, more, adding([3], 3)])
+    assert len(chance.together) == 3 and not chance.agrees
+    assert explain(whole(one), None, [one]).agrees
+    both = explain(whole(two, adding([20, 21], 1)), None, [two, adding([20, 21], 1)])
+    assert len(both.together) == 2 and both.agrees
+    # Nor is a part told that one integer alone speaks for.
+    four = adding([30, 31, 32, 33], 7)
+    causes = explain(whole(two, adding([20], 1), four), None, [adding([20], 1), four])
+    assert names(causes) == [four.name] and causes.parts == (pytest.approx(4 / 7),)

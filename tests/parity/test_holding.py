@@ -1,6 +1,7 @@
 """Where a cause holds among the compared taps of its kind, and which taps without a cause are one finding."""
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,6 +98,8 @@ def site(*causes, allowed=1e-3):
         ([(1, OTHER)], site(OTHER), "in layers.0 only"),
         ([(1, OTHER), (1, CAUSE)], site(OTHER, CAUSE), None),
         ([(1, None)], site(OTHER), None),
+        # There the same was told in other words.
+        ([(1, replace(CAUSE, name="the same"))], site(CAUSE), None),
     ],
 )
 def test_what_is_right_limits_a_cause_that_would_show_there(others, other, words):

@@ -13,7 +13,7 @@ from parity.laws import rotary as turns
 from parity.laws import scoring, turning
 from parity.laws.attending import made, one_after_another, result_of, scene_of
 from parity.laws.base import Component
-from parity.laws.rounding import rounded_to
+from parity.laws.rounding import grids, rounded_to
 from parity.laws.seen import counted
 
 HALF, THETA = 8, 1e6
@@ -190,6 +190,13 @@ def in_head(change, head):
     return lambda s: np.where((np.arange(len(s.q)) == head)[:, None, None], change(s), s.attended())
 
 
+EIGHT_BITS = {words: how for words, _, how in grids(16)}["is quantized to 8 bits row by row, symmetric"]
+
+
+def before_this_pass(change, x):
+    return np.where(np.arange(x.shape[1])[:, None] < 40, change(x), x)
+
+
 CHANGES = {
     "keys more than 15 tokens back are not seen": masked(lambda seen, q, k: seen & (q - k < 16)),
     "the first key is not seen": masked(lambda seen, q, k: seen & (k > 0)),
@@ -214,6 +221,12 @@ CHANGES = {
         scoring.of_key_heads(np.array([1, 0, 1, 1]), 1, 1), scoring.capped(np.float64(10))
     ),
     "scores and weights are bfloat16": lambda s: scoring.narrowed(s, "bfloat16", ("scores", "weights")),
+    "queries and keys are quantized to 8 bits token by token, symmetric": lambda s: replace(
+        s, q=EIGHT_BITS(s.q), k=EIGHT_BITS(s.k)
+    ),
+    "keys and values before this pass are quantized to 8 bits token by token, symmetric": lambda s: replace(
+        s, k=before_this_pass(EIGHT_BITS, s.k), v=before_this_pass(EIGHT_BITS, s.v)
+    ),
     "the softmax is computed in bfloat16": lambda s: scoring.softmax_in(s, "bfloat16"),
     "zeros behind the last key, up to a multiple of 128, are seen too": scoring.padded(128, False),
 }

@@ -99,6 +99,8 @@ def test_waves_of_places_are_read():
         "frequencies are spaced by their number less 1": places(replace(PLACES, less=1.0)),
         "the places are off by +1": places(replace(PLACES, offset=1.0)),
         "the places count 0.5 times": places(replace(PLACES, scale=0.5)),
+        "the places count 16/3 times": places(replace(PLACES, scale=16 / 3)),
+        "the places count 4 times": places(replace(PLACES, scale=4.0)),
         "of columns the places are off by +2": places(numbers=NUMBERS + [0, 0, 2]),
         "of rows the places are those of columns and of columns the places are those of rows": places(numbers=turned),
         "the embedding of places is 0.5 times as large": 0.5 * places(),

@@ -5,6 +5,7 @@ import pytest
 
 from parity.laws import Component, fitted
 from parity.laws.pixel_curve import FITTERS
+from parity.laws.rounding import bfloat16
 
 AXES = ("colour", "frame", "row", "column")
 SHAPE = (3, 5, 32, 48)
@@ -95,6 +96,15 @@ def test_what_8_bits_are_made_of_is_told(sentence, change):
     law, left = best(given, change(given.inputs["x"].astype(np.float64)).astype(np.int32))
     assert law is not None and sentence in law.sentence and left < 1e-2
     assert law.apply(given).dtype == np.int32
+
+
+def test_the_numbers_of_8_bits_are_told_of_what_bfloat16_holds():
+    narrow = bfloat16(frames().inputs["x"])
+    own = np.rint(narrow * 127.5 + 127.5).astype(np.int32)
+    given = Component("pixel_curve", {"x": narrow}, FACTS, own, 0.0, AXES)
+    law, left = best(given, np.rint((narrow + 1.0) * 127).astype(np.int32))
+    words = "each value is (127 x + 127) rounded within [0, 254] of what it is made of"
+    assert law is not None and law.sentence == words and not left
 
 
 def test_a_curve_without_a_name_is_drawn():

@@ -257,6 +257,34 @@ def test_parameters_as_mlx_quantizes_them(dtype, bits):
     assert np.array_equal(law.apply(component), got)
 
 
+def test_parameters_of_bfloat16_that_were_quantized_in_float32():
+    component = components("weight", "bfloat16")
+    words = "is quantized to 4 bits in groups of 32, zero kept, in steps of float32"
+    assert first(component, GRIDS[words](component.own), "bfloat16") == f"the weight {words}"
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_of_a_parameter_that_was_changed_twice_the_grid_is_read_and_then_the_rest(dtype):
+    component = components("weight", dtype)
+    kept = GRIDS[f"{Q4}, zero kept, in steps of float32"](component.own)
+    got = held(kept + 0.05 * low_rank(0, 2), dtype)
+    law = fitted(component, got)[0]
+    assert law.sentence.startswith(f"the weight {Q4}, zero kept")
+    rest = replace(component, own=law.apply(component).astype(np.float32))
+    assert first(rest, got, dtype) == "the weight differs by a matrix of rank 2"
+
+
+def test_inputs_that_are_left_out_are_told_though_others_are_too_small_to_tell():
+    component = components("linear", "bfloat16", rows=120)
+    r = np.random.default_rng(1)
+    x = held(r.standard_normal((120, 64)) * np.exp(2.5 * r.standard_normal(64)), "bfloat16")
+    facts, product = component.facts, x.astype(np.float64) @ component.facts["weight"].astype(np.float64).T
+    given = made("linear", {"x": x}, facts, product + facts["bias"], "bfloat16")
+    kept = np.where(np.arange(64) < 60, x, 0).astype(np.float64)
+    got = kept @ facts["weight"].T + facts["bias"]
+    assert first(given, got, "bfloat16") == "the input is left out from channel 60 on"
+
+
 def test_kernels():
     kernel = np.random.default_rng(0).standard_normal((8, 6, 3, 3, 3)).astype(np.float32)
     component = Component("weight", {}, {"name": "weight"}, kernel)

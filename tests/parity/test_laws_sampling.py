@@ -146,6 +146,20 @@ def test_the_length_of_a_step_and_what_mixes_in_are_read(seed):
     assert says(component, state - interval * velocity) == "in what is given the Euler step moves it too"
 
 
+def test_what_a_step_moves_is_told_as_such_and_not_by_where_it_shows():
+    component, made, _ = euler(0)
+    got = np.where(made, component.own.clip(-2.5, 2.5), component.own)
+    assert (np.abs(component.own[~made[:, 0]]) > 2.5).any()
+    assert says(component, got) == "what is moved of the state is clamped to [-2.5, 2.5]"
+    later, made, _ = euler(2, 2)
+    expected = np.where(made, later.own.clip(-2.5, 2.5), later.own)
+    np.testing.assert_array_equal(best(component, got).apply(later), expected)
+    # Where some of it alone is held, it is told of that.
+    at = int((made[:, 0] * (np.abs(component.own) > 2.5).sum(1)).argmax())
+    one = np.where(np.arange(24)[:, None] == at, got, component.own)
+    assert not any("what is moved" in law.sentence for law in fitted(component, one))
+
+
 @pytest.mark.parametrize("rounding", [1e-6, 4e-3])
 def test_a_law_holds_under_rounding(rounding):
     component, made, interval = euler(0)
@@ -208,6 +222,9 @@ def test_times_are_read(shift):
         "the schedule is a cosine": shifted((1 + np.cos(np.pi * (1 - u))) / 2, shift),
         "the last t alone is 0.001": last,
         "t is 0.98 t + 0.02": np.float32(0.98) * own + np.float32(0.02),
+        "the schedule goes evenly from 0.999": shifted(np.linspace(0.999, 0, 6), shift),
+        "the schedule goes evenly from 0.98 to 0.02": shifted(np.linspace(0.98, 0.02, 6), shift),
+        "the schedule goes evenly to 0.001 and then to 0": shifted(np.append(np.linspace(1, 0.001, 5), 0), shift),
     }.items():
         assert says(component, got.astype(np.float32)) == sentence
 

@@ -207,7 +207,7 @@ FAULTS = [
     _fault(
         "vae-attention-missing",
         "vae.decoder.middle.1",
-        "the attention branch is missing",
+        "the part is left out",
         calls(AttentionBlock, _no_attention, "vae.decoder.middle.1"),
         "The decoder's attention adds nothing.",
     ),

@@ -181,5 +181,4 @@ HYPOTHESES = [
     Hypothesis("the residual stream is kept in float32", BLOCKS, streams(
         lambda s: s.x.float() + s.attended.float() + s.fed.float())),
     Hypothesis("the block has no shortcut", VAE_BLOCKS, residual(lambda straight, branch: branch)),
-    Hypothesis("the attention branch is missing", VAE_BLOCKS, residual(lambda straight, branch: straight)),
 ]  # fmt: skip

@@ -111,6 +111,11 @@ FILTERS = {
     "resized by the Lanczos filter": Image.Resampling.LANCZOS,
     "resized to their nearest pixels": Image.Resampling.NEAREST,
 }
+MORE_FILTERS = {
+    "resized by the mean of the area": Image.Resampling.BOX,
+    "resized by the Hamming filter": Image.Resampling.HAMMING,
+}
+"""Filters that are tried of the right size alone."""
 
 INSETS = {
     "with their corners aligned": (0.5, 0.5),
@@ -131,6 +136,7 @@ HYPOTHESES = [
             for how, mode in FILTERS.items()
             for where, inset in INSETS.items()
         ),
+        *((f"pictures are {how}", resized(Way(bucket, filter=mode))) for how, mode in MORE_FILTERS.items()),
         ("the resolutions of VAE and ViT are exchanged", resized(Way(bucket), swapped=True)),
     )
 ]
