@@ -64,6 +64,8 @@ class Plot:
     dark: bytes | None = None
 
 
+LEGEND = {"loc": "outside lower left", "frameon": False}
+"""One entry a line, from the left: in a narrow window, which shows half a plot at a time, it is seen as a whole."""
 Draw = Callable[[Figure, Theme], None]
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from parity.localize.findings import LOCAL, Localization, TapError
-from parity.report.drawing import POWERS, STEPS, Plot, Theme, plot
+from parity.report.drawing import LEGEND, POWERS, STEPS, Plot, Theme, plot
 from parity.report.map import Map, lay_out, shade
 
 # Errors below this one, exact agreement included, are drawn on the lowest line.
@@ -55,9 +55,9 @@ def order_plot(localization: Localization) -> Plot | None:
         axes.set_xlim(-1, len(taps))
         axes.set_xlabel("taps in order of execution")
         axes.set_ylabel("relative L2 error")
-        figure.legend(loc="outside lower center", ncols=5, frameon=False)
+        figure.legend(**LEGEND)
 
-    return plot("order", caption, (11.5, 4.9), draw)
+    return plot("order", caption, (11.5, 5.4), draw)
 
 
 def trajectory_plot(localization: Localization) -> Plot | None:
@@ -87,9 +87,9 @@ def trajectory_plot(localization: Localization) -> Plot | None:
         axes.set_xticks(*_ticks([f"{step.step}\nt={step.t:.2f}" for step in steps], at))
         axes.set_xlabel("step")
         axes.set_ylabel("relative L2 error")
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(**LEGEND)
 
-    return plot("trajectory", f"Error of the trajectory over {len(steps)} steps", (11.5, 3.7), draw)
+    return plot("trajectory", f"Error of the trajectory over {len(steps)} steps", (11.5, 4.2), draw)
 
 
 def margins_plot(localization: Localization) -> Plot | None:
@@ -117,10 +117,10 @@ def margins_plot(localization: Localization) -> Plot | None:
         axes.set_xticks(*_ticks([str(step) for step in at], at))
         axes.set_xlabel("answered token")
         axes.set_ylabel("logits")
-        figure.legend(loc="outside lower center", ncols=5, frameon=False)
+        figure.legend(**LEGEND)
 
     caption = f"Margins of {len(tokens)} answered tokens and the errors of their logits"
-    return plot("margins", caption, (11.5, 3.5), draw)
+    return plot("margins", caption, (11.5, 3.8), draw)
 
 
 def map_plot(localization: Localization) -> Plot | None:
