@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from parity.errors import ParityError
-from parity.files import folder_beside, is_stream, write_atomically
+from parity.files import folder_beside, write_atomically
 
 _LIST = ".written-by-lance-parity"
 
@@ -48,15 +48,11 @@ GENERATOR = '<meta name="generator" content="lance-parity">'
 
 
 def require_own_page(path: Path) -> None:
-    """Raise ParityError where a page would take the place of anything but one of ours, or no browser would show it."""
-    if is_stream(path):
-        return
+    """Raise ParityError where a page would take the place of anything but one of ours."""
     if not path.exists():
-        if path.suffix.lower() not in (".html", ".htm"):
-            raise ParityError(f"{path} is no name of a page: let it end in .html")
         return
     try:
-        if path.is_file() and GENERATOR in path.read_text(encoding="utf-8")[:1000]:
+        if GENERATOR in path.read_text(encoding="utf-8")[:1000]:
             return
     except (OSError, ValueError):
         pass
