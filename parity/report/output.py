@@ -30,7 +30,10 @@ def emit(text: str, output: Path | None) -> None:
 
 
 def require_own(folder: Path) -> None:
-    """Raise ParityError where a folder is none, or holds anything that was not written there by new_folder."""
+    """Raise ParityError where a folder is none, or holds anything that was not written there by new_folder, or the
+    process itself, which would be left in none."""
+    if Path.cwd().is_relative_to(os.path.realpath(folder)):
+        raise ParityError(f"{folder} cannot take a report (it is where the command runs): name another folder")
     if not (folder.exists() or folder.is_symlink()):
         return
     listed = folder / _LIST

@@ -179,6 +179,8 @@ def test_a_report_is_a_folder_of_its_own_in_every_command(command, tmp_path, mon
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     assert "mine holds thesis.txt, which lance-parity did not write" in refused(*given, "mine")
+    for around in (".", "..", ""):
+        assert "cannot take a report (it is where the command runs): name another folder" in refused(*given, around)
     assert "mine/thesis.txt cannot take a report" in refused(*given, "mine/thesis.txt")
     assert "thesis.txt is not a folder" in refused(*given, "mine/thesis.txt/report")
     assert "out/a.json is in out, which the report takes for itself" in refused(*given, "out", "--json", "out/a.json")
