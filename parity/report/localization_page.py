@@ -1,6 +1,5 @@
 """The HTML report of a localization: one page that needs nothing else, and its plots beside it."""
 
-import base64
 import json
 import math
 import re
@@ -126,7 +125,6 @@ def render(localization: Localization, drawn: Drawn) -> str:
         "number": words.number,
         "percent": words.percent,
         "removed": lambda share: "makes it worse" if share < -0.0005 else words.tenths(share),
-        "source": _source,
         "tenths": words.tenths,
         "times": words.times,
         "width": lambda share: f"{100 * min(max(share, 0), 1):.2f}%",
@@ -216,10 +214,6 @@ def _compact(value: float | None) -> float | str | None:
     if value is None or math.isfinite(value):
         return value and float(f"{value:.3g}")
     return "nan" if math.isnan(value) else "inf"
-
-
-def _source(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _badness(part: SliceError) -> float:
