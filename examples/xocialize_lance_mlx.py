@@ -1,7 +1,8 @@
 """The public MLX port of Lance under the harness: an adapter for a clone of xocialize/lance-mlx.
 
-LANCE_PEER names the clone; --python its interpreter, with PyTorch beside for its converter. Nothing of it is changed:
-modules, functions and inline variables are attached to from outside while a run lasts. Written against d39a981.
+LANCE_PEER names the clone, LANCE_PEER_BITS to how many bits its own script quantizes it; --python its interpreter, with
+PyTorch for its converter. Nothing of it is changed: modules, functions and variables are attached to from outside while
+a run lasts. Written against d39a981.
 """
 
 import importlib
@@ -20,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-CLONE = Path(os.environ.get("LANCE_PEER", ""))
+CLONE, BITS = Path(os.environ.get("LANCE_PEER", "")), os.environ.get("LANCE_PEER_BITS", "")
 if not (CLONE / "src/lance_mlx").is_dir():
     raise SystemExit("LANCE_PEER names no clone of xocialize/lance-mlx")
 sys.path.insert(0, str(CLONE / "src"))  # its package is called lance_mlx too
@@ -34,7 +35,7 @@ from lance_mlx.model import LanceModel, lance_llm  # noqa: E402
 TEXT, VIT, CLEAN, NOISE = 0, 4, 2, 3
 """A text split's role, a ViT split's, and the attention of a source's latents and of the target's, as in bundles."""
 PIPELINES = {"t2i": "TextToImagePipeline", "t2v": "TextToVideoPipeline", "image_edit": "ImageEditPipeline",
-             "x2t_image": "UnderstandingPipeline"}  # fmt: skip
+             "x2t_image": "UnderstandingPipeline", "x2t_video": "UnderstandingPipeline"}  # fmt: skip
 OPTIONS = {"cfg_text_scale": "cfg_scale"} | {name: name for name in (
     "num_steps", "timestep_shift", "cfg_renorm_min", "height", "width", "num_frames", "max_new_tokens")}  # fmt: skip
 TABLE, SIDE, FRAMES = "latent_pos_embed.pos_embed", 64, 31
@@ -44,7 +45,6 @@ RENAMED = {"vae_in_proj.vae2llm": "vae2llm", "time_embedder.proj_in": "time_embe
            "latent_pos_embed": "latent_pos_embed", "lm_head": "language_model.lm_head"}  # fmt: skip
 # Of all else both experts compute every token, and each tap holds those of one.
 OF_BOTH = re.compile(rf"{re.escape(LAYERS)}layers\.\d+(\.self_attn)?")
-TOLD_OF_VISION = re.compile(r"vit_model0(\.patch_embed|\.(blocks|merger)\..*|\.merger)?")
 
 
 def whole_table(table: mx.array) -> mx.array:
@@ -61,10 +61,10 @@ class Port:
     name = "xocialize/lance-mlx"
 
     def __init__(self, bundle: Any) -> None:
-        self.bundle, self.task = bundle, bundle.task
+        self.bundle, self.task, self.answers = bundle, bundle.task, bundle.task.startswith("x2t")
         if self.task not in PIPELINES:
-            raise ValueError(f"the adapter is for {', '.join(PIPELINES)}, not {self.task}")
-        self.module = importlib.import_module(f"lance_mlx.pipeline.{self.task.replace('x2t_image', 'understanding')}")
+            raise ValueError(f"{'the adapter' if self.task == 'video_edit' else self.name} has no {self.task}")
+        self.module = importlib.import_module(f"lance_mlx.pipeline.{'understanding' if self.answers else self.task}")
         source, dtype = bundle.checkpoint / bundle.variant, {"float32": "fp32", "bfloat16": "bf16"}[bundle.dtype]
         self.tokenizer = Qwen2TokenizerFast.from_pretrained(source)
         with tempfile.TemporaryDirectory() as name:
@@ -74,8 +74,11 @@ class Port:
             self.saved[TABLE] = whole_table(self.saved[TABLE])
             mx.eval(self.saved)
             mx.save_safetensors(f"{folder}/model.safetensors", self.saved)
-            part = folder / ("vit.safetensors" if self.task == "x2t_image" else "vae.safetensors")
-            if self.task != "x2t_image":
+            if BITS:
+                with patch.object(sys, "argv", f"_ --lance-weights {name} --out-dir {name} --bits {BITS}".split()):
+                    runpy.run_path(str(scripts / "16_quantize.py"))["main"]()
+            part = folder / ("vit.safetensors" if self.answers else "vae.safetensors")
+            if not self.answers:
                 convert = runpy.run_path(str(scripts / "06_convert_wan_vae.py"))["convert"]
                 convert(bundle.checkpoint / "Wan2.2_VAE.pth", folder, dtype)
                 width = {name: len(value) for name, value in mx.load(str(part)).items()}
@@ -90,32 +93,32 @@ class Port:
         self.model = self.pipeline.lance_model
         self.pads = self.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
         # Under the checkpoint's names what it loaded of the transformer; what draws never reads the head.
-        self.names = {f"{RENAMED.get(path, LAYERS + path)}.{parameter}": name for name in self.saved
-                      for path, _, parameter in [name.rpartition(".")]
-                      if path != "lm_head" or self.task == "x2t_image"}  # fmt: skip
+        self.names = {f"{RENAMED.get(path, LAYERS + path)}.{kind}": name for name in self.saved
+                      for path, _, kind in [name.rpartition(".")] if path != "lm_head" or self.answers}  # fmt: skip
 
-    def __call__(self, images: Any, text: str, return_tensors: str) -> dict[str, mx.array]:
-        """Give the bundle's patches for any image."""
+    def __call__(self, text: str, return_tensors: str, images: Any = None, videos: Any = None) -> dict[str, mx.array]:
+        """Give the bundle's patches for any image or video."""
         grid, patches = (mx.array(self.bundle.inputs[name].array) for name in ("vit_video_grid_thw", "vit_patches0"))
-        text = text.replace("<|image_pad|>", "<|image_pad|>" * (grid[0].prod().item() // 4))
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return {"input_ids": mx.array([ids]), "pixel_values": patches, "image_grid_thw": grid}
+        text = re.sub(r"<\|(image|video)_pad\|>", lambda pad: pad[0] * (grid[0].prod().item() // 4), text)
+        ids = mx.array([self.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        kind, of = ("image", "") if videos is None else ("video", "_videos")
+        return {"input_ids": ids, f"pixel_values{of}": patches, f"{kind}_grid_thw": grid}
 
     def run(self, probe: Any) -> None:
         """Run the request as the port's command does, from the bundle's noise and visuals."""
         asked, known = self.bundle.request, inspect.signature(self.pipeline.generate).parameters
         options = {ours: asked[theirs] for theirs, ours in OPTIONS.items() if theirs in asked and ours in known}
         given = [asked["spec"]]
-        if self.task == "x2t_image":
+        if self.answers:
             options["instruction"], question, _ = asked["spec"]["interleave_array"][1]
-            given = [None, question]
+            given = [16 * [np.zeros((1, 1, 3), np.uint8)], question]  # any frames: the patches are the bundle's
         elif self.task == "image_edit":
             given = [None, next(text for text in asked["spec"]["interleave_array"] if not text.startswith("media/"))]
             # Upstream's output is as large as its source; here one says so.
             options["height"], options["width"] = self.bundle.inputs["vae_pixels0"].array.shape[2:]
         with probe.attached() as code:
-            (Answering if self.task == "x2t_image" else Drawing)(self, probe, code)
-            self.pipeline.generate(*given, **options)
+            (Answering if self.answers else Drawing)(self, probe, code)
+            getattr(self.pipeline, "generate_video" if self.task == "x2t_video" else "generate")(*given, **options)
 
     def paths(self) -> Iterator[tuple[str, nn.Module]]:
         """Its modules by their paths in the checkpoint, and its encoders and decoders by what they return."""
@@ -153,7 +156,8 @@ class Run:
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
         self.roles = inputs["modality"].array[self.starts[:-1]]
         code.returned(type(port.tokenizer), "__call__", lambda found: {"input_ids": self.ids(found["input_ids"])})
-        code.returned(lance_llm, "apply_multimodal_rotary_pos_emb", self.rotated)
+        code.returned(lance_llm, "apply_multimodal_rotary_pos_emb", lambda found: tuple(
+            self.rows(f"{code.path}.{name}_rope", value) for name, value in zip("qk", found, strict=True)))  # fmt: skip
         code.returned(lance_llm, "scaled_dot_product_attention", lambda out: self.rows(f"{code.path}.sdpa", out))
         code.wrap(LanceModel, "__call__", self.whole)
         code.modules(port.paths(), self.module)
@@ -175,9 +179,6 @@ class Run:
         values["position_ids"] = self.probe.rows("position_ids", values["position_ids"], axis=1, axes=(0, 2))
         values["inputs_embeds"] = self.rows("hidden_in", values["inputs_embeds"])
         return self.rows("hidden_out", original(model, **values))
-
-    def rotated(self, found: tuple[mx.array, mx.array]) -> tuple[mx.array, ...]:
-        return tuple(self.rows(f"{self.code.path}.{name}_rope", value) for name, value in zip("qk", found, strict=True))
 
     def module(self, path: str, out: mx.array) -> mx.array:
         if not path.startswith(LAYERS):
@@ -201,7 +202,7 @@ class Drawing(Run):
         code.returned(pipeline, "_build_position_ids", self.positions)
         code.returned(port.module, "timestep_schedule", lambda t: mx.array(probe.integers("timesteps", np.array(t))))
         noise = mx.array(self.bundle.taps["sampler.noise"].array)
-        probe.value("sampler.noise", noise.astype(port.model.embed_tokens.weight.dtype))
+        probe.value("sampler.noise", 1.0 * noise.astype(port.model.embed_tokens.weight.dtype))
         code.returned(mx.random, "normal", lambda drawn: noise[-(drawn.size // 48) :].reshape(drawn.shape))
         if port.task == "image_edit":
             pixels = mx.array(self.bundle.inputs["vae_pixels0"].array.transpose(1, 2, 3, 0))[None]
@@ -300,7 +301,7 @@ class Drawing(Run):
             self.probe.integers("guided", np.array(self.guided, np.int32))
             return self.probe.value("latent", value[0])
         source = [around["z_clean"].reshape(-1, 48).astype(value.dtype)] if "z_clean" in around else []
-        rows = mx.concatenate([*source, value.reshape(-1, 48)])
+        rows = mx.concatenate([*source, 1.0 * value.reshape(-1, 48)])
         if not self.guided:
             rows = self.probe.value("sampler.x_init", rows)
         return self.probe.value(f"sampler.x_t{len(self.guided)}", rows)[-(value.size // 48) :]
@@ -326,8 +327,7 @@ class Answering(Run):
         self.probe.call(calls)
 
     def ids(self, ids: list[int]) -> list[int]:
-        image, video = self.port.pads
-        ids = [video if token == image else token for token in ids]  # as the port does next
+        ids = [self.port.pads[1] if token in self.port.pads else token for token in ids]  # as the port does next
         self.question = int(self.probe.integers("answer", [len(ids)])[0])
         seen = np.arange(self.starts[-1]) < self.question
         ids = self.recorded("text_ids", ids + self.bundle.inputs["text_ids"].array[len(ids) :].tolist(), seen)
@@ -342,7 +342,7 @@ class Answering(Run):
             self.probe.call({f"cond.decode{self.passes}": [0]})
             self.passes += 1
             return self.rows(path, out)
-        return self.probe.value(path, out) if TOLD_OF_VISION.fullmatch(path) else out
+        return out if path.endswith(("_embed.proj", "rotary_pos_emb")) else self.probe.value(path, out)
 
     def turned(self, out: mx.array) -> mx.array:
         """Queries, then keys, each with axes of length 1 before its rows, heads and channels."""

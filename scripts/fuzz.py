@@ -99,7 +99,7 @@ def bundle_case(rng: random.Random, folder: Path) -> Case:
         (3, ["compare", *rng.choice([(name, other), (other, name)]), "--within", "0.1"], (0, 1, 2)),
         (3, ["compare", f"{other}/taps.safetensors", f"{name}/taps.safetensors", "--output", "out.csv"], (0, 1, 2)),
         (2, ["run", rng.choice([name, "."]), "--impl", impl, "--report", "out"], (0, 2)),
-        (2, ["localize", name, "--report", "out.html", "--json", "out.json"], (0, 2)),
+        (2, ["localize", name, "--report", "out", "--json", "out.json"], (0, 2)),
         (2, ["stream", "--against", "t2i-fp32-kv" if name == "t2i-fp32-kv" else name], (0, 2)),
     ]
     _, command, statuses = rng.choices(commands, [each[0] for each in commands])[0]

@@ -32,7 +32,7 @@ COMMANDS = {
     "serve": ["lance-mlx", "serve", "--model", CHECKPOINT, "--port"],
     "record": ["lance-parity", "record", "t2i", "--checkpoint", CHECKPOINT, "--out", "out/bird", "--prompt", "a",
                "--width", 64, "--height", 64, "--steps", 2, "--copy-checkpoint"],
-    "localize": ["lance-parity", "localize", _BUNDLE, "--fault", "norm-eps-1e-5", "--report", "out/page.html", "--json",
+    "localize": ["lance-parity", "localize", _BUNDLE, "--fault", "norm-eps-1e-5", "--report", "out/report", "--json",
                  "out/found.json"],
     "run": ["lance-parity", "run", _BUNDLE, "--report", "out/report", "--json", "out/rows.json"],
     "floors": ["lance-parity", "floors", "given/t2i-fp32-nokv"],

@@ -16,6 +16,7 @@ from parity.cli.results import (
     check_outputs,
     deliver,
     quantized_as,
+    report_option,
 )
 
 REPORTS = Path("reports/localize")
@@ -63,10 +64,7 @@ def localize(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.", show_default=False)
     ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The HTML report.", show_default=f"{REPORTS}/BUNDLE.html"),
-    ] = None,
+    report: Annotated[Path | None, report_option(f"{REPORTS}/BUNDLE")] = None,
     form: FormatOption = None,
     output: OutputOption = None,
 ) -> None:
@@ -91,17 +89,14 @@ def localize(
         from parity.localize.investigation import localize as run
         from parity.model import definition
         from parity.ports.loading import port_loader
-        from parity.report.localization_page import plots_folder, write_localization
-        from parity.report.output import require_own, require_own_page
+        from parity.report.localization_page import write_localization
         from parity.report.runner import limit_threads
         from parity.report.terminal import progress_bar
         from parity.report.terminal_localize import print_localization
 
         limit_threads()
-        page = report or REPORTS / f"{bundle.name}.html"
-        require_own_page(page)
-        require_own(plots_folder(page))
-        check_outputs(form, output, json_file, page)
+        report = report or REPORTS / bundle.name
+        check_outputs(form, output, json_file, report=report)
         try:
             training = definition().is_training(bundle)
             if training and (quantize or profile or attribute or python):
@@ -132,7 +127,7 @@ def localize(
             raise
         if json_file:
             write_atomically(json_file, json.dumps(found.to_json(), indent=1, allow_nan=False).encode())
-        write_localization(page, found)
+        page = write_localization(report, found)
         if not deliver(found, form, output):
             print_localization(found)
             print(page)

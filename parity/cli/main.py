@@ -27,6 +27,7 @@ from parity.cli.results import (
     check_outputs,
     deliver,
     quantized_as,
+    report_option,
 )
 from parity.errors import ParityError
 
@@ -78,9 +79,7 @@ def run(
     oracles: Annotated[
         list[Path] | None, typer.Argument(help="Folders of bundles, or single bundles.", show_default="oracles/")
     ] = None,
-    report: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the HTML report, anew.")] = Path(
-        "reports/latest"
-    ),
+    report: Annotated[Path, report_option("reports/latest")] = Path("reports/latest"),
     impl: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help=f"{IMPL_HELP} May be given several times.", show_default="mlx, reference"),
@@ -102,15 +101,14 @@ def run(
         from parity.bundle.reading import find_bundles
         from parity.ports.loading import known_ports, port_loader
         from parity.report.formats import render
-        from parity.report.output import Format, emit, require_own
+        from parity.report.output import Format, emit
         from parity.report.run_page import write_report
         from parity.report.runner import compare_all, exit_status
         from parity.report.terminal import print_rows, progress_bar
 
-        check_outputs(form, output, json_file)
+        check_outputs(form, output, json_file, report=report)
         folders = oracles or [Path("oracles")]
         paths = find_bundles(folders)
-        require_own(report)
         known = known_ports()
         loaders = {name: known.get(name) or port_loader(name, python) for name in impl or known}
         with progress_bar(len(paths) * len(loaders), "comparison") as start:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from parity.cli.errors import one_line_errors
-from parity.cli.results import FormatOption, OutputOption, check_outputs, deliver
+from parity.cli.results import FormatOption, OutputOption, check_outputs, deliver, report_option
 
 REPORTS = Path("reports/port")
 
@@ -25,9 +25,7 @@ def port(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.", show_default=False)
     ] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The HTML report.", show_default=f"{REPORTS}/PAIR.html")
-    ] = None,
+    report: Annotated[Path | None, report_option(f"{REPORTS}/PAIR")] = None,
     form: FormatOption = None,
     output: OutputOption = None,
 ) -> None:
@@ -43,17 +41,14 @@ def port(
         from parity.files import write_atomically
         from parity.pairs.localize import localize_pair
         from parity.pairs.pair import load_pair
-        from parity.report.localization_page import plots_folder, write_localization
-        from parity.report.output import require_own, require_own_page
+        from parity.report.localization_page import write_localization
         from parity.report.runner import limit_threads
         from parity.report.terminal import progress_bar
         from parity.report.terminal_localize import print_localization
 
         limit_threads()
-        page = report or REPORTS / f"{pair.stem}.html"
-        require_own_page(page)
-        require_own(plots_folder(page))
-        check_outputs(form, output, json_file, page)
+        report = report or REPORTS / pair.stem
+        check_outputs(form, output, json_file, report=report)
         for written in filter(None, (json_file, output)):
             if written.is_file() and written.suffix != ".json" or written.resolve() == pair.resolve():
                 raise ParityError(f"{written} is there already, and no result of this command: choose another name")
@@ -69,7 +64,7 @@ def port(
             raise
         if json_file:
             write_atomically(json_file, json.dumps(found.to_json(), indent=1, allow_nan=False).encode())
-        write_localization(page, found)
+        page = write_localization(report, found)
         if not deliver(found, form, output):
             print_localization(found)
             print(page)

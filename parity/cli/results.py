@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,6 +42,11 @@ OutputOption = Annotated[
 ]
 
 
+def report_option(default: str) -> Any:
+    """The option of a report's folder, which is `default` where it is not given."""
+    return typer.Option(metavar="DIR", help="Folder of the HTML report, written anew.", show_default=default)
+
+
 @contextmanager
 def quantized_as(bundle: Path, what: str | None, tell: Callable[[str], None]) -> Iterator[Path]:
     """A bundle, or what is recorded of its request with weights that are quantized as an option says."""
@@ -54,14 +59,21 @@ def quantized_as(bundle: Path, what: str | None, tell: Callable[[str], None]) ->
         yield recorded
 
 
-def check_outputs(form: Format | None, output: Path | None, *others: Path | None) -> None:
+def check_outputs(form: Format | None, output: Path | None, *others: Path | None, report: Path | None = None) -> None:
     """Raise ParityError, before anything runs, where results cannot be written to a file, or not in the form that its
-    name ends in."""
+    name ends in, or a report not to its folder."""
+    from parity.errors import ParityError
     from parity.files import check_place
+    from parity.report.output import require_own
 
+    if report is not None:
+        require_own(report)
+        check_place(report / "index.html")
     if output is not None:
         _form(form, output)
     for path in filter(None, (output, *others)):
+        if report is not None and path.resolve().is_relative_to(report.resolve()):
+            raise ParityError(f"{path} is in {report}, which the report takes for itself: name another place")
         check_place(path)
 
 

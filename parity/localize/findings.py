@@ -113,7 +113,7 @@ class Explanation:
     @property
     def read(self) -> bool:
         """Whether it was read from the data rather than said beforehand."""
-        return self.size > 0
+        return bool(self.size)
 
     @classmethod
     def of(

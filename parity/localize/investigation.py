@@ -12,7 +12,14 @@ import numpy as np
 from parity import memory
 from parity.bundle.reading import Bundle, read_bundle
 from parity.comparison.check import first_unequal
-from parity.comparison.exact import ORDER, ExactMismatch, check_exact, check_preprocessed, check_weights
+from parity.comparison.exact import (
+    ORDER,
+    ExactMismatch,
+    check_exact,
+    check_preprocessed,
+    check_weights,
+    rounding_of_times,
+)
 from parity.comparison.trajectory import Margin, margins, teacher_forced, trajectory
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE
 from parity.errors import ParityError
@@ -159,6 +166,7 @@ class Investigation:
         blind = blind or unsteered or ""
         if self.port.partial and (lacks := lacking(self.oracle.taps, forced)):
             remark = "; ".join(filter(None, [remark, f"judged on what {self.port.name} shares with upstream: {lacks}"]))
+        remark = "; ".join(filter(None, [remark, rounding_of_times(self.exact, forced)]))
         self.held = held
         taps = tap_errors(self.oracle, held, forced.recording, free.recording, bounds, along)
         answered = margins(self.oracle, led.recording)

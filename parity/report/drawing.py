@@ -1,5 +1,6 @@
 """How a localization's plots are drawn: once in light and once in dark colours, as PNG, the same for the same input."""
 
+import base64
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class Plot:
     dark: bytes | None = None
 
 
+LEGEND = {"loc": "outside lower left", "frameon": False}
+"""One entry a line, from the left: in a narrow window, which shows half a plot at a time, it is seen as a whole."""
 Draw = Callable[[Figure, Theme], None]
 
 
@@ -85,6 +88,11 @@ def _render(size: tuple[float, float], draw: Draw, theme: Theme) -> bytes:
         draw(figure, theme)
         canvas.draw()
     return compressed(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+
+
+def source(png: bytes) -> str:
+    """Return a picture as the source of an <img>."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def compressed(image: Image.Image) -> bytes:

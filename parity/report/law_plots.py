@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from parity.laws import Curves, Matrices
 from parity.laws import Figure as LawFigure
-from parity.report.drawing import Plot, Theme, plot
+from parity.report.drawing import LEGEND, Plot, Theme, plot
 
 # Beyond so many points a line has no markers, and beyond so many cells a side a matrix is thinned out.
 MARKED, CELLS = 64, 512
@@ -28,7 +28,7 @@ def _curves(figure: Figure, theme: Theme, shown: Curves) -> None:
         axes.plot(shown.x, values, color=colours.get(label) or next(others), lw=width, marker=marker, label=label)
     axes.set_xlabel(shown.x_label)
     axes.set_ylabel(shown.y_label)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(**LEGEND)
 
 
 def _matrices(figure: Figure, theme: Theme, shown: Matrices) -> None:

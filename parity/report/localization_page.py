@@ -1,6 +1,5 @@
 """The HTML report of a localization: one page that needs nothing else, and its plots beside it."""
 
-import base64
 import json
 import math
 import re
@@ -9,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from parity.files import is_stream, write_atomically
 from parity.localize.attribution import Attribution, Worth
 from parity.localize.findings import EXPLAINS, Finding, Localization, Picture, SliceError
 from parity.report import words
 from parity.report.drawing import STEPS, THEMES, Plot
 from parity.report.law_plots import law_plot
 from parity.report.map import Map, lay_out, shade
-from parity.report.output import new_folder, require_own_page
+from parity.report.output import new_folder
 from parity.report.pictures import Frames, frames_of, is_frames, picture_plot
 from parity.report.plots import exact_shades, map_plot, margins_plot, order_plot, trajectory_plot
 from parity.report.run_page import page_environment
@@ -64,27 +62,14 @@ class Drawn:
         return files
 
 
-def write_localization(path: Path, localization: Localization) -> Path:
-    """Write the page `path`, and its plots as PNG into `<stem>-plots` beside it; return the path.
-
-    Both are written under other names and renamed. Beside a pipe or a device there are no plots. Raises ParityError
-    where they cannot be written, or where the folder of the plots holds what was not written there so.
-    """
-    path = path.resolve() if path.is_symlink() else path
-    require_own_page(path)
+def write_localization(folder: Path, localization: Localization) -> Path:
+    """Write the page and its plots as PNG into a folder, anew, and return the page's path; see new_folder."""
     drawn = draw(localization)
-    page = render(localization, drawn)
-    if not is_stream(path):
-        with new_folder(plots_folder(path)) as beside:
-            for name, data in drawn.files().items():
-                (beside / name).write_bytes(data)
-    write_atomically(path, page.encode(errors="replace"))
-    return path
-
-
-def plots_folder(path: Path) -> Path:
-    """The folder of a page's plots."""
-    return path.with_name(f"{path.stem}-plots")
+    files = drawn.files() | {"index.html": render(localization, drawn).encode(errors="replace")}
+    with new_folder(folder) as new:
+        for name, data in files.items():
+            (new / name).write_bytes(data)
+    return folder / "index.html"
 
 
 def draw(localization: Localization) -> Drawn:
@@ -140,7 +125,6 @@ def render(localization: Localization, drawn: Drawn) -> str:
         "number": words.number,
         "percent": words.percent,
         "removed": lambda share: "makes it worse" if share < -0.0005 else words.tenths(share),
-        "source": _source,
         "tenths": words.tenths,
         "times": words.times,
         "width": lambda share: f"{100 * min(max(share, 0), 1):.2f}%",
@@ -230,10 +214,6 @@ def _compact(value: float | None) -> float | str | None:
     if value is None or math.isfinite(value):
         return value and float(f"{value:.3g}")
     return "nan" if math.isnan(value) else "inf"
-
-
-def _source(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _badness(part: SliceError) -> float:

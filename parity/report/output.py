@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from parity.errors import ParityError
-from parity.files import folder_beside, is_stream, write_atomically
+from parity.files import folder_beside, write_atomically
 
 _LIST = ".written-by-lance-parity"
 
@@ -30,7 +30,10 @@ def emit(text: str, output: Path | None) -> None:
 
 
 def require_own(folder: Path) -> None:
-    """Raise ParityError where a folder is none, or holds anything that was not written there by new_folder."""
+    """Raise ParityError where a folder is none, or holds anything that was not written there by new_folder, or the
+    process itself, which would be left in none."""
+    if Path.cwd().is_relative_to(os.path.realpath(folder)):
+        raise ParityError(f"{folder} cannot take a report (it is where the command runs): name another folder")
     if not (folder.exists() or folder.is_symlink()):
         return
     listed = folder / _LIST
@@ -48,15 +51,11 @@ GENERATOR = '<meta name="generator" content="lance-parity">'
 
 
 def require_own_page(path: Path) -> None:
-    """Raise ParityError where a page would take the place of anything but one of ours, or no browser would show it."""
-    if is_stream(path):
-        return
+    """Raise ParityError where a page would take the place of anything but one of ours."""
     if not path.exists():
-        if path.suffix.lower() not in (".html", ".htm"):
-            raise ParityError(f"{path} is no name of a page: let it end in .html")
         return
     try:
-        if path.is_file() and GENERATOR in path.read_text(encoding="utf-8")[:1000]:
+        if GENERATOR in path.read_text(encoding="utf-8")[:1000]:
             return
     except (OSError, ValueError):
         pass

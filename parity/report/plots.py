@@ -1,4 +1,5 @@
-"""The plots of a localization: the map, errors over the order of execution, the trajectory, an answer's margins."""
+"""The plots of a localization: the map, errors over the order of execution, the trajectory, an answer's margins; and
+the errors of a comparison."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,8 +10,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from parity.comparison.check import Result
 from parity.localize.findings import LOCAL, Localization, TapError
-from parity.report.drawing import POWERS, STEPS, Plot, Theme, plot
+from parity.oracle.oracle import UPSTREAM
+from parity.report.drawing import LEGEND, POWERS, STEPS, Plot, Theme, plot
 from parity.report.map import Map, lay_out, shade
 
 # Errors below this one, exact agreement included, are drawn on the lowest line.
@@ -20,8 +23,23 @@ LOWEST, HIGHEST = 1e-10, 1e4
 def order_plot(localization: Localization) -> Plot | None:
     """Return local, propagated and total errors and the allowed ones over the order of execution."""
     taps = [t for t in localization.taps if t.wrong or any(v is not None for v in (t.local, t.propagated, t.total))]
-    if not taps:
-        return None
+    marked = [(finding.tap, finding.component) for finding in localization.findings]
+    return _errors(taps, marked, "local error") if taps else None
+
+
+def error_plot(result: Result) -> Plot | None:
+    """Return the errors of a comparison over the order of execution, and where it diverges first."""
+    taps = [
+        TapError(t.tap, UPSTREAM, t.shape, t.dtype, t.difference.rel_l2, None, None, None, t.limit.floor,
+                 t.limit.allowed, t.difference.mismatch)
+        for t in result.taps if not t.tap.integer
+    ]  # fmt: skip
+    first = result.first_divergence
+    return _errors(taps, [(first["tap"], first["component"])] if first else [], "error") if taps else None
+
+
+def _errors(taps: Sequence[TapError], marked: Sequence[tuple[str, str]], called: str) -> Plot:
+    """Errors over the order of execution; `marked` are taps, and the components to write beside them."""
     caption = f"Errors of {len(taps):,} taps in order of execution, {sum(tap.wrong for tap in taps)} of them wrong"
 
     def draw(figure: Figure, theme: Theme) -> None:
@@ -42,22 +60,22 @@ def order_plot(localization: Localization) -> Plot | None:
                 axes.plot(places, [height(v or None) for v in values], color=colour, lw=width, label=label)
         size = 9 if len(taps) < 800 else 4
         for wrong, colour, marker, label, scale in (
-            (False, theme.local, "o", "local error", 1),
-            (True, theme.wrong, "X", "local error, wrong (at the top: without a number)", 6),
+            (False, theme.local, "o", called, 1),
+            (True, theme.wrong, "X", f"{called}, wrong (at the top: without a number)", 6),
         ):
             points = [(i, _local(tap, top)) for i, tap in enumerate(taps) if tap.wrong is wrong]
             if points:
                 options = {"s": size * scale, "c": colour, "marker": marker, "label": label, "lw": 0}
                 axes.scatter(*zip(*points, strict=True), **options, zorder=3 + wrong)
-        _mark_findings(axes, localization, taps, theme)
+        _mark(axes, marked, taps, theme)
         name_calls(axes, [tap.tap.call for tap in taps], theme)
         _logarithmic(axes, [*heights, *(bound for bound in bounds if bound == bound)], theme)
         axes.set_xlim(-1, len(taps))
         axes.set_xlabel("taps in order of execution")
         axes.set_ylabel("relative L2 error")
-        figure.legend(loc="outside lower center", ncols=5, frameon=False)
+        figure.legend(**LEGEND)
 
-    return plot("order", caption, (11.5, 4.9), draw)
+    return plot("order", caption, (11.5, 5.4), draw)
 
 
 def trajectory_plot(localization: Localization) -> Plot | None:
@@ -87,9 +105,9 @@ def trajectory_plot(localization: Localization) -> Plot | None:
         axes.set_xticks(*_ticks([f"{step.step}\nt={step.t:.2f}" for step in steps], at))
         axes.set_xlabel("step")
         axes.set_ylabel("relative L2 error")
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(**LEGEND)
 
-    return plot("trajectory", f"Error of the trajectory over {len(steps)} steps", (11.5, 3.7), draw)
+    return plot("trajectory", f"Error of the trajectory over {len(steps)} steps", (11.5, 4.2), draw)
 
 
 def margins_plot(localization: Localization) -> Plot | None:
@@ -117,10 +135,10 @@ def margins_plot(localization: Localization) -> Plot | None:
         axes.set_xticks(*_ticks([str(step) for step in at], at))
         axes.set_xlabel("answered token")
         axes.set_ylabel("logits")
-        figure.legend(loc="outside lower center", ncols=5, frameon=False)
+        figure.legend(**LEGEND)
 
     caption = f"Margins of {len(tokens)} answered tokens and the errors of their logits"
-    return plot("margins", caption, (11.5, 3.5), draw)
+    return plot("margins", caption, (11.5, 3.8), draw)
 
 
 def map_plot(localization: Localization) -> Plot | None:
@@ -201,15 +219,15 @@ def name_calls(axes: Axes, calls: Sequence[str], theme: Theme) -> None:
             )  # fmt: skip
 
 
-def _mark_findings(axes: Axes, localization: Localization, taps: Sequence[TapError], theme: Theme) -> None:
+def _mark(axes: Axes, marked: Sequence[tuple[str, str]], taps: Sequence[TapError], theme: Theme) -> None:
     places = {tap.tap.name: place for place, tap in enumerate(taps)}
-    for number, finding in enumerate(localization.findings, 1):
-        place = places.get(finding.tap)
+    for number, (tap, component) in enumerate(marked, 1):
+        place = places.get(tap)
         if place is None or number > 9:
             continue
         axes.axvline(place, color=theme.wrong, lw=0.8, alpha=0.7, zorder=2)
         right = place < len(taps) * 0.6
-        text = f"{number}  {_clean(finding.component, 48)}" if number == 1 else str(number)
+        text = f"{number}  {_clean(component, 48)}" if number == 1 else str(number)
         axes.annotate(
             text, (place, 0.02 + 0.07 * ((number - 1) % 3)), xycoords=axes.get_xaxis_transform(), color=theme.wrong,
             xytext=(4 if right else -4, 0), textcoords="offset points", ha="left" if right else "right", weight="bold",

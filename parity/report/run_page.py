@@ -10,8 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from parity.comparison.check import Result
 from parity.comparison.verdict import AGREE, DIVERGE, INCONCLUSIVE, MEDIAN, UNUSABLE
 from parity.ports.provenance import origin
-from parity.report.error_plot import error_plot
+from parity.report.drawing import source
 from parity.report.output import new_folder
+from parity.report.plots import error_plot
 from parity.tensors.metrics import Difference
 from parity.tensors.sketch import CONFIDENCE
 
@@ -99,6 +100,7 @@ def page_environment() -> Environment:
     )
     environment.filters |= {
         "sig": significant,
+        "source": source,
         "error": error_of,
         "mib": lambda n: "unknown" if n is None else f"{n / 2**20:.0f} MiB",
     }

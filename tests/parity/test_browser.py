@@ -50,7 +50,7 @@ def pages(tmp_path_factory):
     def page(name):
         if name not in known:
             localization = CASES[name]()
-            known[name] = localization, write_localization(folder / f"{name}.html", localization).as_uri()
+            known[name] = localization, write_localization(folder / name, localization).as_uri()
         return known[name]
 
     return page

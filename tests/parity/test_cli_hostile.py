@@ -14,8 +14,6 @@ from parity.cli.main import app, main
 from parity.errors import ParityError
 from parity.lance.record_options import Options, build_request
 from parity.oracle.verify import verify_bundle
-from parity.report import localization_page as page
-from parity.report.output import require_own_page
 
 DEEP = "[" * 100_000
 
@@ -174,13 +172,19 @@ def test_outputs_that_cannot_be_written_are_refused_before_anything_runs(command
     assert "/nope" in refused(*given, "--output", "y.MD")
 
 
-def test_a_report_to_a_device_is_a_page_without_plots(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "draw", lambda localization: page.Drawn())
-    monkeypatch.setattr(page, "render", lambda localization, drawn: "<html>")
-    (tmp_path / "page.html").symlink_to("/dev/null")
-    require_own_page(tmp_path / "page.html")
-    page.write_localization(tmp_path / "page.html", None)
-    assert (tmp_path / "page.html").is_char_device() and len(list(tmp_path.iterdir())) == 1
+@pytest.mark.parametrize("command", ["run", "localize", "port"])
+def test_a_report_is_a_folder_of_its_own_in_every_command(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = [command, *REPORTING[command], "--report"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    assert "mine holds thesis.txt, which lance-parity did not write" in refused(*given, "mine")
+    for around in (".", "..", ""):
+        assert "cannot take a report (it is where the command runs): name another folder" in refused(*given, around)
+    assert "mine/thesis.txt cannot take a report" in refused(*given, "mine/thesis.txt")
+    assert "thesis.txt is not a folder" in refused(*given, "mine/thesis.txt/report")
+    assert "out/a.json is in out, which the report takes for itself" in refused(*given, "out", "--json", "out/a.json")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
 
 
 @pytest.mark.parametrize(

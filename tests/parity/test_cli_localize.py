@@ -104,10 +104,10 @@ def strict(path):
 
 def test_the_command_finds_a_fault_of_a_file_and_exits_1(lance_parity, oracles, third_party, tmp_path):
     arguments = ["--fault", f"{third_party / 'faults.py'}:long_steps", "--fault", "renorm-channel"]
-    arguments += ["--hypotheses", third_party / "hypotheses.py", "--json", "out/found.json", "--report", "page.html"]
+    arguments += ["--hypotheses", third_party / "hypotheses.py", "--json", "out/found.json", "--report", "report"]
     result = lance_parity(oracles / "t2i-fp32-kv", *arguments)
     assert result.exit_code == 1 and result.stderr == ""
-    assert result.stdout.splitlines()[-1] == "page.html" and (tmp_path / "page.html").is_file()
+    assert result.stdout.splitlines()[-1] == "report/index.html" and (tmp_path / "report/index.html").is_file()
     assert "1. guidance" in result.stdout and "2. euler" in result.stdout
     document = strict(tmp_path / "out" / "found.json")
     assert document["verdict"] == "diverge" and document["bundle"] == "t2i-fp32-kv"
@@ -143,7 +143,7 @@ def returns(monkeypatch):
 def test_the_exit_status_tells_the_verdict(lance_parity, localized, returns, oracles, tmp_path, verdict, status):
     found = replace(localized("t2i-fp32-kv"), verdict=verdict, reason="for a reason" if status else "")
     returns(found)
-    result = lance_parity(oracles / "t2i-fp32-kv", "--json", "r.json", "--report", "r.html")
+    result = lance_parity(oracles / "t2i-fp32-kv", "--json", "r.json", "--report", "r")
     assert result.exit_code == status and verdict in result.stdout
     document = strict(tmp_path / "r.json")
     assert (document["verdict"], document["reason"], document["findings"]) == (verdict, found.reason, [])

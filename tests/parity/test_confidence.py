@@ -44,10 +44,11 @@ def test_too_few_tell_nothing(graded):
 
 
 def test_an_explanation_of_a_sort_that_is_often_wrong_is_a_hint(graded):
-    explanation = Explanation("the scale is 2", 1.0, size=1)
+    explanation = Explanation("the scale is 2", 1.0, size=np.float64(1))
     finding = Finding("layers.0.mlp", "cond.step0/x", "cond.step0", LOCAL, 1.0, 0.1, explanations=[explanation])
     graded(*trials("euler", 90, 10))
     assert finding.certain and finding.record == Record(90, 100) and finding.to_json()["record"]["right"] == 90
+    assert json.loads(json.dumps(finding.to_json()))["explanations"][0]["read"] is True
     graded(*trials("euler", 80, 20))
     assert finding.explained and not finding.certain
     said = replace(finding, explanations=[replace(explanation, size=0)])

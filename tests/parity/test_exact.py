@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from parity.comparison.exact import ORDER, ExactMismatch, check_exact, check_preprocessed, check_weights, describe
+from parity.comparison.exact import (
+    ORDER,
+    ExactMismatch,
+    check_exact,
+    check_preprocessed,
+    check_weights,
+    describe,
+    rounding_of_times,
+)
 from parity.lance.faults import CATALOGUE, Target
 from parity.lance.ports import oracle_weights
 from parity.tensors.recording import ExactInputs, Observed, Tap
@@ -132,7 +140,7 @@ def exact_of(**arrays):
 
 
 def observed(failures=None, **arrays):
-    exact = {f"inputs/{name.replace('__', '.')}": Tap(np.asarray(array), "int32") for name, array in arrays.items()}
+    exact = {f"inputs/{name.replace('__', '.')}": Tap(array, str(array.dtype)) for name, array in arrays.items()}
     return Observed({}, exact, failures or {})
 
 
@@ -278,3 +286,26 @@ def test_lance_mlx_prepares_the_embedded_bundles_visuals_as_upstream_did(oracle_
     assert subject_of("t2i-fp32-kv").preprocessed(oracle.bundle.path.parent) is None
     # Without the media there is nothing to prepare.
     assert subject_of("x2t_image-bf16-kv").preprocessed(oracle.bundle.path) is None
+
+
+def test_times_may_be_off_by_rounding_alone():
+    tau = np.linspace(1, 0, 31, dtype=np.float32)
+    times = np.float32(3.5) * tau / (1 + np.float32(2.5) * tau)
+    near = times.copy()
+    near[7] = np.nextafter(near[7], np.float32(1))
+    exact = exact_of(timesteps=times)
+    assert list(check_exact(exact, observed(timesteps=near))) == []
+    assert rounding_of_times(exact, observed(timesteps=near)) == (
+        "1 of 31 timesteps are off by up to 6e-08, as rounding makes them"
+    )
+    assert not rounding_of_times(exact, observed(timesteps=times)) and not rounding_of_times(exact, observed())
+    for wrong in (
+        times + np.float32(1e-6),
+        times[:-1],
+        times.astype(np.float16).astype(np.float32),
+        np.full_like(times, np.nan),
+    ):
+        assert names(check_exact(exact, observed(timesteps=wrong))) == ["inputs/timesteps"]
+        assert not rounding_of_times(exact, observed(timesteps=wrong))
+    # Integers are equal or are not.
+    assert names(check_exact(exact_of(guided=ints(1, 0)), observed(guided=ints(1, 1)))) == ["inputs/guided"]

@@ -78,7 +78,7 @@ def written(tmp_path_factory):
     def page(name):
         if name not in known:
             localization = CASES[name]()
-            known[name] = localization, write_localization(folder / f"{name}.html", localization)
+            known[name] = localization, write_localization(folder / name, localization)
         return known[name]
 
     return page
@@ -194,15 +194,15 @@ def test_names_are_escaped_wherever_they_stand(written):
 
 def test_half_a_surrogate_pair_is_no_reason_to_fail(tmp_path):
     localization = replace(CASES["nothing"](), reason="\ud800", provenance={"a": "\udcff"}, exact=["\ud800"])
-    assert "UNUSABLE" in write_localization(tmp_path / "page.html", localization).read_text(encoding="utf-8")
+    assert "UNUSABLE" in write_localization(tmp_path / "report", localization).read_text(encoding="utf-8")
 
 
 def test_the_plots_lie_beside_the_page_as_they_are_in_it(written):
     for name in ("several", "answer"):
         _, path = written(name)
         text = path.read_text(encoding="utf-8")
-        plots = sorted((path.parent / f"{name}-plots").glob("[!.]*"))
-        assert plots and all(plot.suffix == ".png" for plot in plots)
+        plots = sorted(path.parent.glob("[!.]*.png"))
+        assert plots and path.name == "index.html"
         for plot in plots:
             assert plot.read_bytes().startswith(b"\x89PNG")
             assert base64.b64encode(plot.read_bytes()).decode() in text
@@ -210,46 +210,42 @@ def test_the_plots_lie_beside_the_page_as_they_are_in_it(written):
 
 
 def test_the_same_localization_gives_the_same_page(written, tmp_path):
-    again = write_localization(tmp_path / "again.html", CASES["one"]())
+    again = write_localization(tmp_path / "again", CASES["one"]())
     assert again.read_bytes() == written("one")[1].read_bytes()
 
 
 def test_the_page_is_replaced_as_a_whole(light, tmp_path, monkeypatch):
-    path, localization = tmp_path / "deep" / "page.html", CASES["answer"]()
-    write_localization(path, localization)
+    folder, localization = tmp_path / "deep" / "report", CASES["answer"]()
+    path = write_localization(folder, localization)
     before = path.read_bytes()
     monkeypatch.setattr(localization_report, "order_plot", lambda localization: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        write_localization(path, localization)
+        write_localization(folder, localization)
     assert path.read_bytes() == before
     monkeypatch.undo()
-    write_localization(path, CASES["nothing"]())
+    write_localization(folder, CASES["nothing"]())
     assert path.read_bytes() != before
-    assert {file.name for file in path.parent.iterdir()} == {"page.html", "page-plots"}
-    assert not list((path.parent / "page-plots").glob("*.png"))
+    assert [file.name for file in folder.glob("[!.]*")] == ["index.html"] and len(list(folder.parent.iterdir())) == 1
 
 
 def test_a_report_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ParityError, match="cannot be written"):
-        write_localization(tmp_path / "file" / "page.html", CASES["nothing"]())
-    (tmp_path / "page-plots").mkdir()
-    (tmp_path / "page-plots" / "thesis.txt").touch()
+        write_localization(tmp_path / "file" / "report", CASES["nothing"]())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(ParityError, match="holds thesis.txt, which lance-parity did not write"):
-        write_localization(tmp_path / "page.html", CASES["nothing"]())
-    assert {file.name for file in tmp_path.iterdir()} == {"file", "page-plots"}
+        write_localization(tmp_path / "mine", CASES["nothing"]())
+    with pytest.raises(ParityError, match="file cannot take a report .*: name another folder"):
+        write_localization(tmp_path / "file", CASES["nothing"]())
+    assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")} == {"file", "mine", "mine/thesis.txt"}
 
 
-def test_a_page_takes_the_place_of_pages_of_ours_alone(tmp_path):
-    mine, page = tmp_path / "notes.html", tmp_path / "page.html"
-    mine.write_text("<html>mine</html>")
-    with pytest.raises(ParityError, match="notes.html is no report that lance-parity wrote: name another file"):
-        write_localization(mine, CASES["nothing"]())
-    assert mine.read_text() == "<html>mine</html>"
-    write_localization(page, CASES["nothing"]())
-    (tmp_path / "link.html").symlink_to("page.html")
-    write_localization(tmp_path / "link.html", CASES["nothing"]())
-    assert (tmp_path / "link.html").is_symlink() and page.is_file()
+def test_a_link_to_a_report_stays_one(tmp_path):
+    page = write_localization(tmp_path / "report", CASES["nothing"]())
+    (tmp_path / "link").symlink_to("report")
+    write_localization(tmp_path / "link", CASES["nothing"]())
+    assert (tmp_path / "link").is_symlink() and page.is_file()
 
 
 def test_without_a_script_the_wrong_taps_and_the_map_are_shown(written):
@@ -461,9 +457,3 @@ def test_multiples_are_short(value, text):
 )
 def test_shares_are_in_percent(share, text):
     assert percent(share) == text
-
-
-def test_a_page_is_named_as_one(tmp_path):
-    with pytest.raises(ParityError, match="report is no name of a page: let it end in .html"):
-        write_localization(tmp_path / "report", CASES["nothing"]())
-    assert not list(tmp_path.iterdir())

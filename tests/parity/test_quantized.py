@@ -185,7 +185,7 @@ def test_the_command_takes_bits_recipes_and_folders(lance_parity, quick, tmp_pat
         "run", bundle, "--impl", "mlx", "--quantize", tmp_path / "converted", "--report", tmp_path / "r"
     )
     assert done.exit_code == 0 and "t2i-fp32-nokv-converted" in done.stdout
-    done = lance_parity("localize", bundle, "--quantize", tmp_path / "converted", "--report", tmp_path / "l.html")
+    done = lance_parity("localize", bundle, "--quantize", tmp_path / "converted", "--report", tmp_path / "l")
     assert done.exit_code == 0, done.stderr
     for what, said in (
         ("7", "bits 7 does not go with mode affine"),

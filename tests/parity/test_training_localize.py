@@ -67,10 +67,10 @@ def test_every_fault_is_named(fault):
 
 @HERE
 def test_the_command_localizes_a_bundle_of_training(tmp_path):
-    given = ["localize", str(BUNDLE), "--report", str(tmp_path / "a.html")]
+    given = ["localize", str(BUNDLE), "--report", str(tmp_path / "a")]
     said = CliRunner().invoke(app, [*given, "--fault", "rope-onwards"])
     assert said.exit_code == 1 and "k_rope is wrong first, in backward" in said.stdout
-    assert (tmp_path / "a.html").read_text().count("turned onwards")
+    assert (tmp_path / "a" / "index.html").read_text().count("turned onwards")
     said = CliRunner().invoke(app, [*given, "--fault", "unknown"])
     assert said.exit_code == 2 and "no fault of training 'unknown'" in said.stderr
     said = CliRunner().invoke(app, [*given, "--impl", "reference"])

@@ -52,8 +52,7 @@ def measure(
         raise ParityError("there must be a band of layers at least, and groups of 32, 64 or 128 weights")
     if out.exists() and not out.is_dir():
         raise ParityError(f"{out} is no folder: name another one with --out")
-    if (out / PAGE).exists():
-        require_own_page(out / PAGE)
+    require_own_page(out / PAGE)
     for name in (RECIPE, SCALES):
         if (out / name).exists() and not (out / KEPT).exists():
             raise ParityError(f"{out / name} is not of this command: name another folder with --out")
