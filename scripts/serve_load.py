@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Load `lance-mlx serve` with many clients at once, with such as vanish, and with what it has to refuse.
 
-    python scripts/serve_load.py [--model DIR] [--requests 200] [--clients 8]
+    python scripts/serve_load.py [--model DIR] [--requests 200] [--clients 8] [--output docs/serve.md]
 
 Clients take turns at OpenAI's own library and at plain sockets, and at drawing, editing and asking, streamed or not.
 What each got is checked; then come clients that leave without reading, bodies of a gigabyte, files that are not what
@@ -33,6 +33,7 @@ from threading import local
 
 import openai
 from PIL import Image
+from tables import replace_between, table
 
 CHECKPOINT = Path(__file__).parents[1] / "oracles" / "checkpoint-a"
 GIGABYTE = 1 << 30
@@ -40,6 +41,7 @@ SMALL = {"size": "32x32", "num_steps": 2}
 FAST = {"resolution": "image_256res"}
 SECRET = b"what no client may read"
 JSON = {"Content-Type": "application/json"}
+HEADS = ["sent", "outcome", "time", "memory of the server"]
 
 
 def picture(width: int = 96, height: int = 64) -> bytes:
@@ -221,6 +223,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=CHECKPOINT)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--output", type=Path, help="a Markdown file with a place for the table")
     options = parser.parse_args()
     with socket.socket() as taken, tempfile.TemporaryDirectory() as folder:
         taken.bind(("127.0.0.1", 0))
@@ -246,7 +249,7 @@ def main() -> int:
 
 def _load(process: subprocess.Popen, port: int, files: Path, log: Path, secret: Path, options) -> int:
     _until(lambda: _health(port) is not None)
-    own, right = local(), True
+    own, right, rows = local(), True, []
 
     def client() -> Client:
         own.client = getattr(own, "client", None) or Client(port)
@@ -260,10 +263,9 @@ def _load(process: subprocess.Popen, port: int, files: Path, log: Path, secret: 
         _until(lambda: _health(port) == (0, False) and not list(files.glob("*/job-*")))
         right &= all(name.startswith(wanted) for name in told)
         outcomes = ", ".join(f"{count} {name}" for name, count in told.most_common())
-        seconds = time.monotonic() - started
-        print(f"| {what} | {outcomes} | {seconds:.0f} s | {memory(process.pid)} |", flush=True)
+        rows.append([what, outcomes, f"{time.monotonic() - started:.0f} s", memory(process.pid)])
+        print(f"| {' | '.join(rows[-1])} |", flush=True)
 
-    print("| sent | outcome | time | memory of the server |\n|---|---|--:|---|", flush=True)
     row("one request", [lambda: client().ask(0)], ("answered",))
     asked = [lambda number=number: client().ask(number) for number in range(options.requests)]
     row(f"{len(asked)} requests, {options.clients} at once", asked, ("answered",))
@@ -280,7 +282,9 @@ def _load(process: subprocess.Popen, port: int, files: Path, log: Path, secret: 
     row("one request", [lambda: client().ask(0)], ("answered",))
     process.send_signal(signal.SIGINT)
     status, left, told = process.wait(30), sum(path.is_file() for path in files.rglob("*")), log.read_text()
-    print(f"\nended with {status}, {left} files left, {told.count('Traceback')} tracebacks in its log")
+    if options.output:
+        replace_between(options.output, "load", table(HEADS, rows))
+    print(f"ended with {status}, {left} files left, {told.count('Traceback')} tracebacks in its log")
     return 0 if right and (status, left) == (0, 0) and "Traceback" not in told else 1
 
 
