@@ -65,6 +65,7 @@ def test_an_option_is_refused_by_the_tasks_that_it_means_nothing_to(refused, tmp
         (["t2i", "--prompt", "a", "--guidance", "nan"], "--guidance nan must be a finite number"),
         (["t2i", "--prompt", "a", "--guidance-interval", "0", "nan"], "--guidance-interval 0.0 nan must be two finite"),
         (["image_edit", "--image", "x", "--prompt", "a", "--strength", "0"], "--strength 0.0 must be above 0"),
+        (["t2i", "--prompt", "a", "-q", "8", "--low-ram"], "--low-ram would quantize every layer anew"),
         (["t2v", "--prompt", "a", "--fps", "100000"], "--fps 100000 must be at most 240"),
         (
             ["i2v", "--image", "x", "--prompt", "a", "--vae-resolution", "100000"],
