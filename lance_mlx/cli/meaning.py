@@ -32,7 +32,8 @@ def _looks(task: Task) -> bool:
 _TASKS: dict[str, Callable[[Task], bool]] = {
     **dict.fromkeys(
         """prompt prompts_file steps guidance timestep_shift guidance_interval guidance_renorm guidance_renorm_min
-        text_template noise negative_prompt scheduler stepwise_output_dir batch_size num_images""".split(),
+        text_template noise negative_prompt scheduler stepwise_output_dir batch_size num_images
+        vae_tiling""".split(),
         lambda task: not task.answers,
     ),
     **dict.fromkeys("question instruction max_tokens temp top_p".split(), lambda task: task.answers),
