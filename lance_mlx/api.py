@@ -163,10 +163,7 @@ class LanceModel(Loaded):
         made = []
         for own, step in zip(prepared, each, strict=True):
             latents = step.x_next.reshape(*own.request.latent_grid, -1)
-            weights = self.name, self.variant_for(own.request)
-            recipe = self.recipe and self.recipe.name
-            lora = tuple((adapter.name, adapter.strength) for adapter in self.adapters)
-            given = self.numerics.name, seconds, earlier, pipeline.vae, weights, stopped, recipe, lora
+            given = self.numerics.name, seconds, earlier, pipeline.vae, self.made_by(own.request), stopped
             made.append(Generated(own.request, latents, *given))
         return made
 

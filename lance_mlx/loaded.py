@@ -68,6 +68,18 @@ class Loaded:
         """The model that is used for a request."""
         return self._variant or request.variant
 
+    def made_by(self, request: Request | Question) -> dict[str, Any]:
+        """What a result depends on besides its request, as plain JSON values; None for what was not asked for."""
+        default = self._vit_source is ViTSource.LANCE
+        return {
+            "model": self.name,
+            "variant": str(self.variant_for(request)),
+            "numerics": self.numerics.name,
+            "vit_source": None if default else str(self._vit_source),
+            "quantize": self.recipe and self.recipe.name,
+            "lora": [[adapter.name, adapter.strength] for adapter in self.adapters] or None,
+        }
+
     def pipeline(self, variant: Variant, looks: bool) -> Pipeline:
         """The loaded model for a variant; with `looks` the ViT and the VAE's encoder are loaded too.
 

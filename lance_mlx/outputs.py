@@ -17,7 +17,7 @@ from lance_mlx.checkpoint.streaming import AnyVAE
 from lance_mlx.config import SPATIAL_STRIDE
 from lance_mlx.media.write import check_output, save_image, save_video, to_uint8
 from lance_mlx.model.vae import num_decoded_frames
-from lance_mlx.requests.request import Question, Request, Scheduler, Variant
+from lance_mlx.requests.request import Question, Request, Scheduler
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +31,8 @@ class Generated:
         seconds_a_step: mean time of a denoising step; of a batch, its share.
         earlier: the requests of the turns before this one, the first one first.
         vae: what decodes the latents.
-        weights: name of the model's folder or repository, and the variant that was used.
+        made_by: the model, variant, numerics, quantizing and adapters that were used, as plain JSON values.
         stopped_after: steps that were done where the callback stopped it, None where all were.
-        quantize: what the weights were quantized by when they were read: a number of bits, or a recipe's name.
-        lora: the folders of the adapters that were used, and how strong each was.
     """
 
     request: Request
@@ -43,10 +41,8 @@ class Generated:
     seconds_a_step: float
     earlier: tuple[Request, ...]
     vae: AnyVAE
-    weights: tuple[str, Variant]
+    made_by: Mapping[str, Any]
     stopped_after: int | None = None
-    quantize: int | str | None = None
-    lora: tuple[tuple[str, float], ...] = ()
 
     def __repr__(self) -> str:
         size = f"{self.num_frames}x{self.request.height}x{self.request.width}"
@@ -82,22 +78,16 @@ class Generated:
     @property
     def metadata(self) -> dict[str, Any]:
         """What made this, as plain JSON values; `save` writes it into the file."""
-        model, variant = self.weights
-        values = {
-            "generator": f"lance-mlx {version('lance-mlx')}",
-            "model": model,
-            "variant": str(variant),
-            "request": self.request.to_dict(),
-            "numerics": self.numerics,
-        }
+        values = {"generator": f"lance-mlx {version('lance-mlx')}", "request": self.request.to_dict()}
         tile = (self.vae.tile_for(self.latents.shape[:3], False) or 0) * SPATIAL_STRIDE
+        first = (*self.earlier, self.request)[0]
         more = {
+            **self.made_by,
+            "sources": [visual.digest() for visual in first.visuals],
             "earlier": [request.to_dict() for request in self.earlier],
             "departures": departures(self.request) + ([f"frames decoded in tiles of {tile} pixels"] if tile else []),
             "vae_tiling": tile,
             "stopped_after": self.stopped_after,
-            "quantize": self.quantize,
-            "lora": [list(each) for each in self.lora],
         }
         return values | {name: value for name, value in more.items() if value}
 

@@ -1,6 +1,8 @@
-"""What a signal does to both commands, also before they have begun and where nobody can catch an exception."""
+"""What a signal does to both commands, also before they have begun and where nobody can catch an exception; and how
+the documentation gives them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 
 from lance_command import Interrupts
 
+ROOT = Path(__file__).parents[1]
 ENDS = pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
@@ -58,3 +61,10 @@ def test_beginning_imports_nothing_else():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     tops = {name.partition(".")[0] for name in done.stdout.split()}
     assert tops - set(sys.stdlib_module_names) == {"lance_command"}
+
+
+def test_commands_of_the_documentation_end_in_no_comment():
+    """Which zsh, a Mac's shell, takes for arguments where it is typed."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    command = re.compile(r"^    (\$ )?(lance-|make |pip |python|mlx\.launch).* # ", re.MULTILINE)
+    assert [found[0] for page in pages for found in command.finditer(page.read_text(encoding="utf-8"))] == []

@@ -133,11 +133,7 @@ def benchmark(
     console = Console(quiet)
     track = partial(console.bar, desc="loading", unit="tensor")
     opened = load(model, policy(numerics), track=track, variant=variant, quiet=quiet, low_ram=low_ram)
-    made_by = {
-        "model": opened.name,
-        "variant": str(opened.variant_for(asked[0][0])),
-        "numerics": opened.numerics.name,
-    }
+    made_by = opened.made_by(asked[0][0])
     work = [_Work.of(*each, output, made_by, overwrite) for each in zip(entries, asked, strict=True)]
     total = sum(len(each.entry.outputs) for each in work)
     left = {path: each for each in work for path in each.pending}
@@ -172,7 +168,7 @@ class _Work:
 
     @classmethod
     def of(
-        cls, entry: Entry, requests: Sequence[Request], folder: Path, made_by: Mapping[str, str], overwrite: bool
+        cls, entry: Entry, requests: Sequence[Request], folder: Path, made_by: Mapping[str, Any], overwrite: bool
     ) -> "_Work":
         """See what is there; raises LanceError for what was made in another way, and is not to be overwritten."""
         if entry.grid is not None:

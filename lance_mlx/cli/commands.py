@@ -86,12 +86,7 @@ def work_through(
     for item in requests.items:
         with naming_entry(requests.path, item.key):
             asked[item.key] = _ask(settings, requests.task, item)
-    used = model.variant_for(next(iter(asked.values())))
-    made_by = {"model": model.name, "variant": str(used), "numerics": model.numerics.name}
-    if model.recipe is not None:
-        made_by["quantize"] = model.recipe.name
-    if model.adapters:
-        made_by["lora"] = ", ".join(f"{adapter.name} {adapter.strength:g}" for adapter in model.adapters)
+    made_by = model.made_by(next(iter(asked.values())))
     results = ResultsFolder(folder, requests, asked, made_by, rewriter is not None, overwrite)
     wanting = {item.key for item in results.pending}
     wanting = sharing.ranks.wanting_everywhere([item.key in wanting for item in requests.items])

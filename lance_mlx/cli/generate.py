@@ -281,6 +281,9 @@ def generate(
     options = context.params
     if "resolution" in given:  # Which goes before what a file was made with, but not before what is given besides.
         options = options | {name: None for name in ("vae_resolution", "vit_resolution") if name not in given}
+    if "seed" in given or "auto_seeds" in given:
+        refuse(given, ("noise",), "starts from what is given and no seed: leave one of the two out")
+        noise = None  # Which a seed that is given goes before, too.
     ranks = join()
     seeds = ranks.from_first(choose_seeds(seed, auto_seeds, num_images))
     settings = Settings.of(options, seeds[0])

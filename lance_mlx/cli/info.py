@@ -92,11 +92,15 @@ def info(
         refuse(given, _SIZES - _OF_ANSWERS, f"means nothing to task {task}: leave it out")
     if task is not None and not (task.is_for_video or task is Task.SUBJECT):
         refuse(given, {"num_frames"}, f"means nothing to task {task}: leave it out")
+    if guidance <= 1:
+        refuse(given, {"guidance_interval"}, "acts through guidance: give a --guidance above 1")
     policy(numerics)
     values: dict[str, Any] = {"installed": _installed()}
     if model is not None:
         if is_repository(str(model)):
-            raise LanceError(f"{model} is a repository: info reads a folder, so fetch it first")
+            raise LanceError(
+                f"{model} is a repository, and info reads a folder: leave --model out for the official sizes"
+            )
         check_folder(model)
         values["checkpoints"] = [_held(find_checkpoint(model, found)) for found in variants_in(model)]
     if task is not None:

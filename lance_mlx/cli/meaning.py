@@ -11,12 +11,13 @@ from lance_mlx.requests.rewriting import REWRITABLE
 
 OPTIONS = {"num_steps": "steps", "guidance_scale": "guidance", "max_new_tokens": "max_tokens", "temperature": "temp"}
 """Parameters of the commands that are not called as the request's fields."""
-_NUMBERS = "|".join(
+_NUMBERS = [
     value.name
     for kind in (Request, Question)
     for value in fields(kind)
     if value.type in (int, float, int | None, tuple[float, float])
-)
+]
+_NAMED = "|".join([*_NUMBERS, "low_ram"])
 EDITING = (Task.IMAGE_EDIT, Task.VIDEO_EDIT)
 _SIZED = (Task.T2I, Task.T2V, Task.SUBJECT)
 _OF_FRAMES = (Task.T2V, Task.I2V, Task.SUBJECT)
@@ -31,7 +32,8 @@ def _looks(task: Task) -> bool:
 _TASKS: dict[str, Callable[[Task], bool]] = {
     **dict.fromkeys(
         """prompt prompts_file steps guidance timestep_shift guidance_interval guidance_renorm guidance_renorm_min
-        text_template noise negative_prompt scheduler stepwise_output_dir batch_size num_images""".split(),
+        text_template noise negative_prompt scheduler stepwise_output_dir batch_size num_images
+        vae_tiling""".split(),
         lambda task: not task.answers,
     ),
     **dict.fromkeys("question instruction max_tokens temp top_p".split(), lambda task: task.answers),
@@ -110,4 +112,4 @@ def spelt(name: str) -> str:
 def in_options(message: str) -> str:
     """An error about a field of a request or a parameter, as one about the option that sets it."""
     message = message.replace("ask for variant ", f"ask for {spelt('variant')} ")
-    return re.sub(rf"(^|: )({_NUMBERS}) ", lambda found: f"{found[1]}{spelt(found[2])} ", message)
+    return re.sub(rf"(^|: )({_NAMED}) ", lambda found: f"{found[1]}{spelt(found[2])} ", message)

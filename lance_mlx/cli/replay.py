@@ -45,6 +45,7 @@ def options_of(path: Path) -> dict[str, Any]:
         "video": [visual.path for visual in first.visuals if visual.kind is VisualKind.VIDEO],
         "variant": str(variant.kind),
         "numerics": metadata.get("numerics"),
+        "vit_source": metadata.get("vit_source"),
         "noise": metadata.get("noise"),
         "reencode": metadata.get("reencode"),
         "vae_tiling": metadata.get("vae_tiling"),

@@ -48,15 +48,19 @@ def read_visual(path: str | os.PathLike[str], kind: Literal["image", "video"], a
     return (_read_image if kind == "image" else read_video)(path, as_upstream)
 
 
+def reads_heic() -> bool:
+    """Have Pillow read HEIC, which it calls HEIF, and return whether it can: the extra `heif` brings what it needs."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
 def _read_image(path: Path, as_upstream: bool) -> Frames:
-    if path.suffix.lower() in _HEIF:
-        try:
-            from pillow_heif import register_heif_opener
-        except ImportError:
-            raise LanceError(
-                f"image {path} is HEIC, which needs pillow-heif: pip install '.[heif]' in the checkout"
-            ) from None
-        register_heif_opener()
+    if path.suffix.lower() in _HEIF and not reads_heic():
+        raise LanceError(f"image {path} is HEIC, which needs pillow-heif: pip install '.[heif]' in the checkout")
     # Pillow warns of the sizes that today's phones take, and of metadata that nothing is asked of.
     with warnings.catch_warnings(action="ignore"), _image_errors(path):
         with Image.open(path) as image:

@@ -1,11 +1,14 @@
 """What a user asks for, validated once."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from lance_mlx.config import MAX_LATENT_SIDE, MAX_NUM_FRAMES, SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lance_mlx.errors import LanceError
+from lance_mlx.files import opened
 from lance_mlx.media.preprocess import RESOLUTIONS
 from lance_mlx.requests.limits import check_number, check_text
 from lance_mlx.requests.plain import Plain, set_enums
@@ -116,6 +119,14 @@ class Visual:
 
     def __post_init__(self) -> None:
         set_enums(self)
+
+    def digest(self) -> str | None:
+        """SHA-256 of the file, by which another one of the same name is told from it; None where it cannot be read."""
+        try:
+            with opened(Path(self.path)) as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except (OSError, ValueError):
+            return None
 
 
 @dataclass(frozen=True, repr=False)

@@ -35,7 +35,7 @@ class ResultsFolder:
         folder: Path,
         requests: RequestsFile,
         asked: Mapping[str, Request | Question],
-        made_by: Mapping[str, str],
+        made_by: Mapping[str, Any],
         rewrites: bool,
         overwrite: bool,
     ) -> None:
@@ -43,7 +43,7 @@ class ResultsFolder:
 
         Args:
             asked: what is made, by the entries' keys.
-            made_by: names of the model, the variant and the numerics.
+            made_by: `LanceModel.made_by` of the model that is used.
             rewrites: whether prompts are rewritten.
             overwrite: make anew what was made from another request.
 
@@ -126,7 +126,9 @@ class ResultsFolder:
 
     def _question(self, item: Item) -> str:
         """What an answer depends on."""
-        return json.dumps(self._asked[item.key].to_dict() | self._made_by, ensure_ascii=False)
+        asked = self._asked[item.key]
+        sources = {"sources": [visual.digest() for visual in asked.visuals]}
+        return json.dumps(asked.to_dict() | self._made_by | sources, ensure_ascii=False)
 
     def _answer_key(self, item: Item) -> str:
         name = Path(item.written[0]).name
@@ -151,11 +153,11 @@ class ResultsFolder:
         save_text(self.folder / name, json.dumps(values, ensure_ascii=False, indent=2))
 
 
-def is_made_from(metadata: Mapping[str, Any], asked: Request, made_by: Mapping[str, str]) -> bool:
-    """Whether an image or a video with such metadata was made from a request.
+def is_made_from(metadata: Mapping[str, Any], asked: Request, made_by: Mapping[str, Any]) -> bool:
+    """Whether an image or a video with such metadata was made from a request, and from what its sources hold now.
 
     Args:
-        made_by: names of the model, the variant and the numerics.
+        made_by: `LanceModel.made_by` of the model that is used, None for what the metadata must not have.
     """
     try:
         made = Request.from_dict(metadata["request"])
@@ -164,7 +166,8 @@ def is_made_from(metadata: Mapping[str, Any], asked: Request, made_by: Mapping[s
     if asked.task.size_from_source:
         made = replace(made, height=asked.height, width=asked.width, num_frames=asked.num_frames)
     made = replace(made, prompt=metadata.get(PROMPT_BEFORE_REWRITING, made.prompt))
-    return made == asked and all(metadata.get(name, value) == value for name, value in made_by.items())
+    same = all(metadata.get(name) == value for name, value in made_by.items())
+    return same and made == asked and metadata.get("sources", []) == [visual.digest() for visual in asked.visuals]
 
 
 def _read_texts(path: Path) -> dict[str, str]:

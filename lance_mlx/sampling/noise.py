@@ -45,7 +45,7 @@ def read_noise(path: Path) -> mx.array:
         LanceError: the file is missing, unreadable, ambiguous, not floating point, or holds NaN or infinity.
     """
     if not path.is_file():
-        raise LanceError(f"noise file {path} does not exist")
+        raise LanceError(f"noise file {path} {'is not a file' if path.exists() else 'does not exist'}")
     if path.suffix not in (".npy", ".safetensors"):
         raise LanceError(f"noise file {path} must be .npy or .safetensors")
     try:

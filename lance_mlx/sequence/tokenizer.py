@@ -27,13 +27,20 @@ class LanceTokenizer:
                 raise LanceError(f"{path} is missing: the tokenizer files belong beside model.safetensors")
         try:
             bpe = models.BPE.from_file(str(vocab), str(merges))
-            added = read_json(config)["added_tokens_decoder"]
+            # Every token beyond the bytes comes of a merge: without it, text would quietly become other tokens.
+            lines = merges.read_text("utf-8").split("\n")
+            count = sum(line != "" and not line.startswith("#version") for line in lines)
+            if count < (needed := Tokenizer(bpe).get_vocab_size() - len(pre_tokenizers.ByteLevel.alphabet())):
+                raise ValueError(f"{merges.name} has {count} merges, and the tokens of {vocab.name} need {needed}")
+            values = read_json(config)
+            if not (isinstance(values, dict) and isinstance(added := values.get("added_tokens_decoder"), dict)):
+                raise TypeError(f"{config.name} has no added_tokens_decoder")
             specials = sorted((int(index), entry["content"], entry["special"]) for index, entry in added.items())
             tokens = [AddedToken(content, special=special, normalized=False) for _, content, special in specials]
             if not all(isinstance(content, str) for _, content, _ in specials):
                 raise TypeError("the content of an added token is no text")
         except Exception as error:  # the tokenizers library raises bare Exception for malformed files
-            raise LanceError(f"tokenizer files in {folder} are not usable ({reason(error)})") from None
+            raise LanceError(f"tokenizer files in {folder} are not usable ({reason(error)}): copy them again") from None
         self._tokenizer = Tokenizer(bpe)
         self._tokenizer.normalizer = normalizers.NFC()
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lance_mlx.serve.bounds import BOUNDS
@@ -78,6 +79,8 @@ class Guard:
                 await error.response(scope, receive, watch)
                 return
             await self._app(scope, receive, watch)
+        except ClientDisconnect:  # amid its body
+            status = 499
         finally:
             path = scope["path"]
             if not _QUIET.match(path) or status >= 400:

@@ -35,6 +35,7 @@ _CSS = """
 #status ::-webkit-progress-value { background: var(--color-accent); }
 #status ::-moz-progress-bar { background: var(--color-accent); }
 #status p { margin: 0 0 0.25rem; overflow-wrap: anywhere; }
+#history input { padding-right: 2rem; text-overflow: ellipsis; }
 /* It would fetch what it cuts with from elsewhere. */
 #source button[aria-label^="Trim"] { display: none; }
 /* On a phone what is made comes before the settings. */
@@ -69,6 +70,7 @@ def _theme() -> gr.themes.Base:
     """Gradio's own, with fonts of the machine and with enough contrast."""
     theme = gr.themes.Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return theme.set(
+        body_text_color_subdued="*neutral_600",
         block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_300",
         slider_color="*primary_600",
@@ -98,7 +100,7 @@ def build_page(jobs: PageJobs) -> gr.Blocks:
                 history = gr.Dropdown([], label="History", info="What was made on this page", elem_id="history")
                 with gr.Row():
                     show = gr.Button("Show again", min_width=120, elem_id="show")
-                    replay = gr.Button("Use its settings", min_width=120, elem_id="replay")
+                    replay = gr.Button("Use settings", min_width=120, elem_id="replay")
 
         made = [*outputs.values(), past, history]
 

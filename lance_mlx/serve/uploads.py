@@ -11,7 +11,7 @@ import av
 from PIL import Image
 
 from lance_mlx.errors import LanceError
-from lance_mlx.media.read import read_visual
+from lance_mlx.media.read import read_visual, reads_heic
 from lance_mlx.media.video import shown_size
 from lance_mlx.requests.request import Visual, VisualKind
 from lance_mlx.serve.bounds import BOUNDS
@@ -89,22 +89,25 @@ def _sniff(path: Path) -> tuple[VisualKind | None, str]:
     """What a file holds, by its first bytes, and the suffix for it."""
     with path.open("rb") as file:
         head = file.read(16)
-    for name, pattern in _VIDEOS.items():
-        if re.match(pattern, head, re.DOTALL):
-            return VisualKind.VIDEO, f".{name}"
+    # Images first: AVIF and HEIC begin as MP4 does.
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_IMAGES) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_images()) as image:
             return VisualKind.IMAGE, f".{image.format.lower()}"
     except Image.DecompressionBombError:
         raise _too_many_pixels("an image", BOUNDS.image_pixels) from None
     except Exception:  # whatever Pillow's parsers stumble over
-        return None, ""
+        found = next((name for name, pattern in _VIDEOS.items() if re.match(pattern, head, re.DOTALL)), None)
+        return (VisualKind.VIDEO, f".{found}") if found else (None, "")
+
+
+def _images() -> tuple[str, ...]:
+    return (*_IMAGES, "HEIF") if reads_heic() else _IMAGES
 
 
 def _check_bounds(path: Path, kind: VisualKind, shown: str) -> None:
     """Refuse a file that would take too much memory or time to decode, before it is."""
     if kind is VisualKind.IMAGE:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_IMAGES) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=_images()) as image:
             width, height = image.size
         if width * height > BOUNDS.image_pixels:
             raise _too_many_pixels(f"{shown}, {width}x{height},", BOUNDS.image_pixels)

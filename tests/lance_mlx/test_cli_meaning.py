@@ -10,7 +10,7 @@ VALUES = {
     "guidance-interval": [0.2, 0.8], "guidance-renorm": ["none"], "guidance-renorm-min": [0.5], "text-template": [],
     "timestep-shift": [2], "noise": ["noise.npy"], "negative-prompt": ["x"], "scheduler": ["heun"], "max-tokens": [5],
     "stepwise-output-dir": ["steps"], "question": ["x"], "instruction": ["x"], "temp": [1], "top-p": [0.5],
-    "rewrite": [], "as-upstream": [], "strength": [0.5], "num-images": [2],
+    "rewrite": [], "as-upstream": [], "vae-tiling": [384], "strength": [0.5], "num-images": [2],
 }  # fmt: skip
 DRAWN, EDITS = {task for task in Task if not task.answers}, {Task.IMAGE_EDIT, Task.VIDEO_EDIT}
 SEEN = {task for task in Task if task.takes}
@@ -65,6 +65,7 @@ def test_an_option_is_refused_by_the_tasks_that_it_means_nothing_to(refused, tmp
         (["t2i", "--prompt", "a", "--guidance", "nan"], "--guidance nan must be a finite number"),
         (["t2i", "--prompt", "a", "--guidance-interval", "0", "nan"], "--guidance-interval 0.0 nan must be two finite"),
         (["image_edit", "--image", "x", "--prompt", "a", "--strength", "0"], "--strength 0.0 must be above 0"),
+        (["t2i", "--prompt", "a", "-q", "8", "--low-ram"], "--low-ram would quantize every layer anew"),
         (["t2v", "--prompt", "a", "--fps", "100000"], "--fps 100000 must be at most 240"),
         (
             ["i2v", "--image", "x", "--prompt", "a", "--vae-resolution", "100000"],
@@ -82,6 +83,8 @@ def test_info_refuses_what_means_nothing_to_its_task(refused):
             "info", "--task", "x2t_image", f"--{option}", 64
         )
     assert "--num-frames means nothing to task t2i" in refused("info", "--task", "t2i", "--num-frames", 1)
+    unguided = ["info", "--task", "t2i", "--guidance", 1, "--guidance-interval", 0, 1]
+    assert "--guidance-interval acts through guidance" in refused(*unguided)
 
 
 def test_the_subject_driven_task_has_upstreams_name_as_well(refused, tmp_path):

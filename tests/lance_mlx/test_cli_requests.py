@@ -200,7 +200,7 @@ def test_a_video_of_a_request_file_plays(run, checkpoint, folder):
 
 
 @pytest.mark.parametrize("change", [["--seed", 1], ["--width", 64], ["--steps", 1], ["--numerics", "float32"],
-                                    ["--scheduler", "heun"], ["--variant", "video"]])  # fmt: skip
+                                    ["--scheduler", "heun"], ["--variant", "video"], ["-q", 8]])  # fmt: skip
 def test_what_was_drawn_otherwise_is_not_taken_for_the_same(drawn_once, invoke, refused, change):
     given = [*drawn_once, *change]
     before = Path("results/000001.png").read_bytes()
@@ -224,8 +224,20 @@ def test_another_source_is_another_request(invoke, refused, checkpoint, folder):
     path = write("image_edit", {"1": edit("blue", "media/logo.png", "image")})
     assert invoke(*given, path).returncode == 0
     assert "1 of 1 are there already" in invoke(*given, path).stdout
+    assert "was made from another request" in refused(*given, path, "--vit-source", "vit_file")
     write("image_edit", {"1": edit("blue", "media/phone.jpg", "image")})
     assert "was made from another request" in refused(*given, path)
+
+
+def test_a_source_that_has_changed_is_another_request(invoke, refused, checkpoint, folder):
+    common = ["generate", "--model", checkpoint, "--requests"]
+    editing = [*common, write("image_edit", {"1": edit("blue", "media/logo.png", "image")}), "-o", "drawn", *LOOKING]
+    asking = [*common, write("x2t_image", {"1": ask("media/logo.png", "what is it", "image")}), "-o", "asked", *ASKING]
+    for given in (editing, asking):
+        assert invoke(*given).returncode == 0
+    shutil.copyfile("media/phone.jpg", "media/logo.png")
+    for given in (editing, asking):
+        assert "was made from another request" in refused(*given)
 
 
 @pytest.mark.parametrize(

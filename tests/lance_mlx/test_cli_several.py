@@ -102,7 +102,8 @@ def test_prompts_come_from_stdin_and_from_a_file(draw, monkeypatch):
         (["--seed", 1, 1], "--seed 1 is given twice"),
         (["--prompts-file", "nowhere.txt"], "give --prompt or --prompts-file, not both"),
         (["--prompt", "-", "--prompt", "-"], "reads all of stdin: give it once"),
-        (["--seed", 1, 2, "--noise", "noise.npy"], "--noise is for one output"),
+        (["--num-images", 2, "--noise", "noise.npy"], "--noise is for one output"),
+        (["--seed", 1, "--noise", "noise.npy"], "--noise starts from what is given and no seed"),
         (["--seed", -1], "seed -1 must be at least 0"),
         (["--cache-limit-gb", -1], "--cache-limit-gb -1.0 must be 0 or more"),
         (["-o", "there.png"], "output there.png is there already; choose another name, or give --overwrite"),
@@ -181,6 +182,17 @@ def test_all_that_made_a_video_is_replayed(draw, media):
     changed = {name: value for name, value in read_metadata("other.mp4")["request"].items() if value != told[name]}
     assert changed.items() >= {"vae_resolution": 48, "vit_resolution": 448}.items()
     assert changed.keys() <= {"vae_resolution", "vit_resolution", "width", "height"}
+
+
+def test_a_seed_goes_before_the_noise_of_what_is_replayed(draw):
+    np.save("noise.npy", np.zeros((6, 48), np.float32))
+    draw("t2i", "--prompt", "a", "--noise", "noise.npy", *DRAWING, "-o", "still.png")
+    draw("t2i", "--prompt", "a", "--seed", 3, *DRAWING, "-o", "three.png")
+    draw("--config-from", "still.png", "-o", "again.png")
+    draw("--config-from", "still.png", "--seed", 3, "-o", "other.png")
+    assert np.array_equal(pixels("again.png"), pixels("still.png"))
+    assert np.array_equal(pixels("other.png"), pixels("three.png"))
+    assert read_metadata("other.png").get("noise") is None
 
 
 def test_a_source_that_is_gone_is_said_to_be_the_files(draw, refused, media):

@@ -229,6 +229,12 @@ def test_generate_uses_and_notes_them(invoke, refused, checkpoint, folder, peft_
     again = invoke("generate", "t2i", "--model", checkpoint, *replayed)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    (tmp_path / "t2i.json").write_text('{"1.png": "a cat"}')
+    several = ["generate", "--requests", tmp_path / "t2i.json", "--model", checkpoint, "-o", tmp_path / "several"]
+    several += [*common[6:], "--lora", folder]
+    assert invoke(*several).returncode == 0 and "1 of 1 are there already" in invoke(*several).stdout
+    assert "was made from another request" in refused(*several, "0.5")
+    assert "was made from another request" in refused(*several[:-2])
     assert "there is no adapters.safetensors" in refused(*common, "--lora", tmp_path, "-o", tmp_path / "c.png")
     assert not (tmp_path / "c.png").exists()
 

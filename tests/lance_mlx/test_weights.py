@@ -78,9 +78,12 @@ def test_a_tokenizer_that_contradicts_the_configuration_is_refused(checkpoint_co
 
 
 def test_damaged_tokenizer_files_are_named(checkpoint_copy):
+    merges = checkpoint_copy.variant / "merges.txt"
+    merges.write_text("".join(merges.read_text().splitlines(keepends=True)[:-1]))
+    assert "merges.txt has 184 merges, and the tokens of vocab.json need 185" in refusal(checkpoint_copy.path)
     (checkpoint_copy.variant / "vocab.json").write_text("{")
     assert "tokenizer files in" in refusal(checkpoint_copy.path)
-    (checkpoint_copy.variant / "merges.txt").unlink()
+    merges.unlink()
     assert "merges.txt is missing" in refusal(checkpoint_copy.path)
 
 

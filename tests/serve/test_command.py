@@ -165,3 +165,11 @@ command.main()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "pip install '.[serve]' in the checkout" in done.stderr
+
+
+@pytest.mark.exhaustive
+def test_many_clients_lose_nothing_and_read_nothing():
+    script = Path(__file__).parents[2] / "scripts" / "serve_load.py"
+    done = subprocess.run([sys.executable, script, "--requests", "14"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| 14 requests, 8 at once | 14 answered |" in done.stdout

@@ -167,6 +167,20 @@ def test_the_job_of_a_client_that_vanishes_is_ended(server, picture, data_url, u
     assert server.worker.model.made == []
 
 
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/edits", "/gradio_api/upload"])
+def test_a_client_that_vanishes_amid_its_body_leaves_a_line(server, until, caplog, path):
+    caplog.set_level("INFO")
+    kind = "application/json" if path.endswith("generations") else "multipart/form-data; boundary=x1y2z3"
+    part = b'--x1y2z3\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\nhalf'
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: 100000\r\n\r\n"
+        connection.sendall(head.encode() + part)
+        time.sleep(0.2)
+    until(lambda: f"POST {path} 499" in caplog.text)
+    time.sleep(0.2)
+    assert "Traceback" not in caplog.text and not server.jobs()
+
+
 def test_a_client_that_waits_long_hears_something(server, monkeypatch):
     import lance_mlx.serve.service as service
 

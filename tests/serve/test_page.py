@@ -84,6 +84,27 @@ def sideways(browser) -> int:
     return browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
 
 
+FAINT = """
+    const parts = colour => (colour.match(/[\\d.]+/g) ?? []).map(Number);
+    const light = colour => colour.slice(0, 3).reduce((sum, part, k) => sum + [0.2126, 0.7152, 0.0722][k]
+        * (part <= 10 ? part / 3295 : ((part / 255 + 0.055) / 1.055) ** 2.4), 0);
+    const behind = element => {
+        for (; element; element = element.parentElement) {
+            const colour = parts(getComputedStyle(element).backgroundColor);
+            if (colour.length && (colour[3] ?? 1) > 0.9) return colour;
+        }
+        return [255, 255, 255];
+    };
+    const texts = [...document.querySelectorAll("label, span, p, button, input, textarea, h1, div")].filter(element =>
+        element.checkVisibility({opacityProperty: true, visibilityProperty: true}) && (element.value
+            || [...element.childNodes].some(node => node.nodeType === Node.TEXT_NODE && node.textContent.trim())));
+    return texts.map(element => {
+        const both = [parts(getComputedStyle(element).color), behind(element)].map(light).sort((a, b) => b - a);
+        return [(both[0] + 0.05) / (both[1] + 0.05), element.outerHTML.slice(0, 200)];
+    }).filter(([contrast]) => contrast < 4.5);"""
+"""Texts whose contrast with what is behind them is less than WCAG asks for."""
+
+
 def test_an_image_is_drawn_kept_and_drawn_again(page, server, until, tmp_path):
     browser = page()
     prepare(browser, until, "a red bird")
@@ -257,7 +278,7 @@ def test_it_fits_wide_and_narrow_in_light_and_dark(page, until, size, scheme, tm
     browser = page(size, scheme)
     for task in ("Text to image", "Animate an image", "Ask about a video"):
         choose(browser, until, "#task", task)
-        assert sideways(browser) <= 0
+        assert sideways(browser) <= 0 and browser.execute_script(FAINT) == []
     paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
     browser.save_screenshot(str(tmp_path / f"{size[0]}-{scheme}.png"))

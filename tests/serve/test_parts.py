@@ -1,9 +1,12 @@
 """Parts of the server that need no server."""
 
+import io
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 pytest.importorskip("gradio", reason="the server needs its extra: pip install '.[serve,test]'")
 
@@ -11,6 +14,7 @@ from pathlib import Path  # noqa: E402 - only where there is a server
 
 from lance_mlx import Request, Task  # noqa: E402
 from lance_mlx.media.preprocess import RESOLUTIONS  # noqa: E402
+from lance_mlx.media.read import reads_heic  # noqa: E402
 from lance_mlx.serve.bodies import ChatBody, ImageBody, parse  # noqa: E402
 from lance_mlx.serve.errors import ApiError  # noqa: E402
 from lance_mlx.serve.sizes import ASPECTS, size_of  # noqa: E402
@@ -78,8 +82,6 @@ def test_previews_come_at_steps_between_the_first_and_the_last(num_steps, previe
 
 @given(content=st.binary(max_size=300), name=st.text(max_size=80))
 def test_whatever_is_uploaded_stays_in_its_folder(tmp_path_factory, content, name):
-    import io
-
     from lance_mlx.serve.errors import ApiError
 
     folder = tmp_path_factory.mktemp("uploads", numbered=True)
@@ -97,6 +99,11 @@ def test_a_file_is_read_whole_and_named_after_what_it_holds(tmp_path, picture, c
         video = from_file(file, "../a clip.m3u8", tmp_path)
     assert Path(video.path).name == "1-a-clip.mp4" and video.kind == "video"
     assert np.array_equal(np.frombuffer(Path(video.path).read_bytes(), np.uint8), np.fromfile(clip, np.uint8))
+    for form in ("AVIF", "HEIF"):
+        if form == "AVIF" or reads_heic():
+            Image.open(io.BytesIO(picture)).save(tmp_path / form, form)
+            shown = from_data_url(data_url((tmp_path / form).read_bytes()), tmp_path)
+            assert (shown.kind, Path(shown.path).suffix) == ("image", f".{form.lower()}")
     (tmp_path / "x").write_bytes(picture)
     assert check(tmp_path / "x", "x").kind == "image"
 
