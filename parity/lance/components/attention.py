@@ -159,17 +159,24 @@ def _others(site: "TapProbe", inputs: dict[str, np.ndarray]) -> Iterator[tuple[s
 
 
 def vision_attention(site: "TapProbe") -> Given:
-    """q, k, v [n, h, d], mask [n, n]; weight and bias behind it, and labels of the patches."""
+    """q, k, v [n, h, d], mask [n, n]; weight and bias behind it, labels of the patches, and what RoPE was given."""
     parent = parent_of(site)
     if not isinstance(parent, reference.vit.Attention):
         raise DoesNotApply
-    seen, _ = _seen(site, reference.vit)
+    turned: list[tuple] = []
+    handle = parent.k_rope.register_forward_pre_hook(lambda module, args: turned.append(args) and None)
+    try:
+        seen, _ = _seen(site, reference.vit)
+    finally:
+        handle.remove()
     q, k, v, mask = (array_of(value) for value in seen[-1][:4])
     facts = {"weight": parameter(parent.proj, "weight"), "bias": parameter(parent.proj, "bias")}
     tokens, windows, frames = windows_of(site)
     labels = {"window": windows, "frame": frames}
     facts["labels"] = {name: array_of(ids.repeat_interleave(MERGE**2)) for name, ids in labels.items()}
     facts["places"] = np.arange(len(q), dtype=np.int32)
+    if turned:
+        facts["cos"], facts["sin"] = (array_of(table)[:, : q.shape[-1] // 2] for table in turned[-1][1:3])
     _, (x, *_) = called_with(site)
     return {"x": x, "q": q, "k": k, "v": v, "mask": mask}, facts
 
