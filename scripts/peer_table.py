@@ -158,10 +158,10 @@ def departures(told: dict[str, Localization | str]) -> Iterator[tuple[str, str, 
         explained = [f.explanations[0] for f in getattr(one, "findings", ()) if f.explained]
         why = next((each for each in explained if each.name.startswith(words)), None)
         if why is not None:
-            yield departure, run, cell(why.name), percent(why.residual_removed), why.residual_removed >= LEAST
+            yield cell(departure), run, cell(why.name), percent(why.residual_removed), why.residual_removed >= LEAST
         else:
             beside = one if isinstance(one, str) else one.remark
-            yield departure, run, words if words in beside else "–", "–", words in beside
+            yield cell(departure), run, words if words in beside else "–", "–", words in beside
 
 
 def findings(found: dict[str, Localization]) -> str:

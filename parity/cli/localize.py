@@ -1,6 +1,6 @@
 """The commands of lance-parity that say where and why: localize, faults, floors."""
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +14,11 @@ from parity.cli.results import (
     PythonOption,
     QuantizeOption,
     check_outputs,
-    deliver,
+    finish,
+    nothing_found,
     quantized_as,
     report_option,
+    unusable_as,
 )
 
 REPORTS = Path("reports/localize")
@@ -82,9 +84,7 @@ def localize(
     are those of the checkpoint (`model.language_model.model.layers[0]`), and `model.vae`, `model.pipeline`.
     """
     with one_line_errors():
-        from parity.comparison.verdict import AGREE, DIVERGE, UNUSABLE
         from parity.errors import ParityError
-        from parity.files import write_atomically
         from parity.hypotheses import check_unique, load_hypotheses
         from parity.localize.investigation import localize as run
         from parity.model import definition
@@ -97,7 +97,7 @@ def localize(
         limit_threads()
         report = report or REPORTS / bundle.name
         check_outputs(form, output, json_file, report=report)
-        try:
+        with unusable_as(json_file, partial(nothing_found, bundle.name)):
             training = definition().is_training(bundle)
             if training and (quantize or profile or attribute or python):
                 raise ParityError(
@@ -120,18 +120,7 @@ def localize(
                 else:
                     with quantized_as(bundle, quantize, tell) as judged:
                         found = run(judged, load, chosen, every, tell, attribute)
-        except ParityError as error:
-            if json_file:
-                document = {"verdict": UNUSABLE, "reason": str(error), "findings": [], "bundle": bundle.name}
-                write_atomically(json_file, json.dumps(document, indent=1).encode())
-            raise
-        if json_file:
-            write_atomically(json_file, json.dumps(found.to_json(), indent=1, allow_nan=False).encode())
-        page = write_localization(report, found)
-        if not deliver(found, form, output):
-            print_localization(found)
-            print(page)
-        raise typer.Exit({AGREE: 0, DIVERGE: 1}.get(found.verdict, 2))
+        finish(found, json_file, form, output, print_localization, partial(write_localization, report, found))
 
 
 def _departures(profile: object, path: Path) -> list:

@@ -1,9 +1,9 @@
 """The command lance-parity."""
 
-import json
 import os
 import sys
 from enum import StrEnum
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,8 +26,10 @@ from parity.cli.results import (
     QuantizeOption,
     check_outputs,
     deliver,
+    finish,
     quantized_as,
     report_option,
+    unusable_as,
 )
 from parity.errors import ParityError
 
@@ -153,7 +155,7 @@ def check(
     with one_line_errors():
         from parity.comparison.check import check_bundle, check_recording, record_bundle, unusable_json
         from parity.model import definition
-        from parity.report.runner import exit_status, limit_threads
+        from parity.report.runner import limit_threads
         from parity.report.terminal import print_result, progress_bar
         from parity.tensors.recording import write_tensors
 
@@ -162,31 +164,23 @@ def check(
         impl = impl or "mlx"
         limit_threads()
         check_outputs(form, output, json_file, dump and dump / "taps.safetensors")
-        try:
-            with progress_bar(1, "comparison") as start:
-                tell, load = start(f"{bundle.name} {impl}"), _loader(impl, python, ranks, split)
-                if definition().is_training(bundle):
-                    if quantize or dump or ranks is not None:
-                        told = "leave --quantize, --dump and --ranks out"
-                        raise ParityError(f"{bundle.name} is a bundle of training: {told}")
-                    result = check_bundle(bundle, load, tell)
-                else:
-                    with quantized_as(bundle, quantize, tell) as judged:
-                        replay = record_bundle(judged, load, tell)
-                        result = check_recording(replay, tell)
-        except ParityError as error:
-            if json_file:
-                _write_json(json_file, unusable_json(bundle.name, impl, str(error)))
-            raise
+        document = partial(unusable_json, bundle.name, impl)
+        with unusable_as(json_file, document), progress_bar(1, "comparison") as start:
+            tell, load = start(f"{bundle.name} {impl}"), _loader(impl, python, ranks, split)
+            if definition().is_training(bundle):
+                if quantize or dump or ranks is not None:
+                    told = "leave --quantize, --dump and --ranks out"
+                    raise ParityError(f"{bundle.name} is a bundle of training: {told}")
+                result = check_bundle(bundle, load, tell)
+            else:
+                with quantized_as(bundle, quantize, tell) as judged:
+                    replay = record_bundle(judged, load, tell)
+                    result = check_recording(replay, tell)
         if dump:
             inputs = {f"inputs/{n}": tap for n, tap in replay.recording.items() if n in replay.bundle.inputs}
             taps = {tap.tap.name: replay.recording[tap.tap.name] for tap in result.taps}
             write_tensors(dump / "taps.safetensors", inputs | taps)
-        if json_file:
-            _write_json(json_file, result.to_json())
-        if not deliver(result, form, output):
-            print_result(result)
-        raise typer.Exit(exit_status([result.verdict]))
+        finish(result, json_file, form, output, print_result)
 
 
 @app.command(epilog="Exit status: 0 all equal, 1 some differ, 2 some are unusable or nothing was compared.")
@@ -247,12 +241,6 @@ def _loader(impl: str, python: Path | None, ranks: int | None, split: RanksSplit
     if impl != "mlx":
         raise ParityError(f"--ranks are processes of lance_mlx: give --impl mlx, not {impl}")
     return definition().ranks_port(ranks, split)
-
-
-def _write_json(path: Path, document: dict) -> None:
-    from parity.files import write_atomically
-
-    write_atomically(path, json.dumps(document, indent=1, allow_nan=False).encode())
 
 
 @end_unread()

@@ -1,13 +1,21 @@
 """The command lance-parity port: a pair of models of anybody's."""
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from parity.cli.errors import one_line_errors
-from parity.cli.results import FormatOption, OutputOption, check_outputs, deliver, report_option
+from parity.cli.results import (
+    FormatOption,
+    OutputOption,
+    check_outputs,
+    finish,
+    nothing_found,
+    report_option,
+    unusable_as,
+)
 
 REPORTS = Path("reports/port")
 
@@ -36,9 +44,7 @@ def port(
     right code may be is measured. What is wrong by itself is listed in order, with what it does instead.
     """
     with one_line_errors():
-        from parity.comparison.verdict import AGREE, DIVERGE, UNUSABLE
         from parity.errors import ParityError
-        from parity.files import write_atomically
         from parity.pairs.localize import localize_pair
         from parity.pairs.pair import load_pair
         from parity.report.localization_page import write_localization
@@ -52,20 +58,8 @@ def port(
         for written in filter(None, (json_file, output)):
             if written.is_file() and written.suffix != ".json" or written.resolve() == pair.resolve():
                 raise ParityError(f"{written} is there already, and no result of this command: choose another name")
-        try:
-            with progress_bar(1, "pair") as start:
-                tell = start(pair.stem)
-                tell("models")
-                found = localize_pair(load_pair(pair, dtype), pair.stem, progress=tell)
-        except ParityError as error:
-            if json_file:
-                document = {"verdict": UNUSABLE, "reason": str(error), "findings": [], "bundle": pair.stem}
-                write_atomically(json_file, json.dumps(document, indent=1).encode())
-            raise
-        if json_file:
-            write_atomically(json_file, json.dumps(found.to_json(), indent=1, allow_nan=False).encode())
-        page = write_localization(report, found)
-        if not deliver(found, form, output):
-            print_localization(found)
-            print(page)
-        raise typer.Exit({AGREE: 0, DIVERGE: 1}.get(found.verdict, 2))
+        with unusable_as(json_file, partial(nothing_found, pair.stem)), progress_bar(1, "pair") as start:
+            tell = start(pair.stem)
+            tell("models")
+            found = localize_pair(load_pair(pair, dtype), pair.stem, progress=tell)
+        finish(found, json_file, form, output, print_localization, partial(write_localization, report, found))

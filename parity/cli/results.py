@@ -1,9 +1,10 @@
 """Options of all commands that have results, and where those go."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -75,6 +76,53 @@ def check_outputs(form: Format | None, output: Path | None, *others: Path | None
         if report is not None and path.resolve().is_relative_to(report.resolve()):
             raise ParityError(f"{path} is in {report}, which the report takes for itself: name another place")
         check_place(path)
+
+
+def write_json(path: Path | None, document: dict[str, Any]) -> None:
+    """Write a document, if there is a place for it."""
+    from parity.files import write_atomically
+
+    if path is not None:
+        write_atomically(path, json.dumps(document, indent=1, allow_nan=False).encode())
+
+
+@contextmanager
+def unusable_as(json_file: Path | None, document: Callable[[str], dict[str, Any]]) -> Iterator[None]:
+    """Write why something cannot be used, where JSON is asked for; the error goes on."""
+    from parity.errors import ParityError
+
+    try:
+        yield
+    except ParityError as error:
+        write_json(json_file, document(str(error)))
+        raise
+
+
+def nothing_found(name: str, reason: str) -> dict[str, Any]:
+    """The JSON of a localization that could not be made."""
+    from parity.comparison.verdict import UNUSABLE
+
+    return {"verdict": UNUSABLE, "reason": reason, "findings": [], "bundle": name}
+
+
+def finish(
+    found: Any,
+    json_file: Path | None,
+    form: Format | None,
+    output: Path | None,
+    show: Callable[[Any], None],
+    page: Callable[[], Path] | None = None,
+) -> NoReturn:
+    """Write a result and its page, or show them, and leave with the status of the verdict."""
+    from parity.report.runner import exit_status
+
+    write_json(json_file, found.to_json())
+    written = page() if page else None
+    if not deliver(found, form, output):
+        show(found)
+        if written is not None:
+            print(written)
+    raise typer.Exit(exit_status([found.verdict]))
 
 
 def _form(form: Format | None, output: Path) -> Format:

@@ -1,13 +1,12 @@
 """The command of lance-parity that says where bits are needed."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from parity.cli.errors import one_line_errors
-from parity.cli.results import check_outputs
+from parity.cli.results import check_outputs, write_json
 
 
 def register(app: typer.Typer) -> None:
@@ -67,7 +66,6 @@ def sensitivity(
         from tqdm import tqdm
 
         from parity.errors import ParityError
-        from parity.files import write_atomically
         from parity.lance.sensitivity.command import PAGE, RECIPE, measure
         from parity.lance.sensitivity.terminal import print_measured
 
@@ -84,8 +82,7 @@ def sensitivity(
 
             numbers = [int(each) for each in widths]
             measured = measure(inputs, out, tell, model, numerics, numbers, bands, group_size, budget, calibrate)
-        if json_file:
-            write_atomically(json_file, json.dumps(measured.to_json(), indent=1, allow_nan=False).encode())
+        write_json(json_file, measured.to_json())
         print_measured(measured)
         if measured.solved:
             print(out / RECIPE)

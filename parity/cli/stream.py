@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from parity.cli.errors import one_line_errors
-from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, PythonOption, check_outputs, deliver
+from parity.cli.results import IMPL_HELP, FormatOption, OutputOption, PythonOption, check_outputs, finish
 
 PROMPT = "a small red bird flies over the river"
 
@@ -50,9 +50,6 @@ def stream(
             metavar="BUNDLE", help="Compare with a bundle's taps, on its request and noise.", show_default=False
         ),
     ] = None,
-    live: Annotated[
-        bool, typer.Option("--live", help="Compare with what the reference computes; the default without --against.")
-    ] = False,
     fault: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,13 +80,9 @@ def stream(
     reference's taps in one go; what it does not tell is listed.
     """
     with one_line_errors(), ExitStack() as stack:
-        import json
-
         from tqdm import tqdm
 
-        from parity.comparison.verdict import AGREE, DIVERGE
         from parity.errors import ParityError
-        from parity.files import write_atomically
         from parity.lance.faults.layered import load_layered
         from parity.lance.record_options import Options
         from parity.lance.stream.comparison import stream as run
@@ -104,7 +97,7 @@ def stream(
             raise ParityError(f"faults break lance_mlx, not {impl}: leave --impl out")
         faults = [load_layered(spec) for spec in fault or []]
         if against is not None:
-            chosen = {"--live": live or None, "--prompt": prompt, "--question": question, "--image": image,
+            chosen = {"--prompt": prompt, "--question": question, "--image": image,
                       "--latents": latents, "--width": width, "--height": height}  # fmt: skip
             given = next((name for name, value in chosen.items() if value is not None), None)
             if given:
@@ -141,8 +134,4 @@ def stream(
 
         found = stream_given(plan, load, tell) if load else run(plan, faults, tell)
         bar.close()
-        if json_file:
-            write_atomically(json_file, json.dumps(found.to_json(), indent=1, allow_nan=False).encode())
-        if not deliver(found, form, output):
-            print_streamed(found)
-        raise typer.Exit({AGREE: 0, DIVERGE: 1}.get(found.verdict, 2))
+        finish(found, json_file, form, output, print_streamed)

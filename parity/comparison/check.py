@@ -63,28 +63,17 @@ class TapResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; what is not finite becomes null."""
-        d = self.difference
         return {
             "tap": self.tap.name,
             "call": self.tap.call,
             "component": self.tap.component,
             "shape": list(self.shape),
             "dtype": self.dtype,
-            "rel_l2": finite(d.error),
             "limit": finite(self.limit.allowed),
             "diverges": self.diverges,
-            "max_abs": finite(d.max_abs),
-            "max_abs_at": None if d.at is None else list(d.at),
-            "oracle_value": finite(d.expected),
-            "value": finite(d.got),
-            "cosine": finite(d.cosine),
-            "bits_equal": finite(d.bits_equal),
-            "accuracy": finite(d.accuracy),
-            "groups": {group: finite(error) for group, error in d.groups},
             "upstream_floor": finite(self.limit.upstream),
             "floor": finite(self.limit.floor),
-            "mismatch": d.mismatch,
-        }
+        } | self.difference.to_json("oracle_value", "value")
 
 
 @dataclass(frozen=True)

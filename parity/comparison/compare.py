@@ -39,7 +39,6 @@ class TapComparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; what is not finite becomes null."""
-        d = self.difference
         return {
             "tap": self.name,
             "call": self.call,
@@ -48,19 +47,9 @@ class TapComparison:
             "dtype": self.dtype,
             "shape_b": list(self.shape_b),
             "dtype_b": self.dtype_b,
-            "rel_l2": finite(d.error),
             "limit": finite(self.limit),
             "diverges": self.diverges,
-            "max_abs": finite(d.max_abs),
-            "max_abs_at": None if d.at is None else list(d.at),
-            "expected": finite(d.expected),
-            "got": finite(d.got),
-            "cosine": finite(d.cosine),
-            "bits_equal": finite(d.bits_equal),
-            "accuracy": finite(d.accuracy),
-            "groups": {group: finite(error) for group, error in d.groups},
-            "mismatch": d.mismatch,
-        }
+        } | self.difference.to_json("expected", "got")
 
 
 @dataclass(frozen=True)

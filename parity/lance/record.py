@@ -15,7 +15,7 @@ from parity.lance.given import replay_of
 from parity.lance.packed import write_dequantized
 from parity.lance.publish import checkpoint_name, publish, staging_beside, with_media
 from parity.lance.recorded_taps import INPUTS, RecordedTaps
-from parity.lance.replay_torch import TorchReplay, record_pipeline
+from parity.lance.replay_torch import TorchReplay
 from parity.lance.retention import Retention, RetentionPolicy, keep_whole, parted
 from parity.ports.provenance import code_commit
 from parity.tensors.recording import Recording, Replay, Tap
@@ -124,7 +124,7 @@ def record_again(out: Path, bundle: Bundle, checkpoint: Path, progress: Callable
 def _taps(run: TorchReplay, progress: Callable[[str], None] | None, hold: Retention) -> tuple[Recording, dict]:
     """What a bundle holds of a run: whole taps, and sketches."""
     kept = RecordedTaps(run.entry, run.request.num_steps)
-    return parted(record_pipeline(run.pipeline, run.request, run.entry, run.replay, kept, progress, hold))
+    return parted(run.record(kept, progress, hold=hold))
 
 
 def variant_for(request: dict[str, Any], entry: str) -> str:

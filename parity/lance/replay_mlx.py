@@ -25,7 +25,7 @@ from parity.lance.arrays_mlx import channels_first
 from parity.lance.boundaries_mlx import MlxBoundaries
 from parity.lance.capture_mlx import MlxCapture
 from parity.ports.mending import Mending
-from parity.tensors.recording import ExactInputs, Observed, Recording, Replay, Tap
+from parity.tensors.recording import ExactInputs, Observed, Replay, Tap
 
 _REQUEST_KEYS = {
     "height": "height",
@@ -95,29 +95,6 @@ def _elements(spec: str | dict, media: Path | None) -> tuple[list, list[Visual]]
     return texts, visuals
 
 
-def record_mlx(
-    checkpoint_dir: Path,
-    variant: str,
-    request: dict,
-    entry: str,
-    replay: Replay,
-    numerics: str,
-    names: Container[str] | None = None,
-    progress: Callable[[str], None] | None = None,
-    force: Mapping[str, Tap] | None = None,
-) -> Recording:
-    """Replay a request on lance_mlx from given noise and resized visuals, and record it.
-
-    `entry` is "kv_cache" or "full_sequence", `numerics` a policy's name. Beside the oracles' taps the recording holds
-    the layout's integers under their names in inputs.safetensors and `sampler.velocity{k}`, the velocity after
-    guidance. `progress` is told the name of each call before it runs. `force` holds values that the run goes on with in
-    the place of its own. Raises LanceError for bad input.
-    """
-    asked = request_from_bundle(request, entry)
-    pipeline = load_for(asked, checkpoint_dir / variant, numerics)
-    return replay_pipeline(pipeline, asked, replay, names, progress, force).recording
-
-
 def load_for(request: Request | Question, folder: Path, numerics: str) -> Pipeline:
     """Load what a request needs of the variant in a folder, whichever that is, under the policy of that name, for
     questions as they are answered; raises LanceError."""
@@ -125,17 +102,6 @@ def load_for(request: Request | Question, folder: Path, numerics: str) -> Pipeli
     if isinstance(request, Question):
         pipeline.join_projections()
     return pipeline
-
-
-def record_pipeline(
-    pipeline: Pipeline,
-    request: Request | Question,
-    replay: Replay,
-    names: Container[str] | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Recording:
-    """Replay a request on a loaded pipeline; see record_mlx."""
-    return replay_pipeline(pipeline, request, replay, names, progress).recording
 
 
 def replay_pipeline(

@@ -13,14 +13,13 @@ from torch import Tensor
 from parity.lance.capture_torch import Reached, TorchCapture
 from parity.lance.names import parse, velocity_calls
 from parity.lance.retention import Retention, keep_whole
-from parity.tensors.recording import Recording, Replay, Tap
+from parity.tensors.recording import Replay, Tap
 from parity.tensors.sketch import Sketch
 from reference.arms import Inputs, build_arms
 from reference.errors import ReferenceError
 from reference.layout import Layout, VisualSize
 from reference.media import visual_sizes
 from reference.model import Pipeline
-from reference.numerics import Numerics
 from reference.preprocess import preprocess
 from reference.prompt import Tokenizer
 from reference.request import Request
@@ -34,42 +33,6 @@ from reference.vae_layers import LATENT_CHANNELS
 LAYOUT_TOKENS = 16
 # Values of a ViT patch: two frames of 14x14 pixels in three colours.
 PATCH_VALUES = 3 * 2 * 14 * 14
-
-
-def record_reference(
-    checkpoint_dir: Path,
-    variant: str,
-    request: dict,
-    entry: str,
-    replay: Replay,
-    numerics: Numerics,
-    names: Container[str] | None = None,
-    progress: Callable[[str], None] | None = None,
-    device: str = "cpu",
-    force: Mapping[str, Tap] | None = None,
-) -> Recording:
-    """Replay a request on the reference from given randomness and preprocessed visuals, and record it.
-
-    `entry` is "kv_cache" or "full_sequence". Beside the oracles' taps the recording holds the layout's integers under
-    their names in inputs.safetensors and `sampler.velocity{k}`, the velocity after guidance. `progress` is told the
-    name of each call before it runs. `device` is PyTorch's name of one. `force` holds values that the run goes on with
-    in the place of its own. Raises ReferenceError for bad input.
-    """
-    pipeline = Pipeline.load(checkpoint_dir, variant, numerics, device)
-    return TorchReplay(pipeline, Request.from_dict(request), entry, replay).record(names, progress, force)
-
-
-def record_pipeline(
-    pipeline: Pipeline,
-    request: Request,
-    entry: str,
-    replay: Replay,
-    names: Container[str] | None = None,
-    progress: Callable[[str], None] | None = None,
-    hold: Retention = keep_whole,
-) -> dict[str, Tap | Sketch]:
-    """Replay a request on a loaded reference; see record_reference. `hold` says what is kept of each tap."""
-    return TorchReplay(pipeline, request, entry, replay).record(names=names, progress=progress, hold=hold)
 
 
 @dataclass(frozen=True)

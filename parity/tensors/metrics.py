@@ -7,7 +7,7 @@ or underflow, so values of any size and denormals count in full; beside the tens
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
@@ -61,6 +61,21 @@ class Difference:
     def exact(self) -> bool:
         """Whether shape, dtype and every value agree."""
         return self.mismatch is None and self.rel_l2 == 0.0
+
+    def to_json(self, expected: str, got: str) -> dict[str, Any]:
+        """Return plain JSON values, the two values that differ most under these names; what is not finite is null."""
+        return {
+            "rel_l2": finite(self.error),
+            "max_abs": finite(self.max_abs),
+            "max_abs_at": None if self.at is None else list(self.at),
+            expected: finite(self.expected),
+            got: finite(self.got),
+            "cosine": finite(self.cosine),
+            "bits_equal": finite(self.bits_equal),
+            "accuracy": finite(self.accuracy),
+            "groups": {group: finite(error) for group, error in self.groups},
+            "mismatch": self.mismatch,
+        }
 
     def beyond(self, allowed: float) -> bool:
         """Whether the tap is farther than an error that is allowed, or cannot be close at all."""

@@ -26,7 +26,7 @@ from parity.lance.capture_mlx import MlxCapture
 from parity.lance.capture_torch import TorchCapture
 from parity.lance.given import replay_of
 from parity.lance.ports import MlxPort
-from parity.lance.replay_mlx import record_mlx, request_from_bundle
+from parity.lance.replay_mlx import load_for, replay_pipeline, request_from_bundle
 from parity.localize.steering import steered
 from parity.ports.attach import Attached
 from parity.tensors.metrics import compare
@@ -187,9 +187,9 @@ def test_rows_that_are_computed_in_pieces_are_recorded_whole(oracle_of, subject_
 def test_a_token_that_is_begun_in_vain_is_not_recorded(oracle_of, monkeypatch):
     bundle = oracle_of("x2t_image-bf16-kv").bundle
     monkeypatch.setattr(text, "looks_ahead", lambda reader: True)
-    recording = record_mlx(
-        bundle.checkpoint, bundle.variant, bundle.request, bundle.entry, replay_of(bundle), bundle.dtype
-    )
+    asked = request_from_bundle(bundle.request, bundle.entry)
+    pipeline = load_for(asked, bundle.checkpoint / bundle.variant, bundle.dtype)
+    recording = replay_pipeline(pipeline, asked, replay_of(bundle)).recording
     decoded = {name.partition("/")[0] for name in recording if ".decode" in name}
     assert len(decoded) == len(recording["tokens"].array) > 1
 

@@ -25,7 +25,7 @@ from parity.errors import ParityError
 from parity.lance.faults import CATALOGUE, PROFILES, Fault, Profile, Target, combined, load_fault
 from parity.lance.faults.quantization import PACKED
 from parity.lance.given import replay_of
-from parity.lance.replay_mlx import record_pipeline, request_from_bundle
+from parity.lance.replay_mlx import replay_pipeline, request_from_bundle
 from parity.tensors.metrics import compare
 from parity.tensors.recording import Recording, Replay
 
@@ -67,7 +67,7 @@ class Case:
     rounding: float
 
     def run(self) -> Recording:
-        return record_pipeline(self.pipeline, self.request, self.replay)
+        return replay_pipeline(self.pipeline, self.request, self.replay).recording
 
 
 @cache

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from parity import memory
-from parity.lance.replay_mlx import record_mlx
-from parity.lance.replay_torch import record_reference
+from parity.lance.replay_mlx import load_for, replay_pipeline, request_from_bundle
+from parity.lance.replay_torch import TorchReplay
 from parity.tensors.metrics import compare
 from parity.tensors.recording import Recording, Replay, read_tensors, write_tensors
 from reference.config import LanguageConfig
-from reference.model import Lance
+from reference.model import Lance, Pipeline
 from reference.numerics import Numerics
+from reference.request import Request
 from reference.vae import VAE, DecoderPlan
 
 CHECKPOINT = Path(__file__).parents[2] / "oracles" / "checkpoint-a"
@@ -87,13 +88,16 @@ def record(folder: Path, side: str) -> None:
     """Record the request as lance_mlx does it, or as the reference does, also in another order of rounding."""
     torch.set_num_threads(1)
     noise = np.random.default_rng(3).normal(size=(2, 48)).astype(np.float32)
-    given = (folder, "Lance_3B_Video", REQUEST, "kv_cache", Replay(noise))
     if side == "ours":
-        write_tensors(folder / "ours.safetensors", record_mlx(*given, "float32"))
+        asked = request_from_bundle(REQUEST, "kv_cache")
+        found = replay_pipeline(load_for(asked, folder / "Lance_3B_Video", "float32"), asked, Replay(noise))
+        write_tensors(folder / "ours.safetensors", found.recording)
         return
     orders = {"theirs": Numerics("float32"), "reordered": Numerics("float32", "disturbed", "disturbed")}
     for kind, numerics in orders.items():
-        write_tensors(folder / f"{kind}.safetensors", record_reference(*given, numerics))
+        pipeline = Pipeline.load(folder, "Lance_3B_Video", numerics)
+        run = TorchReplay(pipeline, Request.from_dict(REQUEST), "kv_cache", Replay(noise))
+        write_tensors(folder / f"{kind}.safetensors", run.record())
         # A model is part of a cycle, and the next one is as large.
         memory.give_back()
 

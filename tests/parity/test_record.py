@@ -20,7 +20,7 @@ from parity.errors import ParityError
 from parity.lance.record import record
 from parity.lance.record_options import Options, build_request
 from parity.lance.recorded_taps import RecordedTaps
-from parity.lance.replay_torch import record_pipeline
+from parity.lance.replay_torch import TorchReplay
 from parity.oracle.verify import SOUND, verify_bundle
 from parity.tensors.recording import Tap, read_tensors
 
@@ -143,14 +143,14 @@ def test_the_seed_decides_every_byte(small, dtype):
 
 def test_taps_that_share_memory_in_the_run_are_kept_apart(small, monkeypatch, unjudged):
     """The first state is the noise itself, and a recorder that kept references would see later changes."""
-    seen = []
+    seen, recorded = [], TorchReplay.record
 
-    def spoiled(pipeline, request, entry, replay, names, progress, hold):
-        taps = record_pipeline(pipeline, request, entry, replay, names, progress, hold)
+    def spoiled(run, *given, **how):
+        taps = recorded(run, *given, **how)
         seen.append([tap.array.__array_interface__["data"][0] for tap in taps.values() if tap.array.size])
         return taps
 
-    monkeypatch.setattr("parity.lance.record.record_pipeline", spoiled)
+    monkeypatch.setattr(TorchReplay, "record", spoiled)
     bundle = small()
     assert len(set(seen[0])) == len(seen[0])
     assert verify_bundle(bundle).verdict == SOUND
@@ -222,12 +222,12 @@ def test_a_failed_recording_leaves_nothing(small, tmp_path, monkeypatch):
     def full(path, taps):
         raise OSError(28, "No space left on device")
 
-    def broken(*arguments):
+    def broken(*arguments, **how):
         return {"latent": Tap(np.full((1, 2, 3, 48), np.nan, np.float32), "float32")}
 
     for name, replacement, message in (
         ("parity.bundle.reading.write_tensors", full, "cannot be written: No space left"),
-        ("parity.lance.record.record_pipeline", broken, "latent holds NaN or infinity"),
+        ("parity.lance.replay_torch.TorchReplay.record", broken, "latent holds NaN or infinity"),
     ):
         with monkeypatch.context() as patched, pytest.raises(ParityError, match=message) as caught:
             patched.setattr(name, replacement)

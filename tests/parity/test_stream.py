@@ -17,13 +17,15 @@ from parity.cli.main import app
 from parity.errors import ParityError
 from parity.lance.faults.layered import load_layered
 from parity.lance.record_options import Options
-from parity.lance.replay_torch import record_reference
+from parity.lance.replay_torch import TorchReplay
 from parity.lance.stream import reference as stream_reference
 from parity.lance.stream.comparison import EMBEDDED, HEAD, stream
 from parity.lance.stream.plan import plan_against, plan_live, size_of_latents
 from parity.lance.stream.reference import ReferenceStream
 from parity.tensors.metrics import compare
+from reference.model import Pipeline
 from reference.numerics import Numerics
+from reference.request import Request
 
 ORACLES = Path(__file__).parents[2] / "oracles"
 CHECKPOINT = ORACLES / "checkpoint-a"
@@ -91,7 +93,8 @@ def test_a_streamed_reference_computes_what_a_whole_one_does():
         for computed in streamed.run_layer(index).values():
             taps |= computed.taps
     taps |= streamed.finish().taps
-    whole = record_reference(CHECKPOINT, plan.variant, plan.request, "kv_cache", plan.replay, Numerics("bfloat16"))
+    pipeline = Pipeline.load(CHECKPOINT, plan.variant, Numerics("bfloat16"))
+    whole = TorchReplay(pipeline, Request.from_dict(plan.request), "kv_cache", plan.replay).record()
     assert {name for name in whole if name.startswith(("cond.", "uncond."))} <= taps.keys()
     for name in taps.keys() & whole.keys():
         assert compare(whole[name], taps[name]).exact, name
@@ -218,7 +221,6 @@ def test_latents_make_the_squarest_size():
 def test_the_command_writes_json_and_tells_by_its_status(tmp_path):
     file = tmp_path / "found.json"
     arguments = ["stream", "--checkpoint", str(CHECKPOINT), "--task", "t2i", "--numerics", "float32", "--latents", "12"]
-    arguments.append("--live")
     done = CliRunner().invoke(app, [*arguments, "--json", str(file)])
     assert done.exit_code == 0 and "layers.2" in done.stdout and "peak memory" in done.stdout
     document = json.loads(file.read_text())
@@ -234,7 +236,6 @@ def test_the_command_writes_json_and_tells_by_its_status(tmp_path):
         (["stream", "--checkpoint", str(CHECKPOINT), "--task", "i2v"], "cannot be streamed"),
         (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--task", "t2v"], "holds a request of t2i, not t2v"),
         (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--width", "64"], "leave --width out"),
-        (["stream", "--against", str(ORACLES / "t2i-fp32-kv"), "--live"], "leave --live out"),
         ([*arguments, "--fault", "nonsense"], "there is no fault"),
     ):
         done = CliRunner().invoke(app, wrong)

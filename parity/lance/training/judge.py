@@ -173,11 +173,6 @@ def exact_results(bundle: TrainingBundle, run: TrainingRun) -> list[TapResult]:
     return found
 
 
-def inexact(bundle: TrainingBundle, run: TrainingRun) -> list[str]:
-    """The names of what must be equal and is not."""
-    return [r.tap.path for r in exact_results(bundle, run) if r.diverges]
-
-
 def mask_of(bundle: TrainingBundle) -> np.ndarray:
     """Which key each query sees, bool [L, L], from a bundle's splits and samples, row by row as they are meant."""
     lengths, modes = (bundle.inputs[name].array.tolist() for name in ("split_lens", "attn_modes"))
