@@ -25,6 +25,7 @@ from lance_mlx.serve.worker import Worker
 SILENCE = 15.0
 """Seconds after which a client hears something, so that neither it nor a proxy gives up."""
 _SMALL = 1 << 20
+_FORM, _FORMS = "multipart/form-data", 8
 _RECEIVE_SECONDS = 300.0
 _LOOK = 0.5
 Result = Callable[[Job], dict[str, Any]]
@@ -42,8 +43,8 @@ class Service:
         self.worker = worker
         self.root = root
         self._variants = tuple(variants)
-        # One large body is received and checked at a time, which bounds the memory that they take.
-        self._large = asyncio.Semaphore(1)
+        # JSON is kept in memory, so one large body at a time; forms on the disk, where a slow one holds nobody up.
+        self._large, self._forms = asyncio.Semaphore(1), asyncio.Semaphore(_FORMS)
 
     @asynccontextmanager
     async def receiving(self, request: HttpRequest) -> AsyncIterator[Path]:
@@ -53,7 +54,9 @@ class Service:
             if int(request.headers.get("content-length", 0)) <= _SMALL:
                 yield folder
                 return
-            async with self._large, asyncio.timeout(_RECEIVE_SECONDS):
+            kind = request.headers.get("content-type", "").lower()
+            turn = self._forms if kind.startswith(_FORM) else self._large
+            async with turn, asyncio.timeout(_RECEIVE_SECONDS):
                 yield folder
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -169,7 +172,7 @@ async def read_json(request: HttpRequest) -> Any:
 @asynccontextmanager
 async def read_form(request: HttpRequest) -> AsyncIterator[tuple[dict[str, str], list[tuple[str, UploadFile]]]]:
     """Fields and files of a multipart body; raises ApiError where it is none."""
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+    if not request.headers.get("content-type", "").lower().startswith(_FORM):
         raise ApiError(415, "send a form, with Content-Type: multipart/form-data")
     async with request.form(max_files=16, max_fields=64) as form:
         values, files = {}, []

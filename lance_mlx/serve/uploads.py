@@ -5,6 +5,7 @@ import binascii
 import re
 import warnings
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO
 
 import av
@@ -21,6 +22,8 @@ _IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 # What FFmpeg reads beyond these may be a list of other files, which it would open.
 _VIDEOS = {"mp4": rb"....(ftyp|moov|mdat|wide|free|skip)", "mkv": rb"\x1aE\xdf\xa3", "avi": rb"RIFF....AVI "}
 _CHUNK = 1 << 20
+_DECODING = Lock()
+"""One file is decoded at a time, which bounds the memory that they take."""
 
 
 def from_data_url(url: object, folder: Path, kind: VisualKind | None = None) -> Visual:
@@ -78,8 +81,9 @@ def check(path: Path, name: str | None, kind: VisualKind | None = None) -> Visua
     # FFmpeg looks at names too.
     path = path.rename(path.with_suffix(suffix))
     try:
-        _check_bounds(path, found, shown)
-        read_visual(path, found)
+        with _DECODING:
+            _check_bounds(path, found, shown)
+            read_visual(path, found)
     except LanceError as error:
         raise ApiError(400, str(error).replace(str(path), shown), "invalid_image") from None
     return Visual(str(path), found)

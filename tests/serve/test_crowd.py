@@ -167,6 +167,15 @@ def test_the_job_of_a_client_that_vanishes_is_ended(server, picture, data_url, u
     assert server.worker.model.made == []
 
 
+def test_a_slow_upload_does_not_hold_others_up(server, picture):
+    head = "POST /v1/images/edits HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as slow:
+        slow.sendall(f"{head}Content-Length: 3000000\r\n\r\n--x\r\n".encode())
+        time.sleep(0.2)
+        given = {"image": ("a.png", picture + bytes(2 << 20)), "prompt": "x", "extra_body": {"num_steps": 1}}
+        assert server.client(timeout=10).images.edit(**given).data
+
+
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/edits", "/gradio_api/upload"])
 def test_a_client_that_vanishes_amid_its_body_leaves_a_line(server, until, caplog, path):
     caplog.set_level("INFO")
