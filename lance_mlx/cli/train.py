@@ -1,4 +1,4 @@
-"""`lance-mlx train`: learn an adapter from images with captions."""
+"""`lance-mlx train`: learn an adapter from images, videos, edits and questions."""
 
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from lance_mlx.backend.numerics import Numerics, policy
 from lance_mlx.checkpoint.hub import fetch, is_repository
 from lance_mlx.checkpoint.layouts import check_folder, find_checkpoint
 from lance_mlx.checkpoint.recipe import recipe_of
-from lance_mlx.checkpoint.tensors import Checkpoint
+from lance_mlx.checkpoint.tensors import Checkpoint, ViTSource
 from lance_mlx.checkpoint.weights import load_lance
 from lance_mlx.cli.console import Console, Interrupted, gigabytes
 from lance_mlx.errors import LanceError
@@ -20,8 +20,9 @@ from lance_mlx.requests.request import Variant, VisualKind
 from lance_mlx.sequence.tokenizer import LanceTokenizer
 from lance_mlx.training.adapter_files import MLX
 from lance_mlx.training.checkpointing import checkpoint_layers
-from lance_mlx.training.folder import encode_folder, read_folder
-from lance_mlx.training.run import LOG, STATE, Training
+from lance_mlx.training.data import Example, read_data
+from lance_mlx.training.encoded import Cache, Encoded, digests_of, encode, files_of, look
+from lance_mlx.training.run import CACHE, LOG, STATE, Training
 from lance_mlx.training.settings import TrainSettings
 
 _REPORTS = 20
@@ -47,20 +48,24 @@ def train(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder of a checkpoint, or OWNER/NAME on the hub.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of images, each with its caption in a .txt of the same name.")
+        Path | None,
+        typer.Option(
+            help="Folder of images and videos, each with its caption in a .txt of the same name; or a .jsonl file with "
+            "upstream's element lists, also of edits and questions."
+        ),
     ] = None,
     adapter_path: Annotated[
         Path | None,
         typer.Option(help="Folder to write the adapter and the log to. [default: adapters]", show_default=False),
     ] = None,
     variant: Annotated[
-        VisualKind | None, typer.Option(help="Which model is trained. [default: image]", show_default=False)
+        VisualKind | None, typer.Option(help="Which model is trained. [default: by the data]", show_default=False)
     ] = None,
     iters: Annotated[int | None, typer.Option(help="Steps. [default: 1000]", show_default=False)] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Images of a step, run one after another in the memory of one. [default: 1]", show_default=False
+            help="Examples of a step, run one after another in the memory of one. [default: 1]", show_default=False
         ),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="[default: 0.0001]", show_default=False)] = None,
@@ -96,7 +101,8 @@ def train(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-Q", help="Show errors only.")] = False,
 ) -> None:
-    """Learn a LoRA adapter from images with captions; generate --lora uses it, fuse adds it to the weights.
+    """Learn a LoRA adapter from images, videos, edits or questions; generate --lora uses it, fuse adds it to the
+    weights.
 
     The log is log.jsonl in --adapter-path, a line a step. A run that was stopped, or killed, goes on with --resume.
     """  # fmt: skip
@@ -113,10 +119,11 @@ def train(
     if (folder / STATE).exists() and not resume:
         raise LanceError(f"{folder} holds a run already: go on with --resume, or choose another --adapter-path")
     own = policy(settings.numerics)
-    items = read_folder(Path(settings.data))
+    examples = read_data(Path(settings.data))
+    settings = settings.for_tasks({example.task for example in examples})
     checkpoint = _located(settings, quiet)
     checkpoint.check(own)
-    training = _prepared(settings, checkpoint, own, items, console)
+    training = _prepared(settings, checkpoint, own, examples, console)
     done = 0
     bar = console.bar(total=settings.iters, desc="training", unit="step")
     try:
@@ -144,21 +151,34 @@ def _located(settings: TrainSettings, quiet: bool) -> Checkpoint:
 
 
 def _prepared(
-    settings: TrainSettings, checkpoint: Checkpoint, numerics: Numerics, items: list, console: Console
+    settings: TrainSettings, checkpoint: Checkpoint, numerics: Numerics, examples: list[Example], console: Console
 ) -> Training:
-    """Encode what is to be learned, then read the model: never both at once."""
+    """Encode what is to be learned, then read the model, with the ViT where something has not been looked at yet: the
+    VAE and the model are never in memory together."""
+    digests, folder = digests_of(examples), Path(settings.adapter_path) / CACHE
     part = checkpoint.vae()
-    track = partial(console.bar, desc="encoding", unit="image")
-    data = encode_folder(items, settings.resolution, part, numerics, Path(settings.adapter_path), track)
+    latents = Cache(folder, [settings.resolution, numerics.name, files_of(part)], digests)
+    track = partial(console.bar, desc="encoding", unit="file")
+    encode(examples, latents, part, numerics, settings.resolution, track)
     release()
     tokenizer = LanceTokenizer(checkpoint.folder)
     recipe = None
     if settings.quantize is not None:
         bits = settings.quantize if isinstance(settings.quantize, int) else None
         recipe = recipe_of(bits, None if bits else settings.quantize)
+    looked_at = [visual for example in examples for visual in example.looked_at]
+    key = [settings.looks_at, numerics.name, settings.quantize]
+    features = Cache(folder, key + files_of(checkpoint.vit(ViTSource.LANCE)) if looked_at else [], digests)
+    data = Encoded(tuple(examples), digests, latents, features)
+    data.check()
+    looks = bool(features.missing(looked_at))
     track = partial(console.bar, desc="loading", unit="tensor")
-    model = load_lance(checkpoint, numerics, track=track, recipe=recipe)
+    model = load_lance(checkpoint, numerics, looks, track=track, recipe=recipe)
     tokenizer.check(model.config)
+    if looks:
+        look(examples, features, model, settings.looks_at, partial(console.bar, desc="looking", unit="file"))
+        del model.vit_model
+        release()
     if settings.grad_checkpoint:
         checkpoint_layers(model)
     return Training(settings, model, tokenizer, data)

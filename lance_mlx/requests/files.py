@@ -148,7 +148,7 @@ def _fitting_tasks(key: str, entry: Any) -> set[Task]:
     if isinstance(entry, str):
         task = _SUFFIXES.get(Path(key).suffix.lower())
         return {task} if task else {Task.T2I, Task.T2V}
-    _, dtypes, targets = _arrays(entry)
+    _, dtypes, targets = element_lists(entry)
     answers = any(dtype == "text" and target for dtype, target in zip(dtypes, targets, strict=True))
     given = [dtype for dtype, target in zip(dtypes, targets, strict=True) if answers or not target]
     kind = VisualKind.VIDEO if "video" in given else VisualKind.IMAGE
@@ -180,7 +180,7 @@ def _item(key: str, entry: Any, task: Task, path: Path) -> Item:
     if isinstance(entry, str):
         raise LanceError(f"task {task} needs an object with {', '.join(_KEYS)}, not a prompt alone")
     texts, written, visuals = [], [], []
-    for element, dtype, target in zip(*_arrays(entry), strict=True):
+    for element, dtype, target in zip(*element_lists(entry), strict=True):
         if dtype == "text":
             # As upstream: of a question the target counts; what is drawn has none.
             if target or not task.answers:
@@ -197,20 +197,20 @@ def _item(key: str, entry: Any, task: Task, path: Path) -> Item:
         raise LanceError(f"task {task} needs {what}, not {len(texts)}")
     if not visuals:
         raise LanceError(f"task {task} needs {'an image' if task.takes is VisualKind.IMAGE else 'a video'}")
-    given = [dtype for dtype, target in zip(*_arrays(entry)[1:], strict=True) if task.answers or not target]
+    given = [dtype for dtype, target in zip(*element_lists(entry)[1:], strict=True) if task.answers or not target]
     if "text" in given[1:-1]:
         raise LanceError("the text must stand before all visuals or after them, not between")
     found = tuple(visuals), tuple(written)
     if task.answers:
-        instruction, question, answer = _question(texts[0], task)
+        instruction, question, answer = question_parts(texts[0], task)
         return Item(key, _name(key), question, *found, None, instruction, answer)
     if not isinstance(texts[0], str):
         raise LanceError(f"task {task} needs a prompt, not {_kind(texts[0])}")
     return Item(key, _name(key), texts[0], *found, None if task is Task.I2V else entry["element_dtype_array"][-1])
 
 
-def _arrays(entry: Any) -> tuple[list, list, list]:
-    """Elements, what they are, and whether each is the target."""
+def element_lists(entry: Any) -> tuple[list, list, list]:
+    """Elements of an entry, what they are, and whether each is the target; raises LanceError for other forms."""
     if not isinstance(entry, dict):
         raise LanceError(f"a prompt or an object with {', '.join(_KEYS)} is needed, not {_kind(entry)}")
     for name in _KEYS:
@@ -230,8 +230,12 @@ def _arrays(entry: Any) -> tuple[list, list, list]:
     return elements, dtypes, targets
 
 
-def _question(text: Any, task: Task) -> tuple[str, str, str]:
-    """Instruction, question and expected answer; a text alone is the caption that is expected."""
+def question_parts(text: Any, task: Task) -> tuple[str, str, str]:
+    """Instruction, question and expected answer of a text element; a text alone is the caption that is expected.
+
+    Raises:
+        LanceError: it is neither.
+    """
     if isinstance(text, str):
         return caption_instruction(task), "", text
     if not (isinstance(text, list) and len(text) == 3 and all(isinstance(part, str) for part in text)):

@@ -1,4 +1,4 @@
-"""A run of training: steps on images with captions, and all that is needed to go on after one."""
+"""A run of training: steps on examples, and all that is needed to go on after one."""
 
 import json
 import time
@@ -13,20 +13,18 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from lance_mlx.checkpoint.safetensors import TensorInfo, read_header, read_notes, write_safetensors
-from lance_mlx.config import SPATIAL_STRIDE
 from lance_mlx.errors import LanceError
 from lance_mlx.files import whole, write_text
 from lance_mlx.model.lance import Lance
-from lance_mlx.requests.request import Request, Task
 from lance_mlx.sequence.tokenizer import LanceTokenizer
 from lance_mlx.training.adapter_files import write_adapter
-from lance_mlx.training.folder import Encoded
+from lance_mlx.training.encoded import Encoded
 from lance_mlx.training.lora import Adapter, adaptable, add_adapters, new_pairs, pairs_of
-from lance_mlx.training.pack import CAPTION, Draw, Sample, draw, drawing_sample
+from lance_mlx.training.pack import CAPTION, VISUALS, Draw, Sample, draw
 from lance_mlx.training.settings import TrainSettings
 from lance_mlx.training.step import Optimizer, gradients
 
-STATE, LOG = "state.safetensors", "log.jsonl"
+STATE, LOG, CACHE = "state.safetensors", "log.jsonl", "cache"
 _ORDER, _STEP, _ADAPTERS = range(3)
 """What something is drawn for, so that no two are drawn alike."""
 _MAY_CHANGE = {"iters", "save_every", "grad_checkpoint", "adapter_path"}
@@ -34,13 +32,14 @@ _MAY_CHANGE = {"iters", "save_every", "grad_checkpoint", "adapter_path"}
 
 
 class Told(NamedTuple):
-    """What is logged of a step."""
+    """What is logged of a step; `latents` and `labels` are how many of either were learned."""
 
     step: int
     loss: float
     grad_norm: float
     learning_rate: float
     latents: int
+    labels: int
     seconds: float
 
 
@@ -89,28 +88,27 @@ class Training:
                 self._save(optimizer)
             yield told
 
-    def pack(self, step: int) -> list[tuple[Sample, Draw]]:
+    def pack(self, step: int) -> list[tuple[Sample, Draw | None]]:
         """What a step, numbered from 0, learns from: samples, and what is drawn for each."""
-        count, size = len(self.data.captions), self.settings.batch_size
+        count, size = len(self.data.examples), self.settings.batch_size
         keys = mx.random.split(mx.random.key(self._number(_STEP, step)), size)
         return [self._sample(self._place(step * size + index, count), key) for index, key in enumerate(keys)]
 
     def _place(self, index: int, count: int) -> int:
-        """Number of the image that comes at a place of the run: all come once, in an order of their own, before any
+        """Number of the example that comes at a place of the run: all come once, in an order of their own, before any
         comes again."""
         order = np.random.default_rng([self.settings.seed, _ORDER, index // count]).permutation(count)
         return int(order[index % count])
 
-    def _sample(self, number: int, key: mx.array) -> tuple[Sample, Draw]:
+    def _sample(self, number: int, key: mx.array) -> tuple[Sample, Draw | None]:
         chance, latent, rest = mx.random.split(key, 3)
-        statistics, settings = self.data.statistics[number], self.settings
-        _, rows, columns, _ = statistics.mean.shape
-        request = Request(Task.T2I, self.data.captions[number], SPATIAL_STRIDE * rows, SPATIAL_STRIDE * columns)
-        sampled = statistics.sample(mx.random.normal(statistics.mean.shape, key=latent))
-        dropped = CAPTION if mx.random.uniform(key=chance).item() < settings.caption_dropout else ()
-        seconds, as_upstream = self.model.config.tokens_per_second, settings.as_upstream
-        sample = drawing_sample(request, self.tokenizer, seconds, [sampled], dropped=dropped, as_upstream=as_upstream)
-        return sample, draw(sample, rest, self.model.numerics.dtype)
+        settings, rates = self.settings, (self.settings.caption_dropout, self.settings.visual_dropout)
+        chances = mx.random.uniform(shape=(2,), key=chance).tolist()
+        parts = zip((CAPTION, VISUALS), chances, rates, strict=True)
+        dropped = frozenset().union(*(roles for roles, drawn, rate in parts if drawn < rate))
+        seconds, dtype = self.model.config.tokens_per_second, self.model.numerics.dtype
+        sample = self.data.sample(number, latent, self.tokenizer, seconds, dtype, dropped, settings.as_upstream)
+        return sample, draw(sample, rest, dtype) if sample.latents else None
 
     def _step(self, optimizer: Optimizer) -> Told:
         began, number = time.perf_counter(), optimizer.steps
@@ -120,8 +118,8 @@ class Training:
             raise LanceError(f"the loss of step {number + 1} is not finite: lower the learning rate and --resume")
         rate = self.settings.optimizer.rate(mx.array(number)).item()
         norm = optimizer.step(self.model, found)
-        latents = sum(sample.noised for sample in samples)
-        return Told(number + 1, losses.loss.item(), norm.item(), rate, latents, time.perf_counter() - began)
+        latents, labels = sum(sample.noised for sample in samples), sum(len(sample.labels) for sample in samples)
+        return Told(number + 1, losses.loss.item(), norm.item(), rate, latents, labels, time.perf_counter() - began)
 
     def _number(self, *what: int) -> int:
         """The seed of a key for something."""
@@ -154,7 +152,7 @@ class Training:
         if changed:
             raise LanceError(f"{self.folder} was run with another {changed[0]}: give that, or another --adapter-path")
         if data != self.data.digest:
-            raise LanceError(f"{self.settings.data} holds other images or captions than {self.folder} was run with")
+            raise LanceError(f"{self.settings.data} holds other examples than {self.folder} was run with")
         wanted = {name: array.shape for name, array in optimizer.state().items() if name != "step"}
         if wanted != {name: tensor.shape for name, tensor in tensors.items()}:
             raise LanceError(f"{path} is of another model: give the one that it was run with")

@@ -1,6 +1,7 @@
 """`lance-mlx train`: runs that learn, are stopped and go on, on every kind of base; and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,9 +16,10 @@ from lance_mlx.checkpoint.layouts import find_checkpoint
 from lance_mlx.checkpoint.recipe import recipe_of
 from lance_mlx.errors import LanceError
 from lance_mlx.pipeline import load
-from lance_mlx.training import folder
+from lance_mlx.training import encoded as encoding
 from lance_mlx.training.checkpointing import checkpoint_layers
-from lance_mlx.training.folder import Encoded, encode_folder, read_folder
+from lance_mlx.training.data import read_data
+from lance_mlx.training.encoded import Cache, Encoded, digests_of, encode
 from lance_mlx.training.lora import Adapter, LoRASettings, add_adapters, new_pairs, pairs_of
 from lance_mlx.training.loss import LossSettings
 from lance_mlx.training.parts import Trained, train_parts
@@ -41,17 +43,23 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+def encoded_in(folder: Path, examples: list, checkpoint: Path, resolution: int = 64, numerics=FLOAT32) -> Encoded:
+    digests = digests_of(examples)
+    latents = Cache(folder, [resolution, numerics.name], digests)
+    encode(examples, latents, find_checkpoint(checkpoint, Variant.IMAGE).vae(), numerics, resolution)
+    return Encoded(tuple(examples), digests, latents, Cache(folder, [], digests))
+
+
 @pytest.fixture(scope="module")
 def encoded(data, checkpoint, tmp_path_factory) -> Encoded:
-    part = find_checkpoint(checkpoint, Variant.IMAGE).vae()
-    cache = tmp_path_factory.mktemp("cache")
-    return encode_folder(read_folder(data), 64, part, FLOAT32, cache)
+    return encoded_in(tmp_path_factory.mktemp("cache"), read_data(data), checkpoint)
 
 
 def training(checkpoint, encoded, folder, numerics=FLOAT32, recipe=None, **changes) -> Training:
     pipeline = load(checkpoint, Variant.IMAGE, numerics, recipe=recipe)
     values = {"iters": 12, "batch_size": 2, "rank": 4, "learning_rate": 3e-3, "save_every": 2, "caption_dropout": 0.3}
     settings = TrainSettings("model", "data", str(folder), numerics=numerics.name, **values | changes)
+    settings = settings.for_tasks({example.task for example in encoded.examples})
     return Training(settings, pipeline.model, pipeline.tokenizer, encoded)
 
 
@@ -60,24 +68,24 @@ def weights(folder) -> dict[str, np.ndarray]:
 
 
 def test_captions_and_latents_are_read_once(data, checkpoint, tmp_path, monkeypatch):
-    items = read_folder(data)
-    assert [item.path.stem for item in items] == sorted(COLOURS) and items[0].caption == "a black picture"
-    part, loads = find_checkpoint(checkpoint, Variant.IMAGE).vae(), []
-
-    original = folder.load_vae
-    monkeypatch.setattr(folder, "load_vae", lambda *given, **options: loads.append(1) or original(*given, **options))
-    first = encode_folder(items, 64, part, FLOAT32, tmp_path)
-    again = encode_folder(items, 64, part, FLOAT32, tmp_path)
+    examples = read_data(data)
+    assert [Path(each.target.path).stem for each in examples] == sorted(COLOURS)
+    assert examples[0].request.prompt == "a black picture"
+    loads = []
+    original = encoding.load_vae
+    monkeypatch.setattr(encoding, "load_vae", lambda *given, **options: loads.append(1) or original(*given, **options))
+    first = encoded_in(tmp_path, examples, checkpoint)
+    again = encoded_in(tmp_path, examples, checkpoint)
     assert len(loads) == 1 and first.digest == again.digest
-    assert {each.mean.shape[:3] for each in first.statistics} == {(1, 4, 4), (1, 3, 5)}
-    encode_folder(items, 48, part, FLOAT32, tmp_path)
-    smaller = encode_folder(items[1:], 48, part, FLOAT32, tmp_path)
-    encode_folder(items[1:], 48, part, BFLOAT16, tmp_path / "bfloat16")
-    encode_folder(items[1:], 48, part, FLOAT32, tmp_path / "bfloat16")
-    assert len(loads) == 5
-    kept = tmp_path / "latents.safetensors"
+    assert {again.latents[each.target]["mean"].shape[:3] for each in examples} == {(1, 4, 4), (1, 3, 5)}
+    assert encoded_in(tmp_path, examples[1:], checkpoint).digest != first.digest and len(loads) == 1
+    encoded_in(tmp_path, examples[:1], checkpoint, 48)
+    assert len(loads) == 2 and len(list(tmp_path.iterdir())) == 9
+    values = first.latents[examples[0].target]["mean"].read(mx.float32)
+    kept = first.latents[examples[0].target]["mean"].path
     kept.write_bytes(kept.read_bytes()[:-10])
-    assert encode_folder(items[1:], 48, part, FLOAT32, tmp_path).digest == smaller.digest and len(loads) == 6
+    again = encoded_in(tmp_path, examples, checkpoint)
+    assert len(loads) == 3 and mx.array_equal(again.latents[examples[0].target]["mean"].read(mx.float32), values)
 
 
 def test_a_run_that_is_stopped_ends_in_the_same_bits(checkpoint, encoded, tmp_path):
@@ -107,8 +115,8 @@ def test_a_run_goes_on_with_its_own_settings_and_data_alone(checkpoint, encoded,
     for changes, said in (({"seed": 1}, "another seed"), ({"rank": 8}, "another rank")):
         with pytest.raises(LanceError, match=said):
             next(training(checkpoint, encoded, tmp_path, iters=4, **changes).run(resume=True))
-    other = Encoded(("x", *encoded.captions[1:]), encoded.statistics)
-    with pytest.raises(LanceError, match="other images or captions"):
+    other = replace(encoded, examples=encoded.examples[1:])
+    with pytest.raises(LanceError, match="other examples"):
         next(training(checkpoint, other, tmp_path, iters=4).run(resume=True))
     with pytest.raises(LanceError, match="holds a run already"):
         next(training(checkpoint, encoded, tmp_path, iters=4).run(resume=False))
@@ -209,7 +217,7 @@ def test_the_command_learns_what_generate_uses(invoke, refused, checkpoint, data
 
 
 REFUSED = {
-    "no data": ({"data": "nowhere"}, "data nowhere is not a folder"),
+    "no data": ({"data": "nowhere"}, "data nowhere is neither a folder"),
     "unknown key": ({"epochs": 3}, "unknown key 'epochs'"),
     "another type": ({"iters": "many"}, "'iters' must be an integer"),
     "none at all": ({"iters": 0}, "iters 0 must be at least 1"),
