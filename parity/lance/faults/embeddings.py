@@ -27,7 +27,6 @@ from parity.lance.faults.base import (
     calls,
     function,
     method,
-    rounded,
     wrapped,
 )
 from parity.lance.faults.vision import ROWS_OF_TOKENS
@@ -40,7 +39,6 @@ def _time(
     scale: float = 1.0,
     sines_first: bool = False,
     shift: int = 0,
-    round_t: bool = False,
 ) -> Patch:
     """Embed times from other features; `shift` is taken off the number of frequencies where they are spaced."""
 
@@ -48,8 +46,6 @@ def _time(
         half = _FEATURES // 2
         exponents = -math.log(max_period) * np.arange(half) / (half - shift)
         t = np.float32(scale) * timesteps.astype(np.float32)
-        if round_t:
-            t = np.array(rounded(mx.array(t)))
         angles = t[:, None] * np.exp(exponents).astype(np.float32)
         parts = [np.cos(angles), np.sin(angles)]
         x = mx.array(np.concatenate(parts[::-1] if sines_first else parts, axis=-1).astype(np.float32))
