@@ -270,6 +270,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the first one")
     parser.add_argument("--keep", type=Path, help="folder for the cases that are wrong")
     asked = parser.parse_args()
+    if asked.keep:
+        asked.keep.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell runs in the background ignores
     counts: Counter[tuple[str, str, str]] = Counter()
     with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="fuzz-") as root:

@@ -44,8 +44,12 @@ MEASURED: dict[str, float] = {}
 """Seconds that each command takes when it is left alone."""
 DOCUMENTED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}
 _STATUSES = {"localize": (1,)}
-_THERE_ALREADY = {"convert", "record"}
-"""Commands that refuse what they have made."""
+_THERE_ALREADY = {
+    "convert": ["lance-mlx", "info", "--model", "out/converted"],
+    "record": ["lance-parity", "verify", "out/bird"],
+    "convert-vae": [],
+}
+"""Commands that refuse what they have made, and what uses that."""
 
 
 def killed(seed: int, folder: Path) -> tuple[str, str, str]:
@@ -81,9 +85,7 @@ def killed(seed: int, folder: Path) -> tuple[str, str, str]:
         if hidden := [path.name for path in folder.rglob(".*") if path.name != ".written-by-lance-parity"]:
             found.append(f"still there after that: {hidden[:3]}")
         found += _broken(folder)
-        if name in _THERE_ALREADY:
-            use = ["lance-mlx", "info", "--model", "out/converted"]
-            use = ["lance-parity", "verify", "out/bird"] if name == "record" else use
+        if use := _THERE_ALREADY.get(name):
             found += [f"{use[1]}: {told[-200:]}" for status, told in [_run(use, folder, number, _LONG)] if status]
     return f"{what} after {delay:.2f} s", str(status), "; ".join(filter(None, found))
 
