@@ -217,29 +217,41 @@ def test_the_command_learns_what_generate_uses(invoke, refused, checkpoint, data
 
 
 def test_validation_and_previews_are_the_same_after_a_stop(checkpoint, encoded, tmp_path):
-    drawn = []
+    drawn, stops = [], []
 
-    def begun(name, **changes) -> Training:
-        run = training(checkpoint, encoded, tmp_path / name, iters=6, save_every=3, **changes)
-        return replace(run, validation=replace(encoded, examples=encoded.examples[:3]), preview=drawn.append)
+    def draws(step: int) -> None:
+        if stops:
+            raise InterruptedError(stops.pop())
+        drawn.append(step)
 
-    options = {"steps_per_eval": 2, "sample_every": 4}
-    whole = [each for each in begun("whole", **options).run(False) if isinstance(each, Validated)]
-    assert [each.step for each in whole] == [0, 2, 4, 6] and drawn == [4, 6]
+    def begun(name) -> Training:
+        run = training(checkpoint, encoded, tmp_path / name, iters=4, save_every=2, steps_per_eval=2, sample_every=2)
+        return replace(run, validation=replace(encoded, examples=encoded.examples[:3]), preview=draws)
+
+    whole = [each for each in begun("whole").run(False) if isinstance(each, Validated)]
+    assert [each.step for each in whole] == [0, 2, 4] and drawn == [2, 4]
     assert all(each.val_loss == each.val_mse > 0 == each.val_ce for each in whole)
-    run = begun("stopped", **options).run(False)
-    for _ in range(7):  # up to the look after step 4, of which nothing is kept
-        next(run)
-    run.close()
-    list(begun("stopped", **options).run(True))
+    run = begun("still")
+    assert run._validate(0).val_loss == run._validate(3).val_loss == whole[0].val_loss != whole[1].val_loss
+    drawn.clear()
+    # Stopped while something is drawn: nothing of the step is kept, and it is looked at and drawn again.
+    stopped = begun("stopped").run(False)
+    for _ in range(4):
+        next(stopped)
+    stops.append("here")
+    with pytest.raises(InterruptedError):
+        list(stopped)
+    assert drawn == [2]
+    list(begun("stopped").run(True))
+    assert drawn == [2, 4]
 
     def logged(name) -> list:
         lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
-    assert logged("whole") == logged("stopped") and len(logged("whole")) == 10
+    assert logged("whole") == logged("stopped") and len(logged("whole")) == 7
     # Neither changes what is learned.
-    list(training(checkpoint, encoded, tmp_path / "alone", iters=6, save_every=3).run(False))
+    list(training(checkpoint, encoded, tmp_path / "alone", iters=4, save_every=2).run(False))
     assert all(np.array_equal(weights(tmp_path / "alone")[n], a) for n, a in weights(tmp_path / "whole").items())
 
 
