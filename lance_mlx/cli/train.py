@@ -1,5 +1,6 @@
 """`lance-mlx train`: learn an adapter from images, videos, edits and questions."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -12,17 +13,19 @@ from lance_mlx.checkpoint.hub import fetch, is_repository
 from lance_mlx.checkpoint.layouts import check_folder, find_checkpoint
 from lance_mlx.checkpoint.recipe import recipe_of
 from lance_mlx.checkpoint.tensors import Checkpoint, ViTSource
-from lance_mlx.checkpoint.weights import load_lance
+from lance_mlx.checkpoint.weights import load_lance, stream_vae
 from lance_mlx.cli.console import Console, Interrupted, gigabytes
+from lance_mlx.cli.previews import Previews
 from lance_mlx.errors import LanceError
 from lance_mlx.files import check_place
+from lance_mlx.pipeline import Pipeline
 from lance_mlx.requests.request import Variant, VisualKind
 from lance_mlx.sequence.tokenizer import LanceTokenizer
 from lance_mlx.training.adapter_files import MLX
 from lance_mlx.training.checkpointing import checkpoint_layers
 from lance_mlx.training.data import Example, read_data
 from lance_mlx.training.encoded import Cache, Encoded, digests_of, encode, files_of, look
-from lance_mlx.training.run import CACHE, LOG, STATE, Training
+from lance_mlx.training.run import CACHE, LOG, STATE, Training, Validated
 from lance_mlx.training.settings import TrainSettings
 
 _REPORTS = 20
@@ -93,6 +96,12 @@ def train(
     save_every: Annotated[
         int | None, typer.Option(help="Steps between what a run can go on from. [default: 100]", show_default=False)
     ] = None,
+    val_data: Annotated[
+        Path | None, typer.Option(help="As --data, to measure the loss of and not to learn.", show_default=False)
+    ] = None,
+    steps_per_eval: Annotated[
+        int | None, typer.Option(help="Steps between losses of --val-data. [default: 200]", show_default=False)
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything that is drawn. [default: 0]", show_default=False)] = (
         None
     ),
@@ -111,7 +120,7 @@ def train(
         "variant": variant and str(variant), "iters": iters, "batch_size": batch_size, "learning_rate": learning_rate,
         "resolution": resolution, "rank": rank, "numerics": numerics, "grad_checkpoint": grad_checkpoint,
         "quantize": int(quantize) if quantize and quantize.isdecimal() else quantize, "save_every": save_every,
-        "seed": seed,
+        "seed": seed, "val_data": val_data and str(val_data), "steps_per_eval": steps_per_eval,
     }  # fmt: skip
     settings = TrainSettings.read(config, flags)
     console, folder = Console(quiet), Path(settings.adapter_path)
@@ -120,16 +129,25 @@ def train(
         raise LanceError(f"{folder} holds a run already: go on with --resume, or choose another --adapter-path")
     own = policy(settings.numerics)
     examples = read_data(Path(settings.data))
+    validation = read_data(Path(settings.val_data)) if settings.val_data else []
     settings = settings.for_tasks({example.task for example in examples})
+    previews = Previews(settings, resume)
     checkpoint = _located(settings, quiet)
     checkpoint.check(own)
-    training = _prepared(settings, checkpoint, own, examples, console)
+    training = _prepared(settings, checkpoint, own, (examples, validation), console)
+    if settings.sample_prompts:
+        # The VAE is read for each drawing, and dropped after it.
+        pipeline = Pipeline(training.model, stream_vae(checkpoint.vae(), own), training.tokenizer)
+        training = replace(training, preview=partial(previews.draw, pipeline))
     done = 0
     bar = console.bar(total=settings.iters, desc="training", unit="step")
     try:
         with bar:
             for told in training.run(resume):
                 done = told.step
+                if isinstance(told, Validated):
+                    console.say(f"step {done}: validation loss {told.val_loss:.4f}, {told.seconds:.2f} s")
+                    continue
                 bar.update(done - bar.n)
                 bar.set_postfix_str(f"loss {told.loss:.4f}, peak {gigabytes()}")
                 if done % max(1, settings.iters // _REPORTS) == 0:
@@ -151,10 +169,15 @@ def _located(settings: TrainSettings, quiet: bool) -> Checkpoint:
 
 
 def _prepared(
-    settings: TrainSettings, checkpoint: Checkpoint, numerics: Numerics, examples: list[Example], console: Console
+    settings: TrainSettings,
+    checkpoint: Checkpoint,
+    numerics: Numerics,
+    data: tuple[list[Example], list[Example]],
+    console: Console,
 ) -> Training:
     """Encode what is to be learned, then read the model, with the ViT where something has not been looked at yet: the
-    VAE and the model are never in memory together."""
+    VAE and the model are never in memory together. `data` is what is learned, and what is not."""
+    examples = [*data[0], *data[1]]
     digests, folder = digests_of(examples), Path(settings.adapter_path) / CACHE
     part = checkpoint.vae()
     latents = Cache(folder, [settings.resolution, numerics.name, files_of(part)], digests)
@@ -169,8 +192,9 @@ def _prepared(
     looked_at = [visual for example in examples for visual in example.looked_at]
     key = [settings.looks_at, numerics.name, settings.quantize]
     features = Cache(folder, key + files_of(checkpoint.vit(ViTSource.LANCE)) if looked_at else [], digests)
-    data = Encoded(tuple(examples), digests, latents, features)
-    data.check()
+    learned, validation = (Encoded(tuple(part), digests, latents, features) for part in data)
+    learned.check()
+    validation.check()
     looks = bool(features.missing(looked_at))
     track = partial(console.bar, desc="loading", unit="tensor")
     model = load_lance(checkpoint, numerics, looks, track=track, recipe=recipe)
@@ -181,4 +205,4 @@ def _prepared(
         release()
     if settings.grad_checkpoint:
         checkpoint_layers(model)
-    return Training(settings, model, tokenizer, data)
+    return Training(settings, model, tokenizer, learned, validation if data[1] else None)

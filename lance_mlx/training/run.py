@@ -2,10 +2,10 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,14 +20,15 @@ from lance_mlx.sequence.tokenizer import LanceTokenizer
 from lance_mlx.training.adapter_files import write_adapter
 from lance_mlx.training.encoded import Encoded
 from lance_mlx.training.lora import Adapter, adaptable, add_adapters, new_pairs, pairs_of
+from lance_mlx.training.loss import Totals, losses_of, terms
 from lance_mlx.training.pack import CAPTION, VISUALS, Draw, Sample, draw
 from lance_mlx.training.settings import TrainSettings
 from lance_mlx.training.step import Optimizer, gradients
 
 STATE, LOG, CACHE = "state.safetensors", "log.jsonl", "cache"
-_ORDER, _STEP, _ADAPTERS = range(3)
+_ORDER, _STEP, _ADAPTERS, _VALIDATION = range(4)
 """What something is drawn for, so that no two are drawn alike."""
-_MAY_CHANGE = {"iters", "save_every", "grad_checkpoint", "adapter_path"}
+_MAY_CHANGE = {"iters", "save_every", "grad_checkpoint", "adapter_path", "val_data", "steps_per_eval", "sample_every"}
 """Settings that a run may go on with changed: they change none of its steps."""
 
 
@@ -43,9 +44,26 @@ class Told(NamedTuple):
     seconds: float
 
 
+class Validated(NamedTuple):
+    """What is logged of the validation data after a step: the loss, and its two terms before they are weighted."""
+
+    step: int
+    val_loss: float
+    val_mse: float
+    val_ce: float
+    seconds: float
+
+
+Logged = TypeVar("Logged", Told, Validated)
+
+
 @dataclass(frozen=True, eq=False)
 class Training:
     """A model whose adapters are learned; one run at a time writes into its folder.
+
+    Attributes:
+        validation: what is looked at and not learned; None for none.
+        preview: called with the number of a step after which something is to be drawn; None where nothing is.
 
     Nothing is drawn from a state that goes on: what a step draws depends on the seed and its number alone, so that a
     run which was stopped ends in the same bits.
@@ -55,14 +73,17 @@ class Training:
     model: Lance
     tokenizer: LanceTokenizer
     data: Encoded
+    validation: Encoded | None = None
+    preview: Callable[[int], None] | None = None
 
     @property
     def folder(self) -> Path:
         """Where everything is written."""
         return Path(self.settings.adapter_path)
 
-    def run(self, resume: bool) -> Iterator[Told]:
-        """Yield each step when it is made and logged; the adapter is written at the end and as often as is asked for.
+    def run(self, resume: bool) -> Iterator[Told | Validated]:
+        """Yield each step, and each look at the validation data, when it is made and logged; the adapter is written at
+        the end and as often as is asked for.
 
         Args:
             resume: go on from what the folder holds, which must be of the same settings.
@@ -81,12 +102,21 @@ class Training:
                 f"{self.folder} holds a run already: go on with --resume, or choose another --adapter-path"
             )
         self._begin_log(optimizer.steps)
+        if not optimizer.steps and self.validation:
+            yield self._log(self._validate(0))
         while optimizer.steps < self.settings.iters:
-            told = self._step(optimizer)
-            self._log(told)
-            if told.step % self.settings.save_every == 0 or told.step == self.settings.iters:
+            told = [self._log(self._step(optimizer))]
+            if self.validation and self._due(told[0].step, self.settings.steps_per_eval):
+                told.append(self._log(self._validate(told[0].step)))
+            if self.preview and self._due(told[0].step, self.settings.sample_every):
+                self.preview(told[0].step)
+            # Last, so that what was not looked at or drawn before a kill is so when its step is made again.
+            if self._due(told[0].step, self.settings.save_every):
                 self._save(optimizer)
-            yield told
+            yield from told
+
+    def _due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.settings.iters
 
     def pack(self, step: int) -> list[tuple[Sample, Draw | None]]:
         """What a step, numbered from 0, learns from: samples, and what is drawn for each."""
@@ -120,6 +150,24 @@ class Training:
         norm = optimizer.step(self.model, found)
         latents, labels = sum(sample.noised for sample in samples), sum(len(sample.labels) for sample in samples)
         return Told(number + 1, losses.loss.item(), norm.item(), rate, latents, labels, time.perf_counter() - began)
+
+    def _validate(self, step: int) -> Validated:
+        """The losses of the validation data, all of it and nothing dropped, with the same draws at every step."""
+        began, settings, sums, latents, labels = time.perf_counter(), self.settings.loss, [0.0, 0.0], 0, 0
+        seconds, dtype = self.model.config.tokens_per_second, self.model.numerics.dtype
+        for number in range(len(self.validation.examples)):
+            latent, rest = mx.random.split(mx.random.key(self._number(_VALIDATION, number)))
+            sample = self.validation.sample(
+                number, latent, self.tokenizer, seconds, dtype, as_upstream=self.settings.as_upstream
+            )
+            drawn = draw(sample, rest, dtype) if sample.latents else None
+            found = terms(self.model, sample, drawn, settings.timestep_shift, len(self.tokenizer))
+            own = losses_of(found, sample, Totals(1, 1.0), settings)
+            sums = [sums[0] + own.mse.item(), sums[1] + own.ce.item()]
+            latents, labels = latents + sample.noised, labels + len(sample.labels)
+        mse, ce = sums[0] / max(latents, 1), sums[1] / max(labels, 1)
+        loss = settings.mse_weight * mse + settings.ce_weight * ce
+        return Validated(step, loss, mse, ce, time.perf_counter() - began)
 
     def _number(self, *what: int) -> int:
         """The seed of a key for something."""
@@ -169,13 +217,14 @@ class Training:
         except OSError as error:
             raise LanceError(f"{path} cannot be written ({error.strerror})") from None
 
-    def _log(self, told: Told) -> None:
+    def _log(self, told: Logged) -> Logged:
         path = self.folder / LOG
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(told._asdict()) + "\n")
         except OSError as error:
             raise LanceError(f"{path} cannot be written ({error.strerror})") from None
+        return told
 
 
 def _step_of(line: str) -> float:

@@ -15,7 +15,7 @@ from lance_mlx.training.loss import LossSettings
 from lance_mlx.training.step import OptimizerSettings
 
 _KINDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", NoneType: "null"}
-_LISTS = ("targets",)
+_LISTS = ("targets", "sample_prompts")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class TrainSettings:
         quantize: bits or recipe of the base, as generate's; None for none.
         grad_checkpoint: compute each layer once more on the way back, instead of keeping what it made.
         save_every: steps after which the run could go on if it were stopped.
+        val_data: as `data`, of which nothing is learned; None for none.
+        steps_per_eval: steps between losses of it, at times and noise that stay the same.
+        sample_prompts: what is drawn while the run goes on.
+        sample_every: steps between such drawings.
         seed: of everything that is drawn.
         as_upstream: as `drawing_sample` and `answering_sample` take it.
 
@@ -71,11 +75,16 @@ class TrainSettings:
     quantize: int | str | None = None
     grad_checkpoint: bool = False
     save_every: int = 100
+    val_data: str | None = None
+    steps_per_eval: int = 200
+    sample_prompts: tuple[str, ...] = ()
+    sample_every: int = 500
     seed: int = 0
     as_upstream: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("iters", 1), ("batch_size", 1), ("save_every", 1), ("warmup", 0), ("seed", 0)):
+        ones = ("iters", "batch_size", "save_every", "steps_per_eval", "sample_every")
+        for name, least in (*dict.fromkeys(ones, 1).items(), ("warmup", 0), ("seed", 0)):
             if not least <= getattr(self, name) < 2**32:
                 raise LanceError(f"{name} {getattr(self, name)} must be at least {least}, and below {2**32}")
         if not 16 <= self.resolution <= 1024:

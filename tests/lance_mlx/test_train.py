@@ -23,7 +23,7 @@ from lance_mlx.training.encoded import Cache, Encoded, digests_of, encode
 from lance_mlx.training.lora import Adapter, LoRASettings, add_adapters, new_pairs, pairs_of
 from lance_mlx.training.loss import LossSettings
 from lance_mlx.training.parts import Trained, train_parts
-from lance_mlx.training.run import Training, learn_adapters
+from lance_mlx.training.run import Training, Validated, learn_adapters
 from lance_mlx.training.settings import TrainSettings
 from lance_mlx.training.step import gradients
 
@@ -214,6 +214,63 @@ def test_the_command_learns_what_generate_uses(invoke, refused, checkpoint, data
     drawn = invoke("generate", "t2i", "--model", checkpoint, "--prompt", "a red picture", "--width", 32, "--height", 32,
                    "--steps", 1, "--lora", adapter, "-o", tmp_path / "a.png")  # fmt: skip
     assert drawn.returncode == 0, drawn.stderr
+
+
+def test_validation_and_previews_are_the_same_after_a_stop(checkpoint, encoded, tmp_path):
+    drawn, stops = [], []
+
+    def draws(step: int) -> None:
+        if stops:
+            raise InterruptedError(stops.pop())
+        drawn.append(step)
+
+    def begun(name) -> Training:
+        run = training(checkpoint, encoded, tmp_path / name, iters=4, save_every=2, steps_per_eval=2, sample_every=2)
+        return replace(run, validation=replace(encoded, examples=encoded.examples[:3]), preview=draws)
+
+    whole = [each for each in begun("whole").run(False) if isinstance(each, Validated)]
+    assert [each.step for each in whole] == [0, 2, 4] and drawn == [2, 4]
+    assert all(each.val_loss == each.val_mse > 0 == each.val_ce for each in whole)
+    run = begun("still")
+    assert run._validate(0).val_loss == run._validate(3).val_loss == whole[0].val_loss != whole[1].val_loss
+    drawn.clear()
+    # Stopped while something is drawn: nothing of the step is kept, and it is looked at and drawn again.
+    stopped = begun("stopped").run(False)
+    for _ in range(4):
+        next(stopped)
+    stops.append("here")
+    with pytest.raises(InterruptedError):
+        list(stopped)
+    assert drawn == [2]
+    list(begun("stopped").run(True))
+    assert drawn == [2, 4]
+
+    def logged(name) -> list:
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+    assert logged("whole") == logged("stopped") and len(logged("whole")) == 7
+    # Neither changes what is learned.
+    list(training(checkpoint, encoded, tmp_path / "alone", iters=4, save_every=2).run(False))
+    assert all(np.array_equal(weights(tmp_path / "alone")[n], a) for n, a in weights(tmp_path / "whole").items())
+
+
+def test_the_command_validates_and_draws(invoke, refused, checkpoint, data, tmp_path):
+    values = {"model": str(checkpoint), "data": str(data), "val_data": str(data), "resolution": 32, "iters": 2,
+              "numerics": "float32", "adapter_path": str(tmp_path / "a"),
+              "sample_prompts": ["a cat", "a dog"]}  # fmt: skip
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    done = invoke("train", "-c", tmp_path / "c.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation loss") == 2
+    samples = tmp_path / "a" / "samples"
+    assert sorted(path.name for path in samples.iterdir()) == ["000002-1.png", "000002-2.png"]
+    assert Image.open(samples / "000002-1.png").size == (32, 32)
+    (samples / "000004-1.png").write_text("not ours")
+    assert invoke("train", "-c", tmp_path / "c.json", "--resume", "--iters", 4).returncode == 0
+    assert len(list(samples.iterdir())) == 4 and (samples / "000004-1.png").read_text() == "not ours"
+    (tmp_path / "a" / "state.safetensors").unlink()
+    assert "holds drawings already" in refused("train", "-c", tmp_path / "c.json")
 
 
 REFUSED = {
