@@ -285,7 +285,8 @@ def _numbers(fit: Fit) -> Iterator[Found]:
         lefts = np.stack([_by_head(small, family(np.float64(number))) for number in grid])
         value = float(grid[np.argmin(lefts[:, small.heads].sum(1))])
         if not smooth:
-            yield sentence.format(told(value)), 1, family(np.float64(value)), None
+            words = sentence if value != 1 else sentence.replace("{} keys are", "key is")
+            yield words.format(told(value)), 1, family(np.float64(value)), None
             continue
         rough = float(np.sqrt(lefts[:, small.heads].min(0).sum()))
         # What is a little off lies between numbers of the grid, of which the one that changes nothing leaves least.

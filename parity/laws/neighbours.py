@@ -47,12 +47,15 @@ class _Mixed:
             chosen = np.isin(np.arange(self.length), places)
             where = spans(self.axis, chosen) if not chosen.all() else []
             within = f"{where[0].within} " if where else ""
-            size = len(mix) + (where[0].size if where else 0)
-            return f"{within}each {self.axis} is {' + '.join(self._part(by, factor) for by, factor in mix)}", size
+            size = max(len(mix), 0.5) + (where[0].size if where else 0)
+            parts = " + ".join(self._part(by, factor) for by, factor in mix)
+            return f"{within}each {self.axis} is {parts or 0}", size
         if len(places) > REACH:
             return None
-        words = [f"{self.axis} {at} is " + " + ".join(f"{told(f)} {self.axis} {at + by}" for by, f in mix)
-                 for at, mix in self.slices.items()]  # fmt: skip
+        words = [
+            f"{self.axis} {at} is {' + '.join(f'{told(f)} {self.axis} {at + by}' for by, f in mix) or 0}"
+            for at, mix in self.slices.items()
+        ]
         return listed(words), sum(map(len, mixes))
 
     def _part(self, by: int, factor: float) -> str:

@@ -251,7 +251,7 @@ def _each_its_own(
         lines = {"expected": np.ones(len(factors)), "found": factors}
         figure = Curves(f"{name} by {name}", name, "factor", np.arange(len(factors)), lines)
         says = f"{within} each {name} has a factor of its own, {low} to {high}".strip()
-        law = Law(says, float((factors != 1).sum()) + 1, apply, figure)
+        law = Law(says, float((factors != 1).sum()) + 1, apply, figure, True)
         if _left(component, got, law) <= max(component.rounding, LEFT * norm_of(got - component.own)):
             yield law
 

@@ -24,10 +24,29 @@ def told_positions(ids: np.ndarray, found: np.ndarray) -> Iterator[tuple[str, fl
             yield words, size, change
 
 
+def _slowed(ids: np.ndarray, found: np.ndarray) -> Iterator[tuple[str, float, Map]]:
+    """Positions that count another number of times, up to a limit."""
+    most = found.max()
+    rising = (found < most - 1) & (ids > 0)
+    if rising.sum() < 2 or rising.all():
+        return
+    ratio = float(np.sum(found[rising] * ids[rising]) / np.sum(ids[rising] ** 2))
+    ratio = snapped(ratio, lambda number: bool(np.abs(number * ids[rising] - found[rising]).max() < 0.05))
+    limit = float(np.round(most / ratio)) if ratio > 0 else 0.0
+    if limit and told(ratio) != "1":
+        words = f"positions above {told(limit)} read {told(limit)}, and angles are {told(ratio)} times as large"
+        yield words, 2, lambda p: ratio * np.minimum(p, limit)
+
+
 def _maps(ids: np.ndarray, found: np.ndarray, wrong: np.ndarray) -> Iterator[tuple[str, float, Map]]:
     most, least = found.max(), found.min()
-    yield f"positions above {told(most)} read {told(most)}", 1, lambda p: np.minimum(p, most)
-    yield f"positions below {told(least)} read {told(least)}", 1, lambda p: np.maximum(p, least)
+    if wrong.all() and most - least < 0.5:
+        # A limit that no position is within is none.
+        yield f"every position reads {told(most)}", 1, lambda p: np.full_like(p, most)
+    else:
+        yield f"positions above {told(most)} read {told(most)}", 1, lambda p: np.minimum(p, most)
+        yield f"positions below {told(least)} read {told(least)}", 1, lambda p: np.maximum(p, least)
+        yield from _slowed(ids, found)
     shift = float(np.median(found[wrong] - ids[wrong]))
     yield f"positions are shifted by {told(shift)}", 1, lambda p: p + shift
     over = np.abs(found - ids)[wrong]

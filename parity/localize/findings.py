@@ -194,12 +194,18 @@ class Finding:
 
     @property
     def _rivals(self) -> Sequence[Explanation]:
-        """Explanations that leave about as little as the first, where that leaves more than rounding: any may be it."""
+        """Explanations that leave about as little as the first, here and on a second input, and say it with less than a
+        number more, where the first leaves more than rounding: any may be it."""
         first, *others = self.explanations
         if not first.read or first.left is None or first.left <= ROUNDING:
             return []
-        near = 1 - ALIKE * (1 - first.residual_removed)
-        return [e for e in others if e.read and e.agrees and not e.describes and e.residual_removed >= near]
+
+        def near(removed: float | None, best: float | None) -> bool:
+            return None in (removed, best) or removed >= 1 - ALIKE * (1 - best)
+
+        others = [e for e in others if e.read and e.agrees and not e.describes and e.size < first.size + 1]
+        alike = [e for e in others if near(e.residual_removed, first.residual_removed)]
+        return [e for e in alike if near(e.second, first.second)]
 
     @property
     def record(self) -> Record | None:

@@ -79,6 +79,9 @@ def test_of_what_leaves_more_than_rounding_none_is_told_beside_another_that_leav
     assert replace(finding, explanations=[replace(first, left=1.0), rival]).certain
     assert replace(finding, explanations=[first, replace(rival, residual_removed=0.96)]).certain
     assert replace(finding, explanations=[first, replace(rival, agrees=False)]).certain
+    # So is what another does worse on a second input, or with a number more.
+    assert replace(finding, explanations=[first, replace(rival, second=0.9)]).certain
+    assert replace(finding, explanations=[first, replace(rival, size=1.9)]).certain
 
 
 def test_what_is_read_with_numbers_of_numpy_goes_into_json():

@@ -136,6 +136,21 @@ def test_positions_that_are_clipped_or_wrapped_are_told_and_hold_on_other_rows(l
         np.testing.assert_allclose(law.apply(other), turned(other, make), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_positions_that_are_clipped_and_angles_that_are_slowed_are_told_together(dtype):
+    component, other = rotary(seed=1, dtype=dtype), rotary(seed=3, rows=60, dtype=dtype)
+    change = lambda t: t.by(0.5 * np.minimum(t.positions, 30) * t.frequencies)  # noqa: E731
+    law = best(turns.rotary, component, turned(component, change, dtype))
+    assert law.sentence == "positions above 30 read 30, and angles are 0.5 times as large"
+    left = np.linalg.norm(law.apply(other) - turned(other, change, dtype))
+    assert left <= 3 * other.rounding
+    # Where none is within the limit, what it is of is not known.
+    above = rotary(seed=0, dtype=dtype)
+    one = lambda t: t.by(np.full_like(t.positions, 31.5) * t.frequencies)  # noqa: E731
+    sentences = [law.sentence for law in turns.rotary(above, turned(above, one, dtype))]
+    assert "every position reads 31.5" in sentences and not any("above" in sentence for sentence in sentences)
+
+
 def test_sections_that_follow_other_axes_are_named():
     component = rotary(0)
     order = np.array([0, 0, 2, 2, 2, 1, 1, 1])

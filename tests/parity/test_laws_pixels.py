@@ -146,6 +146,15 @@ def test_values_mixed_with_those_beside_them_are_told():
     assert law.sentence.endswith(words) and left < 1e-3
 
 
+@pytest.mark.parametrize("given", [pixels(), frames()])
+def test_a_row_of_nothing_is_told_so(given):
+    got = given.own.copy()
+    got[:, :, -1] = 0
+    assert "each row is " not in {law.sentence for law in fitted(given, got)}
+    law, left = best(given, got)
+    assert "row 31" in law.sentence and law.sentence.endswith("is 0") and not left
+
+
 def test_chroma_that_squares_share_is_told_of_8_bits():
     given = frames()
     values = (given.inputs["x"].astype(np.float64) + 1) * 127.5

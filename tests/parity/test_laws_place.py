@@ -88,6 +88,8 @@ def test_what_is_done_is_told_with_its_numbers_and_its_support(sentence, seed):
     law = best(given, got)
     assert law is not None and law.sentence == sentence
     assert left(law, given, got) <= max(given.rounding, 1e-5 * np.linalg.norm(got))
+    # A number for each says what, and not why.
+    assert law.describes == ("of its own" in sentence)
     # It holds of other values too.
     other = component(seed + 100)
     expected = CHANGES[sentence](other.own)
