@@ -19,7 +19,6 @@ from parity.laws.scoring import (
     STAGES,
     Family,
     added_to,
-    angled,
     by_keys,
     narrowed,
     of_another,
@@ -174,9 +173,6 @@ def _inputs(fit: Fit) -> Iterator[Found]:
             for part in ("", " of this pass", " before this pass") if what != "queries" and first else ("",):
                 for sign, way in ((1, "rotated" if what == "values" else "rotated twice"), (-1, "rotated back")):
                     yield f"{what}{part} are {way}", 1 + 0.5 * bool(part), rotated(what, part, sign), None
-    if facts.get("angles") is not None:
-        for pair in range(facts["angles"].shape[1]):
-            yield f"frequency {pair} of queries and keys does not turn", 1.5, angled(np.float64(0), pair), None
     for what, use_k, use_v in (("keys and values", 1, 1), ("keys", 1, 0), ("values", 0, 1)):
         for step in (1, -1):
             which = "before" if step > 0 else "after"

@@ -19,21 +19,6 @@ def _turn(x: np.ndarray, table: np.ndarray) -> np.ndarray:
     return np.concatenate([z.real, z.imag], -1)
 
 
-def angled(c: np.ndarray, pair: int | None = None) -> Change:
-    """Queries and keys turned by c times the angle that they were turned by, in all pairs or in one."""
-
-    def change(scene: Scene) -> Scene | None:
-        angles = scene.facts.get("angles")
-        if angles is None or (pair is not None and pair >= angles.shape[1]):
-            return None
-        more = np.exp(1j * (c - 1) * angles)
-        if pair is not None:
-            more = np.where(np.arange(angles.shape[1]) == pair, more, 1)
-        return replace(scene, q=_turn(scene.q, more[..., scene.places, :]), k=_turn(scene.k, more))
-
-    return change
-
-
 def of_another(name: str, use_k: int, use_v: int) -> Change:
     def change(scene: Scene) -> Scene | None:
         other = scene.facts.get("others", {}).get(name)
@@ -292,8 +277,6 @@ FAMILIES: tuple[tuple[str, Family, np.ndarray, bool, float | None], ...] = (
     ("the softmax has one more score of {}", sink, np.linspace(-8, 12, 21), True, None),
     ("scores fall by {} for every token between query and key", biased,
      np.concatenate([-np.geomspace(0.01, 1, 5), [0.0], np.geomspace(2**-10, 2, 23)]), True, 0),
-    ("angles of queries and keys are {} times as large", angled,
-     np.array([-1, 0, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.5, 2, 3, 4]), True, 1),
     ("only the {} highest scores of a query count", highest, _COUNTS, False, None),
     ("keys more than {} tokens back are not seen", window, _COUNTS, False, None),
     ("the first {} keys are not seen", without_first, _COUNTS, False, None),
