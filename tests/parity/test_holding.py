@@ -11,7 +11,7 @@ from parity.lance.names import parse
 from parity.localize.explain import Causes
 from parity.localize.findings import LOCAL, Explanation, Finding
 from parity.localize.holding import holding
-from parity.localize.investigation import Investigation
+from parity.localize.search import Search
 
 CASES = runpy.run_path(str(Path(__file__).with_name("explain_cases.py")))
 CAUSE, OTHER, caused_by = CASES["ALL"][3], CASES["ALL"][4], CASES["caused_by"]
@@ -54,20 +54,22 @@ def test_other_components_are_named():
 @pytest.mark.parametrize(("layers", "together"), [((0, 1, 2), True), ((0, 2), False), ((1,), False)])
 def test_what_has_no_cause_is_one_finding_where_no_layer_is_right(layers, together):
     wrong = [SimpleNamespace(tap=tap) for tap in TAPS if tap.layer in layers]
-    covered = Investigation._covered(None, wrong[0], wrong[1:], Causes((), 0.0, ()), TAPS, {})
+    covered = Search._covered(None, wrong[0], wrong[1:], Causes((), 0.0, ()), TAPS, {})
     alike = [tap for tap in wrong if together or tap.tap.component == wrong[0].tap.component]
     assert covered == {tap.tap.name for tap in alike[1:]}
 
 
-class Found(Investigation):
+class Searched(Search):
     """What was found at some sites, by the number of their taps: the causes of each."""
 
     def __init__(self, causes, sites):
         self.sites = {TAPS[number].name: site for number, site in sites.items()}
-        self.findings = [
-            Finding("layers", TAPS[n].name, "", LOCAL, 1.0, 0.0, cause=c, explanations=[Explanation("", 1.0)])
-            for n, c in causes
-        ]
+        self.found = SimpleNamespace(
+            all=[
+                Finding("layers", TAPS[n].name, "", LOCAL, 1.0, 0.0, cause=c, explanations=[Explanation("", 1.0)])
+                for n, c in causes
+            ]
+        )
 
     def _site(self, tap, recording):
         return self.sites[tap.tap.name]
@@ -78,7 +80,7 @@ class Found(Investigation):
             for tap in TAPS
             if tap.name in self.sites
         ]
-        return self._held(self.findings[0], {"layers.*.self_attn.q_norm": compared}, {}).support
+        return self._held(self.found.all[0], {"layers.*.self_attn.q_norm": compared}, {}).support
 
 
 def site(*causes, allowed=1e-3):
@@ -103,9 +105,9 @@ def site(*causes, allowed=1e-3):
     ],
 )
 def test_what_is_right_limits_a_cause_that_would_show_there(others, other, words):
-    found = Found([(0, CAUSE), *others], {0: site(CAUSE), 1: other})
+    found = Searched([(0, CAUSE), *others], {0: site(CAUSE), 1: other})
     assert found.support() == words
 
 
 def test_what_has_no_cause_is_told_where_it_shows():
-    assert Found([(0, None)], {0: site(CAUSE), 1: site(allowed=1.0)}).support() == "in layers.0 only"
+    assert Searched([(0, None)], {0: site(CAUSE), 1: site(allowed=1.0)}).support() == "in layers.0 only"
