@@ -163,12 +163,24 @@ def aspect_box(width: int, height: int, aspect: float) -> Box:
     torchvision's RandomResizedCrop at scale 1: a box of the whole picture's area, if it fits by its roundings, else
     the largest. Of the former upstream draws the place, which is one pixel's matter.
     """
-    area = width * height
-    box = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    box = whole_area(width, height, aspect)
     if box[0] > width or box[1] > height:
         box = min(width, round(height * aspect)), min(height, round(width / aspect))
     left, top = (width - box[0]) // 2, (height - box[1]) // 2
     return left, top, left + box[0], top + box[1]
+
+
+def whole_area(width: int, height: int, aspect: float) -> tuple[int, int]:
+    """Width and height of a box of a picture's area and another width / height."""
+    area = width * height
+    return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+
+
+def is_drawn(file: MediaSize, side: int) -> bool:
+    """Whether upstream draws the place of what it cuts out of a picture: where there is more than one."""
+    height, width = nearest_bucket(file, side)
+    box = whole_area(file.width, file.height, width / height)
+    return box[0] <= file.width and box[1] <= file.height and box != (file.width, file.height)
 
 
 def fitted(image: Image.Image, side: int, unit: int) -> np.ndarray:

@@ -384,7 +384,8 @@ def _behind(oracle: Oracle, step: int, token: int) -> float:
 def _preprocessed(run: Run) -> list[TapResult]:
     """The pixels and patches that the implementation makes of the visuals' files itself."""
     inputs, computed = run.bundle.inputs, run.preprocessed or {}
-    wrong = {breach.tap for breach in check_preprocessed(computed, inputs)}
+    drawn = definition().drawn_visuals(run.bundle) if computed else set()
+    wrong = {breach.tap for breach in check_preprocessed(computed, inputs, drawn)}
     results = []
     for name, got in sorted(computed.items()):
         if name not in inputs:

@@ -1,7 +1,7 @@
 """What must be equal before any activation means anything: weights, tokens, roles, splits, positions, times, noise."""
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,9 +126,11 @@ def rounding_of_times(exact: ExactInputs, observed: Observed) -> str:
     return f"{off} of {expected.size} timesteps are off by up to {most:.1g}, as rounding makes them" if off else ""
 
 
-def check_preprocessed(computed: Mapping[str, np.ndarray] | None, inputs: Recording) -> Iterator[ExactMismatch]:
+def check_preprocessed(
+    computed: Mapping[str, np.ndarray] | None, inputs: Recording, drawn: Container[str] = ()
+) -> Iterator[ExactMismatch]:
     """Compare how visuals are resized with what upstream's run was given; see differing_visuals."""
-    for name, expected, got in differing_visuals(computed or {}, inputs):
+    for name, expected, got in differing_visuals(computed or {}, inputs, drawn):
         yield ExactMismatch(f"inputs/{name}", expected, got, describe(name, expected, got))
 
 

@@ -16,8 +16,10 @@ from parity.oracle.oracle import Oracle
 from parity.tensors.recording import ExactInputs, Recording, Split, Tap
 from reference.errors import ReferenceError
 from reference.layout import Layout, Mode, Role
+from reference.media import read_size, resolutions
 from reference.model import Pipeline
 from reference.numerics import Numerics
+from reference.preprocess import is_drawn
 from reference.request import Request
 from reference.sampler import time_grid
 
@@ -103,6 +105,17 @@ def visuals_of(run: TorchReplay, media: Path) -> Mapping[str, np.ndarray]:
     with suppress(ReferenceError):
         return preprocess_reference(run.request, media) or {}
     return {}
+
+
+def drawn_visuals(bundle: Bundle) -> set[str]:
+    """Of a request's visuals, by the names of the bundles' inputs, those of which upstream draws where they are cut."""
+    request, names = Request.from_dict(bundle.request), set()
+    with suppress(ReferenceError):
+        sides = dict(zip(("vae_pixels", "vit_patches"), resolutions(request), strict=True))
+        for index, element in enumerate(request.visuals):
+            file = read_size(bundle.path.parent / element.content, element.medium)
+            names |= {f"{name}{index}" for name, side in sides.items() if side is not None and is_drawn(file, side)}
+    return names
 
 
 def unconditional_ids(layout: Layout, entry: str) -> np.ndarray:

@@ -136,7 +136,7 @@ class Investigation:
         wider = settled(self.oracle, forced, bounds.taps) if self.port.partial else Wider(forced, {}, frozenset())
         forced = wider.forced
         mismatches = [*checked.mismatches, *check_exact(self.exact, forced)]
-        mismatches += check_preprocessed(preprocessed, self.bundle.inputs)
+        mismatches += check_preprocessed(preprocessed, self.bundle.inputs, definition().drawn_visuals(self.bundle))
         held, blind, remark = self.oracle.own, judgement.sentence(), ""
         if blind and clears(judgement, led_by_upstream.recording, self.bundle.expected, along.taps):
             # What the reference computes between upstream's taps is nothing to go by.

@@ -147,7 +147,7 @@ def judge(oracle: Oracle, floors: FloorSet) -> Judgement:
 def _visuals(oracle: Oracle) -> list[Departure]:
     """The visuals that the reference makes otherwise of their files."""
     made = definition().visuals_of(oracle.run, oracle.bundle.path.parent)
-    both = differing_visuals(made, oracle.bundle.inputs)
+    both = differing_visuals(made, oracle.bundle.inputs, definition().drawn_visuals(oracle.bundle))
     taps = ((name, (Tap(np.ascontiguousarray(x, np.float32), "float32") for x in arrays)) for name, *arrays in both)
     return [Departure(parse(f"inputs/{name}"), compare(*each), EQUAL) for name, each in taps]
 

@@ -197,7 +197,9 @@ def test_the_error_of_zeros_has_no_number():
     assert ExactMismatch("inputs/guided", ints(0, 0), ints(0, 1), "").error is None
 
 
-# Visuals: where a side is cut by an odd number of pixels, upstream draws which end loses the larger part.
+# Visuals: of some upstream draws where they are cut.
+
+DRAWN = ("vae_pixels0", "vit_patches0")
 
 
 def picture(t=2, h=6, w=8, seed=0):
@@ -241,7 +243,28 @@ def test_a_picture_shifted_by_a_pixel_is_as_good(down, right):
         "vae_pixels0": shifted(pixels, down, right),
         "vit_patches0": patches_of(shifted(looked, down, right)),
     }
-    assert list(check_preprocessed(computed, inputs_of(pixels, patches_of(looked)))) == []
+    inputs = inputs_of(pixels, patches_of(looked))
+    assert list(check_preprocessed(computed, inputs, DRAWN)) == []
+    # What upstream does not draw is no shift's matter.
+    assert bool(list(check_preprocessed(computed, inputs))) == bool(down or right)
+
+
+@pytest.mark.parametrize("value", [np.nan, 1e6])
+def test_what_lies_behind_a_shift_is_a_picture_too(value):
+    pixels = picture()
+    moved = shifted(pixels, 1, 0)
+    moved[..., 0, :] = value
+    inputs = inputs_of(pixels, patches_of(seen()))
+    assert names(check_preprocessed({"vae_pixels0": moved}, inputs, DRAWN)) == ["inputs/vae_pixels0"]
+
+
+def test_a_border_is_part_of_the_picture():
+    pixels = picture()
+    framed = pixels.copy()
+    framed[..., 0, :] = framed[..., -1] = -1
+    inputs = inputs_of(pixels, patches_of(seen()))
+    for drawn in ((), DRAWN):
+        assert names(check_preprocessed({"vae_pixels0": framed}, inputs, drawn)) == ["inputs/vae_pixels0"]
 
 
 @pytest.mark.parametrize("change", [(2, 0), (0, -2), (1, 2)])
@@ -251,7 +274,7 @@ def test_a_picture_shifted_by_more_is_another(change):
         "vae_pixels0": shifted(pixels, *change),
         "vit_patches0": patches_of(shifted(looked, *change)),
     }
-    mismatches = list(check_preprocessed(computed, inputs_of(pixels, patches_of(looked))))
+    mismatches = list(check_preprocessed(computed, inputs_of(pixels, patches_of(looked)), DRAWN))
     assert names(mismatches) == ["inputs/vae_pixels0", "inputs/vit_patches0"]
     assert mismatches[0].error > 0.1
 
