@@ -27,8 +27,10 @@ class Previews:
     """
 
     def __init__(self, settings: TrainSettings, resume: bool) -> None:
-        self._model, variant = settings.model, Variant(settings.variant)
-        self._folder, self._variant = Path(settings.adapter_path) / SAMPLES, variant
+        variant = Variant(settings.variant)
+        self._folder = Path(settings.adapter_path) / SAMPLES
+        adapter = [str(settings.adapter_path), 1.0]
+        self._made_by = {"model": Path(settings.model).name, "variant": str(variant), "lora": [adapter]}
         side = settings.resolution // SPATIAL_STRIDE * SPATIAL_STRIDE
         task, frames = (Task.T2V, _FRAMES) if variant.kind is VisualKind.VIDEO else (Task.T2I, 1)
         self._requests = [Request(task, prompt, side, side, frames, seed=settings.seed)
@@ -45,6 +47,8 @@ class Previews:
             for done in pipeline.denoise(pipeline.prepare(request)):
                 latents = done.x_next
             latents = latents.reshape(*request.latent_grid, -1)
-            weights = self._model, self._variant
-            Generated(request, latents, pipeline.model.numerics.name, 0.0, (), pipeline.vae, weights).save(path)
+            numerics = pipeline.model.numerics.name
+            Generated(request, latents, numerics, 0.0, (), pipeline.vae, self._made_by | {"numerics": numerics}).save(
+                path
+            )
         release()

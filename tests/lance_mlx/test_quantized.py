@@ -411,7 +411,7 @@ def test_from_the_command_line(checkpoint, tmp_path, invoke, refused, media):
     assert "bits 8 does not go with mode mxfp4" in line
     assert "is quantized already" in refused("convert", tmp_path / "out", tmp_path / "no", "-q")
     assert "leave those options out" in refused("generate", "t2i", *loading, "-q", 8)
-    assert "low_ram" in refused("generate", "t2i", *drawing, checkpoint, "-q", 8, "--low-ram")
+    assert "--low-ram" in refused("generate", "t2i", *drawing, checkpoint, "-q", 8, "--low-ram")
     assert not (tmp_path / "no").exists()
 
 

@@ -127,7 +127,7 @@ def test_what_is_right_or_noise_tells_no_step():
 def test_a_rotation_by_a_table_in_float32_is_told():
     r = np.random.default_rng(1)
     ids = np.tile(np.arange(60, 140), (3, 1)).astype(np.int32)
-    axes, speeds = np.repeat(np.arange(3), [2, 3, 3]), turning.frequencies(1e6, 8)
+    axes, speeds = np.repeat(np.arange(3), [2, 3, 3]), 1e6 ** -turning.even_exponents(8)
     x = bfloat16(r.standard_normal((80, 2, 16)))
     angles = ids[axes].T * bfloat16(speeds)
     inputs = {"x": x, "cos": bfloat16(np.cos(angles)), "sin": bfloat16(np.sin(angles)), "position_ids": ids}

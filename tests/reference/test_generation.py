@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from parity.lance.replay_torch import record_pipeline
+from parity.lance.replay_torch import TorchReplay
 from parity.tensors.recording import Replay
 from reference.errors import ReferenceError
 from reference.numerics import Numerics, attend
@@ -111,7 +111,7 @@ def test_an_order_of_rounding_is_one_of_those_there_are():
 def test_recording_keeps_what_is_named_and_leaves_no_hook(pipeline, request_, noise):
     wanted = {"cond.step0/llm2vae", "sampler.x_t3", "text_ids", "vae.decode.chunk0/decoder"}
     calls: list[str] = []
-    recording = record_pipeline(pipeline, request_, "kv_cache", Replay(noise), wanted, calls.append)
+    recording = TorchReplay(pipeline, request_, "kv_cache", Replay(noise)).record(wanted, calls.append)
     assert set(recording) == wanted
     prefixes = ["cond.prefix0", "cond.prefix1", "cond.prefix2", "uncond.prefix0", "uncond.prefix1"]
     steps = [f"{arm}.step{index}" for index in range(4) for arm in ("cond", "uncond")]
@@ -121,7 +121,7 @@ def test_recording_keeps_what_is_named_and_leaves_no_hook(pipeline, request_, no
 
 
 def test_recording_is_deterministic(pipeline, request_, noise):
-    first, second = (record_pipeline(pipeline, request_, "full_sequence", Replay(noise)) for _ in range(2))
+    first, second = (TorchReplay(pipeline, request_, "full_sequence", Replay(noise)).record() for _ in range(2))
     assert list(first) == list(second)
     assert all(np.array_equal(first[name].array, second[name].array) for name in first)
 
@@ -129,4 +129,4 @@ def test_recording_is_deterministic(pipeline, request_, noise):
 @pytest.mark.parametrize("noise", [None, np.zeros((3, 48), np.float32)])
 def test_noise_of_another_size_is_refused(pipeline, request_, noise):
     with pytest.raises(ReferenceError, match="the noise has shape"):
-        record_pipeline(pipeline, request_, "kv_cache", Replay(noise))
+        TorchReplay(pipeline, request_, "kv_cache", Replay(noise)).record()

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from parity.lance.replay_torch import layout_reference, record_reference
+from parity.lance.replay_torch import TorchReplay, layout_reference
 from parity.tensors.recording import Recording, Replay, to_tap
+from reference.model import Pipeline
 from reference.numerics import Numerics
+from reference.request import Request
 
 ROOT = Path(__file__).parents[2]
 # More bundles of the same kind may lie beside the repository.
@@ -66,14 +68,10 @@ def replay(bundle: Path, linear: str = "float32") -> tuple[Recording, Recording]
     manifest = json.loads((bundle / "manifest.json").read_text())
     inputs, taps = read(bundle / "inputs.safetensors"), read(bundle / "taps.safetensors")
     source = manifest["source"]
-    recording = record_reference(
-        bundle.parent / manifest["checkpoint"],
-        manifest["variant"],
-        manifest["request"],
-        source["entry"],
-        given(inputs, taps),
-        Numerics(source["dtype"], linear=linear),
-    )
+    numerics = Numerics(source["dtype"], linear=linear)
+    pipeline = Pipeline.load(bundle.parent / manifest["checkpoint"], manifest["variant"], numerics, "cpu")
+    request = Request.from_dict(manifest["request"])
+    recording = TorchReplay(pipeline, request, source["entry"], given(inputs, taps)).record()
     for name, tap in inputs.items():
         if tap.dtype == "int32":
             np.testing.assert_array_equal(recording[name].array, tap.array, err_msg=name)

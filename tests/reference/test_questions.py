@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from parity.lance.replay_torch import record_pipeline
+from parity.lance.replay_torch import TorchReplay
 from reference.errors import ReferenceError
 from reference.layout import VisualSize
 from reference.understanding import answer, build_reader
 
 
 def tokens(pipeline, request, replay, entry):
-    return record_pipeline(pipeline, request, entry, replay)["tokens"].array.tolist()
+    return TorchReplay(pipeline, request, entry, replay).record()["tokens"].array.tolist()
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -25,7 +25,7 @@ def test_the_cache_changes_no_answer(pipeline, asked, count, text_template):
 
 def test_the_full_sequence_fills_its_last_block(pipeline, asked):
     request, replay = asked("x2t_image")
-    recording = record_pipeline(pipeline, request, "full_sequence", replay)
+    recording = TorchReplay(pipeline, request, "full_sequence", replay).record()
     asked_tokens = recording["ce_loss_indexes"].array[0] + 1
     assert (asked_tokens + len(recording["tokens"].array)) % 128 == 0
 
@@ -67,7 +67,7 @@ def size_of(replay):
 def test_decoding_runs_under_its_own_names(pipeline, asked):
     request, replay = asked("x2t_image")
     calls: list[str] = []
-    recording = record_pipeline(pipeline, request, "kv_cache", replay, None, calls.append)
+    recording = TorchReplay(pipeline, request, "kv_cache", replay).record(None, calls.append)
     count = len(recording["tokens"].array)
     prefills = [f"cond.prefill{i}" for i in range(3)]
     assert calls == ["vit_model0", *prefills, *(f"cond.decode{i}" for i in range(count))]

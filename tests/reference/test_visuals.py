@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parity.lance.replay_torch import record_pipeline
+from parity.lance.replay_torch import TorchReplay
 from reference.errors import ReferenceError
 from reference.model import Pipeline
 from reference.numerics import Numerics
@@ -154,7 +154,7 @@ def test_the_lance_file_wins_over_the_vit_file(checkpoint, tmp_path):
 )
 def test_entries_agree_on_the_conditional_velocity(pipeline, asked, task, count):
     request, replay = asked(task, count, cfg_renorm_type="none")
-    cached, whole = (record_pipeline(pipeline, request, entry, replay) for entry in ("kv_cache", "full_sequence"))
+    cached, whole = (TorchReplay(pipeline, request, entry, replay).record() for entry in ("kv_cache", "full_sequence"))
     made = len(cached["mse_loss_indexes"].array)
     ours, theirs = cached["cond.step0/llm2vae"].array[1:-1][-made:], whole["velocity_call0"].array
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -165,7 +165,7 @@ def test_entries_agree_on_the_conditional_velocity(pipeline, asked, task, count)
 @pytest.mark.parametrize("entry", ["kv_cache", "full_sequence"])
 def test_given_latents_stay_as_they_were_encoded(pipeline, asked, task, entry):
     request, replay = asked(task)
-    recording = record_pipeline(pipeline, request, entry, replay)
+    recording = TorchReplay(pipeline, request, entry, replay).record()
     still = recording["sampler.timestep1"].array == 0
     encoded = np.concatenate([recording[f"vae.latent{i}"].array.reshape(-1, 48) for i in range(len(replay.eps))])
     assert still.sum() == len(still) - len(recording["mse_loss_indexes"].array) > 0
@@ -177,7 +177,7 @@ def test_given_latents_stay_as_they_were_encoded(pipeline, asked, task, entry):
 def test_the_unconditional_arm_keeps_the_visuals(pipeline, asked):
     request, replay = asked("image_edit")
     calls: list[str] = []
-    record_pipeline(pipeline, request, "kv_cache", replay, set(), calls.append)
+    TorchReplay(pipeline, request, "kv_cache", replay).record(set(), calls.append)
     assert calls[:3] == ["vit_model0", "vae.encode0.chunk0", "vae.encode1.chunk0"]
     assert [name for name in calls if "prefix" in name] == [
         *(f"cond.prefix{i}" for i in range(5)),
@@ -189,19 +189,19 @@ def test_the_unconditional_arm_keeps_the_visuals(pipeline, asked):
 def test_a_replay_must_hold_what_the_task_needs(pipeline, asked, field):
     request, replay = asked("image_edit")
     with pytest.raises(ReferenceError, match="needs 2 vae_pixels and eps and 1"):
-        record_pipeline(pipeline, request, "kv_cache", replace(replay, **{field: ()}))
+        TorchReplay(pipeline, request, "kv_cache", replace(replay, **{field: ()})).record()
 
 
 def test_a_placeholder_of_another_size_is_refused(pipeline, asked):
     request, replay = asked("image_edit")
     pixels, eps = replay.vae_pixels[1][:, :, :16], replay.eps[1][..., :1, :]
     with pytest.raises(ReferenceError, match="the pixels make latents"):
-        record_pipeline(
+        TorchReplay(
             pipeline,
             request,
             "kv_cache",
             replace(replay, vae_pixels=(replay.vae_pixels[0], pixels), eps=(replay.eps[0], eps)),
-        )
+        ).record()
 
 
 @pytest.mark.parametrize(
