@@ -16,6 +16,7 @@ from lance_mlx.checkpoint.safetensors import TensorInfo, read_header, read_notes
 from lance_mlx.errors import LanceError
 from lance_mlx.files import whole, write_text
 from lance_mlx.model.lance import Lance
+from lance_mlx.sequence.segments import Role
 from lance_mlx.sequence.tokenizer import LanceTokenizer
 from lance_mlx.training.adapter_files import write_adapter
 from lance_mlx.training.encoded import Encoded
@@ -132,12 +133,18 @@ class Training:
 
     def _sample(self, number: int, key: mx.array) -> tuple[Sample, Draw | None]:
         chance, latent, rest = mx.random.split(key, 3)
-        settings, rates = self.settings, (self.settings.caption_dropout, self.settings.visual_dropout)
+        rates = self.settings.caption_dropout, self.settings.visual_dropout
         chances = mx.random.uniform(shape=(2,), key=chance).tolist()
         parts = zip((CAPTION, VISUALS), chances, rates, strict=True)
         dropped = frozenset().union(*(roles for roles, drawn, rate in parts if drawn < rate))
+        return self._drawn(self.data, number, latent, rest, dropped)
+
+    def _drawn(
+        self, data: Encoded, number: int, latent: mx.array, rest: mx.array, dropped: frozenset[Role] = frozenset()
+    ) -> tuple[Sample, Draw | None]:
+        """An example with the keys that its latents, and its time and noise, are drawn by."""
         seconds, dtype = self.model.config.tokens_per_second, self.model.numerics.dtype
-        sample = self.data.sample(number, latent, self.tokenizer, seconds, dtype, dropped, settings.as_upstream)
+        sample = data.sample(number, latent, self.tokenizer, seconds, dtype, dropped, self.settings.as_upstream)
         return sample, draw(sample, rest, dtype) if sample.latents else None
 
     def _step(self, optimizer: Optimizer) -> Told:
@@ -154,13 +161,9 @@ class Training:
     def _validate(self, step: int) -> Validated:
         """The losses of the validation data, all of it and nothing dropped, with the same draws at every step."""
         began, settings, sums, latents, labels = time.perf_counter(), self.settings.loss, [0.0, 0.0], 0, 0
-        seconds, dtype = self.model.config.tokens_per_second, self.model.numerics.dtype
         for number in range(len(self.validation.examples)):
             latent, rest = mx.random.split(mx.random.key(self._number(_VALIDATION, number)))
-            sample = self.validation.sample(
-                number, latent, self.tokenizer, seconds, dtype, as_upstream=self.settings.as_upstream
-            )
-            drawn = draw(sample, rest, dtype) if sample.latents else None
+            sample, drawn = self._drawn(self.validation, number, latent, rest)
             found = terms(self.model, sample, drawn, settings.timestep_shift, len(self.tokenizer))
             own = losses_of(found, sample, Totals(1, 1.0), settings)
             sums = [sums[0] + own.mse.item(), sums[1] + own.ce.item()]

@@ -186,7 +186,7 @@ def made(gathered: bool = True, **way: object) -> Patch:
     def changed(site: "TapProbe", plan: Plan) -> Plan:
         tables = rotation(site, **way)
         if gathered:
-            tables = tuple(gathered_by_window(site, table) for table in tables)
+            tables = gathered_by_window(site, torch.stack(tables, 1)).unbind(1)
         return replace(plan, tables=lambda cos, sin: tables)
 
     return planned(changed)
